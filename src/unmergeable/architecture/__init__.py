@@ -1,0 +1,18 @@
+"""Which tensor axis lives in which basis: symmetry maps, and one declaration for each family."""
+
+from unmergeable.architecture.blocks import Architecture, Attention, FeedForward
+from unmergeable.architecture.detect import detect
+from unmergeable.architecture.families import FAMILIES
+from unmergeable.architecture.symmetry import Group, Leg, Space, SymmetryMap
+
+__all__ = [
+    "FAMILIES",
+    "Architecture",
+    "Attention",
+    "FeedForward",
+    "Group",
+    "Leg",
+    "Space",
+    "SymmetryMap",
+    "detect",
+]

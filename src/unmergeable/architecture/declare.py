@@ -1,0 +1,163 @@
+"""The words a family's table is written in: look a tensor up, say where its heads lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, Position, QueryKeyNorm, ScorePart
+from unmergeable.architecture.symmetry import Pairing
+from unmergeable.errors import UnsupportedArchitecture
+
+Config = Mapping[str, Any]
+_REQUIRED = object()
+
+HEADS_ON_TOP = r"(score|classifier|qa_outputs|pre_classifier|pooler|lm_head|cls)\b.*"
+"""Output heads of fine-tunes: no symmetry of the body touches them."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """The tensors of a checkpoint by on-disk name, with their shapes."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def prefix(self, anchor: str, candidates: Iterable[str]) -> str:
+        """The first of ``candidates`` under which the tensor ``anchor`` exists.
+
+        Raises UnsupportedArchitecture naming the tensor looked for.
+        """
+        candidates = tuple(candidates)
+        for candidate in candidates:
+            if candidate + anchor in self.shapes:
+                return candidate
+        tried = ", ".join(repr(candidate + anchor) for candidate in candidates)
+        raise UnsupportedArchitecture(
+            f"none of the tensors {tried} is in the checkpoint; it does not hold the network its config names."
+        )
+
+    def optional(self, name: str) -> str | None:
+        return name if name in self.shapes else None
+
+
+def setting(config: Config, *keys: str, default: Any = _REQUIRED) -> Any:
+    """The first of ``keys`` that the config sets; ``default`` else.
+
+    Raises UnsupportedArchitecture when none is set and there is no default.
+    """
+    for key in keys:
+        if config.get(key) is not None:
+            return config[key]
+    if default is _REQUIRED:
+        raise UnsupportedArchitecture(f"config.json has no {' or '.join(map(repr, keys))}; add it.")
+    return default
+
+
+def rope_setting(config: Config, key: str, default: Any) -> Any:
+    """A rotary setting: transformers 5 keeps them in ``rope_parameters``, older files at the top."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    value = rope.get(key) if isinstance(rope, Mapping) else None
+    return value if value is not None else setting(config, key, default=default)
+
+
+def rows(names: Names, module: str, groups: int, size: int, members: int = 1) -> Heads:
+    """Heads one after another on the rows of a ``[out, in]`` weight, members of a group side by side."""
+    return Heads(f"{module}.weight", names.optional(f"{module}.bias"), 0, 0, members * size, size)
+
+
+def columns(module: str, size: int, members: int = 1) -> Heads:
+    """Heads one after another on the columns of an output projection (its bias is not in the heads' basis)."""
+    return Heads(f"{module}.weight", None, 1, 0, members * size, size)
+
+
+def split(heads: Heads, offset: int) -> Heads:
+    """The same heads, starting ``offset`` coordinates later."""
+    return replace(heads, offset=heads.offset + offset)
+
+
+def units(names: Names, module: str, offset: int = 0) -> Heads:
+    """Hidden units on the rows of a weight, and on its bias."""
+    return Heads(f"{module}.weight", names.optional(f"{module}.bias"), 0, offset, 0)
+
+
+def unit_columns(module: str) -> Heads:
+    """Hidden units on the columns of a weight."""
+    return Heads(f"{module}.weight", None, 1, 0, 0)
+
+
+def score_parts(
+    query: Heads, key: Heads, size: int, rotary_size: int = 0, pairing: Pairing = "half"
+) -> tuple[ScorePart, ...]:
+    """The score over heads of ``size`` coordinates of which the first ``rotary_size`` are rotated by position."""
+    if rotary_size == 0:
+        return (ScorePart(query, key, size),)
+    rotated = ScorePart(query, key, rotary_size, pairing)
+    if rotary_size == size:
+        return (rotated,)
+    return (rotated, ScorePart(split(query, rotary_size), split(key, rotary_size), size - rotary_size))
+
+
+def separate_attention(
+    names: Names,
+    module: str,
+    projections: tuple[str, str, str, str],
+    *,
+    groups: int,
+    size: int,
+    members: int = 1,
+    rotary_size: int = 0,
+    pairing: Pairing = "half",
+    position: Position = "none",
+    norm: QueryKeyNorm | None = None,
+    is_cross: bool = False,
+    heads_limit: str = "",
+) -> Attention:
+    """Attention with one weight each for queries, keys, values and output, named in that order."""
+    query, key, value, output = (f"{module}.{projection}" for projection in projections)
+    return Attention(
+        name=module,
+        groups=groups,
+        members=members,
+        parts=score_parts(
+            rows(names, query, groups, size, members),
+            rows(names, key, groups, size),
+            size,
+            rotary_size,
+            pairing,
+        ),
+        value=rows(names, value, groups, size),
+        output=columns(output, size, members),
+        value_size=size,
+        position="rotary" if rotary_size else position,
+        norm=norm,
+        is_cross=is_cross,
+        heads_limit=heads_limit,
+    )
+
+
+def gated(names: Names, module: str, gate: str, up: str, down: str) -> FeedForward:
+    """``down(act(gate) * up)`` with one weight each."""
+    size = names.shapes.get(f"{module}.{up}.weight", (0,))[0]
+    return FeedForward(
+        name=module,
+        size=size,
+        up=units(names, f"{module}.{up}"),
+        down=unit_columns(f"{module}.{down}"),
+        gate=units(names, f"{module}.{gate}"),
+    )
+
+
+def plain(names: Names, name: str, up: str, down: str, activation: str) -> FeedForward:
+    """``down(act(up))`` with ``[out, in]`` weights; ``up`` and ``down`` are full module names."""
+    size = names.shapes.get(f"{up}.weight", (0,))[0]
+    return FeedForward(
+        name=name,
+        size=size,
+        up=units(names, up),
+        down=unit_columns(down),
+        activation="relu" if activation == "relu" else "other",
+    )

@@ -1,0 +1,71 @@
+"""From a config and the tensors on disk to an architecture, or a refusal that names the tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, tensor_extents
+from unmergeable.architecture.declare import Config, Names
+from unmergeable.architecture.families import FAMILIES
+from unmergeable.errors import UnsupportedArchitecture
+
+
+def detect(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+    """The architecture of a checkpoint.
+
+    Args:
+        config: the parsed ``config.json``.
+        shapes: shape of every tensor, by on-disk name.
+
+    Raises:
+        UnsupportedArchitecture: no family for this model, a tensor its family does not know, one that is
+            missing, or one of another shape than the config implies. The message names it.
+    """
+    kind = str(config.get("model_type") or config.get("_class_name") or "")
+    family = FAMILIES.get(kind)
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedArchitecture(
+            f"model type {kind or 'missing from config.json'}: no symmetry map. Known: {known}."
+        )
+    architecture = family(config, Names(shapes))
+    _require_shapes(kind, architecture, shapes)
+    _require_all_claimed(kind, architecture, shapes)
+    return architecture
+
+
+def _require_shapes(kind: str, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, axes in tensor_extents(architecture.symmetry).items():
+        shape = shapes.get(name)
+        if shape is None:
+            raise UnsupportedArchitecture(
+                f"tensor {name} is missing, which a {kind} model of this config has; is the checkpoint complete?"
+            )
+        for axis, extent in axes.items():
+            if len(shape) <= axis or shape[axis] != extent:
+                raise UnsupportedArchitecture(
+                    f"tensor {name} has shape {list(shape)}, but config.json implies {extent} along axis {axis}; "
+                    "config.json and weights do not belong together."
+                )
+
+
+def _require_all_claimed(
+    kind: str, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    owned = set(architecture.symmetry.legs) | {
+        name for block in architecture.blocks for name in biases(block)
+    }
+    untouched = re.compile("|".join(f"(?:{pattern})" for pattern in architecture.untouched))
+    for name in shapes:
+        if name not in owned and untouched.fullmatch(name) is None:
+            raise UnsupportedArchitecture(
+                f"tensor {name} has no place in the symmetry map of {kind}; changing the tensors around it could break "
+                "the model, so nothing is done. Please report the model."
+            )
+
+
+def biases(block: Attention | FeedForward) -> list[str]:
+    """The output bias of a block: in no head's basis, but part of the block."""
+    weight = block.output.weight if isinstance(block, Attention) else block.down.weight
+    return [weight.removesuffix("weight") + "bias"]

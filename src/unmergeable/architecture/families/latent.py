@@ -1,0 +1,78 @@
+"""DeepSeek V2 and V3: multi-head latent attention, gated experts.
+
+Every head's score is a plain part (``q_nope`` . ``k_nope``, expanded from a latent) and a rotary part whose key
+is shared by all heads and written by ``kv_a_proj_with_mqa`` beside the latent.
+"""
+
+from __future__ import annotations
+
+from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, Heads, ScorePart
+from unmergeable.architecture.declare import HEADS_ON_TOP, Config, Names, columns, gated, setting
+from unmergeable.architecture.symmetry import Pairing
+
+
+def deepseek(config: Config, names: Names) -> Architecture:
+    """DeepSeek V2 / V3. Pairs are interleaved; V3 can say otherwise with ``rope_interleave``."""
+    heads = int(setting(config, "num_attention_heads"))
+    plain = int(setting(config, "qk_nope_head_dim"))
+    rotary = int(setting(config, "qk_rope_head_dim"))
+    value = int(setting(config, "v_head_dim"))
+    rank = int(setting(config, "kv_lora_rank"))
+    pairing: Pairing = "interleaved" if config.get("rope_interleave", True) else "half"
+    prefix = names.prefix("layers.0.input_layernorm.weight", ("model.", ""))
+    blocks: list[Attention | FeedForward] = []
+    for index in range(int(setting(config, "num_hidden_layers"))):
+        layer = f"{prefix}layers.{index}"
+        module = f"{layer}.self_attn"
+        query = (
+            f"{module}.q_b_proj.weight" if f"{module}.q_b_proj.weight" in names else f"{module}.q_proj.weight"
+        )
+        expand, compress = f"{module}.kv_b_proj.weight", f"{module}.kv_a_proj_with_mqa"
+        query_stride, expand_stride = plain + rotary, plain + value
+        blocks.append(
+            Attention(
+                name=module,
+                groups=heads,
+                members=1,
+                parts=(
+                    ScorePart(
+                        Heads(query, None, 0, 0, query_stride),
+                        Heads(expand, None, 0, 0, expand_stride),
+                        plain,
+                    ),
+                    ScorePart(
+                        Heads(query, None, 0, plain, query_stride),
+                        Heads(f"{compress}.weight", names.optional(f"{compress}.bias"), 0, rank, 0),
+                        rotary,
+                        pairing,
+                        shared_key=True,
+                    ),
+                ),
+                value=Heads(expand, None, 0, plain, expand_stride),
+                output=columns(f"{module}.o_proj", value),
+                value_size=value,
+                position="rotary",
+            )
+        )
+        blocks.extend(_feed_forwards(names, f"{layer}.mlp"))
+    untouched = (
+        HEADS_ON_TOP,
+        r".*embed_tokens\.weight",
+        r".*norm\.(weight|bias)",
+        r".*\.self_attn\.q_a_proj\.(weight|bias)",
+        r".*\.mlp\.gate\.(weight|e_score_correction_bias)",
+        r".*rotary_emb\.inv_freq",
+    )
+    return Architecture(str(config["model_type"]), tuple(blocks), untouched)
+
+
+def _feed_forwards(names: Names, module: str) -> list[FeedForward]:
+    projections = ("gate_proj", "up_proj", "down_proj")
+    if f"{module}.up_proj.weight" in names:
+        return [gated(names, module, *projections)]
+    experts: list[FeedForward] = []
+    while f"{module}.experts.{len(experts)}.up_proj.weight" in names:
+        experts.append(gated(names, f"{module}.experts.{len(experts)}", *projections))
+    if f"{module}.shared_experts.up_proj.weight" in names:
+        experts.append(gated(names, f"{module}.shared_experts", *projections))
+    return experts

@@ -1,0 +1,58 @@
+"""Every error the library raises on purpose.
+
+    UnmergeableError               1   anything that failed
+    ├── UsageError                 2   the command or a setting is wrong
+    ├── BadInput                   3   a checkpoint, base, plan or adapter cannot be used
+    │   ├── CheckpointError            files: truncated, unsafe names, pickle, missing shards
+    │   ├── UnsupportedArchitecture    no symmetry map, or a tensor no map claims
+    │   └── Mismatch                   two checkpoints that do not belong together
+    ├── NotEquivalent              4   the written checkpoint computes something else
+    └── KeyFileError               5   key missing, wrong, badly kept, or in the way
+
+The number is the exit code of the command line (see ``docs/command-line.md``).
+A message is one line: what, where, what to do.
+"""
+
+from typing import ClassVar
+
+
+class UnmergeableError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(UnmergeableError):
+    """The request itself is wrong: an unknown method, a setting out of range."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class BadInput(UnmergeableError):
+    """An input exists but cannot be used."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class CheckpointError(BadInput):
+    """Files of a checkpoint are missing, damaged or unsafe."""
+
+
+class UnsupportedArchitecture(BadInput):
+    """No symmetry map covers this model, or a tensor in it is unclaimed."""
+
+
+class Mismatch(BadInput):
+    """Two checkpoints that must belong together do not."""
+
+
+class NotEquivalent(UnmergeableError):
+    """The written checkpoint does not compute what the original computes."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class KeyFileError(UnmergeableError):
+    """A key file is missing, wrong, readable by others, or in the way."""
+
+    exit_code: ClassVar[int] = 5

@@ -1,0 +1,98 @@
+"""One tensor under a gauge, in place and in bounded memory: the only place where weights are transformed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from unmergeable.architecture.symmetry import Leg, Space, SymmetryMap
+from unmergeable.gauge.elements import Element
+from unmergeable.gauge.gauge import Gauge
+
+CHUNK_ELEMENTS = 1 << 22
+"""Numbers held in float64 at a time (32 MiB), besides the tensor itself."""
+
+
+def edits(symmetry: SymmetryMap, gauge: Gauge) -> dict[str, Callable[[Tensor], Tensor]]:
+    """For every tensor the gauge touches, the function that transforms it (in place) and returns it."""
+
+    def edit(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda tensor: act_(tensor, name, symmetry, gauge)
+
+    return {name: edit(name) for name in symmetry.tensors_of(gauge.spaces)}
+
+
+def act_(tensor: Tensor, name: str, symmetry: SymmetryMap, gauge: Gauge) -> Tensor:
+    """Transform ``tensor`` (contiguous, stored dtype, any shape) in place and return it.
+
+    All legs of the tensor are applied in float64 and rounded once. Memory beyond the tensor is one chunk; a
+    tensor with legs on several axes is held whole in float64.
+    """
+    legs = [leg for leg in symmetry.legs[name] if leg.space in gauge]
+    if gauge.is_inverse:
+        legs.reverse()
+    elements = {leg.space: gauge[leg.space] for leg in legs}
+    offset = symmetry.gain_offset.get(name, 0.0)
+    for piece in _pieces(tensor, {leg.axis for leg in legs}):
+        work = piece.to(torch.float64).contiguous()
+        if offset:
+            work += offset
+        for leg in legs:
+            coordinates = leg_view(work, leg, symmetry.spaces[leg.space])
+            coordinates.copy_(elements[leg.space].apply(coordinates, leg.variance))
+        if offset:
+            work -= offset
+        piece.copy_(work)
+    return tensor
+
+
+def leg_view(tensor: Tensor, leg: Leg, space: Space) -> Tensor:
+    """The coordinates of a leg, as a view [outer, blocks, *spectators, size, inner] of a contiguous tensor."""
+    assert tensor.is_contiguous()
+    length = tensor.shape[leg.axis]
+    outer, inner = math.prod(tensor.shape[: leg.axis]), math.prod(tensor.shape[leg.axis + 1 :])
+    counts, strides = [count for count, _ in leg.spectators], [stride for _, stride in leg.spectators]
+    return torch.as_strided(
+        tensor,
+        (outer, space.blocks, *counts, space.size, inner),
+        (
+            length * inner,
+            leg.block_stride * inner,
+            *(stride * inner for stride in strides),
+            leg.element_stride * inner,
+            1,
+        ),
+        tensor.storage_offset() + leg.offset * inner,
+    )
+
+
+def _pieces(tensor: Tensor, axes: set[int]) -> Iterator[Tensor]:
+    """Views that cover the tensor, each whole along ``axes`` and of at most about CHUNK_ELEMENTS numbers."""
+    if tensor.numel() <= CHUNK_ELEMENTS or len(axes) > 1:
+        yield tensor
+        return
+    (axis,) = axes
+    free = [dimension for dimension in range(tensor.dim()) if dimension != axis]
+    if not free:
+        yield tensor
+        return
+    along = max(free, key=lambda dimension: tensor.shape[dimension])
+    step = max(1, CHUNK_ELEMENTS * tensor.shape[along] // tensor.numel())
+    for start in range(0, tensor.shape[along], step):
+        yield tensor.narrow(along, start, min(step, tensor.shape[along] - start))
+
+
+def transform_all(tensors: Mapping[str, Tensor], symmetry: SymmetryMap, gauge: Gauge) -> dict[str, Tensor]:
+    """Transformed copies of a whole set of tensors, for tests and small models."""
+    moved = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name in symmetry.tensors_of(gauge.spaces):
+        act_(moved[name], name, symmetry, gauge)
+    return moved
+
+
+def element_on(coordinates: Tensor, element: Element) -> Tensor:
+    """``element`` on plain vectors [blocks, size, n], for tests of the algebra."""
+    return element.apply(coordinates[None], "vector")[0]

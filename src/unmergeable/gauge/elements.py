@@ -1,0 +1,164 @@
+"""Elements of the gauge groups, and how one acts on coordinates.
+
+Three representations cover every group of :mod:`unmergeable.architecture.symmetry`:
+
+    Dense      M x                        general linear
+    Monomial   x'_i = scale_i x_index_i   permutations, signs, scales, quarter turns
+    Rotary     x'_p = z_p x_p             one complex number per frequency pair
+
+Coordinates come as a view of shape [outer, blocks, *spectators, size, inner]; each element carries one
+matrix per block and acts on ``size``. Everything is float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unmergeable.architecture.symmetry import Pairing, Variance
+
+
+class Element(Protocol):
+    """One group element per block of a space."""
+
+    def matrix(self) -> Tensor:
+        """Dense form, float64 [blocks, size, size]."""
+        ...
+
+    def inverse(self) -> Element: ...
+
+    def condition(self) -> float:
+        """The largest spectral condition number over the blocks (1 for an isometry)."""
+        ...
+
+    def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
+        """Transformed copy of a float64 view [outer, blocks, *spectators, size, inner]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """``values`` float64 [blocks, size, size]."""
+
+    values: Tensor
+
+    def matrix(self) -> Tensor:
+        return self.values
+
+    def inverse(self) -> Dense:
+        return Dense(torch.linalg.inv(self.values))
+
+    def condition(self) -> float:
+        singular = torch.linalg.svdvals(self.values)
+        return float((singular[..., 0] / singular[..., -1]).max())
+
+    def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
+        assert variance != "gain", "an elementwise gain has no image under a dense matrix"
+        matrix = self.values if variance == "vector" else torch.linalg.inv(self.values).mT
+        outer, blocks, *spectators, size, inner = coordinates.shape
+        flat = coordinates.reshape(outer, blocks, -1, size, inner)
+        if inner == 1:
+            # Columns of a reader: one [outer * spectators, size] x [size, size] product per block.
+            rows = flat[..., 0].transpose(0, 1).reshape(blocks, -1, size)
+            moved = torch.bmm(rows, matrix.mT).reshape(blocks, outer, -1, size).transpose(0, 1)
+            return moved.reshape(coordinates.shape)
+        return torch.matmul(matrix[None, :, None], flat).reshape(coordinates.shape)
+
+
+@dataclass(frozen=True)
+class Monomial:
+    """``index`` int64 [blocks, size] and ``scale`` float64 [blocks, size]: x'_i = scale_i * x_index_i."""
+
+    index: Tensor
+    scale: Tensor
+
+    def matrix(self) -> Tensor:
+        blocks, size = self.index.shape
+        matrix = torch.zeros(blocks, size, size, dtype=torch.float64)
+        return matrix.scatter_(2, self.index[..., None], self.scale[..., None])
+
+    def inverse(self) -> Monomial:
+        back = torch.argsort(self.index, dim=1)
+        return Monomial(back, 1.0 / torch.gather(self.scale, 1, back))
+
+    def condition(self) -> float:
+        magnitude = self.scale.abs()
+        return float((magnitude.amax(1) / magnitude.amin(1)).max())
+
+    def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
+        blocks, size = self.index.shape
+        trailing = coordinates.dim() - 4  # spectators between blocks and size
+        shape = (1, blocks, *([1] * trailing), size, 1)
+        index = self.index.view(shape).expand(coordinates.shape)
+        moved = torch.gather(coordinates, -2, index)
+        if variance == "gain":
+            assert bool((self.scale.abs() == 1).all()), "a gain only follows signed permutations"
+            return moved
+        scale = self.scale if variance == "vector" else 1.0 / self.scale
+        return moved * scale.view(shape)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """``values`` complex128 [blocks, size // 2], one per frequency pair laid out as ``pairing``."""
+
+    values: Tensor
+    pairing: Pairing
+
+    def matrix(self) -> Tensor:
+        blocks, pairs = self.values.shape
+        first, second = pair_indices(2 * pairs, self.pairing)
+        matrix = torch.zeros(blocks, 2 * pairs, 2 * pairs, dtype=torch.float64)
+        matrix[:, first, first] = matrix[:, second, second] = self.values.real
+        matrix[:, first, second] = -self.values.imag
+        matrix[:, second, first] = self.values.imag
+        return matrix
+
+    def inverse(self) -> Rotary:
+        return Rotary(1.0 / self.values, self.pairing)
+
+    def condition(self) -> float:
+        # A block is a direct sum of scaled rotations: its singular values are the moduli.
+        magnitude = self.values.abs()
+        return float((magnitude.amax(1) / magnitude.amin(1)).max())
+
+    def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
+        assert variance != "gain", "a free phase does not commute with an elementwise gain"
+        values = self.values if variance == "vector" else 1.0 / self.values.conj()
+        trailing = coordinates.dim() - 4
+        shape = (1, values.shape[0], *([1] * trailing), values.shape[1], 1)
+        real, imaginary = values.real.reshape(shape), values.imag.reshape(shape)
+        first, second = split_pairs(coordinates, self.pairing)
+        moved = torch.empty_like(coordinates, memory_format=torch.contiguous_format)
+        out_first, out_second = split_pairs(moved, self.pairing)
+        torch.sub(first * real, second * imaginary, out=out_first)
+        torch.add(first * imaginary, second * real, out=out_second)
+        return moved
+
+
+def pair_indices(size: int, pairing: Pairing) -> tuple[Tensor, Tensor]:
+    """Coordinates of the first and of the second member of each frequency pair."""
+    if pairing == "half":
+        return torch.arange(size // 2), torch.arange(size // 2, size)
+    return torch.arange(0, size, 2), torch.arange(1, size, 2)
+
+
+def split_pairs(coordinates: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
+    """Views of the first and second members along axis -2."""
+    size = coordinates.shape[-2]
+    if pairing == "half":
+        return coordinates[..., : size // 2, :], coordinates[..., size // 2 :, :]
+    return coordinates[..., 0::2, :], coordinates[..., 1::2, :]
+
+
+def compose(second: Element, first: Element) -> Element:
+    """The element that acts like ``first`` and then ``second``."""
+    if isinstance(first, Monomial) and isinstance(second, Monomial):
+        index = torch.gather(first.index, 1, second.index)
+        return Monomial(index, second.scale * torch.gather(first.scale, 1, second.index))
+    if isinstance(first, Rotary) and isinstance(second, Rotary) and first.pairing == second.pairing:
+        return Rotary(second.values * first.values, first.pairing)
+    return Dense(second.matrix() @ first.matrix())
