@@ -5,14 +5,4 @@ from unmergeable.architecture.detect import detect
 from unmergeable.architecture.families import FAMILIES
 from unmergeable.architecture.symmetry import Group, Leg, Space, SymmetryMap
 
-__all__ = [
-    "FAMILIES",
-    "Architecture",
-    "Attention",
-    "FeedForward",
-    "Group",
-    "Leg",
-    "Space",
-    "SymmetryMap",
-    "detect",
-]
+__all__ = ["FAMILIES", "Architecture", "Attention", "FeedForward", "Group", "Leg", "Space", "SymmetryMap", "detect"]

@@ -10,16 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from unmergeable.architecture.symmetry import (
-    Group,
-    GroupKind,
-    Leg,
-    Pairing,
-    Role,
-    Space,
-    SymmetryMap,
-    Variance,
-)
+from unmergeable.architecture.symmetry import Group, GroupKind, Leg, Pairing, Role, Space, SymmetryMap, Variance
 
 Position = Literal["none", "alibi", "relative_bias", "rotary"]
 Activation = Literal["relu", "other"]
@@ -207,9 +198,7 @@ class _Collector:
         return SymmetryMap(self.spaces, legs, self.gain_offset)
 
 
-def symmetry_map(
-    blocks: Iterable[Attention | FeedForward], shared: Iterable[SharedHeads] = ()
-) -> SymmetryMap:
+def symmetry_map(blocks: Iterable[Attention | FeedForward], shared: Iterable[SharedHeads] = ()) -> SymmetryMap:
     """Derive every space and leg from the declared blocks."""
     collector = _Collector()
     shared = tuple(shared)
@@ -257,9 +246,7 @@ def _score_rules(collector: _Collector, block: Attention) -> None:
         if part.shared_key:
             spectators = ((block.groups, part.query.group_stride), (block.members, part.query.member_stride))
             for tensor, axis in ((part.query.weight, part.query.axis), (part.query.bias, 0)):
-                collector.leg(
-                    space, tensor, "vector", axis=axis, offset=part.query.offset, spectators=spectators
-                )
+                collector.leg(space, tensor, "vector", axis=axis, offset=part.query.offset, spectators=spectators)
         else:
             collector.heads_leg(space, part.query, "vector", members=block.members)
         collector.heads_leg(space, part.key, "covector")
@@ -315,9 +302,16 @@ def _normed_space(
     pairing = next((part.rotary for part in block.parts if part.rotary), "half")
     is_paired = kind in {"pair_sign", "pair_scale", "quarter_turn"}
     return collector.space(
-        f"{block.name}.query_key_{label}", "query_key", kind, blocks=blocks, size=size,
-        pairing=pairing if is_paired else None, limit=reason, is_cross=block.is_cross, epsilon=epsilon,
-    )  # fmt: skip
+        f"{block.name}.query_key_{label}",
+        "query_key",
+        kind,
+        blocks=blocks,
+        size=size,
+        pairing=pairing if is_paired else None,
+        limit=reason,
+        is_cross=block.is_cross,
+        epsilon=epsilon,
+    )
 
 
 def _query_key_space(
@@ -358,21 +352,14 @@ def _shared_gain_rules(collector: _Collector, block: Attention, norm: QueryKeyNo
 
 
 def _scale_rules(
-    collector: _Collector,
-    block: Attention,
-    norm: QueryKeyNorm,
-    blocks: tuple[int, int],
-    size: int,
-    reason: str,
+    collector: _Collector, block: Attention, norm: QueryKeyNorm, blocks: tuple[int, int], size: int, reason: str
 ) -> None:
     """A positive scale per norm, on queries and on keys each on its own: the norm after them removes it."""
     query, key, _ = _whole_head(block)
     sides = (("query_scale", query, block.num_heads, blocks[0]), ("key_scale", key, block.groups, blocks[1]))
     for label, heads, count, number in sides:
         width = size * count // number
-        space = _normed_space(
-            collector, block, label, "block_scale", number, width, reason, epsilon=norm.epsilon
-        )
+        space = _normed_space(collector, block, label, "block_scale", number, width, reason, epsilon=norm.epsilon)
         for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
             collector.leg(space, tensor, "vector", axis=axis, offset=heads.offset, block_stride=width)
 
@@ -386,9 +373,13 @@ def _whole_head(block: Attention) -> tuple[Heads, Heads, int]:
 def _value_rules(collector: _Collector, block: Attention) -> None:
     """Values: V' = B V, O' = O B^-1. The softmax mixes whole value vectors, so any invertible B commutes."""
     space = collector.space(
-        f"{block.name}.value_output", "value_output", "general_linear",
-        blocks=block.groups, size=block.value_size, is_cross=block.is_cross,
-    )  # fmt: skip
+        f"{block.name}.value_output",
+        "value_output",
+        "general_linear",
+        blocks=block.groups,
+        size=block.value_size,
+        is_cross=block.is_cross,
+    )
     collector.heads_leg(space, block.value, "vector")
     collector.heads_leg(space, block.output, "covector", members=block.members)
 
@@ -401,19 +392,18 @@ def _head_rules(
         return
     if shared is None:
         space = collector.space(
-            f"{block.name}.heads",
-            "heads",
-            "permutation",
-            blocks=1,
-            size=block.groups,
-            is_cross=block.is_cross,
+            f"{block.name}.heads", "heads", "permutation", blocks=1, size=block.groups, is_cross=block.is_cross
         )
     else:
         existing = shared_spaces.get(shared.name)
         space = existing or collector.space(
-            f"{shared.name}.heads", "heads", "permutation", blocks=1, size=block.groups,
+            f"{shared.name}.heads",
+            "heads",
+            "permutation",
+            blocks=1,
+            size=block.groups,
             limit="a relative position bias per head is shared by every layer of the stack",
-        )  # fmt: skip
+        )
         shared_spaces[shared.name] = space
     rows = [(part.query, block.members, part.size) for part in block.parts]
     rows += [(part.key, 1, part.size) for part in block.parts if not part.shared_key]
@@ -421,32 +411,49 @@ def _head_rules(
     for heads, members, size in rows:
         for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
             collector.leg(
-                space, tensor, "vector", axis=axis, offset=heads.offset,
-                element_stride=heads.group_stride, spectators=((members, heads.member_stride), (size, 1)),
+                space,
+                tensor,
+                "vector",
+                axis=axis,
+                offset=heads.offset,
+                element_stride=heads.group_stride,
+                spectators=((members, heads.member_stride), (size, 1)),
                 is_outer=True,
-            )  # fmt: skip
+            )
     norm = block.norm
     if norm is not None and norm.scope == "full":
         size = block.parts[0].size
         for tensors, members in ((norm.query_gains, block.members), (norm.key_gains, 1)):
             collector.leg(
-                space, tensors[0], "vector",
-                element_stride=members * size, spectators=((members, size), (size, 1)), is_outer=True,
-            )  # fmt: skip
+                space,
+                tensors[0],
+                "vector",
+                element_stride=members * size,
+                spectators=((members, size), (size, 1)),
+                is_outer=True,
+            )
 
 
 def _feed_forward_rules(collector: _Collector, block: FeedForward) -> None:
     """Hidden units in another order; and a scale per unit between up and down where the activation lets it by."""
     if block.gate is not None:
         scale = collector.space(
-            f"{block.name}.scale", "feed_forward", "diagonal", blocks=1, size=block.size,
+            f"{block.name}.scale",
+            "feed_forward",
+            "diagonal",
+            blocks=1,
+            size=block.size,
             limit="only between up and down: the gate passes through its activation",
-        )  # fmt: skip
+        )
     elif block.activation == "relu":
         scale = collector.space(
-            f"{block.name}.scale", "feed_forward", "positive_diagonal", blocks=1, size=block.size,
+            f"{block.name}.scale",
+            "feed_forward",
+            "positive_diagonal",
+            blocks=1,
+            size=block.size,
             limit="relu lets positive scales through",
-        )  # fmt: skip
+        )
     else:
         scale = None
     if scale is not None:

@@ -123,11 +123,7 @@ def separate_attention(
         groups=groups,
         members=members,
         parts=score_parts(
-            rows(names, query, groups, size, members),
-            rows(names, key, groups, size),
-            size,
-            rotary_size,
-            pairing,
+            rows(names, query, groups, size, members), rows(names, key, groups, size), size, rotary_size, pairing
         ),
         value=rows(names, value, groups, size),
         output=columns(output, size, members),

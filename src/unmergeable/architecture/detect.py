@@ -50,12 +50,8 @@ def _require_shapes(kind: str, architecture: Architecture, shapes: Mapping[str, 
                 )
 
 
-def _require_all_claimed(
-    kind: str, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    owned = set(architecture.symmetry.legs) | {
-        name for block in architecture.blocks for name in biases(block)
-    }
+def _require_all_claimed(kind: str, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    owned = set(architecture.symmetry.legs) | {name for block in architecture.blocks for name in biases(block)}
     untouched = re.compile("|".join(f"(?:{pattern})" for pattern in architecture.untouched))
     for name in shapes:
         if name not in owned and untouched.fullmatch(name) is None:

@@ -14,7 +14,7 @@ Nothing here touches numbers; :mod:`unmergeable.gauge` does, with these tables i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -108,9 +108,7 @@ class SymmetryMap:
     legs: Mapping[str, tuple[Leg, ...]]
     gain_offset: Mapping[str, float] = field(default_factory=dict)
 
-    def select(
-        self, *roles: Role, cross_attention: bool = True, negligible_epsilon: bool = False
-    ) -> dict[str, Space]:
+    def select(self, *roles: Role, cross_attention: bool = True, negligible_epsilon: bool = False) -> dict[str, Space]:
         """The spaces of the given roles, in the order of the network.
 
         ``negligible_epsilon`` adds those that are exact only when a norm's epsilon is.
@@ -123,6 +121,6 @@ class SymmetryMap:
             and (negligible_epsilon or space.epsilon == 0)
         }
 
-    def tensors_of(self, spaces: Mapping[str, object]) -> list[str]:
+    def tensors_of(self, spaces: Container[str]) -> list[str]:
         """Names of the tensors that a change of basis in any of ``spaces`` alters."""
         return [name for name, legs in self.legs.items() if any(leg.space in spaces for leg in legs)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,33 +16,35 @@ CHUNK_ELEMENTS = 1 << 22
 """Numbers held in float64 at a time (32 MiB), besides the tensor itself."""
 
 
-def edits(symmetry: SymmetryMap, gauge: Gauge) -> dict[str, Callable[[Tensor], Tensor]]:
-    """For every tensor the gauge touches, the function that transforms it (in place) and returns it."""
+def edits(symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """For every tensor the gauges touch, the function that transforms it (in place) and returns it."""
 
     def edit(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda tensor: act_(tensor, name, symmetry, gauge)
+        return lambda tensor: act_(tensor, name, symmetry, gauges)
 
-    return {name: edit(name) for name in symmetry.tensors_of(gauge.spaces)}
+    touched = {space for gauge in gauges for space in gauge.spaces}
+    return {name: edit(name) for name in symmetry.tensors_of(touched)}
 
 
-def act_(tensor: Tensor, name: str, symmetry: SymmetryMap, gauge: Gauge) -> Tensor:
-    """Transform ``tensor`` (contiguous, stored dtype, any shape) in place and return it.
+def act_(tensor: Tensor, name: str, symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> Tensor:
+    """Transform ``tensor`` (contiguous, stored dtype, any shape) in place by each gauge in turn, and return it.
 
-    All legs of the tensor are applied in float64 and rounded once. Memory beyond the tensor is one chunk; a
-    tensor with legs on several axes is held whole in float64.
+    Everything is applied in float64 and rounded once. Memory beyond the tensor is one chunk; a tensor with
+    legs on several axes is held whole in float64.
     """
-    legs = [leg for leg in symmetry.legs[name] if leg.space in gauge]
-    if gauge.is_inverse:
-        legs.reverse()
-    elements = {leg.space: gauge[leg.space] for leg in legs}
+    steps: list[tuple[Leg, Element]] = []
+    for gauge in gauges:
+        legs = [leg for leg in symmetry.legs[name] if leg.space in gauge]
+        elements = {leg.space: gauge[leg.space] for leg in legs}
+        steps += [(leg, elements[leg.space]) for leg in (reversed(legs) if gauge.is_inverse else legs)]
     offset = symmetry.gain_offset.get(name, 0.0)
-    for piece in _pieces(tensor, {leg.axis for leg in legs}):
+    for piece in _pieces(tensor, {leg.axis for leg, _ in steps}):
         work = piece.to(torch.float64).contiguous()
         if offset:
             work += offset
-        for leg in legs:
+        for leg, element in steps:
             coordinates = leg_view(work, leg, symmetry.spaces[leg.space])
-            coordinates.copy_(elements[leg.space].apply(coordinates, leg.variance))
+            coordinates.copy_(element.apply(coordinates, leg.variance))
         if offset:
             work -= offset
         piece.copy_(work)
@@ -85,14 +87,7 @@ def _pieces(tensor: Tensor, axes: set[int]) -> Iterator[Tensor]:
         yield tensor.narrow(along, start, min(step, tensor.shape[along] - start))
 
 
-def transform_all(tensors: Mapping[str, Tensor], symmetry: SymmetryMap, gauge: Gauge) -> dict[str, Tensor]:
+def transform_all(tensors: Mapping[str, Tensor], symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> dict[str, Tensor]:
     """Transformed copies of a whole set of tensors, for tests and small models."""
-    moved = {name: tensor.clone() for name, tensor in tensors.items()}
-    for name in symmetry.tensors_of(gauge.spaces):
-        act_(moved[name], name, symmetry, gauge)
-    return moved
-
-
-def element_on(coordinates: Tensor, element: Element) -> Tensor:
-    """``element`` on plain vectors [blocks, size, n], for tests of the algebra."""
-    return element.apply(coordinates[None], "vector")[0]
+    edit = edits(symmetry, gauges)
+    return {name: edit[name](tensor.clone()) if name in edit else tensor for name, tensor in tensors.items()}

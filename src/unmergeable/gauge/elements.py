@@ -58,7 +58,7 @@ class Dense:
     def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
         assert variance != "gain", "an elementwise gain has no image under a dense matrix"
         matrix = self.values if variance == "vector" else torch.linalg.inv(self.values).mT
-        outer, blocks, *spectators, size, inner = coordinates.shape
+        outer, blocks, *_, size, inner = coordinates.shape
         flat = coordinates.reshape(outer, blocks, -1, size, inner)
         if inner == 1:
             # Columns of a reader: one [outer * spectators, size] x [size, size] product per block.

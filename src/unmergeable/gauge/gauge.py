@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from unmergeable.architecture.symmetry import Space
@@ -39,6 +39,11 @@ class Gauge:
     def condition(self) -> float:
         """The largest condition number of any element (1 when there is none)."""
         return max((self[name].condition() for name in self), default=1.0)
+
+
+def undo(gauges: Sequence[Gauge]) -> tuple[Gauge, ...]:
+    """The gauges that undo ``gauges`` applied left to right."""
+    return tuple(gauge.inverse() for gauge in reversed(gauges))
 
 
 def sampled_gauge(spaces: Mapping[str, Space], stream: Stream, condition: float) -> Gauge:

@@ -160,9 +160,7 @@ def _is_invertible(space: Space, matrix: Tensor, tolerance: float) -> bool:
 def _is_rotary(space: Space, matrix: Tensor, tolerance: float) -> bool:
     first, second = pair_indices(space.size, _pairing(space))
     values = torch.complex(matrix[:, first, first], matrix[:, second, first])
-    return _near(matrix, Rotary(values, _pairing(space)).matrix(), tolerance) and bool(
-        (values.abs() > tolerance).all()
-    )
+    return _near(matrix, Rotary(values, _pairing(space)).matrix(), tolerance) and bool((values.abs() > tolerance).all())
 
 
 def _is_quarter_turn(space: Space, matrix: Tensor, tolerance: float) -> bool:

@@ -43,3 +43,47 @@ FAMILIES: dict[str, Callable[[Config, Names], Architecture]] = {
     "t5": encoder_decoders.t5,
     "UNet2DConditionModel": diffusion.unet,
 }
+
+_ANY = "any invertible matrix per head"
+_GROUPED = "one complex number per rotary pair and key-value head"
+_PARTIAL = "one complex number per rotary pair, any invertible matrix on the coordinates without positions"
+_HEAD_NORM = "signs per rotary pair, quarter turns and gains per layer (an RMS norm sits on every query and key head)"
+
+QUERY_KEY_GROUPS: dict[str, str] = {
+    "llama": _GROUPED,
+    "mistral": _GROUPED,
+    "qwen2": _GROUPED,
+    "gemma": _GROUPED,
+    "gemma2": _GROUPED,
+    "phi3": _GROUPED,
+    "mixtral": _GROUPED,
+    "qwen3": _HEAD_NORM,
+    "qwen3_moe": _HEAD_NORM,
+    "gemma3_text": _HEAD_NORM,
+    "stablelm": f"{_PARTIAL}; with qk_layernorm one sign per head, and gains per layer",
+    "cohere": f"{_GROUPED}; with use_qk_norm one sign per head, and gains per layer",
+    "olmo2": "signs and gains per rotary pair and key-value head (an RMS norm spans all queries, another all keys)",
+    "deepseek_v2": f"{_ANY} on the part without positions, one complex number per rotary pair and layer on the rest",
+    "deepseek_v3": f"{_ANY} on the part without positions, one complex number per rotary pair and layer on the rest",
+    "phi": f"{_PARTIAL}; with qk_layernorm gains per layer",
+    "gpt2": _ANY,
+    "gptj": _PARTIAL,
+    "gpt_neox": _PARTIAL,
+    "opt": _ANY,
+    "bloom": _ANY,
+    "falcon": f"{_GROUPED}; {_ANY} in the ALiBi models",
+    "bert": _ANY,
+    "roberta": _ANY,
+    "xlm-roberta": _ANY,
+    "vit": _ANY,
+    "dinov2": _ANY,
+    "clip": _ANY,
+    "clip_text_model": _ANY,
+    "clip_vision_model": _ANY,
+    "siglip": _ANY,
+    "siglip_text_model": _ANY,
+    "siglip_vision_model": _ANY,
+    "t5": _ANY,
+    "UNet2DConditionModel": _ANY,
+}
+"""What each family leaves between queries and keys. Between values and output it is any invertible matrix everywhere."""

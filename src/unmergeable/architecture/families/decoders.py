@@ -68,7 +68,7 @@ def _decoder(config: Config, names: Names, *, pairing: Pairing = "half") -> Arch
                 size=size,
                 rotary_size=size,
                 pairing=pairing,
-            )  # fmt: skip
+            )
         )
         blocks.append(gated(names, f"{layer}.mlp", "gate_proj", "up_proj", "down_proj"))
     return Architecture(str(config["model_type"]), tuple(blocks), _untouched(prefix))
@@ -76,9 +76,13 @@ def _decoder(config: Config, names: Names, *, pairing: Pairing = "half") -> Arch
 
 def _rms_per_head(config: Config, module: str, offset: float) -> QueryKeyNorm:
     return QueryKeyNorm(
-        "rms", "head", float(setting(config, "rms_norm_eps", default=1e-6)),
-        (f"{module}.q_norm.weight",), (f"{module}.k_norm.weight",), offset=offset,
-    )  # fmt: skip
+        "rms",
+        "head",
+        float(setting(config, "rms_norm_eps", default=1e-6)),
+        (f"{module}.q_norm.weight",),
+        (f"{module}.k_norm.weight",),
+        offset=offset,
+    )
 
 
 def qwen3(config: Config, names: Names) -> Architecture:
@@ -135,9 +139,12 @@ def olmo2(config: Config, names: Names) -> Architecture:
     for index in range(int(setting(config, "num_hidden_layers"))):
         module = f"{prefix}layers.{index}.self_attn"
         norm = QueryKeyNorm(
-            "rms", "full", float(setting(config, "rms_norm_eps", default=1e-5)),
-            (f"{module}.q_norm.weight",), (f"{module}.k_norm.weight",),
-        )  # fmt: skip
+            "rms",
+            "full",
+            float(setting(config, "rms_norm_eps", default=1e-5)),
+            (f"{module}.q_norm.weight",),
+            (f"{module}.k_norm.weight",),
+        )
         blocks.append(
             separate_attention(
                 names, module, QKVO, groups=groups, members=members, size=size, rotary_size=size, norm=norm
@@ -157,9 +164,13 @@ def cohere(config: Config, names: Names) -> Architecture:
     for layer in layers:
         module = f"{layer}.self_attn"
         norm = QueryKeyNorm(
-            "layer", "head", float(setting(config, "layer_norm_eps", default=1e-5)),
-            (f"{module}.q_norm.weight",), (f"{module}.k_norm.weight",), gain_axis=1,
-        )  # fmt: skip
+            "layer",
+            "head",
+            float(setting(config, "layer_norm_eps", default=1e-5)),
+            (f"{module}.q_norm.weight",),
+            (f"{module}.k_norm.weight",),
+            gain_axis=1,
+        )
         blocks.append(
             separate_attention(
                 names,
@@ -172,7 +183,7 @@ def cohere(config: Config, names: Names) -> Architecture:
                 pairing="interleaved",
                 norm=norm,
                 heads_limit="every head has a norm gain of its own",
-            )  # fmt: skip
+            )
         )
         blocks.append(gated(names, f"{layer}.mlp", "gate_proj", "up_proj", "down_proj"))
     return Architecture("cohere", tuple(blocks), _untouched(prefix))
@@ -203,7 +214,7 @@ def stablelm(config: Config, names: Names) -> Architecture:
                 rotary_size=rotary_size,
                 norm=norm if has_norm else None,
                 heads_limit="every head has a norm gain of its own" if has_norm else "",
-            )  # fmt: skip
+            )
         )
         blocks.append(gated(names, f"{layer}.mlp", "gate_proj", "up_proj", "down_proj"))
     return Architecture("stablelm", tuple(blocks), _untouched(prefix))

@@ -38,12 +38,7 @@ def unet(config: Config, names: Names) -> Architecture:
             projections = ("to_q", "to_k", "to_v", "to_out.0")
             blocks.append(
                 separate_attention(
-                    names,
-                    f"{module}.{label}",
-                    projections,
-                    groups=heads,
-                    size=size,
-                    is_cross=label == "attn2",
+                    names, f"{module}.{label}", projections, groups=heads, size=size, is_cross=label == "attn2"
                 )
             )
         inner = f"{module}.ff.net.0.proj"

@@ -18,17 +18,19 @@ def t5(config: Config, names: Names) -> Architecture:
     for stack in ("encoder", "decoder"):
         if f"{stack}.block.0.layer.0.SelfAttention.q.weight" not in names:
             if stack == "encoder":
-                raise UnsupportedArchitecture(
-                    "tensor encoder.block.0.layer.0.SelfAttention.q.weight is missing."
-                )
+                raise UnsupportedArchitecture("tensor encoder.block.0.layer.0.SelfAttention.q.weight is missing.")
             continue  # an encoder-only checkpoint
         members: list[str] = []
         for index in range(depth[stack]):
             layer = f"{stack}.block.{index}.layer"
             attention = separate_attention(
-                names, f"{layer}.0.SelfAttention", ("q", "k", "v", "o"), groups=heads, size=size,
+                names,
+                f"{layer}.0.SelfAttention",
+                ("q", "k", "v", "o"),
+                groups=heads,
+                size=size,
                 position="relative_bias",
-            )  # fmt: skip
+            )
             blocks.append(attention)
             members.append(attention.name)
             last = 1
@@ -41,7 +43,7 @@ def t5(config: Config, names: Names) -> Architecture:
                         groups=heads,
                         size=size,
                         is_cross=True,
-                    )  # fmt: skip
+                    )
                 )
                 last = 2
             module = f"{layer}.{last}.DenseReluDense"

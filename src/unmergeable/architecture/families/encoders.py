@@ -115,9 +115,7 @@ def clip(config: Config, names: Names) -> Architecture:
     for tower in ("text", "vision"):
         if model_type.endswith(f"{tower}_model"):
             section: Config = config
-            prefix = names.prefix(
-                "encoder.layers.0.mlp.fc1.weight", (f"{tower}_model.", "", f"clip.{tower}_model.")
-            )
+            prefix = names.prefix("encoder.layers.0.mlp.fc1.weight", (f"{tower}_model.", "", f"clip.{tower}_model."))
         elif model_type == kind:
             nested = config.get(f"{tower}_config")
             section = nested if isinstance(nested, Mapping) else {}
@@ -145,9 +143,7 @@ def clip(config: Config, names: Names) -> Architecture:
     return Architecture(model_type, tuple(blocks), untouched)
 
 
-def _pooling_head(
-    names: Names, module: str, heads: int, size: int, activation: str
-) -> list[Attention | FeedForward]:
+def _pooling_head(names: Names, module: str, heads: int, size: int, activation: str) -> list[Attention | FeedForward]:
     fused, bias = f"{module}.attention.in_proj_weight", names.optional(f"{module}.attention.in_proj_bias")
     query, key, value = (Heads(fused, bias, 0, part * heads * size, size) for part in range(3))
     attention = Attention(

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from unmergeable.architecture.blocks import (
-    Architecture,
-    Attention,
-    FeedForward,
-    Heads,
-    Position,
-    QueryKeyNorm,
-)
+from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, Heads, Position, QueryKeyNorm
 from unmergeable.architecture.declare import (
     HEADS_ON_TOP,
     Config,
@@ -81,7 +74,7 @@ def gptj(config: Config, names: Names) -> Architecture:
                 size=size,
                 rotary_size=int(setting(config, "rotary_dim", default=size)),
                 pairing="interleaved",
-            )  # fmt: skip
+            )
         )
         blocks.append(plain(names, f"{layer}.mlp", f"{layer}.mlp.fc_in", f"{layer}.mlp.fc_out", activation))
     return Architecture("gptj", tuple(blocks), (HEADS_ON_TOP, _NORMS, _BUFFERS, r".*\bwte\.weight"))
@@ -126,9 +119,7 @@ def gpt_neox(config: Config, names: Names) -> Architecture:
         layer = f"{prefix}layers.{index}"
         module = f"{layer}.attention"
         blocks.append(
-            _fused_per_head(
-                names, module, f"{module}.dense", heads=heads, size=size, rotary_size=int(size * share)
-            )
+            _fused_per_head(names, module, f"{module}.dense", heads=heads, size=size, rotary_size=int(size * share))
         )
         blocks.append(_dense_4h(names, layer, activation))
     untouched = (HEADS_ON_TOP, _NORMS, _BUFFERS, r"embed_out\.weight", r".*\bembed_in\.weight")
@@ -210,11 +201,7 @@ def opt(config: Config, names: Names) -> Architecture:
         layer = f"{prefix}layers.{index}"
         blocks.append(
             separate_attention(
-                names,
-                f"{layer}.self_attn",
-                ("q_proj", "k_proj", "v_proj", "out_proj"),
-                groups=heads,
-                size=size,
+                names, f"{layer}.self_attn", ("q_proj", "k_proj", "v_proj", "out_proj"), groups=heads, size=size
             )
         )
         blocks.append(plain(names, layer, f"{layer}.fc1", f"{layer}.fc2", activation))
@@ -237,10 +224,14 @@ def phi(config: Config, names: Names) -> Architecture:
         norm = None
         if config.get("qk_layernorm"):
             norm = QueryKeyNorm(
-                "layer", "head", float(setting(config, "layer_norm_eps", default=1e-5)),
-                (f"{module}.q_layernorm.weight",), (f"{module}.k_layernorm.weight",),
-                f"{module}.q_layernorm.bias", f"{module}.k_layernorm.bias",
-            )  # fmt: skip
+                "layer",
+                "head",
+                float(setting(config, "layer_norm_eps", default=1e-5)),
+                (f"{module}.q_layernorm.weight",),
+                (f"{module}.k_layernorm.weight",),
+                f"{module}.q_layernorm.bias",
+                f"{module}.k_layernorm.bias",
+            )
         blocks.append(
             separate_attention(
                 names,
@@ -251,7 +242,7 @@ def phi(config: Config, names: Names) -> Architecture:
                 size=size,
                 rotary_size=rotary_size,
                 norm=norm,
-            )  # fmt: skip
+            )
         )
         blocks.append(plain(names, f"{layer}.mlp", f"{layer}.mlp.fc1", f"{layer}.mlp.fc2", activation))
     untouched: Iterable[str] = (HEADS_ON_TOP, _NORMS, _BUFFERS, r".*embed_tokens\.weight")

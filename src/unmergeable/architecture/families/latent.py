@@ -24,9 +24,7 @@ def deepseek(config: Config, names: Names) -> Architecture:
     for index in range(int(setting(config, "num_hidden_layers"))):
         layer = f"{prefix}layers.{index}"
         module = f"{layer}.self_attn"
-        query = (
-            f"{module}.q_b_proj.weight" if f"{module}.q_b_proj.weight" in names else f"{module}.q_proj.weight"
-        )
+        query = f"{module}.q_b_proj.weight" if f"{module}.q_b_proj.weight" in names else f"{module}.q_proj.weight"
         expand, compress = f"{module}.kv_b_proj.weight", f"{module}.kv_a_proj_with_mqa"
         query_stride, expand_stride = plain + rotary, plain + value
         blocks.append(
@@ -35,11 +33,7 @@ def deepseek(config: Config, names: Names) -> Architecture:
                 groups=heads,
                 members=1,
                 parts=(
-                    ScorePart(
-                        Heads(query, None, 0, 0, query_stride),
-                        Heads(expand, None, 0, 0, expand_stride),
-                        plain,
-                    ),
+                    ScorePart(Heads(query, None, 0, 0, query_stride), Heads(expand, None, 0, 0, expand_stride), plain),
                     ScorePart(
                         Heads(query, None, 0, plain, query_stride),
                         Heads(f"{compress}.weight", names.optional(f"{compress}.bias"), 0, rank, 0),

@@ -1,0 +1,95 @@
+"""Restore: a protected checkpoint and its key give the original back, to rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unmergeable.api.opened import open_with_architecture, worker_threads
+from unmergeable.api.recipe import condition_bound, gauges_of, protections_of, spaces_of
+from unmergeable.checkpoint.manifest import read_manifest
+from unmergeable.checkpoint.rewrite import output_like, rewrite
+from unmergeable.checkpoint.source import TensorSource
+from unmergeable.errors import BadInput, KeyFileError, NotEquivalent
+from unmergeable.gauge.act import edits
+from unmergeable.gauge.equivalence import changed_blocks, compare
+from unmergeable.gauge.gauge import undo
+from unmergeable.gauge.key import read_key
+from unmergeable.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class RestoreResult:
+    """``measured_error``: largest relative error of a block against the protected checkpoint."""
+
+    out: Path
+    fingerprint: str
+    architecture: str
+    changed_tensors: int
+    measured_error: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "key_fingerprint": self.fingerprint,
+            "architecture": self.architecture,
+            "changed_tensors": self.changed_tensors,
+            "measured_block_error": self.measured_error,
+        }
+
+
+def restore(
+    protected: Path,
+    *,
+    key: Path,
+    out: Path,
+    passphrase: str | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> RestoreResult:
+    """Undo a keyed protection.
+
+    Raises:
+        KeyFileError: no key, or not the key of this checkpoint; nothing is written.
+        BadInput: ``protected`` was not made by ``protect``.
+        NotEquivalent: the result does not compute what the protected checkpoint computes (its weights were altered).
+    """
+    secret = read_key(key, passphrase)
+    source, architecture = open_with_architecture(protected)
+    manifest = read_manifest(protected)
+    if manifest is None or "key_fingerprint" not in manifest.details:
+        raise BadInput(f"{protected} has no unmergeable.json of a keyed protection; there is nothing to restore.")
+    if manifest.details["key_fingerprint"] != secret.fingerprint:
+        raise KeyFileError(
+            f"key file {key} (fingerprint {secret.fingerprint[:8]}) is not the key of {protected} "
+            f"({str(manifest.details['key_fingerprint'])[:8]}); give the one made with it."
+        )
+    protections = protections_of(secret.recipe)
+    spaces = spaces_of(protections, architecture)
+    condition = condition_bound(protections)
+    errors: list[float] = []
+
+    def verify(written: TensorSource) -> dict[str, Any]:
+        touched = changed_blocks(architecture, list(spaces))
+        found = compare(
+            source, written, touched, condition=condition, threads=worker_threads(threads), blocks_only=True, progress=progress
+        )
+        if not found.is_equal:
+            raise NotEquivalent(f"{out} would not compute what {protected} computes: {found.explain()}; nothing was written.")
+        errors.append(max(block.error for block in found.blocks))
+        return {"measured": {"largest_block_error": errors[0]}}
+
+    gauges = undo(gauges_of(protections, architecture, secret))
+    rewrite(
+        source,
+        out,
+        output_like(source, edits(architecture.symmetry, gauges)),
+        manifest={"kind": "restored", "key_fingerprint": secret.fingerprint, "architecture": architecture.family},
+        resume_token=f"restore {secret.fingerprint}",
+        verify=verify,
+        threads=threads,
+        progress=progress,
+    )
+    changed = architecture.symmetry.tensors_of(spaces)
+    return RestoreResult(out, secret.fingerprint, architecture.family, len(changed), errors[0])

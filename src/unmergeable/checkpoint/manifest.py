@@ -1,0 +1,174 @@
+"""``unmergeable.json``: what a written checkpoint was made of, and the hash of every file of it.
+
+Holds no secrets and no paths: files are named without their folders, and the command line is not recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from unmergeable.checkpoint.header import strict_json
+from unmergeable.checkpoint.side_files import MANIFEST_NAME, LeftOut
+from unmergeable.errors import CheckpointError, UsageError
+
+FORMAT_VERSION = 1
+TOOL = "unmergeable"
+
+_OWN_KEYS = ("format_version", "tool", "tool_version", "inputs", "outputs", "left_out")
+_HASH_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file: its name without a folder, its size in bytes, and its SHA-256 in hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record kept beside a written checkpoint.
+
+    ``inputs`` maps a role (``"source"``, ``"base"`` …) to the files read for it. ``details`` is the part of the
+    caller (recipe, architecture, measured errors …), JSON-able; its keys stand beside these fields in the file.
+    """
+
+    outputs: tuple[FileRecord, ...]
+    inputs: Mapping[str, tuple[FileRecord, ...]] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    tool_version: str = field(default_factory=lambda: tool_version())
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The text of ``unmergeable.json``."""
+        require_details(self.details)
+        record = {
+            "format_version": self.format_version,
+            "tool": TOOL,
+            "tool_version": self.tool_version,
+            **self.details,
+            "inputs": {role: [_file_json(file) for file in files] for role, files in self.inputs.items()},
+            "outputs": [_file_json(file) for file in self.outputs],
+            "left_out": [{"name": item.name, "reason": item.reason} for item in self.left_out],
+        }
+        return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> Manifest:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            CheckpointError: for text that is no manifest, or one of a later format.
+        """
+        record = strict_json(text, where)
+        if not isinstance(record, dict) or record.get("tool") != TOOL:
+            raise CheckpointError(f"{where}: not a manifest of {TOOL}.")
+        if record.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where}: format {record.get('format_version')}, this version reads {FORMAT_VERSION}; update {TOOL}."
+            )
+        try:
+            return cls(
+                outputs=tuple(_file_record(item) for item in record["outputs"]),
+                inputs={role: tuple(_file_record(item) for item in files) for role, files in record["inputs"].items()},
+                left_out=tuple(LeftOut(item["name"], item["reason"]) for item in record["left_out"]),
+                details={key: value for key, value in record.items() if key not in _OWN_KEYS},
+                tool_version=record["tool_version"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{where}: not a complete manifest ({error!r}).") from error
+
+
+def require_details(details: Mapping[str, Any]) -> None:
+    """Require the caller's part to be JSON-able and to leave the manifest's own keys alone.
+
+    Raises:
+        UsageError: naming the offending key.
+    """
+    for key, value in details.items():
+        if key in _OWN_KEYS:
+            raise UsageError(f"manifest key {key!r} is written by the library; choose another.")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"manifest key {key!r} cannot be written as JSON ({error}).") from error
+
+
+def tool_version() -> str:
+    """The installed version of this package, or ``"unknown"`` when it runs from a bare source tree."""
+    try:
+        return version(TOOL)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def read_manifest(folder: Path | str) -> Manifest | None:
+    """The manifest of a checkpoint folder, or None if it has none."""
+    path = Path(folder) / MANIFEST_NAME
+    return Manifest.from_json(path.read_bytes(), str(path)) if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class Alteration:
+    """A file that is not what the manifest says; ``problem`` is one of missing, resized, altered, added."""
+
+    name: str
+    problem: str
+
+
+def check_files(folder: Path | str) -> tuple[Alteration, ...]:
+    """Hash every file of a written checkpoint again and report those that differ from its manifest.
+
+    Raises:
+        CheckpointError: when the folder has no manifest.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: nothing to compare its files with.")
+    found: list[Alteration] = []
+    for record in manifest.outputs:
+        path = folder / record.name
+        if not path.is_file():
+            found.append(Alteration(record.name, "missing"))
+        elif path.stat().st_size != record.size:
+            found.append(Alteration(record.name, "resized"))
+        elif record_file(path).sha256 != record.sha256:
+            found.append(Alteration(record.name, "altered"))
+    known = {record.name for record in manifest.outputs} | {MANIFEST_NAME}
+    found += [Alteration(path.name, "added") for path in sorted(folder.iterdir()) if path.name not in known]
+    return tuple(found)
+
+
+def record_file(path: Path, name: str | None = None) -> FileRecord:
+    """Hash a file; ``name`` replaces the file's own, which in the hub's cache is a hash."""
+    digest = hashlib.sha256()
+    size = 0
+    buffer = memoryview(bytearray(_HASH_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return FileRecord(name or path.name, size, digest.hexdigest())
+
+
+def _file_json(file: FileRecord) -> dict[str, Any]:
+    return {"name": file.name, "size": file.size, "sha256": file.sha256}
+
+
+def _file_record(item: Mapping[str, Any]) -> FileRecord:
+    return FileRecord(str(item["name"]), int(item["size"]), str(item["sha256"]))
+
+
+def by_name(records: Sequence[FileRecord]) -> tuple[FileRecord, ...]:
+    """Records in order of name, so that a manifest does not depend on the order of the work."""
+    return tuple(sorted(records, key=lambda record: record.name))

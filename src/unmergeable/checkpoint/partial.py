@@ -1,0 +1,230 @@
+"""The folder a result grows in, and the journal by which a killed run resumes.
+
+    OUT.partial/lock         held (flock) by the process that writes
+    OUT.partial/journal      one JSON object a line: what is known to be on the disk
+    OUT.partial/checkpoint/  becomes OUT with one rename, when everything in it is verified
+
+The journal and the lock stay behind when the folder is renamed, so a result never holds them, and they are there
+until the instant at which they are no longer needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unmergeable.checkpoint.manifest import FileRecord
+from unmergeable.checkpoint.writer import write_error
+from unmergeable.errors import BadInput, CheckpointError
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_FORMAT = 1
+_LOCK, _JOURNAL, _FILES = "lock", "journal", "checkpoint"
+
+
+@dataclass(frozen=True)
+class Safe:
+    """The first ``position`` bytes of a shard, of this hash, are on the disk."""
+
+    position: int
+    sha256: str
+
+
+@dataclass
+class Done:
+    """What a journal knows: shards that are complete, how far others are, hashes of inputs read to the end."""
+
+    finished: dict[str, FileRecord] = field(default_factory=dict)
+    begun: dict[str, Safe] = field(default_factory=dict)
+    inputs: dict[str, FileRecord] = field(default_factory=dict)
+
+
+class PartialFolder:
+    """``OUT.partial``, locked. Use as a context manager; leaving it releases the lock and keeps the files.
+
+    Args:
+        out: the folder to become; its parent must exist.
+        token: identifies the work. A partial result with another token is discarded.
+
+    Raises:
+        BadInput: when another process is writing there, ``out`` exists, or ``OUT.partial`` holds foreign files.
+    """
+
+    def __init__(self, out: Path, token: str) -> None:
+        self._out = out
+        self._folder = out.with_name(out.name + ".partial")
+        self.files = self._folder / _FILES
+        self._lock = -1
+        self._journal = -1
+        self.done = Done()
+        try:
+            self._lock = self._take_lock()
+            require_absent(out)
+            self._resume_or_begin(token)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> PartialFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock; what is in the folder stays."""
+        for descriptor in (self._journal, self._lock):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._journal = self._lock = -1
+
+    def note_safe(self, shard: str, safe: Safe) -> None:
+        """Record how much of a shard is on the disk."""
+        self._append({"shard": shard, "position": safe.position, "sha256": safe.sha256})
+
+    def note_finished(self, record: FileRecord) -> None:
+        """Record that a shard is complete and on the disk."""
+        self._append({"finished": record.name, "size": record.size, "sha256": record.sha256})
+
+    def note_input(self, path: str, record: FileRecord) -> None:
+        """Record the hash of an input file, so that a resumed run need not read it again."""
+        self._append({"input": path, "name": record.name, "size": record.size, "sha256": record.sha256})
+
+    def commit(self) -> None:
+        """Make the result visible under its final name, at once and for good."""
+        sync_folder(self.files)
+        require_absent(self._out)
+        try:
+            self.files.rename(self._out)
+        except OSError as error:
+            raise BadInput(f"{self._out} cannot be created ({error.strerror}): choose another folder.") from error
+        sync_folder(self._out.parent)
+        self._remove()
+
+    def discard(self) -> None:
+        """Delete the partial result."""
+        self._remove()
+
+    def _take_lock(self) -> int:
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise write_error(self._folder, error) from error
+        if self._folder.is_symlink() or not {path.name for path in self._folder.iterdir()} <= {_LOCK, _JOURNAL, _FILES}:
+            raise BadInput(f"{self._folder} holds files of somebody else: move it away or choose another OUT.")
+        path = self._folder / _LOCK
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The process that held the lock may have finished and removed the file in between.
+            taken = os.fstat(descriptor).st_nlink > 0
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise write_error(path, error) from error
+            raise BadInput(f"{self._folder} is being written by another process: wait for it to end.") from error
+        if not taken:
+            os.close(descriptor)
+            raise BadInput(f"{self._folder} was just finished by another process: look for {self._out}.")
+        return descriptor
+
+    def _resume_or_begin(self, token: str) -> None:
+        path = self._folder / _JOURNAL
+        lines, understood = _read_lines(path)
+        begins = {"format": JOURNAL_FORMAT, "token": token}
+        resumes = bool(lines) and lines[0] == begins
+        if resumes:
+            for line in lines[1:]:
+                _replay(line, self.done)
+            logger.info("resuming %s: %d shards are complete", self._folder, len(self.done.finished))
+        elif lines or self.files.exists():
+            logger.info("discarding %s: it was begun for other work", self._folder)
+            path.unlink(missing_ok=True)
+            _remove_tree(self.files)
+        self.files.mkdir(exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._journal = os.open(path, flags, 0o644)
+        if resumes:
+            os.ftruncate(self._journal, understood)  # a line torn by a crash would swallow the next one
+        else:
+            self._append(begins)
+        sync_folder(self._folder)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        try:
+            os.write(self._journal, json.dumps(line).encode() + b"\n")
+            os.fsync(self._journal)
+        except OSError as error:
+            raise write_error(self._folder / _JOURNAL, error) from error
+
+    def _remove(self) -> None:
+        _remove_tree(self.files)
+        (self._folder / _JOURNAL).unlink(missing_ok=True)
+        (self._folder / _LOCK).unlink(missing_ok=True)
+        self._folder.rmdir()
+
+
+def require_absent(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        BadInput: when ``out`` exists, be it a dangling link.
+    """
+    if os.path.lexists(out):
+        raise BadInput(f"{out} exists: choose another output folder, or remove it first.")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_tree(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The journal's lines up to one that a crash left incomplete, and the bytes they take."""
+    lines: list[dict[str, Any]] = []
+    understood = 0
+    if not path.is_file() or path.is_symlink():
+        return lines, understood
+    for raw in path.read_bytes().splitlines(keepends=True):
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            break
+        if not raw.endswith(b"\n") or not isinstance(line, dict):
+            break
+        lines.append(line)
+        understood += len(raw)
+    return lines, understood
+
+
+def _replay(line: Mapping[str, Any], done: Done) -> None:
+    try:
+        if "finished" in line:
+            record = FileRecord(line["finished"], line["size"], line["sha256"])
+            done.finished[record.name] = record
+        elif "input" in line:
+            done.inputs[line["input"]] = FileRecord(line["name"], line["size"], line["sha256"])
+        else:
+            done.begun[line["shard"]] = Safe(line["position"], line["sha256"])
+    except KeyError as error:
+        raise CheckpointError(f"the journal of a partial result lacks {error}: remove the .partial folder.") from error

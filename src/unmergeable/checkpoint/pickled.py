@@ -1,0 +1,161 @@
+"""Pickled weights (``*.bin``, ``*.pth``) behind the interface of a safetensors folder.
+
+Only on explicit request, and only through torch's restricted unpickler (``weights_only=True``), which builds
+tensors and plain containers and refuses everything else. The files are mapped, so memory holds one tensor.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmergeable.checkpoint.dtypes import dtype_code
+from unmergeable.checkpoint.header import save_file_order
+from unmergeable.checkpoint.index import (
+    CheckpointIndex,
+    TensorSpec,
+    digest_of,
+    lay_out_virtual,
+    read_config,
+    read_json,
+    refuse_quantised,
+)
+from unmergeable.checkpoint.side_files import CONFIG_NAME, resolve_inside, sort_side_files
+from unmergeable.checkpoint.source import lookup
+from unmergeable.errors import CheckpointError
+
+_STEMS = ("pytorch_model", "diffusion_pytorch_model", "model")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(bin|pth|pt)")
+
+
+class PickledCheckpoint:
+    """A folder of pickled weights as a source; its index is that of the safetensors files it would become."""
+
+    def __init__(self, index: CheckpointIndex, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._index = index
+        self._tensors = tensors
+
+    @classmethod
+    def open(cls, folder: Path | str) -> PickledCheckpoint:
+        """Unpickle the structure of every file in ``folder``; the tensors stay mapped.
+
+        Raises:
+            CheckpointError: for files that are missing, hold anything but tensors, or are quantised.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        files, index_name = _find_files(folder)
+        tensors: dict[str, torch.Tensor] = {}
+        specs: dict[str, dict[str, TensorSpec]] = {}
+        for name in files:
+            state = load_state(resolve_inside(folder, name), name)
+            for key in state.keys() & tensors.keys():
+                raise CheckpointError(f"tensor {key!r} is in {name} and in another file; the checkpoint is malformed.")
+            tensors |= state
+            found = {key: TensorSpec(dtype_code(value.dtype), tuple(value.shape)) for key, value in state.items()}
+            specs[_safetensors_name(name)] = {key: found[key] for key in save_file_order(found)}
+        entries, shards = lay_out_virtual(specs, {"format": "pt"})
+        refuse_quantised(folder, config, entries.values())
+        paths = {resolve_inside(folder, name): name for name in files}
+        claimed = {CONFIG_NAME, *files} | ({index_name} if index_name else set())
+        side_files, left_out = sort_side_files(folder, frozenset(claimed))
+        index = CheckpointIndex(
+            folder=folder,
+            config_file=resolve_inside(folder, CONFIG_NAME),
+            config=config,
+            entries=entries,
+            shards=shards,
+            weights_index_file=None,
+            weights_index=None,
+            side_files=side_files,
+            left_out=left_out,
+            headers_digest="",
+            other_files=paths,
+        )
+        return cls(replace(index, headers_digest=digest_of(index)), tensors)
+
+    @property
+    def folder(self) -> Path:
+        return self._index.folder
+
+    @property
+    def description(self) -> str:
+        return str(self._index.folder)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._index.config
+
+    @property
+    def index(self) -> CheckpointIndex:
+        return self._index
+
+    @property
+    def names(self) -> Sequence[str]:
+        return tuple(self._index.entries)
+
+    def spec(self, name: str) -> TensorSpec:
+        return lookup(self._index, name, self.description)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        self.spec(name)
+        return self._tensors[name].clone(memory_format=torch.contiguous_format)
+
+
+def load_state(path: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one pickled file, mapped where the format allows it; ``name`` names it in messages.
+
+    Raises:
+        CheckpointError: when it needs more than tensors to unpickle, or holds something else.
+    """
+    try:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{name} cannot be unpickled safely ({reason}): convert it to safetensors.") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"{name} holds a {type(state).__name__}, not a dict of tensors: convert it to safetensors."
+        )
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise CheckpointError(
+                f"{name} holds a {type(value).__name__} under {key!r} where only tensors may be: extract the weights "
+                "and save them as safetensors."
+            )
+    return state
+
+
+def _find_files(folder: Path) -> tuple[tuple[str, ...], str | None]:
+    names = {path.name for path in folder.iterdir()}
+    for stem in _STEMS:
+        index_name = f"{stem}.bin.index.json"
+        if index_name in names:
+            raw = read_json(folder, index_name)
+            weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index_name} in {folder} has no weight_map; download it again.")
+            for name in weight_map.values():
+                if not isinstance(name, str) or not _SAFE_NAME.fullmatch(name):
+                    raise CheckpointError(
+                        f"{index_name} names the file {str(name)[:200]!r}, which is not a plain file name; "
+                        "do not trust this checkpoint."
+                    )
+            return tuple(sorted(set(weight_map.values()))), index_name
+        for suffix in (".bin", ".pth", ".pt"):
+            if stem + suffix in names:
+                return (stem + suffix,), None
+    raise CheckpointError(f"{folder} has no pytorch_model.bin and no index of one.")
+
+
+def _safetensors_name(name: str) -> str:
+    stem = name.rpartition(".")[0]
+    return stem.removeprefix("pytorch_") + ".safetensors"

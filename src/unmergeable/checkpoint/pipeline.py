@@ -1,0 +1,279 @@
+"""Tensors through memory in order: read ahead, compute beside, hand over in sequence, within a budget of bytes.
+
+    feeder thread           workers            consumer (the caller's thread)
+    read, hash the input -> edit or make    -> takes pieces strictly in order
+
+Copied tensors pass in small pieces through a few reused buffers, so a copy costs no memory however large the
+tensor. A changed tensor is whole in memory once. Reservations are made and released in the same order, so the
+pipeline cannot wait for itself; a tensor larger than the whole budget travels alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from unmergeable.checkpoint.header import TensorSpec
+from unmergeable.checkpoint.manifest import FileRecord
+from unmergeable.checkpoint.reader import OpenFiles
+from unmergeable.checkpoint.source import Extent, empty_tensor, tensor_bytes
+from unmergeable.checkpoint.writer import require_spec
+
+PIECE_BYTES = 4 << 20
+_BUFFERS = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """How one tensor of the result comes about. ``spec`` is what it must be in the end.
+
+    Either ``extent`` (stored bytes of a tensor of ``stored`` spec) or ``read`` (computes one) gives the input;
+    ``edit`` changes it, None passes the bytes on.
+    """
+
+    name: str
+    spec: TensorSpec
+    stored: TensorSpec
+    extent: Extent | None = None
+    read: Callable[[], torch.Tensor] | None = None
+    edit: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of the current tensor; valid until the next piece is asked for. ``last`` ends the tensor."""
+
+    data: memoryview
+    last: bool
+
+
+class InputHashes:
+    """SHA-256 of whole input files from pieces read in rising order; what nobody reads is read here.
+
+    Not thread-safe: one thread feeds it. ``records`` holds the files that are finished.
+    """
+
+    def __init__(self, files: Mapping[Path, str], known: Mapping[Path, FileRecord]) -> None:
+        self._names = files
+        self._open = OpenFiles()
+        self._begun: dict[Path, tuple[hashlib._Hash, int]] = {}
+        self.records = dict(known)
+
+    def feed(self, path: Path, begin: int, data: memoryview) -> None:
+        """Take note of bytes read at offset ``begin``."""
+        if path in self.records or path not in self._names:
+            return
+        digest, position = self._catch_up(path, begin)
+        if position < begin + len(data):
+            digest.update(data[position - begin :])
+            self._begun[path] = (digest, begin + len(data))
+
+    def finish(self, path: Path) -> None:
+        """Hash what is left of a file."""
+        if path in self.records or path not in self._names:
+            return
+        digest, size = self._catch_up(path, path.stat().st_size)
+        self.records[path] = FileRecord(self._names[path], size, digest.hexdigest())
+        self._begun.pop(path, None)
+
+    def finish_all(self) -> None:
+        """Hash what is left of every file."""
+        for path in self._names:
+            self.finish(path)
+
+    def _catch_up(self, path: Path, target: int) -> tuple[hashlib._Hash, int]:
+        digest, position = self._begun.get(path) or (hashlib.sha256(), 0)
+        if position < target:
+            buffer = memoryview(bytearray(min(PIECE_BYTES, target - position)))
+            while position < target:
+                piece = buffer[: min(len(buffer), target - position)]
+                self._open.read_into(piece, path, position)
+                digest.update(piece)
+                position += len(piece)
+        self._begun[path] = (digest, position)
+        return digest, position
+
+
+def stream(
+    jobs: Sequence[Job], hashes: InputHashes, *, threads: int | None, memory_budget: int
+) -> Generator[Piece, None, None]:
+    """Run the jobs; yield the bytes of their results in order. Closing the iterator stops the threads.
+
+    Args:
+        jobs: in the order of the result.
+        hashes: fed with every input byte that is read here, and finished for all its files at the end.
+        threads: workers for edits; None for as many as leave each a share of torch's own threads.
+        memory_budget: bytes of changed tensors between reading and being written.
+    """
+    channel = _Channel(memory_budget)
+    workers = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="unmergeable-edit")
+    feeder = threading.Thread(target=_feed, args=(jobs, hashes, channel, workers), name="unmergeable-read", daemon=True)
+    feeder.start()
+    try:
+        while (item := channel.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item, _Buffered):
+                yield Piece(item.buffer[: item.nbytes], item.last)
+                channel.give_back(item.buffer)
+            else:
+                view, reserved = tensor_bytes(item.future.result()), item.reserved
+                del item
+                yield Piece(view, last=True)
+                view.release()  # and with it the tensor, before its bytes count as free
+                channel.release(reserved)
+    finally:
+        channel.cancel()
+        workers.shutdown(wait=True, cancel_futures=True)
+        feeder.join()
+
+
+def default_threads() -> int:
+    """As many workers as keep workers times torch's own threads within the processors."""
+    return max(1, (_processors() // torch.get_num_threads()))
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class _Buffered:
+    buffer: memoryview
+    nbytes: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class _Computed:
+    future: Future[torch.Tensor]
+    reserved: int
+
+
+class _Cancelled(Exception):
+    """The consumer has gone."""
+
+
+class _Channel:
+    """The queue from the feeder to the consumer, with the budget and the reused buffers."""
+
+    def __init__(self, budget: int) -> None:
+        self._changed = threading.Condition()
+        self._items: deque[_Buffered | _Computed | BaseException | None] = deque()
+        self._budget = budget
+        self._reserved = 0
+        self._free: deque[memoryview] = deque()
+        self._unmade = _BUFFERS
+        self._cancelled = False
+
+    def put(self, item: _Buffered | _Computed | BaseException | None) -> None:
+        with self._changed:
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def get(self) -> _Buffered | _Computed | BaseException | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._items)
+            return self._items.popleft()
+
+    def reserve(self, nbytes: int) -> None:
+        self._wait(lambda: self._reserved == 0 or self._reserved + nbytes <= self._budget)
+        with self._changed:
+            self._reserved += nbytes
+
+    def release(self, nbytes: int) -> None:
+        with self._changed:
+            self._reserved -= nbytes
+            self._changed.notify_all()
+
+    def buffer(self) -> memoryview:
+        self._wait(lambda: bool(self._free) or self._unmade > 0)
+        with self._changed:
+            if self._free:
+                return self._free.pop()
+            self._unmade -= 1
+        return memoryview(bytearray(PIECE_BYTES))
+
+    def give_back(self, buffer: memoryview) -> None:
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+    def cancel(self) -> None:
+        with self._changed:
+            self._cancelled = True
+            self._items.clear()
+            self._changed.notify_all()
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._cancelled or ready())
+            if self._cancelled:
+                raise _Cancelled
+
+
+def _feed(jobs: Sequence[Job], hashes: InputHashes, channel: _Channel, workers: ThreadPoolExecutor) -> None:
+    """The feeder thread: reads in order, hashes what it reads, and never lets an error die with the thread."""
+    files = OpenFiles()
+    last_use = {job.extent.path: number for number, job in enumerate(jobs) if job.extent is not None}
+    try:
+        for number, job in enumerate(jobs):
+            if job.extent is not None and job.edit is None:
+                _pass_on(job.extent, files, hashes, channel)
+            else:
+                reserved = max(job.stored.nbytes, job.spec.nbytes)
+                channel.reserve(reserved)
+                channel.put(_Computed(_submit(job, files, hashes, workers), reserved))
+            if job.extent is not None and last_use[job.extent.path] == number:
+                hashes.finish(job.extent.path)
+        hashes.finish_all()
+        channel.put(None)
+    except _Cancelled:
+        pass
+    except BaseException as error:
+        channel.put(error)
+
+
+def _pass_on(extent: Extent, files: OpenFiles, hashes: InputHashes, channel: _Channel) -> None:
+    position = extent.begin
+    while True:
+        nbytes = min(PIECE_BYTES, extent.end - position)
+        buffer = channel.buffer()
+        files.read_into(buffer[:nbytes], extent.path, position)
+        hashes.feed(extent.path, position, buffer[:nbytes])
+        position += nbytes
+        channel.put(_Buffered(buffer, nbytes, position == extent.end))
+        if position == extent.end:
+            return
+
+
+def _submit(job: Job, files: OpenFiles, hashes: InputHashes, workers: ThreadPoolExecutor) -> Future[torch.Tensor]:
+    if job.extent is None:
+        assert job.read is not None
+        return workers.submit(_compute, job, job.read)
+    tensor, view = empty_tensor(job.stored)
+    for offset in range(0, len(view), PIECE_BYTES):
+        piece = view[offset : offset + PIECE_BYTES]
+        files.read_into(piece, job.extent.path, job.extent.begin + offset)
+        hashes.feed(job.extent.path, job.extent.begin + offset, piece)
+    # A list, so that the worker can drop the last reference but its own.
+    box = [tensor]
+    del tensor, view
+    return workers.submit(_compute, job, box.pop)
+
+
+def _compute(job: Job, read: Callable[[], torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        tensor = read()
+        if job.edit is not None:
+            tensor = job.edit(tensor)
+        require_spec(job.name, tensor, job.spec)
+        return tensor.cpu().contiguous()

@@ -1,0 +1,129 @@
+"""Tensors of a safetensors folder, read one at a time with positioned reads.
+
+No memory mapping: a mapped file that is truncated or replaced while in use kills the process, and its pages
+count as the process's own memory. A positioned read fails with an error that can be named.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec, read_index
+from unmergeable.checkpoint.source import Extent, empty_tensor, lookup
+from unmergeable.errors import CheckpointError
+
+_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB - 4 KiB at a time
+
+
+class Checkpoint:
+    """A safetensors folder as a :class:`~unmergeable.checkpoint.source.TensorSource`. Holds its files open."""
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self._index = index
+        self._names = tuple(index.entries)
+        self._files = OpenFiles()
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Checkpoint:
+        """Index ``folder`` (see :func:`~unmergeable.checkpoint.index.read_index`) and read from it."""
+        return cls(read_index(folder))
+
+    @property
+    def folder(self) -> Path:
+        return self._index.folder
+
+    @property
+    def description(self) -> str:
+        return str(self._index.folder)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._index.config
+
+    @property
+    def index(self) -> CheckpointIndex:
+        return self._index
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self._names
+
+    def spec(self, name: str) -> TensorSpec:
+        return lookup(self._index, name, self.description)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor, view = empty_tensor(self.spec(name))
+        extent = self.stored(name)
+        self._files.read_into(view, extent.path, extent.begin)
+        return tensor
+
+    def stored(self, name: str) -> Extent:
+        """Where the tensor's bytes lie."""
+        lookup(self._index, name, self.description)
+        entry = self._index.entries[name]
+        path = self._index.shards[entry.shard].path
+        assert path is not None, "an index read from files has files"
+        return Extent(path, entry.begin, entry.end)
+
+    def raw_chunks(self, name: str, chunk_bytes: int) -> Iterator[memoryview]:
+        """The tensor's stored bytes in order; each piece is valid until the next one is asked for."""
+        extent = self.stored(name)
+        buffer = memoryview(bytearray(min(chunk_bytes, extent.end - extent.begin)))
+        for begin in range(extent.begin, extent.end, chunk_bytes):
+            piece = buffer[: min(chunk_bytes, extent.end - begin)]
+            self._files.read_into(piece, extent.path, begin)
+            yield piece
+
+    def close(self) -> None:
+        """Close the files. Reading again reopens them."""
+        self._files.close()
+
+
+class OpenFiles:
+    """Read-only descriptors by path, opened when first needed and closed with this object."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._descriptors)
+
+    def read_into(self, buffer: memoryview, path: Path, offset: int) -> None:
+        """Fill ``buffer`` from byte ``offset`` of the file at ``path``.
+
+        Raises:
+            CheckpointError: when the file cannot be read, or ends early because somebody truncated it meanwhile.
+        """
+        done = 0
+        try:
+            descriptor = self._descriptor(path)
+            while done < len(buffer):
+                count = os.preadv(descriptor, [buffer[done : done + _READ_BYTES]], offset + done)
+                if count == 0:
+                    raise CheckpointError(f"{path} became shorter while it was read; start again.")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+
+    def close(self) -> None:
+        """Close every file."""
+        with self._lock:
+            _close_all(self._descriptors)
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[path]
+
+
+def _close_all(descriptors: dict[Path, int]) -> None:
+    while descriptors:
+        _, descriptor = descriptors.popitem()
+        os.close(descriptor)

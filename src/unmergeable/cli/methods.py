@@ -1,0 +1,55 @@
+"""``unmergeable methods``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from unmergeable.cli.command import Outcome, working
+
+if TYPE_CHECKING:
+    from unmergeable.api.methods import MethodsResult
+
+
+def methods(context: typer.Context) -> Outcome:
+    """List every protection, merge and recovery with its settings, and what each model family leaves to them.
+
+    Exact protections stop off-the-shelf merging; they do not stop somebody who holds the base model.
+
+    Example:
+      unmergeable methods
+    """
+    with working(context):
+        from unmergeable import api
+
+        result = api.methods()
+    return Outcome(result.to_json(), describe(result))
+
+
+def describe(result: MethodsResult) -> list[str]:
+    """The lists as text, one method or family a line."""
+    lines = []
+    for title, entries in (
+        ("Protections", result.protections),
+        ("Merges", result.merges),
+        ("Recoveries", result.recoveries),
+    ):
+        lines += [title, *_entries(entries), ""]
+    width = max(map(len, result.families), default=0)
+    lines += ["Families, and the changes of basis each allows between queries and keys"]
+    return lines + [f"  {name:<{width}}  {group}" for name, group in result.families.items()]
+
+
+def _entries(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    width = max((len(entry["name"]) for entry in entries), default=0)
+    lines = []
+    for entry in entries:
+        facts = ["exact"] if entry["exact"] else []
+        facts += [f"needs {', '.join(entry['needs'])}"] if entry["needs"] else []
+        note = f" ({'; '.join(facts)})" if facts else ""
+        lines += [f"  {entry['name']:<{width}}  {entry['summary']}{note}"]
+        settings = ", ".join(f"{setting['name']}={setting['default']}" for setting in entry["settings"])
+        lines += [f"  {'':<{width}}  settings: {settings}"] if settings else []
+    return lines

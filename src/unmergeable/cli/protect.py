@@ -1,0 +1,127 @@
+"""``unmergeable protect``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unmergeable.cli.command import Outcome, working
+from unmergeable.cli.options import OutOption, PassphraseSwitch, SetOption, ThreadsOption
+from unmergeable.cli.passphrase import read_passphrase
+from unmergeable.cli.recipe import read_recipe
+from unmergeable.errors import UsageError
+from unmergeable.settings import parse_assignments
+
+if TYPE_CHECKING:
+    from unmergeable.api.protection import ProtectResult
+
+DEFAULT_METHOD = "mergelock"
+
+
+def protect(
+    context: typer.Context,
+    expert: Annotated[Path, typer.Argument(metavar="EXPERT", help="Your fine-tune: a checkpoint or LoRA folder.")],
+    base: Annotated[Path, typer.Option("--base", metavar="BASE", help="The checkpoint it was fine-tuned from.")],
+    out: OutOption,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="NAME[,NAME]",
+            help=f"Protections, applied left to right.  [default: {DEFAULT_METHOD}]",
+        ),
+    ] = None,
+    assignments: SetOption = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="Methods and settings from a JSON or YAML file."),
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", metavar="FILE", help="Key file to create, outside OUT.  [default: OUT.key]"),
+    ] = None,
+    passphrase: PassphraseSwitch = False,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", help="For experiments: draw the key from N, so that anybody can."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read a checkpoint that has no safetensors files.")
+    ] = False,
+    threads: ThreadsOption = None,
+) -> Outcome:
+    """Write a copy of EXPERT that computes the same but does not merge, and the key that undoes it.
+
+    Exact protections stop off-the-shelf merging; they do not stop somebody who holds the base model (see `unmergeable
+    recover`).
+
+    Example:
+      unmergeable protect ./my-llama-8b-medical --base ./Llama-3.1-8B --out ./release
+    """
+    methods, settings = _requested(method, assignments, recipe)
+    secret = read_passphrase(is_asked_for=passphrase, is_new=True)
+    with working(context, can_resume=not dry_run) as progress:
+        from unmergeable import api
+
+        result = api.protect(
+            expert,
+            base=base,
+            method=methods,
+            out=out,
+            key=key,
+            settings=settings,
+            seed=seed,
+            passphrase=secret,
+            dry_run=dry_run,
+            allow_pickle=allow_pickle,
+            threads=threads,
+            progress=progress,
+        )
+    return Outcome(result.to_json(), describe(result, base))
+
+
+def _requested(
+    method: str | None, assignments: list[str] | None, recipe: Path | None
+) -> tuple[Sequence[str], Mapping[str, object]]:
+    if recipe is None:
+        return (method or DEFAULT_METHOD).split(","), parse_assignments(assignments or [])
+    if method is not None or assignments:
+        raise UsageError("--recipe already says which methods and settings; give it without --method and --set.")
+    return read_recipe(recipe)
+
+
+def describe(result: ProtectResult, base: Path) -> list[str]:
+    """What the owner has to know after (or, in a dry run, before) protecting."""
+    steps = ", ".join(str(step["method"]) for step in result.protections)
+    changed = f"{result.changed_tensors} of {result.tensors} tensors"
+    lines = [
+        f"{'Would protect' if result.is_dry_run else 'Protected'}: {result.out} ({steps}; {changed}; {result.architecture})"
+    ]
+    lines += [f"  {role.replace('_', ' and ')}: {group}" for role, group in result.groups.items()]
+    if result.is_dry_run:
+        lines += [f"Largest error that rounding may cause in a block: {result.predicted_error:.1e} relative"]
+        lines += _left_out(result)
+        return [*lines, *result.notes, "Dry run: nothing was written."]
+    lines += [
+        f"Key: {result.key} (fingerprint {result.fingerprint[:8]})",
+        "  Keep this file, with a backup, and never upload it: it gives the original back to whoever holds it.",
+    ]
+    assert result.measured_error is not None, "measured whenever something was written"
+    lines += [f"Largest error of a block: {result.measured_error:.1e} relative; bound {result.predicted_error:.1e}"]
+    if result.logits is not None:
+        gap = result.logits
+        measured = f"not measured: {gap.reason}" if gap.gap is None else f"{gap.gap:.1e} relative; bound {gap.bound:.1e}"
+        lines += [f"Error of the network's output: {measured}"]
+    lines += _left_out(result)
+    recovered = result.out.with_name(result.out.name + "-recovered")
+    command = ["unmergeable", "recover", str(result.out), "--base", str(base), "--method", "nearest_orbit"]
+    return [*lines, *result.notes, f"See for yourself: {shlex.join([*command, '--out', str(recovered)])}"]
+
+
+def _left_out(result: ProtectResult) -> list[str]:
+    return [f"Left out: {name} ({reason})" for name, reason in result.left_out]

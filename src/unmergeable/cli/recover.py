@@ -1,0 +1,48 @@
+"""``unmergeable recover``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unmergeable.cli.command import Outcome, working
+from unmergeable.cli.options import OutOption, SetOption, ThreadsOption
+from unmergeable.settings import parse_assignments
+
+
+def recover(
+    context: typer.Context,
+    protected: Annotated[Path, typer.Argument(metavar="PROTECTED", help="A protected checkpoint.")],
+    base: Annotated[Path, typer.Option("--base", metavar="BASE", help="The checkpoint it was fine-tuned from.")],
+    method: Annotated[
+        str, typer.Option("--method", metavar="NAME", help="A recovery; `unmergeable methods` lists them.")
+    ],
+    out: OutOption,
+    assignments: SetOption = None,
+    threads: ThreadsOption = None,
+) -> Outcome:
+    """Undo a protection without its key, from the base model alone, as an informed attacker would.
+
+    Exact protections stop off-the-shelf merging; they do not stop somebody who holds the base model: this command
+    is the proof. Merge what it writes to see how much of your protection is left.
+
+    Example:
+      unmergeable recover ./release --base ./Llama-3.1-8B --method nearest_orbit --out ./recovered
+    """
+    settings = parse_assignments(assignments or [])
+    with working(context, can_resume=True) as progress:
+        from unmergeable import api
+
+        result = api.recover(
+            protected, base=base, method=method, out=out, settings=settings, threads=threads, progress=progress
+        )
+    text = [
+        f"Recovered: {result.out} ({result.method}; {result.cpu_seconds:.1f} CPU seconds for the estimate)",
+        f"Relative distance of the attention weights to the base: {result.distance_before:.3g} before, "
+        f"{result.distance_after:.3g} after",
+        "It computes what the protected checkpoint computes. An ordinary fine-tune lies close to its base: the nearer "
+        "the second figure is to that, the better it merges again.",
+    ]
+    return Outcome(result.to_json(), text)

@@ -1,0 +1,37 @@
+"""``unmergeable restore``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unmergeable.cli.command import Outcome, working
+from unmergeable.cli.options import OutOption, PassphraseSwitch, ThreadsOption
+from unmergeable.cli.passphrase import read_passphrase
+
+
+def restore(
+    context: typer.Context,
+    protected: Annotated[Path, typer.Argument(metavar="PROTECTED", help="Folder that `protect` wrote.")],
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="The key file made with it.")],
+    out: OutOption,
+    passphrase: PassphraseSwitch = False,
+    threads: ThreadsOption = None,
+) -> Outcome:
+    """Give the original weights back, up to rounding, from a protected checkpoint and its key.
+
+    Example:
+      unmergeable restore ./release --key ./release.key --out ./restored
+    """
+    secret = read_passphrase(is_asked_for=passphrase, is_new=False)
+    with working(context, can_resume=True) as progress:
+        from unmergeable import api
+
+        result = api.restore(protected, key=key, out=out, passphrase=secret, threads=threads, progress=progress)
+    text = [
+        f"Restored: {result.out} ({result.changed_tensors} tensors; {result.architecture})",
+        f"Largest difference of a block from the protected one: {result.measured_error:.1e} relative",
+    ]
+    return Outcome(result.to_json(), text)

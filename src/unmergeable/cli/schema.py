@@ -1,0 +1,22 @@
+"""``unmergeable schema``."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from unmergeable.cli.command import Outcome, working
+
+
+def schema(context: typer.Context) -> Outcome:
+    """Print the JSON Schema of recipe files, with every method's settings.
+
+    Example:
+      unmergeable schema > recipe.schema.json
+    """
+    with working(context):
+        from unmergeable import api
+
+        document = api.schema()
+    return Outcome(document, [json.dumps(document, indent=2)])

@@ -1,0 +1,59 @@
+"""``unmergeable verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unmergeable.cli.command import Outcome, working
+from unmergeable.cli.options import ThreadsOption
+from unmergeable.errors import NotEquivalent
+
+if TYPE_CHECKING:
+    from unmergeable.api.verification import VerifyResult
+
+
+def verify(
+    context: typer.Context,
+    expert: Annotated[Path, typer.Argument(metavar="EXPERT", help="A checkpoint, or a LoRA folder with --base.")],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The checkpoint to compare it with.")],
+    base: Annotated[
+        Path | None, typer.Option("--base", metavar="BASE", help="The base of EXPERT, where EXPERT is a LoRA folder.")
+    ] = None,
+    probe: Annotated[
+        Path | None,
+        typer.Option(
+            "--probe",
+            metavar="FILE",
+            help='Inputs: lines of {"text": ...} or {"input_ids": [...]}, or an .npz; random ones if not given.',
+        ),
+    ] = None,
+    threads: ThreadsOption = None,
+) -> Outcome:
+    """Say whether two checkpoints compute the same, up to rounding; exit code 4 says that they do not.
+
+    Example:
+      unmergeable verify ./my-llama-8b-medical ./release
+    """
+    with working(context) as progress:
+        from unmergeable import api
+
+        result = api.verify(expert, other, base=base, probe=probe, threads=threads, progress=progress)
+    exit_code = 0 if result.is_equal else NotEquivalent.exit_code
+    return Outcome(result.to_json(), describe(result, expert, other), exit_code)
+
+
+def describe(result: VerifyResult, expert: Path, other: Path) -> list[str]:
+    """The verdict, and the measurements it rests on."""
+    if not result.is_equal:
+        return [f"Not equal: {other} does not compute what {expert} computes: {result.explain()}."]
+    blocks = result.equivalence.blocks
+    lines = [f"Equal up to rounding: {expert} and {other} ({len(blocks)} blocks; {result.architecture})"]
+    worst = result.equivalence.worst
+    if worst is not None:
+        lines += [f"Block nearest to its bound: {worst.name}, {worst.error:.1e} relative; bound {worst.bound:.1e}"]
+    gap = result.logits
+    measured = f"not measured: {gap.reason}" if gap.gap is None else f"{gap.gap:.1e} relative; bound {gap.bound:.1e}"
+    return [*lines, f"Difference of the networks' outputs: {measured}"]

@@ -1,0 +1,52 @@
+"""``task_arithmetic``: the base plus scaled task vectors (arXiv 2212.04089).
+
+    theta = theta_0 + sum_i lambda_i (theta_i - theta_0)
+
+Negative coefficients take a task away. The default 0.3 is the one that MergeLock and MergeGuard report.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import isfinite
+from typing import ClassVar
+
+from torch import Tensor
+
+from unmergeable.errors import UsageError
+from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
+from unmergeable.merges.method import Inputs, TensorMerge, fill_coefficients
+
+
+@dataclass(frozen=True)
+class TaskArithmetic:
+    """``scaling_coefficient`` is the lambda of every expert that comes without its own."""
+
+    name: ClassVar[str] = "task_arithmetic"
+    needs_base: ClassVar[bool] = True
+    fewest_experts: ClassVar[int] = 1
+
+    scaling_coefficient: float = 0.3
+
+    def validate(self) -> None:
+        if not isfinite(self.scaling_coefficient):
+            raise UsageError(f"scaling_coefficient={self.scaling_coefficient}: must be a finite number.")
+
+    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
+        return fill_coefficients(coefficients, default=self.scaling_coefficient)
+
+    def prepare(self, inputs: Inputs, coefficients: tuple[float, ...]) -> TensorMerge:
+        return partial(merge_tensor, coefficients=coefficients)
+
+
+def merge_tensor(name: str, operands: Sequence[Operand], scratch: Scratch, *, coefficients: Sequence[float]) -> Tensor:
+    """``base + sum_i coefficients[i] * (experts[i] - base)``, in the compute dtype and rounded once."""
+    return merge_blocks(name, operands, partial(_merge_block, coefficients=coefficients), scratch)
+
+
+def _merge_block(blocks: list[Tensor], spare: list[Tensor], *, coefficients: Sequence[float]) -> Tensor:
+    # The task vectors are summed before the base joins them: their differences are nearly exact in float32 and
+    # their sum is small, so that only the last addition rounds at the size of the weights.
+    base, *experts = blocks
+    task_vectors = [expert.sub_(base) for expert in experts]
+    return base.add_(weighted_sum(task_vectors, coefficients))

@@ -1,0 +1,58 @@
+"""MergeLock: secret invertible matrices between queries and keys, and between values and output (arXiv 2509.01548).
+
+Per layer and head, with A and B drawn from the key,
+
+    Q' = A Q    K' = A^-T K        q'.k' = (A q)^T (A^-T k) = q.k
+    V' = B V    O' = O B^-1        O' softmax(.) V' = O softmax(.) V
+
+and biases follow their rows (eqs. 4-7 of the paper). Each matrix is A = R P D: a rotation, a permutation, a diagonal.
+The paper does not publish their distributions; here R is Haar, P uniform, D log-uniform with condition number at
+most ``condition``. The network computes the same; a merge averages weights expressed in different bases.
+
+Where the architecture leaves less than GL, the largest group it does leave is drawn from instead: under rotary
+positions one complex number per frequency pair, behind a norm on queries and keys the signs and the gains. Under
+grouped-query attention one A and one B serve a key-value head with all its query heads.
+
+What it does not stop: somebody who holds the base model. The base says which basis the heads started in, and the
+rotation back is a least-squares problem per head (``recover --method nearest_orbit``), solved in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from unmergeable.architecture import Architecture, Space
+from unmergeable.errors import UsageError
+from unmergeable.gauge.gauge import Gauge, sampled_gauge
+from unmergeable.randomness import Stream
+
+
+@dataclass(frozen=True)
+class MergeLock:
+    """``condition``: bound on the condition number of each matrix; rounding errors grow with it.
+
+    ``cross_attention``: also transform encoder-decoder and text-conditioning attention; the paper leaves it alone.
+    """
+
+    name: ClassVar[str] = "mergelock"
+    summary: ClassVar[str] = "secret change of basis inside every attention head"
+    exact: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("key",)
+
+    condition: float = 4.0
+    cross_attention: bool = True
+
+    def validate(self) -> None:
+        """Raises UsageError unless 1 <= condition <= 1000."""
+        if not 1 <= self.condition <= 1000 or math.isnan(self.condition):
+            raise UsageError(f"mergelock: condition must lie between 1 and 1000, not {self.condition}.")
+
+    def spaces(self, architecture: Architecture) -> dict[str, Space]:
+        """The bases this protection changes."""
+        return architecture.symmetry.select("query_key", "value_output", cross_attention=self.cross_attention)
+
+    def gauge(self, architecture: Architecture, stream: Stream) -> Gauge:
+        """A secret element for every space, drawn from ``stream``."""
+        return sampled_gauge(self.spaces(architecture), stream, self.condition)

@@ -1,0 +1,140 @@
+"""What a nearest group element depends on: second moments of the coordinates of a space, protected against base.
+
+For coordinates x (protected) and y (base) of a space, stacked as columns over everything that writes into it,
+
+    ||M x - y||^2 = <M, M G> - 2 <M, C> + tr B        G = x x^T    C = y x^T    B = y y^T
+
+so a few numbers per head stand for millions of weights. Groups that act within frequency pairs need only the pairs'
+products, read as complex numbers; groups that scale coordinates, only the diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unmergeable.architecture import Leg, Space, SymmetryMap
+from unmergeable.architecture.symmetry import Variance
+from unmergeable.gauge.act import leg_view
+from unmergeable.gauge.elements import split_pairs
+
+CHUNK_ELEMENTS = 1 << 22
+"""Numbers multiplied at a time, besides the tensors themselves."""
+
+
+@dataclass(frozen=True)
+class LegPair:
+    """One leg of a space on a protected tensor and on the base's: views [outer, blocks, *spectators, size, inner]."""
+
+    variance: Variance
+    protected: Tensor
+    base: Tensor
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both as [outer, blocks, spectators, size, inner], a bounded piece at a time."""
+        outer, blocks, *_, size, inner = self.protected.shape
+        axis = 0 if outer > inner else self.protected.dim() - 1
+        length = self.protected.shape[axis]
+        step = max(1, CHUNK_ELEMENTS * length // max(1, self.protected.numel()))
+        for start in range(0, length, step):
+            pieces = [side.narrow(axis, start, min(step, length - start)) for side in (self.protected, self.base)]
+            x, y = (piece.reshape(piece.shape[0], blocks, -1, size, piece.shape[-1]) for piece in pieces)
+            yield x, y
+
+
+def legs_by_space(symmetry: SymmetryMap) -> dict[str, list[tuple[str, Leg]]]:
+    """For each space, its legs with the tensors they are on."""
+    found: dict[str, list[tuple[str, Leg]]] = {name: [] for name in symmetry.spaces}
+    for tensor, legs in symmetry.legs.items():
+        for leg in legs:
+            found[leg.space].append((tensor, leg))
+    return found
+
+
+def leg_pairs(
+    space: Space,
+    legs: Iterable[tuple[str, Leg]],
+    protected: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    gain_offset: Mapping[str, float],
+) -> list[LegPair]:
+    """The legs of ``space`` on float64 tensors of both checkpoints, as the network sees them (``offset + w``)."""
+    pairs = []
+    for name, leg in legs:
+        sides = [tensors[name] for tensors in (protected, base)]
+        if name in gain_offset:
+            sides = [side + gain_offset[name] for side in sides]
+        pairs.append(LegPair(leg.variance, *(leg_view(side, leg, space) for side in sides)))
+    return pairs
+
+
+@dataclass(frozen=True)
+class Moments:
+    """G, C and B of the module docstring, float64: [blocks, size, size], or their diagonals [blocks, size]."""
+
+    protected: Tensor
+    cross: Tensor
+    base: Tensor
+
+
+@dataclass(frozen=True)
+class PairMoments:
+    """Frequency pairs as complex coordinates: sum |x|^2 (float64) and sum y conj(x) (complex128), [blocks, pairs]."""
+
+    protected: Tensor
+    cross: Tensor
+
+
+def dense_moments(space: Space, legs: Sequence[LegPair], variance: Variance) -> Moments:
+    """All second moments over the legs of one variance (zero where there is none)."""
+    protected, cross, base = torch.zeros(3, space.blocks, space.size, space.size, dtype=torch.float64)
+    for x, y in _chunks(legs, variance):
+        x_columns, y_columns = (
+            side.permute(1, 3, 0, 2, 4).reshape(space.blocks, space.size, -1) for side in (x, y)
+        )
+        protected += x_columns @ x_columns.mT
+        cross += y_columns @ x_columns.mT
+        base += y_columns @ y_columns.mT
+    return Moments(protected, cross, base)
+
+
+def diagonal_moments(space: Space, legs: Sequence[LegPair], variance: Variance) -> Moments:
+    """The diagonals of :func:`dense_moments`, without computing the rest."""
+    protected, cross, base = torch.zeros(3, space.blocks, space.size, dtype=torch.float64)
+    for x, y in _chunks(legs, variance):
+        protected += x.square().sum((0, 2, 4))
+        cross += (y * x).sum((0, 2, 4))
+        base += y.square().sum((0, 2, 4))
+    return Moments(protected, cross, base)
+
+
+def pair_moments(space: Space, legs: Sequence[LegPair], variance: Variance) -> PairMoments:
+    """Moments of the frequency pairs over the legs of one variance."""
+    protected = torch.zeros(space.blocks, space.size // 2, dtype=torch.float64)
+    cross = torch.zeros(space.blocks, space.size // 2, dtype=torch.complex128)
+    for x, y in _chunks(legs, variance):
+        protected += sum(member.square().sum((0, 2, 4)) for member in _pair(space, x))
+        cross += pair_products(space, x, y).sum(1)
+    return PairMoments(protected, cross)
+
+
+def pair_products(space: Space, x: Tensor, y: Tensor) -> Tensor:
+    """``y conj(x)`` per block, spectator and frequency pair: complex128 [blocks, spectators, pairs]."""
+    (x_real, x_imaginary), (y_real, y_imaginary) = _pair(space, x), _pair(space, y)
+    real = (y_real * x_real + y_imaginary * x_imaginary).sum((0, 4))
+    imaginary = (y_imaginary * x_real - y_real * x_imaginary).sum((0, 4))
+    return torch.complex(real, imaginary)
+
+
+def _pair(space: Space, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+    assert space.group.pairing is not None
+    return split_pairs(coordinates, space.group.pairing)
+
+
+def _chunks(legs: Sequence[LegPair], variance: Variance) -> Iterator[tuple[Tensor, Tensor]]:
+    for leg in legs:
+        if leg.variance == variance:
+            yield from leg.chunks()

@@ -1,0 +1,111 @@
+"""The owner's job on every family, through files: protect, load, compare, merge, restore."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from zoo import TOYS, Toy, load_toy, outputs, write_toy
+
+import unmergeable
+from unmergeable.errors import NotEquivalent
+
+CONDITION = 4.0
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def write_sibling(base: Path, folder: Path, seed: int, size: float = 0.05) -> Path:
+    """A stand-in for a fine-tune: every tensor of the base moved by ``size`` relative, nothing else changed."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, tensor in tensors_in(base).items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        spread = tensor.float().std() if tensor.numel() > 1 else tensor.float().abs()
+        tensors[name] = (tensor.float() + size * spread * noise).to(tensor.dtype)
+    for file in base.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    (file,) = base.glob("*.safetensors")
+    save_file(tensors, folder / file.name, metadata={"format": "pt"})
+    return folder
+
+
+def gap(folder: Path, expected: torch.Tensor, toy: Toy, dtype: torch.dtype = torch.float32) -> float:
+    found = outputs(load_toy(folder, toy, dtype), toy)
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_protects_loads_collapses_and_restores(name: str, tmp_path: Path) -> None:
+    toy = TOYS[name]
+    base = write_toy(toy, tmp_path / "base")
+    expert = write_sibling(base, tmp_path / "expert", seed=1)
+    sibling = write_sibling(base, tmp_path / "sibling", seed=2)
+    expected = outputs(load_toy(expert, toy), toy)
+    result = unmergeable.protect(expert, base=base, out=tmp_path / "out", key=tmp_path / "key", seed=7)
+
+    # The function: float32 within 2e-5, loaded by plain from_pretrained.
+    assert gap(tmp_path / "out", expected, toy) <= 2e-5
+    assert result.measured_error is not None
+    assert result.measured_error <= result.predicted_error
+    assert result.changed_tensors > 0.15 * result.tensors
+    original, protected = tensors_in(expert), tensors_in(tmp_path / "out")
+    assert sum(not torch.equal(protected[key], original[key]) for key in original) > 0.15 * len(original)
+
+    # The merge: harmless with the expert, a collapse with what was released. Harmless is the control.
+    for folder, out in ((expert, "merged"), (tmp_path / "out", "merged-protected")):
+        unmergeable.merge(base=base, experts=[(folder, 0.5), (sibling, 0.5)], method="task_arithmetic", out=tmp_path / out)
+    plain, collapsed = (gap(tmp_path / out, expected, toy) for out in ("merged", "merged-protected"))
+    assert collapsed > 4 * plain, (collapsed, plain)
+
+    # The way back.
+    unmergeable.restore(tmp_path / "out", key=tmp_path / "key", out=tmp_path / "restored")
+    restored = tensors_in(tmp_path / "restored")
+    for key, tensor in original.items():
+        assert (restored[key] - tensor).norm() <= 1e-5 * tensor.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "deepseek_v3", "vit", "t5", "unet-sd15"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_stays_within_its_bound(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    toy = TOYS[name]
+    expert = write_toy(toy, tmp_path / "expert", dtype=dtype)
+    expected = outputs(load_toy(expert, toy), toy)
+    unmergeable.protect(expert, base=expert, out=tmp_path / "out", key=tmp_path / "key", seed=7)
+    assert {tensor.dtype for tensor in tensors_in(tmp_path / "out").values()} >= {dtype}
+    unit = torch.finfo(dtype).eps / 2
+    assert gap(tmp_path / "out", expected, toy) <= 64 * unit * CONDITION
+    # The bound is generous in bfloat16; rounding once keeps the gap at that of rounding the weights once more.
+    # Errors of a few hundred independent roundings of size u, each carried by a factor of at most the condition number.
+    assert gap(tmp_path / "out", expected, toy) <= 8 * unit * CONDITION
+
+
+def test_verification_catches_a_gauge_the_network_does_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protect must refuse to publish when the map is wrong: give Llama the rotary pairs of GPT-J."""
+    from unmergeable.architecture.families import decoders
+
+    toy = TOYS["llama"]
+    expert = write_toy(toy, tmp_path / "expert")
+    right = decoders.score_parts
+    monkeypatch.setattr(decoders, "separate_attention", _with_interleaved_pairs(decoders.separate_attention))
+    assert right is decoders.score_parts
+    with pytest.raises(NotEquivalent, match="outputs move by"):
+        unmergeable.protect(expert, base=expert, out=tmp_path / "out", key=tmp_path / "key", seed=7)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "key").exists()
+
+
+def _with_interleaved_pairs(original):  # type: ignore[no-untyped-def]
+    def build(*arguments, **settings):  # type: ignore[no-untyped-def]
+        return original(*arguments, **{**settings, "pairing": "interleaved"})
+
+    return build

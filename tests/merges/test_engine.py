@@ -1,0 +1,217 @@
+"""On files the merges do what they do in memory, refuse before they write, and lose nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from merges.small_models import State, make_models, write_checkpoint
+from safetensors.torch import load_file
+from torch import Tensor
+from unmergeable.checkpoint.manifest import check_files, read_manifest
+from unmergeable.checkpoint.open import open_checkpoint
+from unmergeable.checkpoint.rewrite import OutputTensor
+from unmergeable.checkpoint.source import TensorSource
+from unmergeable.errors import BadInput, Mismatch, UnmergeableError, UsageError
+from unmergeable.merges import Linear, Merge, TaskArithmetic, Ties, engine, merge, merge_state_dicts
+
+METHODS: list[Merge] = [Linear(), TaskArithmetic(), Ties(), Ties(trim="tensor", average="weight", undecided="positive")]
+COEFFICIENTS = [0.4, 0.9]
+
+
+def write_models(folder: Path, states: list[State], *, shards: int | list[int] = 1) -> list[TensorSource]:
+    counts = shards if isinstance(shards, list) else [shards] * len(states)
+    folder.mkdir(exist_ok=True)
+    return [
+        open_checkpoint(write_checkpoint(folder / f"model{number}", state, shards=count))
+        for number, (state, count) in enumerate(zip(states, counts, strict=True))
+    ]
+
+
+def merge_files(sources: list[TensorSource], method: Merge, out: Path, **settings: Any) -> Path:
+    base, *experts = sources
+    merge(base, list(zip(experts, COEFFICIENTS, strict=True)), method, out, **settings)
+    return out
+
+
+def read_all(folder: Path) -> State:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "unmergeable.json"}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_files_and_memory_give_the_same_bits(tmp_path: Path, method: Merge, dtype: torch.dtype) -> None:
+    base, experts = make_models(2, dtype)
+    sources = write_models(tmp_path / "in", [base, *experts])
+    merged = read_all(merge_files(sources, method, tmp_path / "out"))
+    expected = merge_state_dicts(base, experts, COEFFICIENTS, method)
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_any_number_of_threads_and_any_shards_give_the_same_bytes(tmp_path: Path, method: Merge) -> None:
+    base, experts = make_models(2, torch.bfloat16)
+    states = [base, *experts]
+    whole = write_models(tmp_path / "whole", states)
+    cut = write_models(tmp_path / "cut", states, shards=[1, 3, 4])
+    first = file_bytes(merge_files(whole, method, tmp_path / "first", threads=1))
+    for number, (sources, threads) in enumerate([(whole, 2), (whole, 5), (cut, 1), (cut, 3)]):
+        assert file_bytes(merge_files(sources, method, tmp_path / f"{number}", threads=threads)) == first
+
+    # A base in shards gives a merge in shards, of the same tensors.
+    template = write_models(tmp_path / "template", states, shards=3)
+    out = merge_files(template, method, tmp_path / "sharded")
+    assert len(list(out.glob("*.safetensors"))) == 3
+    merged, expected = read_all(out), read_all(tmp_path / "first")
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    # Control: the experts the other way round, with these coefficients, are another merge.
+    other = merge_files([whole[0], whole[2], whole[1]], method, tmp_path / "other")
+    assert file_bytes(other) != first
+
+
+def test_a_source_that_computes_its_tensors_merges_like_a_file(tmp_path: Path) -> None:
+    base, experts = make_models(2)
+    sources = write_models(tmp_path / "in", [base, *experts])
+
+    class Computed:
+        """An adapter, as far as a merge can tell: it has whole tensors only."""
+
+        def __init__(self, source: TensorSource) -> None:
+            self.folder, self.description, self.config = source.folder, source.description, source.config
+            self.index, self.names, self.spec = source.index, source.names, source.spec
+            self._source = source
+
+        def tensor(self, name: str) -> Tensor:
+            return self._source.tensor(name)
+
+    expected = file_bytes(merge_files(sources, Ties(), tmp_path / "stored"))
+    computed: list[TensorSource] = [sources[0], Computed(sources[1]), sources[2]]
+    assert file_bytes(merge_files(computed, Ties(), tmp_path / "computed")) == expected
+
+
+def test_the_base_is_the_template_and_the_first_expert_without_one(tmp_path: Path) -> None:
+    base, experts = make_models(2)
+    folders = [
+        write_checkpoint(tmp_path / f"{number}", state, config={"note": number})
+        for number, state in enumerate((base, *experts))
+    ]
+    sources = [open_checkpoint(folder) for folder in folders]
+    merge_files(sources, Linear(), tmp_path / "with")
+    merge(None, [(sources[1], None), (sources[2], None)], Linear(), tmp_path / "without")
+    assert (tmp_path / "with" / "config.json").read_bytes() == (folders[0] / "config.json").read_bytes()
+    assert (tmp_path / "without" / "config.json").read_bytes() == (folders[1] / "config.json").read_bytes()
+    assert (tmp_path / "with" / "tokenizer.json").read_text() == "{}"
+
+
+def test_the_manifest_says_what_was_merged(tmp_path: Path) -> None:
+    base, experts = make_models(2)
+    sources = write_models(tmp_path / "in", [base, *experts])
+    base_source, *expert_sources = sources
+    returned = merge(
+        base_source, [(expert_sources[0], None), (expert_sources[1], 0.7)], TaskArithmetic(), tmp_path / "out"
+    )
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest == returned
+    assert manifest.details["recipe"] == {
+        "merge": "task_arithmetic",
+        "settings": {"scaling_coefficient": 0.3},
+        "coefficients": [0.3, 0.7],
+    }
+    assert set(manifest.inputs) == {"source", "expert 1", "expert 2"}
+    assert check_files(tmp_path / "out") == ()
+
+
+REFUSED: list[tuple[str, dict[str, object], type[UnmergeableError], str]] = [
+    ("model_type", {"model_type": "other"}, Mismatch, "model_type is toy in .* but other in"),
+    ("architectures", {"architectures": ["Other"]}, Mismatch, "architectures"),
+    ("heads", {"num_attention_heads": 8}, Mismatch, "num_attention_heads is 4 .* but 8"),
+    ("tied", {"tie_word_embeddings": True}, Mismatch, "tie_word_embeddings"),
+]
+
+
+@pytest.mark.parametrize(("config", "error", "message"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED])
+def test_refuses_another_architecture(
+    tmp_path: Path, config: dict[str, object], error: type[UnmergeableError], message: str
+) -> None:
+    base, experts = make_models(2)
+    plain: dict[str, object] = {"num_attention_heads": 4, "tie_word_embeddings": False}
+    sources = [
+        open_checkpoint(write_checkpoint(tmp_path / f"{number}", state, config=plain | extra))
+        for number, (state, extra) in enumerate(zip((base, *experts), ({}, {}, config), strict=True))
+    ]
+    with pytest.raises(error, match=message):
+        merge_files(sources, TaskArithmetic(), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_refuses_before_writing(tmp_path: Path, method: Merge) -> None:
+    base, experts = make_models(2)
+    experts[1]["lm_head.weight"] = experts[1]["embed.weight"].clone()
+    sources = write_models(tmp_path / "in", [base, *experts])
+    with pytest.raises(Mismatch, match=r"lm_head.weight: expert 2 \(.*model2\) has its own output head"):
+        merge_files(sources, method, tmp_path / "out")
+    with pytest.raises(BadInput, match="exists"):
+        merge_files(sources, method, tmp_path / "in")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_refuses_a_number_of_experts_the_method_cannot_use(tmp_path: Path) -> None:
+    base, experts = make_models(1)
+    sources = write_models(tmp_path / "in", [base, *experts])
+    for method in (Linear(), Ties()):
+        with pytest.raises(UsageError, match="1 experts given, at least 2 needed"):
+            merge(sources[0], [(sources[1], None)], method, tmp_path / "out")
+    with pytest.raises(UsageError, match="name the base"):
+        merge(None, [(sources[1], None)], TaskArithmetic(), tmp_path / "out")
+
+
+def test_a_merge_that_is_not_finite_leaves_no_result(tmp_path: Path) -> None:
+    base, experts = make_models(2)
+    experts[0]["scale"].fill_(torch.nan)
+    sources = write_models(tmp_path / "in", [base, *experts])
+    with pytest.raises(BadInput, match=r"scale: expert 1 \(.*model1\) holds NaN"):
+        merge_files(sources, TaskArithmetic(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_lost_on_the_way_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = make_models(2)
+    sources = write_models(tmp_path / "in", [base, *experts])
+    plan = engine._plan
+
+    def lossy(*arguments: Any) -> list[OutputTensor]:
+        return [tensor for tensor in plan(*arguments) if not tensor.name.endswith("bias")]
+
+    monkeypatch.setattr(engine, "_plan", lossy)
+    with pytest.raises(Mismatch, match="template and merge: tensor 'layers.0.bias'"):
+        merge_files(sources, TaskArithmetic(), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_progress_counts_to_the_end_of_every_stage(tmp_path: Path) -> None:
+    base, experts = make_models(2)
+    sources = write_models(tmp_path / "in", [base, *experts])
+    calls: list[tuple[str, int, int]] = []
+    merge_files(
+        sources, Ties(), tmp_path / "out", progress=lambda stage, done, total, unit: calls.append((stage, done, total))
+    )
+    last = {stage: (done, total) for stage, done, total in calls}
+    assert len(last) >= 2
+    assert any("ranking" in stage for stage in last)
+    assert all(done == total for done, total in last.values())
+
+
+def test_torch_threads_are_given_back(tmp_path: Path) -> None:
+    base, experts = make_models(2)
+    sources = write_models(tmp_path / "in", [base, *experts])
+    torch.set_num_threads(2)
+    seen: list[int] = []
+    merge_files(sources, Linear(), tmp_path / "out", progress=lambda *call: seen.append(torch.get_num_threads()))
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 2

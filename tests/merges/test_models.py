@@ -1,0 +1,106 @@
+"""Models that do not belong together are refused, in one line that names the tensor."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from merges.small_models import State, make_models
+from unmergeable.errors import BadInput, Mismatch, UnmergeableError, UsageError
+from unmergeable.merges import Linear, TaskArithmetic, Ties, merge_state_dicts
+
+Spoil = Callable[[State], object]
+
+
+def rename(old: str, new: str) -> Spoil:
+    return lambda state: state.update({new: state.pop(old)})
+
+
+REFUSED: list[tuple[str, Spoil, type[UnmergeableError], str]] = [
+    ("missing", lambda s: s.pop("layers.0.bias"), Mismatch, r"layers.0.bias: in base but not in expert 2"),
+    ("extra", lambda s: s.update(more=torch.zeros(2)), Mismatch, r"more: in expert 2 but not in base"),
+    ("renamed", rename("scale", "gain"), Mismatch, r"scale: in base but not in expert 2"),
+    ("shape", lambda s: s.update(scale=torch.zeros(2)), Mismatch, r"scale: float32 \[\] in base but float32 \[2\]"),
+    ("dtype", lambda s: s.update(scale=s["scale"].double()), Mismatch, r"scale: float32 .* float64 .* in expert 2"),
+    ("transposed", lambda s: s.update({"embed.weight": s["embed.weight"].T}), Mismatch, r"\[50, 16\] .* \[16, 50\]"),
+    ("buffer", lambda s: s["position_ids"].add_(1), Mismatch, r"position_ids: this torch.int64 buffer differs"),
+    (
+        "nan",
+        lambda s: s["layers.0.weight"][299, 1:2].fill_(torch.nan),
+        BadInput,
+        r"layers.0.weight: expert 2 holds NaN",
+    ),
+    ("infinity", lambda s: s["scale"].fill_(torch.inf), BadInput, r"scale: expert 2 holds NaN or infinity"),
+    ("untied", lambda s: s.update({"lm_head.weight": s["embed.weight"]}), Mismatch, r"tied or all untied"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED])
+@pytest.mark.parametrize("method", [Linear(), TaskArithmetic(), Ties(), Ties(trim="tensor")], ids=repr)
+def test_refuses(method: Linear, spoil: Spoil, error: type[UnmergeableError], message: str) -> None:
+    base, experts = make_models(2)
+    merge_state_dicts(base, experts, None, method)  # control: nothing else is wrong with them
+    spoil(experts[1])
+    with pytest.raises(error, match=message) as caught:
+        merge_state_dicts(base, experts, None, method)
+    assert "\n" not in str(caught.value)
+
+
+def test_overflow_is_not_blamed_on_an_input() -> None:
+    base = {"weight": torch.full((4,), 40_000.0, dtype=torch.float16)}
+    expert = {"weight": torch.full((4,), 60_000.0, dtype=torch.float16)}
+    merge_state_dicts(base, [expert], [1.0], TaskArithmetic())
+    with pytest.raises(BadInput, match="weight: the merge overflows torch.float16"):
+        merge_state_dicts(base, [expert], [2.0], TaskArithmetic())
+
+
+def test_large_finite_weights_are_not_mistaken_for_overflow() -> None:
+    """Their sum, by which a block is checked first, does overflow."""
+    base = {"weight": torch.full((1000,), 3e38)}
+    assert torch.equal(merge_state_dicts(base, [base], None, TaskArithmetic())["weight"], base["weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_refuses_dtypes_it_cannot_merge(dtype: torch.dtype) -> None:
+    state = {"weight": torch.zeros(4).to(dtype)}
+    with pytest.raises(BadInput, match="weight: .* cannot be merged"):
+        merge_state_dicts(state, [state], None, TaskArithmetic())
+
+
+def test_refuses_models_without_weights() -> None:
+    state = {"position_ids": torch.arange(3)}
+    with pytest.raises(BadInput, match="nothing to merge"):
+        merge_state_dicts(state, [state], None, TaskArithmetic())
+
+
+def test_refuses_coefficients_of_another_length() -> None:
+    base, experts = make_models(2)
+    with pytest.raises(UsageError, match="3 coefficients for 2 experts"):
+        merge_state_dicts(base, experts, [1.0, 1.0, 1.0], TaskArithmetic())
+
+
+@pytest.mark.parametrize("method", [Linear(), TaskArithmetic(), Ties()], ids=repr)
+def test_inputs_stay_as_they_are_and_share_no_memory(method: Linear) -> None:
+    base, experts = make_models(2)
+    before = [{name: tensor.clone() for name, tensor in state.items()} for state in (base, *experts)]
+    merged = merge_state_dicts(base, experts, None, method)
+    for tensor in merged.values():
+        tensor.zero_()
+    for state, copy in zip((base, *experts), before, strict=True):
+        assert all(torch.equal(state[name], copy[name]) for name in copy)
+
+
+def test_strided_tensors_and_parameters_merge_like_plain_ones() -> None:
+    base, experts = make_models(2)
+    expected = merge_state_dicts(base, experts, None, TaskArithmetic())
+    strided = {
+        name: tensor.repeat_interleave(2, -1)[..., ::2] if tensor.dim() else tensor for name, tensor in base.items()
+    }
+    assert not strided["layers.0.weight"].is_contiguous()
+    trainable = {
+        name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+        for name, tensor in experts[0].items()
+    }
+    merged = merge_state_dicts(strided, [trainable, experts[1]], None, TaskArithmetic())
+    assert list(merged) == list(base)
+    assert all(torch.equal(merged[name], expected[name]) for name in base)
+    assert not any(tensor.requires_grad for tensor in merged.values())
