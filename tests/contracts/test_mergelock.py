@@ -20,7 +20,7 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def write_sibling(base: Path, folder: Path, seed: int, size: float = 0.05) -> Path:
+def write_sibling(base: Path, folder: Path, seed: int, size: float = 0.02) -> Path:
     """A stand-in for a fine-tune: every tensor of the base moved by ``size`` relative, nothing else changed."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
@@ -61,7 +61,9 @@ def test_protects_loads_collapses_and_restores(name: str, tmp_path: Path) -> Non
 
     # The merge: harmless with the expert, a collapse with what was released. Harmless is the control.
     for folder, out in ((expert, "merged"), (tmp_path / "out", "merged-protected")):
-        unmergeable.merge(base=base, experts=[(folder, 0.5), (sibling, 0.5)], method="task_arithmetic", out=tmp_path / out)
+        unmergeable.merge(
+            base=base, experts=[(folder, 0.5), (sibling, 0.5)], method="task_arithmetic", out=tmp_path / out
+        )
     plain, collapsed = (gap(tmp_path / out, expected, toy) for out in ("merged", "merged-protected"))
     assert collapsed > 4 * plain, (collapsed, plain)
 

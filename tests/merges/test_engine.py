@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from merges.small_models import State, make_models, write_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
+
+from merges.small_models import State, make_models, write_checkpoint
 from unmergeable.checkpoint.manifest import check_files, read_manifest
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.rewrite import OutputTensor
@@ -189,7 +190,7 @@ def test_a_tensor_lost_on_the_way_is_noticed(tmp_path: Path, monkeypatch: pytest
         return [tensor for tensor in plan(*arguments) if not tensor.name.endswith("bias")]
 
     monkeypatch.setattr(engine, "_plan", lossy)
-    with pytest.raises(Mismatch, match="template and merge: tensor 'layers.0.bias'"):
+    with pytest.raises(Mismatch, match=r"template and merge: tensor 'layers.0.bias'"):
         merge_files(sources, TaskArithmetic(), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from merges.small_models import State, make_models
 from unmergeable.errors import BadInput, Mismatch, UnmergeableError, UsageError
 from unmergeable.merges import Linear, TaskArithmetic, Ties, merge_state_dicts
@@ -49,7 +50,7 @@ def test_overflow_is_not_blamed_on_an_input() -> None:
     base = {"weight": torch.full((4,), 40_000.0, dtype=torch.float16)}
     expert = {"weight": torch.full((4,), 60_000.0, dtype=torch.float16)}
     merge_state_dicts(base, [expert], [1.0], TaskArithmetic())
-    with pytest.raises(BadInput, match="weight: the merge overflows torch.float16"):
+    with pytest.raises(BadInput, match=r"weight: the merge overflows torch.float16"):
         merge_state_dicts(base, [expert], [2.0], TaskArithmetic())
 
 
@@ -62,7 +63,7 @@ def test_large_finite_weights_are_not_mistaken_for_overflow() -> None:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64], ids=str)
 def test_refuses_dtypes_it_cannot_merge(dtype: torch.dtype) -> None:
     state = {"weight": torch.zeros(4).to(dtype)}
-    with pytest.raises(BadInput, match="weight: .* cannot be merged"):
+    with pytest.raises(BadInput, match=r"weight: .* cannot be merged"):
         merge_state_dicts(state, [state], None, TaskArithmetic())
 
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+
 import unmergeable.merges
 from unmergeable.merges import MERGES, Merge
 

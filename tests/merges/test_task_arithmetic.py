@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from merges.small_models import DTYPES, flat, make_models, rounding_bound, size_bound
 from unmergeable.errors import UsageError
 from unmergeable.merges import TaskArithmetic, merge_state_dicts

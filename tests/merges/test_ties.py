@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from merges.small_models import DTYPES, State, flat, make_models, rounding_bound, size_bound
 from peft.utils.merge_utils import ties as peft_ties
 from torch import Tensor
+
+from merges.small_models import DTYPES, State, flat, make_models, rounding_bound, size_bound
 from unmergeable.errors import UsageError
 from unmergeable.merges import TaskArithmetic, Ties, merge_state_dicts
 from unmergeable.merges.ties import Average, Trim, largest_below, rank_kept

@@ -116,7 +116,9 @@ def _main_output(result: Any) -> Tensor:
     for value in result.to_tuple():
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
-    raise BadInput(f"{type(result).__name__} holds no tensor to compare; the network cannot be verified by its outputs.")
+    raise BadInput(
+        f"{type(result).__name__} holds no tensor to compare; the network cannot be verified by its outputs."
+    )
 
 
 def random_inputs(network: Any, seed: int, *, length: int = 16) -> dict[str, Tensor]:
@@ -162,7 +164,11 @@ def read_probe(path: Path, folder: Path) -> list[dict[str, Tensor]]:
 
         with np.load(path, allow_pickle=False) as arrays:
             return [{name: torch.from_numpy(arrays[name]) for name in arrays.files}]
-    rows = [_probe_row(line, f"{path} line {number}") for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+    rows = [
+        _probe_row(line, f"{path} line {number}")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if line.strip()
+    ]
     if not rows:
         raise BadInput(f"probe {path} is empty; give at least one line.")
     return [_probe_inputs(row, folder) for row in rows]

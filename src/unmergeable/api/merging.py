@@ -9,8 +9,7 @@ from typing import Any
 
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.errors import BadInput, UsageError
-from unmergeable.merges import MERGES
-from unmergeable.merges import engine
+from unmergeable.merges import MERGES, engine
 from unmergeable.progress import Progress, silent
 from unmergeable.settings import configure, nearest, settings_of
 
@@ -61,7 +60,9 @@ def merge(
         raise UsageError(f"no merge is called {method!r}{nearest(method, MERGES)}")
     configured = configure(MERGES[method], settings or {})
     if base is not None and not base.exists():
-        raise BadInput(f"base {base} does not exist; give the folder of the checkpoint the experts were fine-tuned from.")
+        raise BadInput(
+            f"base {base} does not exist; give the folder of the checkpoint the experts were fine-tuned from."
+        )
     base_source = None if base is None else open_checkpoint(base)
     sources = [(open_checkpoint(path, base=base), coefficient) for path, coefficient in experts]
     engine.merge(base_source, sources, configured, out, threads=threads, progress=progress)

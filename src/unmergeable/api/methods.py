@@ -55,13 +55,7 @@ def methods() -> MethodsResult:
         for cls in MERGES.values()
     )
     recoveries = tuple(
-        {
-            "name": cls.name,
-            "summary": cls.summary,
-            "exact": True,
-            "needs": ["base"],
-            "settings": _settings(cls),
-        }
+        {"name": cls.name, "summary": cls.summary, "exact": True, "needs": ["base"], "settings": _settings(cls)}
         for cls in RECOVERIES.values()
     )
     return MethodsResult(protections, merges, recoveries, families)

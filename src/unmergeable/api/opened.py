@@ -64,7 +64,9 @@ class RenamedSource:
         return self.original.tensor(self.original_name.get(name, name))
 
 
-def open_base(folder: Path, expert: TensorSource, architecture: Architecture, *, allow_pickle: bool = False) -> TensorSource:
+def open_base(
+    folder: Path, expert: TensorSource, architecture: Architecture, *, allow_pickle: bool = False
+) -> TensorSource:
     """Open the base of ``expert``, under the expert's tensor names.
 
     The body must be the same network: every tensor with a symmetry, of the same shape. Output heads may differ, and
@@ -75,7 +77,9 @@ def open_base(folder: Path, expert: TensorSource, architecture: Architecture, *,
         UnsupportedArchitecture, Mismatch: it is another network; the message names the first tensor that tells.
     """
     if not folder.exists():
-        raise BadInput(f"base {folder} does not exist; give the folder of the checkpoint this model was fine-tuned from.")
+        raise BadInput(
+            f"base {folder} does not exist; give the folder of the checkpoint this model was fine-tuned from."
+        )
     base = open_checkpoint(folder, allow_pickle=allow_pickle)
     kinds = [source.config.get("model_type") or source.config.get("_class_name") for source in (expert, base)]
     if kinds[0] != kinds[1]:

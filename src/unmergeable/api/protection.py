@@ -149,7 +149,13 @@ def protect(
         # Every tensor without a leg was copied byte for byte, so only blocks that changed can differ.
         touched = changed_blocks(architecture, list(spaces))
         found = compare(
-            source, written, touched, condition=condition, threads=worker_threads(threads), blocks_only=True, progress=progress
+            source,
+            written,
+            touched,
+            condition=condition,
+            threads=worker_threads(threads),
+            blocks_only=True,
+            progress=progress,
         )
         if not found.is_equal:
             raise NotEquivalent(
@@ -159,7 +165,9 @@ def protect(
         equivalences.append(found)
         gap = logit_gap(source, written, condition, progress=progress)
         if gap.is_beyond_bound:
-            raise NotEquivalent(f"{out}: outputs move by {gap.gap:.2e}, rounding explains {gap.bound:.2e}; nothing was written.")
+            raise NotEquivalent(
+                f"{out}: outputs move by {gap.gap:.2e}, rounding explains {gap.bound:.2e}; nothing was written."
+            )
         gaps.append(gap)
         return {"measured": _measured(found, gap)}
 
@@ -203,7 +211,9 @@ def _measured(found: Equivalence, gap: LogitGap) -> dict[str, Any]:
     }
 
 
-def _manifest(result: ProtectResult, recipe: Mapping[str, Any], source: TensorSource, seed: int | None) -> dict[str, Any]:
+def _manifest(
+    result: ProtectResult, recipe: Mapping[str, Any], source: TensorSource, seed: int | None
+) -> dict[str, Any]:
     return {
         "kind": "protected",
         "recipe": {name: value for name, value in recipe.items() if name != "source"},
@@ -233,7 +243,9 @@ def _key_for(path: Path, recipe: Mapping[str, Any], seed: int | None, passphrase
     if path.exists() or path.is_symlink():
         existing = read_key(path, passphrase)
         if existing.recipe != recipe:
-            raise KeyFileError(f"key file {path} belongs to another checkpoint or recipe and is never overwritten; name another.")
+            raise KeyFileError(
+                f"key file {path} belongs to another checkpoint or recipe and is never overwritten; name another."
+            )
         return existing, False
     if seed is None:
         return Key(new_entropy(), recipe), True

@@ -31,9 +31,13 @@ def configure_protections(method: str | Sequence[str], settings: Mapping[str, ob
     for key, value in settings.items():
         owner, _, setting = key.rpartition(".")
         if not owner and len(names) > 1:
-            raise UsageError(f"setting {key!r}: with several methods, write which one it is for, e.g. {names[0]}.{key}.")
+            raise UsageError(
+                f"setting {key!r}: with several methods, write which one it is for, e.g. {names[0]}.{key}."
+            )
         if owner and owner not in values:
-            raise UsageError(f"setting {key!r} is for {owner!r}, which is not among the methods{nearest(owner, values)}")
+            raise UsageError(
+                f"setting {key!r} is for {owner!r}, which is not among the methods{nearest(owner, values)}"
+            )
         values[owner or names[0]][setting] = value
     return tuple(configure(PROTECTIONS[name], values[name]) for name in names)
 
@@ -51,7 +55,9 @@ def protections_of(recipe: Mapping[str, Any]) -> tuple[GaugeProtection, ...]:
     steps = recipe["steps"]
     for step in steps:
         if step["method"] not in PROTECTIONS:
-            raise UsageError(f"the key was made by method {step['method']!r}, unknown to this version; update unmergeable.")
+            raise UsageError(
+                f"the key was made by method {step['method']!r}, unknown to this version; update unmergeable."
+            )
     return tuple(configure(PROTECTIONS[step["method"]], step["settings"]) for step in steps)
 
 

@@ -19,14 +19,18 @@ from unmergeable.settings import configure, nearest, settings_of
 
 @dataclass(frozen=True)
 class RecoverResult:
-    """Distances are relative Frobenius norms over the attention tensors: ‖W − W_base‖ / ‖W_base‖."""
+    """Distances are relative Frobenius norms over the attention tensors: ‖W − W_base‖ / ‖W_base‖.
+
+    ``confidence``: from 0 (what fitting an unrelated base gives) to 1 (the base itself).
+    """
 
     out: Path
     method: str
     settings: Mapping[str, Any]
     distance_before: float
     distance_after: float
-    blocks: tuple[Mapping[str, Any], ...]
+    confidence: float
+    parts: tuple[Mapping[str, Any], ...]
     cpu_seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -36,8 +40,9 @@ class RecoverResult:
             "settings": dict(self.settings),
             "distance_before": self.distance_before,
             "distance_after": self.distance_after,
+            "confidence": self.confidence,
             "cpu_seconds": self.cpu_seconds,
-            "blocks": [dict(block) for block in self.blocks],
+            "parts": [dict(part) for part in self.parts],
         }
 
 
@@ -79,8 +84,18 @@ def recover(
         out=out,
         method=method,
         settings=settings_of(configured),
-        distance_before=estimate.distance_before,
-        distance_after=estimate.distance_after,
-        blocks=tuple(block.to_json() for block in estimate.blocks),
+        distance_before=estimate.before,
+        distance_after=estimate.after,
+        confidence=estimate.confidence,
+        parts=tuple(
+            {
+                "block": fit.before.block,
+                "part": fit.before.part,
+                "before": fit.before.relative,
+                "after": fit.after.relative,
+                "confidence": fit.confidence,
+            }
+            for fit in estimate.fits
+        ),
         cpu_seconds=seconds,
     )

@@ -73,10 +73,18 @@ def restore(
     def verify(written: TensorSource) -> dict[str, Any]:
         touched = changed_blocks(architecture, list(spaces))
         found = compare(
-            source, written, touched, condition=condition, threads=worker_threads(threads), blocks_only=True, progress=progress
+            source,
+            written,
+            touched,
+            condition=condition,
+            threads=worker_threads(threads),
+            blocks_only=True,
+            progress=progress,
         )
         if not found.is_equal:
-            raise NotEquivalent(f"{out} would not compute what {protected} computes: {found.explain()}; nothing was written.")
+            raise NotEquivalent(
+                f"{out} would not compute what {protected} computes: {found.explain()}; nothing was written."
+            )
         errors.append(max(block.error for block in found.blocks))
         return {"measured": {"largest_block_error": errors[0]}}
 

@@ -84,4 +84,8 @@ def verify(
 
 def _condition(folder: Path) -> float:
     manifest = read_manifest(folder)
-    return float(manifest.details.get("condition_bound", CONDITION_WITHOUT_MANIFEST)) if manifest else CONDITION_WITHOUT_MANIFEST
+    return (
+        float(manifest.details.get("condition_bound", CONDITION_WITHOUT_MANIFEST))
+        if manifest
+        else CONDITION_WITHOUT_MANIFEST
+    )

@@ -1,6 +1,6 @@
 """From an exception to one line and an exit code.
 
-    0 done   1 failed   2 usage   3 bad input   4 not equivalent   5 key   130 interrupted
+0 done   1 failed   2 usage   3 bad input   4 not equivalent   5 key   130 interrupted
 """
 
 from __future__ import annotations
@@ -44,16 +44,14 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return _failure("Interrupted", "interrupted.", INTERRUPTED)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "unmergeable").startswith("unmergeable"):
-        remedy = f"python -m pip install {error.name}"
-        return _failure(kind, f"this needs the package {error.name}, which is not installed; run: {remedy}", 1)
+        remedy = "python -m pip install 'unmergeable[demo,diffusion]'  (brings everything optional)"
+        return _failure(kind, f"the Python package {error.name} is not installed; run: {remedy}", 1)
     if isinstance(error, MemoryError):
         return _failure(kind, "out of memory; close other programs, or use --threads 1 where there is one.", 1)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return _failure(kind, f"{where}{error.strerror}.", 1)
-    return _failure(
-        "InternalError", f"internal error: {kind}: {error}; run again with --debug for the traceback.", 1
-    )
+    return _failure("InternalError", f"internal error: {kind}: {error}; run again with --debug for the traceback.", 1)
 
 
 def _failure(kind: str, message: str, exit_code: int) -> Failure:

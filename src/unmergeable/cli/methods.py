@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def methods(context: typer.Context) -> Outcome:
-    """List every protection, merge and recovery with its settings, and what each model family leaves to them.
+    """List every protection, merge and recovery, and their settings.
+
+    Also what each family of models leaves to an exact protection.
 
     Exact protections stop off-the-shelf merging; they do not stop somebody who holds the base model.
 

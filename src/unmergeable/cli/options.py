@@ -9,8 +9,7 @@ import typer
 
 OutOption = Annotated[Path, typer.Option("--out", metavar="OUT", help="Folder to create; it must not exist.")]
 SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method; repeat it for more."),
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method; repeat it for more.")
 ]
 ThreadsOption = Annotated[
     int | None,

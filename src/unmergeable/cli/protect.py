@@ -30,24 +30,20 @@ def protect(
     method: Annotated[
         str | None,
         typer.Option(
-            "--method",
-            metavar="NAME[,NAME]",
-            help=f"Protections, applied left to right.  [default: {DEFAULT_METHOD}]",
+            "--method", metavar="NAME[,NAME]", help=f"Protections, applied left to right.  [default: {DEFAULT_METHOD}]"
         ),
     ] = None,
     assignments: SetOption = None,
     recipe: Annotated[
-        Path | None,
-        typer.Option("--recipe", metavar="FILE", help="Methods and settings from a JSON or YAML file."),
+        Path | None, typer.Option("--recipe", metavar="FILE", help="Methods and settings from a JSON or YAML file.")
     ] = None,
     key: Annotated[
-        Path | None,
-        typer.Option("--key", metavar="FILE", help="Key file to create, outside OUT.  [default: OUT.key]"),
+        Path | None, typer.Option("--key", metavar="FILE", help="Key file to create, outside OUT.  [default: OUT.key]")
     ] = None,
     passphrase: PassphraseSwitch = False,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", metavar="N", help="For experiments: draw the key from N, so that anybody can."),
+        typer.Option("--seed", metavar="N", help="For experiments only: draw the key from N. Anybody can draw it again."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     allow_pickle: Annotated[
@@ -55,7 +51,10 @@ def protect(
     ] = False,
     threads: ThreadsOption = None,
 ) -> Outcome:
-    """Write a copy of EXPERT that computes the same but does not merge, and the key that undoes it.
+    """Write a copy that works alone but does not merge, and its key.
+
+    The copy computes what EXPERT computes, up to rounding, and this is checked before OUT appears. The key gives the
+    original back (see `unmergeable restore`).
 
     Exact protections stop off-the-shelf merging; they do not stop somebody who holds the base model (see `unmergeable
     recover`).
@@ -99,9 +98,8 @@ def describe(result: ProtectResult, base: Path) -> list[str]:
     """What the owner has to know after (or, in a dry run, before) protecting."""
     steps = ", ".join(str(step["method"]) for step in result.protections)
     changed = f"{result.changed_tensors} of {result.tensors} tensors"
-    lines = [
-        f"{'Would protect' if result.is_dry_run else 'Protected'}: {result.out} ({steps}; {changed}; {result.architecture})"
-    ]
+    verb = "Would protect" if result.is_dry_run else "Protected"
+    lines = [f"{verb}: {result.out} ({steps}; {changed}; {result.architecture})"]
     lines += [f"  {role.replace('_', ' and ')}: {group}" for role, group in result.groups.items()]
     if result.is_dry_run:
         lines += [f"Largest error that rounding may cause in a block: {result.predicted_error:.1e} relative"]
@@ -115,7 +113,9 @@ def describe(result: ProtectResult, base: Path) -> list[str]:
     lines += [f"Largest error of a block: {result.measured_error:.1e} relative; bound {result.predicted_error:.1e}"]
     if result.logits is not None:
         gap = result.logits
-        measured = f"not measured: {gap.reason}" if gap.gap is None else f"{gap.gap:.1e} relative; bound {gap.bound:.1e}"
+        measured = (
+            f"not measured: {gap.reason}" if gap.gap is None else f"{gap.gap:.1e} relative; bound {gap.bound:.1e}"
+        )
         lines += [f"Error of the network's output: {measured}"]
     lines += _left_out(result)
     recovered = result.out.with_name(result.out.name + "-recovered")

@@ -1,7 +1,7 @@
 """Recipe files: the methods of a protection and their settings, in JSON or YAML.
 
-    {"method": "mergelock", "settings": {"condition": 8}}
-    {"steps": [{"method": "mergelock", "settings": {"condition": 8}}]}
+{"method": "mergelock", "settings": {"condition": 8}}
+{"steps": [{"method": "mergelock", "settings": {"condition": 8}}]}
 """
 
 from __future__ import annotations
@@ -77,8 +77,12 @@ def _load(path: Path) -> object:
             return json.loads(text)
         except ValueError as error:
             raise BadInput(f"recipe {path} is not valid JSON: {error}.") from None
-    import yaml
-
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise UsageError(
+            f"recipe {path}: YAML needs PyYAML; run python -m pip install pyyaml, or write it as .json."
+        ) from None
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -23,10 +23,10 @@ def recover(
     assignments: SetOption = None,
     threads: ThreadsOption = None,
 ) -> Outcome:
-    """Undo a protection without its key, from the base model alone, as an informed attacker would.
+    """Undo a protection from the base model alone, as an attacker would.
 
-    Exact protections stop off-the-shelf merging; they do not stop somebody who holds the base model: this command
-    is the proof. Merge what it writes to see how much of your protection is left.
+    Exact protections stop off-the-shelf merging; they do not stop somebody who holds the base model. This command shows
+    it: merge what it writes to see how much of the protection is left.
 
     Example:
       unmergeable recover ./release --base ./Llama-3.1-8B --method nearest_orbit --out ./recovered

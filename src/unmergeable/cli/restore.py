@@ -20,7 +20,9 @@ def restore(
     passphrase: PassphraseSwitch = False,
     threads: ThreadsOption = None,
 ) -> Outcome:
-    """Give the original weights back, up to rounding, from a protected checkpoint and its key.
+    """Give the original weights back from a protected copy and its key.
+
+    They differ from the original's by rounding, and compute the same.
 
     Example:
       unmergeable restore ./release --key ./release.key --out ./restored

@@ -10,7 +10,9 @@ from unmergeable.cli.command import Outcome, working
 
 
 def schema(context: typer.Context) -> Outcome:
-    """Print the JSON Schema of recipe files, with every method's settings.
+    """Print the JSON Schema of recipe files.
+
+    With every protection and its settings; editors check a recipe against it.
 
     Example:
       unmergeable schema > recipe.schema.json

@@ -32,7 +32,10 @@ def verify(
     ] = None,
     threads: ThreadsOption = None,
 ) -> Outcome:
-    """Say whether two checkpoints compute the same, up to rounding; exit code 4 says that they do not.
+    """Say whether two checkpoints compute the same, up to rounding.
+
+    Every block is compared on random activations, and the outputs of the whole networks where they fit in memory. Exit
+    code 4 says that they differ by more than rounding explains.
 
     Example:
       unmergeable verify ./my-llama-8b-medical ./release

