@@ -26,7 +26,7 @@ def configure(method: type[Method], values: Mapping[str, object]) -> Method:
     fields = {field.name: hints[field.name] for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise UsageError(f"{name} has no setting {key!r}{nearest(key, fields)}.")
+            raise UsageError(f"{name} has no setting {key!r}{nearest(key, fields)}")
     instance = method(**{key: _read(name, key, fields[key], value) for key, value in values.items()})
     validate = getattr(instance, "validate", None)
     if validate is not None:
@@ -40,11 +40,11 @@ def settings_of(instance: object) -> dict[str, Any]:
 
 
 def nearest(word: str, known: Mapping[str, object]) -> str:
-    """The end of an error message: the known name closest to ``word``, or all of them."""
+    """The end of an error message, full stop included: the known name closest to ``word``, or all of them."""
     close = difflib.get_close_matches(word, list(known), n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else "; it has none"
+    return f"; known: {', '.join(known)}." if known else "; it has none."
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, str]:
@@ -72,16 +72,15 @@ def _read(method: str, key: str, kind: Any, value: object) -> object:
     try:
         if kind is bool:
             return _read_bool(value)
-        if kind is int and not isinstance(value, bool):
-            return int(str(value))
-        if kind is float and not isinstance(value, bool):
-            return float(str(value))
+        if kind in (int, float):
+            # "True" is no number: a bool is refused although Python counts it as one.
+            return kind(str(value))
         if kind is str:
             return str(value)
         if isinstance(value, str):
             value = json.loads(value)
     except ValueError:
-        raise UsageError(f"{method}: {key} must be a {getattr(kind, '__name__', kind)}, not {value!r}.") from None
+        raise UsageError(f"{method}: {key} must be of type {getattr(kind, '__name__', kind)}, not {value!r}.") from None
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -270,17 +270,17 @@ def _normed_score_rules(collector: _Collector, block: Attention, norm: QueryKeyN
         reason = "a full-width RMS norm on queries and keys keeps signs; its gains trade scales"
         _query_key_space(collector, block, "sign", "pair_sign", block.groups, size, query, key, reason)
         gain = _normed_space(collector, block, "gain", "pair_scale", block.groups, size, reason)
-        spectators = ((block.members, size),)
         (query_gain,), (key_gain,) = norm.query_gains, norm.key_gains
-        collector.leg(gain, query_gain, "vector", block_stride=block.members * size, spectators=spectators)
+        members = ((block.members, size),)
+        collector.leg(gain, query_gain, "vector", block_stride=block.members * size, spectators=members)
         collector.leg(gain, key_gain, "covector", block_stride=size)
         _scale_rules(collector, block, norm, (1, 1), size, reason)
         return
     reason = "an RMS norm per head on queries and keys keeps signs and quarter turns; its gains trade scales"
     _query_key_space(collector, block, "sign", "pair_sign", block.groups, size, query, key, reason)
     turn = _normed_space(collector, block, "turn", "quarter_turn", 1, size, reason)
-    for heads, members in ((query, block.members), (key, 1)):
-        spectators = ((block.groups, heads.group_stride), (members, heads.member_stride))
+    for heads, count in ((query, block.members), (key, 1)):
+        spectators = ((block.groups, heads.group_stride), (count, heads.member_stride))
         for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
             collector.leg(turn, tensor, "vector", axis=axis, offset=heads.offset, spectators=spectators)
     for tensor in (*norm.query_gains, *norm.key_gains):
@@ -299,7 +299,7 @@ def _normed_space(
     reason: str,
     epsilon: float = 0.0,
 ) -> Space:
-    pairing = next((part.rotary for part in block.parts if part.rotary), "half")
+    pairing: Pairing = next((part.rotary for part in block.parts if part.rotary), "half")
     is_paired = kind in {"pair_sign", "pair_scale", "quarter_turn"}
     return collector.space(
         f"{block.name}.query_key_{label}",

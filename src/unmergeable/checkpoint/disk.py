@@ -15,6 +15,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ _BLOCKS = 4
 _DIRECT: int = getattr(os, "O_DIRECT", 0)  # macOS has none
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+_SAFELY = os.O_NOFOLLOW | os.O_CLOEXEC
+
 # macOS has no fdatasync.
-datasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+_datasync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
 
 def write_error(path: Path, error: OSError) -> CheckpointError:
@@ -42,6 +45,13 @@ def write_error(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} cannot be written ({error.strerror}).")
 
 
+@dataclass(frozen=True)
+class _Task:
+    work: Callable[..., None]
+    arguments: tuple[Any, ...]
+    even_after_failure: bool = False
+
+
 class Disk:
     """Runs what it is given in one thread, in order. After a failure it runs nothing more.
 
@@ -49,7 +59,7 @@ class Disk:
     """
 
     def __init__(self) -> None:
-        self._work: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._unmade = _BLOCKS
         self._failure: BaseException | None = None
@@ -66,42 +76,128 @@ class Disk:
         """Queue work; raise what earlier work raised."""
         if self._failure is not None:
             raise self._failure
-        self._work.put((work, arguments))
+        self._tasks.put(_Task(work, arguments))
 
     def block(self) -> memoryview:
-        """An aligned buffer of BLOCK_BYTES, to be handed to :meth:`write`. Waits until one is free."""
+        """An aligned buffer of BLOCK_BYTES to fill and hand to :meth:`write`. Waits until one is free."""
         if self._unmade:
             self._unmade -= 1
             return memoryview(mmap.mmap(-1, BLOCK_BYTES))
         return self._free.get()
 
     def write(self, path: Path, descriptor: int, block: memoryview, nbytes: int, offset: int) -> None:
-        """Queue writing the first ``nbytes`` of a block; the block is free again afterwards."""
+        """Queue writing the first ``nbytes`` of a block, which then belongs to the disk again."""
         try:
             self.submit(_write_at, path, descriptor, block[:nbytes], offset)
         finally:
-            self._work.put((self._free.put, (block,)))
+            self.recycle(block)
+
+    def recycle(self, block: memoryview) -> None:
+        """Free a block once everything queued before is done with it."""
+        self.submit_always(self._free.put, block)
+
+    def submit_always(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Queue work that is to run after a failure as well."""
+        self._tasks.put(_Task(work, arguments, even_after_failure=True))
 
     def drain(self) -> None:
         """Wait for everything queued, raising what it raised."""
         reached = threading.Event()
-        self._work.put((reached.set, ()))
+        self.submit_always(reached.set)
         reached.wait()
         if self._failure is not None:
             raise self._failure
 
     def close(self) -> None:
         """Finish what is queued and end the thread."""
-        self._work.put(None)
+        self._tasks.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (item := self._work.get()) is not None:
-            work, arguments = item
-            is_bookkeeping = work in (self._free.put,) or getattr(work, "__func__", None) is threading.Event.set
-            if self._failure is not None and not is_bookkeeping:
-                continue
+        while (task := self._tasks.get()) is not None:
+            if self._failure is None or task.even_after_failure:
+                try:
+                    task.work(*task.arguments)
+                except BaseException as error:
+                    self._failure = error
+
+
+def open_new(path: Path) -> int:
+    """Create a file for writing and reading back: it must not exist, a link is not followed, mode 0644 less the umask.
+
+    Raises:
+        CheckpointError: when it cannot be created.
+    """
+    return _open_direct(path, os.O_CREAT | os.O_EXCL)
+
+
+def open_again(path: Path) -> int:
+    """Open a file that an earlier run began.
+
+    Raises:
+        CheckpointError: when it is not there, or is a link.
+    """
+    return _open_direct(path, 0)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Create a small file with these bytes and bring it to the disk.
+
+    Raises:
+        CheckpointError: when it exists or cannot be written.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFELY, 0o644)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def sync_file(path: Path, descriptor: int) -> None:
+    """Wait until what is written is on the disk; ``path`` names it in messages."""
+    try:
+        _datasync(descriptor)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _open_direct(path: Path, flags: int) -> int:
+    try:
+        try:
+            return os.open(path, os.O_RDWR | flags | _SAFELY | _DIRECT, 0o644)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Some kernels create the file before they find that its file system cannot write directly.
+            return os.open(path, os.O_RDWR | flags & ~os.O_EXCL | _SAFELY, 0o644)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _write_at(path: Path, descriptor: int, data: memoryview, offset: int) -> None:
+    try:
+        while data:
             try:
-                work(*arguments)
-            except BaseException as error:
-                self._failure = error
+                count = os.pwrite(descriptor, data, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not _leave_direct(descriptor):
+                    raise
+                continue
+            if count % ALIGNMENT and count < len(data):
+                _leave_direct(descriptor)  # a short write: the rest is no longer aligned
+            data, offset = data[count:], offset + count
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _leave_direct(descriptor: int) -> bool:
+    """Go through the page cache from now on; False if that was so already."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+    return bool(flags & _DIRECT)

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unmergeable.checkpoint.disk import write_error
 from unmergeable.checkpoint.manifest import FileRecord
-from unmergeable.checkpoint.writer import write_error
 from unmergeable.errors import BadInput, CheckpointError
 
 logger = logging.getLogger(__name__)

@@ -17,26 +17,26 @@ import logging
 import re
 import shutil
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from unmergeable.checkpoint.disk import Disk, write_file
 from unmergeable.checkpoint.header import TensorSpec, build_header, raw_header
 from unmergeable.checkpoint.index import CheckpointIndex, require_shard_name, state_of
-from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, require_details
+from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, record_file, require_details
 from unmergeable.checkpoint.partial import PartialFolder, Safe, require_absent, sync_folder
 from unmergeable.checkpoint.pipeline import InputHashes, Job, Piece, stream
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.side_files import CONFIG_NAME, MANIFEST_NAME
 from unmergeable.checkpoint.source import StoredSource, TensorSource
-from unmergeable.checkpoint.writer import OutputFile, write_error
+from unmergeable.checkpoint.writer import OutputFile, sha256_of_start
 from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.progress import Progress, silent
 
@@ -46,7 +46,6 @@ MEMORY_BUDGET = 512 << 20
 """Bytes of tensors between reading and writing, unless told otherwise."""
 
 _SYNC_BYTES = 256 << 20  # at most this much is written again after a kill, plus one tensor
-_PENDING_SYNCS = 2
 _SPARE_DISK = 1 << 20  # manifest, journal and the file system's own needs
 
 
@@ -145,27 +144,27 @@ def rewrite(
     before = {path: state_of(path) for files in inputs.values() for path in files}
 
     token = _fingerprint(resume_token, [member.index.headers_digest for member in sources.values()], layout)
-    with PartialFolder(out, token) as partial:
-        records = [_write_small(partial.files / name, data) for name, data in layout.small_files]
-        records += [_copy_small(path, partial.files / path.name) for path in source.index.side_files]
+    with PartialFolder(out, token) as folder:
+        records = [_write_small(folder.files / name, data) for name, data in layout.small_files]
+        records += [_write_small(folder.files / path.name, path.read_bytes()) for path in source.index.side_files]
         hashes = InputHashes(
             {path: name for files in inputs.values() for path, name in files.items()},
-            {Path(path): record for path, record in partial.done.inputs.items()},
+            {Path(path): record for path, record in folder.done.inputs.items()},
         )
-        records += _write_shards(partial, layout, hashes, threads, memory_budget, progress)
+        records += _write_shards(folder, layout, hashes, threads, memory_budget, progress)
         _require_unchanged(before)
-        sync_folder(partial.files)
+        sync_folder(folder.files)
         details = dict(manifest)
         if verify is not None:
-            details |= _verified(partial, verify)
+            details |= _verified(folder, verify)
         record = Manifest(
             outputs=by_name(records),
             inputs={role: by_name([hashes.records[path] for path in files]) for role, files in inputs.items()},
             left_out=source.index.left_out,
             details=details,
         )
-        _write_small(partial.files / MANIFEST_NAME, record.to_json().encode())
-        partial.commit()
+        _write_small(folder.files / MANIFEST_NAME, record.to_json().encode())
+        folder.commit()
     return record
 
 
@@ -350,30 +349,18 @@ def _fingerprint(resume_token: str, headers_digests: Sequence[str], layout: _Lay
 def _write_small(path: Path, data: bytes) -> FileRecord:
     """Write a small file whole, replacing what an earlier run left."""
     path.unlink(missing_ok=True)
-    file = OutputFile.create(path)
-    try:
-        file.write(data)
-        file.sync()
-        return file.record
-    finally:
-        file.close()
+    write_file(path, data)
+    return FileRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def _copy_small(path: Path, target: Path) -> FileRecord:
-    try:
-        return _write_small(target, path.read_bytes())
-    except OSError as error:
-        raise write_error(target, error) from error
-
-
-def _verified(partial: PartialFolder, verify: Callable[[TensorSource], Mapping[str, Any]]) -> Mapping[str, Any]:
-    written = Checkpoint.open(partial.files)
+def _verified(folder: PartialFolder, verify: Callable[[TensorSource], Mapping[str, Any]]) -> Mapping[str, Any]:
+    written = Checkpoint.open(folder.files)
     try:
         found = verify(written)
         require_details(found)
     except Exception:
         # An unverified checkpoint must not be mistaken for a result. An interrupt, in contrast, says nothing of it.
-        partial.discard()
+        folder.discard()
         raise
     else:
         return found
@@ -381,104 +368,42 @@ def _verified(partial: PartialFolder, verify: Callable[[TensorSource], Mapping[s
         written.close()
 
 
-class _Syncer:
-    """Brings files to the disk beside the writing, so that the last sync has little left to do."""
-
-    def __init__(self, partial: PartialFolder) -> None:
-        self._partial = partial
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="unmergeable-sync")
-        self._pending: deque[Future[None]] = deque()
-        self._files: list[OutputFile] = []
-        self._noted = set(partial.done.inputs)
-
-    def adopt(self, file: OutputFile) -> OutputFile:
-        """Take over closing a file: it must stay open while a sync of it may be under way."""
-        self._files.append(file)
-        return file
-
-    def note_safe(self, file: OutputFile) -> None:
-        """Sync what is written of ``file`` by now, and say so in the journal."""
-        self._submit(self._sync_and_note, file, Safe(file.position, file.sha256))
-
-    def note_finished(self, file: OutputFile) -> FileRecord:
-        """Sync and close a complete file, and say so in the journal."""
-        record = file.record
-        self._submit(self._finish, file, record)
-        return record
-
-    def note_inputs(self, records: Mapping[Path, FileRecord]) -> None:
-        """Put hashes of inputs that are new in the journal."""
-        for path, record in list(records.items()):
-            if str(path) not in self._noted:
-                self._noted.add(str(path))
-                self._submit(self._partial.note_input, str(path), record)
-
-    def drain(self) -> None:
-        """Wait for everything, raising what it raised."""
-        while self._pending:
-            self._pending.popleft().result()
-
-    def close(self) -> None:
-        """End the thread after what is queued, then close the files."""
-        self._thread.shutdown(wait=True)
-        for file in self._files:
-            file.close()
-
-    def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Queue work and raise what earlier work raised. Waits while much is pending: the disk sets the pace."""
-        while len(self._pending) >= _PENDING_SYNCS or (self._pending and self._pending[0].done()):
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(work, *arguments))
-
-    def _sync_and_note(self, file: OutputFile, safe: Safe) -> None:
-        file.sync()
-        self._partial.note_safe(file.path.name, safe)
-
-    def _finish(self, file: OutputFile, record: FileRecord) -> None:
-        file.sync()
-        file.close()
-        self._partial.note_finished(record)
-
-
 @dataclass(frozen=True)
 class _Start:
-    """Where to go on with a shard: ``record`` if it is complete, ``file`` if it is begun, else at its header."""
+    """Where to go on with a shard, and the hash of what is there: ``finished`` if it is complete."""
 
     shard: _ShardLayout
-    first_job: int = 0
-    file: OutputFile | None = None
-    record: FileRecord | None = None
+    position: int = 0
+    digest: hashlib._Hash | None = None
+    finished: FileRecord | None = None
 
     @property
-    def position(self) -> int:
-        """Bytes that need not be written again."""
-        return self.shard.size if self.record is not None else self.file.position if self.file is not None else 0
+    def jobs(self) -> tuple[Job, ...]:
+        """What is left to do."""
+        return self.shard.jobs[bisect_left(self.shard.begins, self.position) :]
 
 
-def _resume(partial: PartialFolder, shard: _ShardLayout) -> _Start:
+def _resume(folder: PartialFolder, shard: _ShardLayout) -> _Start:
     """What the journal vouches for, if the file still holds it.
 
     Finished shards are hashed again rather than believed: the manifest's hashes must be those of the bytes that
-    are there, and hashing costs a quarter of writing.
+    are there, and hashing costs less than writing.
     """
-    path = partial.files / shard.name
-    record = partial.done.finished.get(shard.name)
-    if record is not None and record.size == shard.size:
-        file = OutputFile.reopen(path, record.size, record.sha256)
-        if file is not None:
-            file.close()
-            return _Start(shard, len(shard.jobs), record=record)
-    safe = partial.done.begun.get(shard.name)
-    if safe is not None and (safe.position == shard.size or safe.position in shard.begins):
-        file = OutputFile.reopen(path, safe.position, safe.sha256)
-        if file is not None:
-            return _Start(shard, bisect_left(shard.begins, safe.position), file=file)
+    path = folder.files / shard.name
+    finished = folder.done.finished.get(shard.name)
+    if finished is not None and finished.size == shard.size and path.is_file() and record_file(path) == finished:
+        return _Start(shard, shard.size, finished=finished)
+    safe = folder.done.begun.get(shard.name)
+    if safe is not None and safe.position in (*shard.begins, shard.size):
+        digest = sha256_of_start(path, safe.position)
+        if digest is not None and digest.hexdigest() == safe.sha256:
+            return _Start(shard, safe.position, digest)
     path.unlink(missing_ok=True)
     return _Start(shard)
 
 
 def _write_shards(
-    partial: PartialFolder,
+    folder: PartialFolder,
     layout: _Layout,
     hashes: InputHashes,
     threads: int | None,
@@ -486,44 +411,59 @@ def _write_shards(
     progress: Progress,
 ) -> list[FileRecord]:
     """Write what the journal does not vouch for; return the records of all shards."""
-    starts = [_resume(partial, shard) for shard in layout.shards]
-    jobs = [job for start in starts for job in start.shard.jobs[start.first_job :]]
+    starts = [_resume(folder, shard) for shard in layout.shards]
+    jobs = [job for start in starts for job in start.jobs]
     report = _Report(progress, sum(start.position for start in starts), sum(shard.size for shard in layout.shards))
     records: list[FileRecord] = []
-    syncer = _Syncer(partial)
-    try:
-        with closing(stream(jobs, hashes, threads=threads, memory_budget=memory_budget)) as pieces:
-            for start in starts:
-                records.append(start.record or _write_shard(partial, start, pieces, syncer, report))
-                syncer.note_inputs(hashes.records)
-            # The pieces end when every input is hashed to its last byte.
-            assert next(pieces, None) is None
-        syncer.note_inputs(hashes.records)
-        syncer.drain()
-    finally:
-        syncer.close()
+    with Disk() as disk, closing(stream(jobs, hashes, threads=threads, memory_budget=memory_budget)) as pieces:
+        for start in starts:
+            records.append(start.finished or _write_shard(folder, start, disk, pieces, report))
+            _note_inputs(folder, hashes, disk)
+        # The pieces end when every input is hashed to its last byte.
+        assert next(pieces, None) is None
+        _note_inputs(folder, hashes, disk)
+        disk.drain()
     return records
 
 
 def _write_shard(
-    partial: PartialFolder, start: _Start, pieces: Iterator[Piece], syncer: _Syncer, report: _Report
+    folder: PartialFolder, start: _Start, disk: Disk, pieces: Iterator[Piece], report: _Report
 ) -> FileRecord:
-    """Write one shard from where it was left; its sync may still be under way on return."""
-    file = syncer.adopt(start.file or OutputFile.create(partial.files / start.shard.name))
-    if file.position == 0:
-        file.write(start.shard.header)
-        report.advance(file.position)
-    safe_position = file.position
-    for _ in start.shard.jobs[start.first_job :]:
-        for piece in pieces:
-            file.write(piece.data)
-            report.advance(len(piece.data))
-            if piece.last:
-                break
-        if file.position - safe_position >= _SYNC_BYTES:
-            safe_position = file.position
-            syncer.note_safe(file)
-    return syncer.note_finished(file)
+    """Append to one shard what is left; it may still be on its way to the disk on return."""
+    path = folder.files / start.shard.name
+    if start.digest is None:
+        file = OutputFile.create(path, disk)
+    else:
+        file = OutputFile.reopen(path, disk, start.position, start.digest)
+    try:
+        if file.position == 0:
+            file.write(start.shard.header)
+            report.advance(file.position)
+        safe_position = file.position
+        for _ in start.jobs:
+            for piece in pieces:
+                file.write(piece.data)
+                report.advance(len(piece.data))
+                if piece.last:
+                    break
+            if file.position - safe_position >= _SYNC_BYTES:
+                safe_position = file.position
+                file.flush(partial(folder.note_safe, path.name, Safe(file.position, file.sha256)))
+        record = file.record
+        file.finish(partial(folder.note_finished, record))
+    except BaseException:
+        file.abandon()
+        raise
+    else:
+        return record
+
+
+def _note_inputs(folder: PartialFolder, hashes: InputHashes, disk: Disk) -> None:
+    """Put the hashes of inputs that were read to the end since the last call in the journal."""
+    for path, record in list(hashes.records.items()):
+        if str(path) not in folder.done.inputs:
+            folder.done.inputs[str(path)] = record
+            disk.submit(folder.note_input, str(path), record)
 
 
 class _Report:

@@ -6,120 +6,135 @@ shapes, so it can go first and the tensors follow as they become ready; the byte
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 
+from unmergeable.checkpoint.disk import ALIGNMENT, BLOCK_BYTES, Disk, open_again, open_new, sync_file
 from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import TensorSpec, build_header
 from unmergeable.checkpoint.manifest import FileRecord
 from unmergeable.checkpoint.source import tensor_bytes
 from unmergeable.errors import CheckpointError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REHASH_BYTES = 1 << 22
-
 
 class OutputFile:
-    """An append-only file with a running SHA-256. Created exclusively, never through a link."""
+    """An append-only file with a running SHA-256, written in aligned blocks by a :class:`Disk`.
 
-    def __init__(self, path: Path, descriptor: int, position: int, digest: hashlib._Hash) -> None:
+    ``position`` counts the bytes appended. They are with the disk's thread after :meth:`flush`, and the file has
+    its exact length after :meth:`finish`; until then it may end in padding.
+    """
+
+    def __init__(self, path: Path, disk: Disk, descriptor: int) -> None:
         self.path = path
-        self.descriptor = descriptor
-        self.position = position
-        self._digest = digest
+        self.position = 0
+        self._disk = disk
+        self._descriptor = descriptor
+        self._digest = hashlib.sha256()
+        self._block = disk.block()
+        self._filled = 0
 
     @classmethod
-    def create(cls, path: Path) -> OutputFile:
-        """Create ``path``, which must not exist, with mode 0644 less the umask."""
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise write_error(path, error) from error
-        return cls(path, descriptor, 0, hashlib.sha256())
+    def create(cls, path: Path, disk: Disk) -> OutputFile:
+        """Start a file that must not exist.
 
-    @classmethod
-    def reopen(cls, path: Path, position: int, sha256: str) -> OutputFile | None:
-        """Go on after ``position`` bytes, if the file still starts with bytes of that hash; None if not.
-
-        What lies behind ``position`` is cut off: nobody knows how much of it reached the disk.
+        Raises:
+            CheckpointError: when it cannot be created.
         """
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return None
-        digest = hashlib.sha256()
-        buffer = memoryview(bytearray(_REHASH_BYTES))
-        done = 0
-        while done < position:
-            count = os.preadv(descriptor, [buffer[: min(len(buffer), position - done)]], done)
-            if count == 0:
-                break
-            digest.update(buffer[:count])
-            done += count
-        if done < position or digest.hexdigest() != sha256:
-            os.close(descriptor)
-            return None
-        os.ftruncate(descriptor, position)
-        os.lseek(descriptor, position, os.SEEK_SET)
-        return cls(path, descriptor, position, digest)
+        return cls(path, disk, open_new(path))
+
+    @classmethod
+    def reopen(cls, path: Path, disk: Disk, position: int, digest: hashlib._Hash) -> OutputFile:
+        """Go on after ``position`` bytes, whose hash is ``digest`` (:func:`sha256_of_start`).
+
+        What lies behind them is cut off: nobody knows how much of it reached the disk.
+        """
+        file = cls(path, disk, open_again(path))
+        os.ftruncate(file._descriptor, position)
+        tail = position % ALIGNMENT
+        with path.open("rb") as stored:
+            stored.seek(position - tail)
+            file._block[:tail] = stored.read(tail)
+        file._filled, file.position, file._digest = tail, position, digest
+        return file
 
     def write(self, data: memoryview | bytes) -> None:
         """Append and hash.
 
         Raises:
-            CheckpointError: when the disk is full or fails.
+            CheckpointError: when the disk is full or failed, by this write or an earlier one.
         """
-        self._digest.update(data)
         view = memoryview(data)
-        done = 0
-        try:
-            while done < len(view):
-                done += os.write(self.descriptor, view[done:])
-        except OSError as error:
-            raise write_error(self.path, error) from error
+        self._digest.update(view)
         self.position += len(view)
+        while view:
+            count = min(len(view), BLOCK_BYTES - self._filled)
+            self._block[self._filled : self._filled + count] = view[:count]
+            self._filled += count
+            view = view[count:]
+            if self._filled == BLOCK_BYTES:
+                self._next_block()
 
     @property
     def sha256(self) -> str:
-        """Hex SHA-256 of everything written so far."""
+        """Hex SHA-256 of everything appended so far."""
         return self._digest.copy().hexdigest()
-
-    def sync(self) -> None:
-        """Wait until everything written before this call is on the disk. May run beside :meth:`write`."""
-        try:
-            _datasync(self.descriptor)
-        except OSError as error:
-            raise write_error(self.path, error) from error
-
-    def close(self) -> None:
-        """Close the file, which does not wait for the disk."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
 
     @property
     def record(self) -> FileRecord:
-        """Name, size and hash of the file as it is now."""
+        """Name, size and hash of everything appended so far."""
         return FileRecord(self.path.name, self.position, self.sha256)
 
+    def flush(self, then: Callable[[], None]) -> None:
+        """Queue everything appended so far, a sync, and ``then``."""
+        self._next_block()
+        self._disk.submit(sync_file, self.path, self._descriptor)
+        self._disk.submit(then)
 
-# macOS has no fdatasync.
-_datasync = getattr(os, "fdatasync", os.fsync)
+    def finish(self, then: Callable[[], None]) -> None:
+        """Queue the rest of the file, its exact length, a sync, closing it, and ``then``."""
+        self._next_block()
+        self._disk.submit(os.ftruncate, self._descriptor, self.position)
+        self._disk.submit(sync_file, self.path, self._descriptor)
+        self._disk.submit(then)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file, and free its block, when the disk is done with what is queued."""
+        self._disk.submit_always(self._close)
+        self._disk.recycle(self._block)
+
+    def _next_block(self) -> None:
+        """Hand over what the block holds. Its unaligned end is written padded, and again with what follows it."""
+        full, filled = self._block, self._filled
+        tail = filled % ALIGNMENT
+        padded = filled - tail + (ALIGNMENT if tail else 0)
+        self._block, self._filled = self._disk.block(), tail
+        self._block[:tail] = full[filled - tail : filled]
+        full[filled:padded] = bytes(padded - filled)
+        self._disk.write(self.path, self._descriptor, full, padded, self.position - filled)
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
-def write_error(path: Path, error: OSError) -> CheckpointError:
-    """The one-line error for a failed write."""
-    if error.errno in _FULL:
-        return CheckpointError(
-            f"disk full while writing {path.name} ({error.strerror}): free space and run the same command again, "
-            "it resumes."
-        )
-    return CheckpointError(f"{path} cannot be written ({error.strerror}).")
+def sha256_of_start(path: Path, nbytes: int) -> hashlib._Hash | None:
+    """The running hash of a regular file's first ``nbytes``; None if there are fewer, or no such file."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    left = nbytes
+    with path.open("rb", buffering=0) as file:
+        while left > 0 and (count := file.readinto(buffer[: min(left, len(buffer))])):
+            digest.update(buffer[:count])
+            left -= count
+    return digest if left == 0 else None
 
 
 class ShardWriter:
@@ -137,14 +152,20 @@ class ShardWriter:
     ) -> None:
         self._awaited = list(tensors)[::-1]
         header = build_header(self._awaited[::-1], metadata)
-        self._file = OutputFile.create(path)
-        self._file.write(header)
+        self._disk = Disk()
+        try:
+            self._file = OutputFile.create(path, self._disk)
+            self._file.write(header)
+        except BaseException:
+            self._disk.close()
+            raise
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        self._file.abandon()
+        self._disk.close()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append a tensor (any strides, on the CPU).
@@ -179,8 +200,10 @@ class ShardWriter:
         """
         if self._awaited:
             raise CheckpointError(f"{self._file.path.name}: tensor {self._awaited[-1][0]!r} was never written.")
-        self._file.sync()
-        return self._file.record
+        record = self._file.record
+        self._file.finish(lambda: None)
+        self._disk.drain()
+        return record
 
     def _next(self, name: str) -> TensorSpec:
         if not self._awaited or self._awaited[-1][0] != name:

@@ -31,7 +31,7 @@ def methods(context: typer.Context) -> Outcome:
 
 
 def describe(result: MethodsResult) -> list[str]:
-    """The lists as text, one method or family a line."""
+    """The lists as text, one line or two each."""
     lines = []
     for title, entries in (
         ("Protections", result.protections),
@@ -39,9 +39,11 @@ def describe(result: MethodsResult) -> list[str]:
         ("Recoveries", result.recoveries),
     ):
         lines += [title, *_entries(entries), ""]
-    width = max(map(len, result.families), default=0)
-    lines += ["Families, and the changes of basis each allows between queries and keys"]
-    return lines + [f"  {name:<{width}}  {group}" for name, group in result.families.items()]
+    lines += ["Families of models, by the changes of basis they allow between queries and keys"]
+    for group in dict.fromkeys(result.families.values()):
+        names = ", ".join(name for name, allowed in result.families.items() if allowed == group)
+        lines += [f"  {group}", f"    {names}"]
+    return lines
 
 
 def _entries(entries: Sequence[Mapping[str, Any]]) -> list[str]:

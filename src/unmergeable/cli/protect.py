@@ -43,7 +43,9 @@ def protect(
     passphrase: PassphraseSwitch = False,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", metavar="N", help="For experiments only: draw the key from N. Anybody can draw it again."),
+        typer.Option(
+            "--seed", metavar="N", help="For experiments only: draw the key from N. Anybody can draw it again."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     allow_pickle: Annotated[

@@ -23,7 +23,7 @@ def recover(
     assignments: SetOption = None,
     threads: ThreadsOption = None,
 ) -> Outcome:
-    """Undo a protection from the base model alone, as an attacker would.
+    """Undo a protection from the base alone, as an attacker would.
 
     Exact protections stop off-the-shelf merging; they do not stop somebody who holds the base model. This command shows
     it: merge what it writes to see how much of the protection is left.

@@ -12,8 +12,8 @@ from unmergeable.architecture.symmetry import Leg, Space, SymmetryMap
 from unmergeable.gauge.elements import Element
 from unmergeable.gauge.gauge import Gauge
 
-CHUNK_ELEMENTS = 1 << 22
-"""Numbers held in float64 at a time (32 MiB), besides the tensor itself."""
+CHUNK_ELEMENTS = 1 << 20
+"""Numbers transformed at a time: 8 MiB in float64, which is about what a processor's cache holds."""
 
 
 def edits(symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -27,11 +27,13 @@ def edits(symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> dict[str, Callable[
 
 
 def act_(tensor: Tensor, name: str, symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> Tensor:
-    """Transform ``tensor`` (contiguous, stored dtype, any shape) in place by each gauge in turn, and return it.
+    """Transform ``tensor`` (stored dtype, any shape) in place by each gauge in turn, and return it.
 
-    Everything is applied in float64 and rounded once. Memory beyond the tensor is one chunk; a tensor with
-    legs on several axes is held whole in float64.
+    Everything is applied in float64 and rounded once. Memory beyond the tensor and the elements is at most three
+    chunks in float64: a piece, its image and one temporary. A tensor with legs on several axes is one piece.
     """
+    if tensor.numel() == 0:
+        return tensor
     steps: list[tuple[Leg, Element]] = []
     for gauge in gauges:
         legs = [leg for leg in symmetry.legs[name] if leg.space in gauge]

@@ -13,6 +13,7 @@ matrix per block and acts on ``size``. Everything is float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -51,13 +52,19 @@ class Dense:
     def inverse(self) -> Dense:
         return Dense(torch.linalg.inv(self.values))
 
+    @cached_property
+    def _contragredient(self) -> Tensor:
+        """M^-T, computed once however many pieces of a tensor it is applied to."""
+        inverse: Tensor = torch.linalg.inv(self.values)
+        return inverse.mT
+
     def condition(self) -> float:
         singular = torch.linalg.svdvals(self.values)
         return float((singular[..., 0] / singular[..., -1]).max())
 
     def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
         assert variance != "gain", "an elementwise gain has no image under a dense matrix"
-        matrix = self.values if variance == "vector" else torch.linalg.inv(self.values).mT
+        matrix = self.values if variance == "vector" else self._contragredient
         outer, blocks, *_, size, inner = coordinates.shape
         flat = coordinates.reshape(outer, blocks, -1, size, inner)
         if inner == 1:

@@ -20,6 +20,7 @@ from torch import Tensor
 from unmergeable.architecture import Architecture, Attention, FeedForward
 from unmergeable.architecture.blocks import Heads, QueryKeyNorm, ScorePart
 from unmergeable.checkpoint.source import TensorSource
+from unmergeable.errors import UnsupportedArchitecture
 from unmergeable.gauge.elements import split_pairs
 from unmergeable.progress import Progress, silent
 from unmergeable.randomness import Stream
@@ -36,7 +37,10 @@ CHUNK_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class BlockError:
-    """How far one block's output moved, relative in the Frobenius norm, and how far rounding may move it."""
+    """How far one block's output moved, relative in the Frobenius norm, and how far rounding may move it.
+
+    An output that is not a number is equal to nothing, itself included.
+    """
 
     name: str
     error: float
@@ -44,7 +48,12 @@ class BlockError:
 
     @property
     def is_equal(self) -> bool:
-        return self.error <= self.bound
+        return self.error <= self.bound  # False for a NaN
+
+    @property
+    def excess(self) -> float:
+        """The error in units of the bound; infinite for an output that is not a number."""
+        return math.inf if math.isnan(self.error) else self.error / self.bound
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Equivalence:
     @property
     def worst(self) -> BlockError | None:
         """The block furthest beyond (or nearest to) its bound."""
-        return max(self.blocks, key=lambda block: block.error / block.bound, default=None)
+        return max(self.blocks, key=lambda block: block.excess, default=None)
 
     def explain(self) -> str:
         """One clause for an error message."""
@@ -98,8 +107,7 @@ def compare(
     def block_error(block: Attention | FeedForward) -> BlockError:
         scale, expected = _evaluate(block, first, architecture, stream.child(block.name), None)
         _, found = _evaluate(block, second, architecture, stream.child(block.name), scale)
-        error = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
-        return BlockError(block.name, error, _bound(block, first, second, condition))
+        return BlockError(block.name, _relative_error(found, expected), _bound(block, first, second, condition))
 
     owned = set(architecture.symmetry.legs)
     outside = [] if blocks_only else [name for name in first.names if name not in owned]
@@ -123,23 +131,51 @@ def changed_blocks(architecture: Architecture, spaces: Sequence[str]) -> Archite
     """The architecture reduced to the blocks with a tensor in one of ``spaces``: the only ones worth comparing
     when every other tensor was copied byte for byte."""
     touched = set(architecture.symmetry.tensors_of(set(spaces)))
-    kept = tuple(block for block in architecture.blocks if touched & set(_weights(block)))
+    kept = tuple(block for block in architecture.blocks if touched & set(_tensors(block)))
     return Architecture(architecture.family, kept, architecture.untouched, architecture.shared_heads)
 
 
-def _weights(block: Attention | FeedForward) -> list[str]:
+def _tensors(block: Attention | FeedForward) -> list[str]:
+    """Every tensor that evaluating a block reads: weights, biases, gains."""
     if isinstance(block, FeedForward):
-        return [heads.weight for heads in (block.gate, block.up, block.down) if heads is not None]
-    parts = [heads.weight for part in block.parts for heads in (part.query, part.key)]
-    return [*parts, block.value.weight, block.output.weight]
+        every = [heads for heads in (block.gate, block.up, block.down) if heads is not None]
+        around: list[str | None] = []
+    else:
+        every = [heads for part in block.parts for heads in (part.query, part.key)] + [block.value, block.output]
+        norm = block.norm
+        around = [*norm.query_gains, *norm.key_gains, norm.query_bias, norm.key_bias] if norm else []
+    return [name for name in (*(name for heads in every for name in (heads.weight, heads.bias)), *around) if name]
 
 
 def _bound(block: Attention | FeedForward, first: TensorSource, second: TensorSource, condition: float) -> float:
-    dtypes = [source.spec(name).dtype for source in (first, second) for name in _weights(block)]
-    return ROUNDED_FACTORS * max(UNIT_ROUNDOFF[dtype] for dtype in dtypes) * condition
+    """How far rounding may move a block whose tensors are stored as they are.
+
+    Raises:
+        UnsupportedArchitecture: for weights that are not floating point, naming the tensor.
+    """
+    coarsest = 0.0
+    for name in _tensors(block):
+        for source in (first, second):
+            dtype = source.spec(name).dtype
+            if dtype not in UNIT_ROUNDOFF:
+                raise UnsupportedArchitecture(
+                    f"tensor {name} of {source.description} is stored as {dtype}; convert the weights to one of "
+                    f"{', '.join(UNIT_ROUNDOFF)}."
+                )
+            coarsest = max(coarsest, UNIT_ROUNDOFF[dtype])
+    return ROUNDED_FACTORS * coarsest * condition
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    if torch.equal(found, expected):
+        return 0.0  # also where both vanish: a layer that was never trained
+    return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
 
 
 def _same_values(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; a NaN counts as kept only where the other has one too."""
+    if first.shape != second.shape:
+        return False
     if first.dtype == second.dtype:
         return torch.equal(first, second) or bool(torch.allclose(first, second, rtol=0, atol=0, equal_nan=True))
     return torch.equal(first.double(), second.double())
@@ -200,8 +236,8 @@ def _product(weight: Tensor, inputs: Tensor, *, is_transposed: bool) -> Tensor:
     inputs = inputs.to(compute)
     step = max(1, CHUNK_ELEMENTS // weight.shape[1])
     if not is_transposed:
-        return torch.cat([chunk.to(compute) @ inputs for chunk in weight.split(step)]).double()
-    pieces = zip(weight.split(step), inputs.split(step), strict=True)
+        return torch.cat([chunk.to(compute) @ inputs for chunk in torch.split(weight, step)]).double()
+    pieces = zip(torch.split(weight, step), torch.split(inputs, step), strict=True)
     return torch.stack([chunk.to(compute).T @ part for chunk, part in pieces]).sum(0).double()
 
 
@@ -231,7 +267,8 @@ def _attention(
     for index, (part, query, key) in enumerate(zip(block.parts, queries, keys, strict=True)):
         angles = stream.child(f"angles.{index}")
         rotated_query, rotated_key = _rotated(query, part, angles), _rotated(key, part, angles)
-        scores = scores + torch.einsum("gmdt,gmds->gmts", *torch.broadcast_tensors(rotated_query, rotated_key))
+        shared_key = rotated_key.expand(block.groups, block.members, -1, -1)
+        scores = scores + torch.einsum("gmdt,gmds->gmts", rotated_query, shared_key)
     # Scores of random inputs can be far larger than those of real ones; at unit spread the softmax is well conditioned.
     scale = scale or max(float(scores.std()), 1e-30)
     scores = scores / scale
@@ -258,7 +295,7 @@ def _normed(
     heads = heads * gain.reshape(shape)
     if bias is not None:
         heads = heads + source.tensor(bias).double().reshape(1, 1, size, 1)
-    return list(heads.split(sizes, dim=2))
+    return list(torch.split(heads, sizes, dim=2))
 
 
 def _rotated(heads: Tensor, part: ScorePart, stream: Stream) -> Tensor:

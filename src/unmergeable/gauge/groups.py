@@ -2,8 +2,8 @@
 
 ``sample(space, stream, condition)`` draws with a spectral condition number of at most ``condition`` per
 block, because the rounding error of a protected checkpoint grows with it. The invertible matrices are MergeLock's
-A = R P D (arXiv 2509.01548): R orthogonal (Haar), P a uniform permutation, D diagonal. The paper gives no distributions;
-D is log-uniform in [1/sqrt(condition), sqrt(condition)] here.
+A = R P D (arXiv 2509.01548): R orthogonal (Haar), P a uniform permutation, D diagonal. The paper gives no
+distributions; D is log-uniform in [1/sqrt(condition), sqrt(condition)] here.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def contains(space: Space, element: Element, tolerance: float = 1e-9) -> bool:
 
 def haar(blocks: int, size: int, stream: Stream) -> Tensor:
     """Orthogonal matrices from the Haar measure, [blocks, size, size] (QR of a Gaussian, signs fixed)."""
-    q, r = torch.linalg.qr(torch.from_numpy(stream.normal(blocks, size, size)))
-    return q * torch.sign(torch.diagonal(r, dim1=1, dim2=2))[:, None, :]
+    rotation: Tensor
+    rotation, triangle = torch.linalg.qr(torch.from_numpy(stream.normal(blocks, size, size)))
+    return rotation * torch.sign(torch.diagonal(triangle, dim1=1, dim2=2))[:, None, :]
 
 
 def log_uniform(shape: tuple[int, ...], condition: float, stream: Stream) -> Tensor:

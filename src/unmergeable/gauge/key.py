@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping
@@ -16,11 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unmergeable.checkpoint.partial import sync_folder
 from unmergeable.errors import KeyFileError
 from unmergeable.randomness import KEY_BYTES, Stream
 
 FORMAT = "unmergeable-key/1"
+KDF, CIPHER = "scrypt", "AES-256-GCM"
 SCRYPT = {"n": 1 << 15, "r": 8, "p": 1}
+MAX_SCRYPT_WORK = 1 << 28
+"""Bytes of memory times passes: eight times what SCRYPT asks for, so that a damaged file cannot ask for hours."""
+MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,14 @@ def write_key(path: Path, key: Key, passphrase: str | None = None) -> None:
     """Create the key file, readable by its owner only; it is on disk when this returns.
 
     Raises:
-        KeyFileError: something is already at ``path``, or its folder cannot be written.
+        KeyFileError: something is already at ``path``, or it cannot be written; then nothing is left there.
     """
     document: dict[str, Any] = {"format": FORMAT, "fingerprint": key.fingerprint, "recipe": dict(key.recipe)}
     if passphrase is None:
         document["secret"] = base64.b64encode(key.entropy).decode()
     else:
         document["encrypted_secret"] = _encrypt(key, passphrase)
+    text = json.dumps(document, indent=2) + "\n"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
         descriptor = os.open(path, flags, 0o600)
@@ -59,11 +66,16 @@ def write_key(path: Path, key: Key, passphrase: str | None = None) -> None:
         raise KeyFileError(f"key file {path} exists and is never overwritten; name another, or move it away.") from None
     except OSError as error:
         raise KeyFileError(f"key file {path} cannot be created: {error.strerror}; choose another place.") from None
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o600)  # a strict umask takes bits from the owner too
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(path.parent)
+    except OSError as error:
+        path.unlink(missing_ok=True)  # half a key is none, and would be in the way of the next try
+        raise KeyFileError(f"key file {path} cannot be written: {error.strerror}; choose another place.") from None
 
 
 def read_key(path: Path, passphrase: str | None = None) -> Key:
@@ -75,15 +87,13 @@ def read_key(path: Path, passphrase: str | None = None) -> Key:
     document = _read_document(path)
     recipe = document.get("recipe")
     if document.get("format") != FORMAT or not isinstance(recipe, dict):
-        raise KeyFileError(
-            f"{path} is not a key file of this tool (format {FORMAT}); give the file that `protect` made."
-        )
+        raise _foreign(path)
     try:
         if "encrypted_secret" in document:
             entropy = _decrypt(document, passphrase, path)
         else:
             entropy = base64.b64decode(str(document.get("secret")), validate=True)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise KeyFileError(f"key file {path} is damaged; restore it from your backup.") from None
     key = Key(entropy, recipe)
     if len(entropy) != KEY_BYTES or key.fingerprint != document.get("fingerprint"):
@@ -103,21 +113,29 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise KeyFileError(f"key file {path} does not exist; check the path.") from None
     except OSError as error:
         raise KeyFileError(f"key file {path} cannot be read: {error.strerror}.") from None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise KeyFileError(f"key file {path} is not a regular file; check the path.")
         if status.st_mode & 0o077:
-            raise KeyFileError(f"key file {path} can be read by other users; run: chmod 600 {path}")
-        try:
-            document = json.loads(file.read(1 << 20))
-        except ValueError:
-            document = None
+            raise KeyFileError(f"key file {path} is open to other users; run: chmod 600 {path}")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = file.read(MAX_BYTES)
+    except OSError as error:
+        raise KeyFileError(f"key file {path} cannot be read: {error.strerror}.") from None
+    finally:
+        os.close(descriptor)
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError):
+        document = None
     if not isinstance(document, dict):
-        raise KeyFileError(
-            f"{path} is not a key file of this tool (format {FORMAT}); give the file that `protect` made."
-        )
+        raise _foreign(path)
     return document
+
+
+def _foreign(path: Path) -> KeyFileError:
+    return KeyFileError(f"{path} is not a key file of this tool (format {FORMAT}); give the file that `protect` made.")
 
 
 def _canonical(recipe: Mapping[str, Any]) -> bytes:
@@ -139,7 +157,7 @@ def _encrypt(key: Key, passphrase: str) -> dict[str, Any]:
         name: base64.b64encode(value).decode()
         for name, value in (("salt", salt), ("nonce", nonce), ("ciphertext", secret))
     }
-    return {"kdf": "scrypt", **SCRYPT, "cipher": "AES-256-GCM", **encoded}
+    return {"kdf": KDF, **SCRYPT, "cipher": CIPHER, **encoded}
 
 
 def _decrypt(document: Mapping[str, Any], passphrase: str | None, path: Path) -> bytes:
@@ -152,10 +170,12 @@ def _decrypt(document: Mapping[str, Any], passphrase: str | None, path: Path) ->
         )
     box = document["encrypted_secret"]
     cost = {name: int(box[name]) for name in SCRYPT}
-    if cost["n"] > 1 << 20 or cost["r"] > 32 or cost["p"] > 16:
-        raise ValueError("scrypt cost beyond what this tool writes")
+    if (box["kdf"], box["cipher"]) != (KDF, CIPHER) or 128 * math.prod(cost.values()) > MAX_SCRYPT_WORK:
+        raise ValueError("not what this tool writes")
     salt, nonce, secret = (base64.b64decode(box[name], validate=True) for name in ("salt", "nonce", "ciphertext"))
     try:
         return AESGCM(_derive(passphrase, salt, cost)).decrypt(nonce, secret, _canonical(document["recipe"]))
     except InvalidTag:
-        raise KeyFileError(f"wrong passphrase for key file {path}.") from None
+        raise KeyFileError(
+            f"wrong passphrase for key file {path}, or the file was altered; try again, or restore it from your backup."
+        ) from None

@@ -37,6 +37,8 @@ ARCHITECTURE_KEYS = (
 # Output heads that a model with tied embeddings leaves out of its files.
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight")
 
+_SAME_TYING = "merge models that are all tied or all untied."
+
 
 @runtime_checkable
 class ChunkSource(Protocol):
@@ -104,9 +106,9 @@ def require_same_architecture(template: TensorSource, other: TensorSource) -> No
     for key in ARCHITECTURE_KEYS:
         ours, theirs = template.config.get(key), other.config.get(key)
         if ours is not None and theirs is not None and ours != theirs:
+            remedy = _SAME_TYING if key == "tie_word_embeddings" else "only models of one architecture can be merged."
             raise Mismatch(
-                f"config.json: {key} is {ours} in {template.description} but {theirs} in {other.description}; "
-                "only models of one architecture can be merged."
+                f"config.json: {key} is {ours} in {template.description} but {theirs} in {other.description}; {remedy}"
             )
 
 
@@ -130,10 +132,7 @@ def _require_same_tensors(first: Model, second: Model) -> None:
 
 def _missing(name: str, *, has: str, lacks: str) -> str:
     if name in OUTPUT_HEADS:
-        return (
-            f"{name}: {has} has its own output head, {lacks} ties it to the embeddings; "
-            "merge models that are all tied or all untied."
-        )
+        return f"{name}: {has} has its own output head, {lacks} ties it to the embeddings; {_SAME_TYING}"
     return f"{name}: in {has} but not in {lacks}; merge fine-tunes of one base that hold the same tensors."
 
 

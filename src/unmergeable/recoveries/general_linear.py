@@ -24,12 +24,15 @@ from torch import Tensor
 
 from unmergeable.recoveries.moments import Moments
 
-MAX_STEPS = 200
-RELATIVE_PROGRESS = 1e-9
+MAX_STEPS = 100
+RELATIVE_PROGRESS = 1e-8
 """A head is done when a step changes its objective by no more than this share."""
 
 ROUNDING = 1e-15
 """Changes of the objective below this share of the base's squared norm are rounding."""
+
+SMALLEST_FRACTION = 2.0**-10
+"""A head is done, too, when not even this fraction of a step lowers its objective: only rounding is left."""
 
 LONGEST_STEP = 2.0
 """Largest Frobenius norm of X in one update: e^2 either way, beyond which linearising means nothing."""
@@ -53,7 +56,8 @@ def nearest_general_linear(vectors: Moments, covectors: Moments) -> Tensor:
         trials = torch.matrix_exp(steps) @ matrices
         trial_values = objective(trials)
         is_lower = trial_values < values
-        is_done = (values - trial_values).abs() <= RELATIVE_PROGRESS * values + ROUNDING * objective.scale
+        change = (values - trial_values).abs()
+        is_done = (change <= RELATIVE_PROGRESS * values + ROUNDING * objective.scale) | (fractions < SMALLEST_FRACTION)
         matrices = torch.where(is_lower[:, None, None], trials, matrices)
         values = torch.where(is_lower, trial_values, values)
         fractions = torch.where(is_lower, (2 * fractions).clamp(max=1.0), fractions / 2)

@@ -86,4 +86,4 @@ QUERY_KEY_GROUPS: dict[str, str] = {
     "t5": _ANY,
     "UNet2DConditionModel": _ANY,
 }
-"""What each family leaves between queries and keys. Between values and output it is any invertible matrix everywhere."""
+"""What each family leaves between queries and keys. Between values and output it is any invertible matrix for all."""
