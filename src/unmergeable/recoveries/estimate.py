@@ -153,7 +153,7 @@ def _read(source: TensorSource, part: Part) -> dict[str, Tensor]:
     tensors = {}
     for name in part.tensors:
         tensors[name] = source.tensor(name).to(torch.float64)
-        if not bool(tensors[name].isfinite().all()):
+        if not bool(tensors[name].sum().isfinite()):  # a sum in float64 overflows for no finite weights
             raise BadInput(f"tensor {name} of {source.description} holds NaN or infinity; download it again.")
     return tensors
 

@@ -1,0 +1,237 @@
+"""nearest_orbit finds a planted key in every kind of family, leaves the function alone, and knows when it cannot."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Network
+from memory_source import MemorySource
+from safetensors.torch import save_file
+from zoo import TOYS, load_toy, outputs
+
+from unmergeable.errors import BadInput, Mismatch
+from unmergeable.gauge.equivalence import compare
+from unmergeable.gauge.gauge import sampled_gauge
+from unmergeable.gauge.groups import contains
+from unmergeable.randomness import Stream
+from unmergeable.recoveries import RECOVERIES, NearestOrbit
+from unmergeable.recoveries.distance import parts
+from unmergeable.recoveries.estimate import freedoms
+from unmergeable.settings import configure
+
+Build = Callable[..., Network]
+
+FAMILIES = {
+    "llama": "grouped keys, rotary",
+    "llama-bias-tied-mqa": "one key head, rotary, biases",
+    "gptj": "partial rotary, interleaved",
+    "phi": "partial rotary, biases",
+    "gpt_neox": "partial rotary, fused per head",
+    "deepseek_v3": "latent attention, a rotary key shared by all heads",
+    "qwen3": "RMS norm per head: signs, quarter turns, gains",
+    "gemma3": "the same, gains stored as w of 1 + w",
+    "olmo2": "RMS norm over the full width",
+    "cohere-qk-norm": "LayerNorm per head, gains per head",
+    "stablelm-qk-norm": "LayerNorm per head, a tensor for each gain",
+    "phi-qk-norm": "LayerNorm per head with biases",
+    "phi3": "fused queries, keys, values",
+    "falcon-40b-like": "fused per group, biases",
+    "gpt2": "[in, out] storage, fused, biases",
+    "bloom": "ALiBi, fused per head",
+    "bert": "biases, no position in attention",
+    "vit": "biases, images",
+    "t5": "encoder and decoder, cross-attention",
+    "unet-sd15": "self- and text attention between convolutions",
+}
+
+EPSILON_32 = 2.0**-24
+
+
+@pytest.mark.parametrize("condition", [4.0, 20.0])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_finds_a_planted_key(name: str, condition: float, network: Build) -> None:
+    toy = network(name)
+    for share in (0.001, 0.01, 0.1, 0.3):
+        expert = toy.expert(share)
+        unprotected = toy.attention_distance(expert)
+        protected = toy.locked(expert, condition)
+
+        estimate = NearestOrbit().estimate(protected, toy.base, toy.architecture)
+
+        assert estimate.before == pytest.approx(toy.attention_distance(protected), rel=1e-9)
+        assert estimate.before > 2 * unprotected  # the control: there was something to recover
+        # The expert is in the orbit, so its nearest point is no further than the expert.
+        assert estimate.after <= unprotected * (1 + 1e-6)
+        assert toy.attention_distance(toy.transformed(protected, estimate.gauge)) == pytest.approx(
+            estimate.after, rel=1e-3
+        )
+        # What an adjusted R^2 tends to with an unstructured task vector of this size.
+        assert estimate.confidence == pytest.approx(1 - share**2, abs=0.02)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_element_belongs_to_its_group(name: str, network: Build) -> None:
+    toy = network(name)
+    estimate = NearestOrbit().estimate(toy.locked(toy.expert(0.1), 4.0), toy.base, toy.architecture)
+
+    spaces = NearestOrbit().spaces(toy.architecture)
+    assert set(estimate.gauge) == set(spaces)
+    assert all(contains(spaces[space], estimate.gauge[space]) for space in spaces)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_compute_the_same(name: str, network: Build) -> None:
+    toy = network(name)
+    protected = toy.locked(toy.expert(0.1), 4.0)
+    estimate = NearestOrbit().estimate(protected, toy.base, toy.architecture)
+    recovered = toy.transformed(protected, estimate.gauge)
+
+    assert compare(protected, recovered, toy.architecture, condition=estimate.gauge.condition()).is_equal
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "qwen3", "deepseek_v3", "bert"])
+def test_the_network_computes_the_same(name: str, network: Build, tmp_path: Path) -> None:
+    toy = network(name)
+    protected = toy.locked(toy.expert(0.1), 4.0)
+    exact = MemorySource({key: tensor.double() for key, tensor in protected.tensors.items()}, toy.base.config)
+    estimate = NearestOrbit().estimate(exact, toy.base, toy.architecture)
+    recovered = toy.transformed(exact, estimate.gauge)
+    # The control undoes the gauge on output projections only, which leaves values in another basis.
+    is_output = {part.tensors[-1] for part in parts(toy.architecture) if part.name == "value_output"}
+    broken = {key: (recovered if key in is_output else exact).tensors[key] for key in exact.tensors}
+
+    def logits(tensors: dict[str, torch.Tensor], folder: str) -> torch.Tensor:
+        shutil.copytree(toy.folder, tmp_path / folder)
+        save_file(tensors, next((tmp_path / folder).glob("*.safetensors")), {"format": "pt"})
+        return outputs(load_toy(tmp_path / folder, TOYS[name], torch.float64), TOYS[name])
+
+    expected = logits(dict(exact.tensors), "protected")
+    found, wrong = logits(dict(recovered.tensors), "recovered"), logits(broken, "broken")
+
+    assert (found - expected).norm() <= 1e4 * 2.0**-53 * estimate.gauge.condition() * expected.norm()
+    assert (wrong - expected).norm() > 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "olmo2", "cohere-qk-norm", "stablelm-qk-norm", "phi-qk-norm"])
+def test_scales_behind_a_norm_are_found_when_asked(name: str, network: Build) -> None:
+    toy = network(name)
+    expert = toy.expert(0.01)
+    spaces = toy.architecture.symmetry.select("query_key", "value_output", negligible_epsilon=True)
+    protected = toy.transformed(expert, sampled_gauge(spaces, Stream.from_seed(1), 9.0))
+    unprotected = toy.attention_distance(expert)
+
+    default = NearestOrbit().estimate(protected, toy.base, toy.architecture)
+    asked = NearestOrbit(negligible_epsilon=True).estimate(protected, toy.base, toy.architecture)
+
+    assert asked.after <= unprotected * (1 + 1e-6)
+    assert default.after > 10 * unprotected
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_opposite_signs_of_heads_do_not_hide_a_quarter_turn(seed: int, network: Build) -> None:
+    toy = network("qwen3")
+    expert = toy.expert(0.1)
+    estimate = NearestOrbit().estimate(toy.locked(expert, 4.0, seed), toy.base, toy.architecture)
+
+    assert estimate.after <= toy.attention_distance(expert)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_an_unprotected_model_stays_where_it_is(name: str, network: Build) -> None:
+    toy = network(name)
+    same = NearestOrbit().estimate(toy.base, toy.base, toy.architecture)
+    expert = NearestOrbit().estimate(toy.expert(0.01), toy.base, toy.architecture)
+
+    assert same.before == 0
+    assert same.after <= 1e-12
+    assert expert.after <= expert.before
+    for space in expert.gauge:
+        matrix = expert.gauge[space].matrix()
+        # A least-squares fit of size^2 numbers to noise of 1 % moves each by about 1 % / sqrt(hidden_size).
+        assert (matrix - torch.eye(matrix.shape[-1]).double()).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_a_wrong_base_explains_no_more_than_chance(name: str, network: Build) -> None:
+    toy, other = network(name), network(name, seed=1)
+    estimate = NearestOrbit().estimate(toy.locked(toy.base, 4.0), other.base, toy.architecture)
+
+    # size rows span size of hidden_size directions of an unrelated head, on either side.
+    size, hidden = 8, 48
+    assert estimate.after > 0.95 * math.sqrt(1 - size / hidden)
+    assert estimate.confidence < 0.05
+
+
+def test_confidence_counts_what_was_fitted(network: Build) -> None:
+    toy = network("bert")
+    estimate = NearestOrbit().estimate(toy.expert(0.1), toy.base, toy.architecture)
+
+    spaces = NearestOrbit().spaces(toy.architecture).values()
+    assert sum(fit.freedoms for fit in estimate.fits) == sum(map(freedoms, spaces)) == 4 * 6 * 8 * 8
+    saturated = replace(estimate, fits=tuple(replace(fit, freedoms=fit.after.numel) for fit in estimate.fits))
+    assert saturated.confidence == 0
+
+
+@dataclass(frozen=True)
+class CountingSource(MemorySource):
+    """Remembers what was read, and how many of its tensors were alive at once."""
+
+    read: list[str] = field(default_factory=list)
+    alive: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    peak: list[int] = field(default_factory=lambda: [0])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor = super().tensor(name)
+        self.read.append(name)
+        self.alive[:] = [reference for reference in self.alive if reference() is not None] + [weakref.ref(tensor)]
+        self.peak[0] = max(self.peak[0], len(self.alive))
+        return tensor
+
+
+def test_holds_one_part_of_one_block_at_a_time(network: Build) -> None:
+    toy = network("bert")
+    # Float64 tensors are used as they are read, so that counting them counts what is held.
+    source = CountingSource({name: tensor.double() for name, tensor in toy.base.tensors.items()}, toy.base.config)
+    NearestOrbit().estimate(source, toy.base, toy.architecture)
+
+    attention = [part for part in parts(toy.architecture) if part.name != "feed_forward"]
+    assert source.read == [name for part in attention for name in part.tensors]
+    assert source.peak[0] <= max(len(part.tensors) for part in attention)
+
+
+def test_reports_progress(network: Build) -> None:
+    toy = network("bert")
+    calls: list[tuple[str, int, int, str]] = []
+    NearestOrbit().estimate(toy.base, toy.base, toy.architecture, lambda *call: calls.append(call))
+
+    assert calls == [("estimating", done, 4, "parts") for done in range(1, 5)]
+
+
+def test_refuses_what_does_not_belong_together(network: Build) -> None:
+    toy = network("bert")
+    name = "bert.encoder.layer.1.attention.self.key.weight"
+    missing = {key: tensor for key, tensor in toy.base.tensors.items() if key != name}
+    reshaped = {**toy.base.tensors, name: torch.zeros(48, 47)}
+    damaged = {**toy.base.tensors, name: torch.full((48, 48), torch.nan)}
+    headless = {key: tensor for key, tensor in toy.base.tensors.items() if not key.startswith("cls.")}
+
+    with pytest.raises(Mismatch, match=f"{name} is missing from in-memory"):
+        NearestOrbit().estimate(toy.base, MemorySource(missing), toy.architecture)
+    with pytest.raises(Mismatch, match=rf"{name} has shape \[48, 48\] in base but \[48, 47\] in in-memory"):
+        NearestOrbit().estimate(toy.base, MemorySource(reshaped), toy.architecture)
+    with pytest.raises(BadInput, match=f"{name} of in-memory holds NaN"):
+        NearestOrbit().estimate(MemorySource(damaged), toy.base, toy.architecture)
+    assert NearestOrbit().estimate(MemorySource(headless), toy.base, toy.architecture).after <= 1e-12
+
+
+def test_registry() -> None:
+    assert list(RECOVERIES) == ["kabsch", "nearest_orbit"]
+    assert all(name == recovery.name and recovery.exact for name, recovery in RECOVERIES.items())
+    assert configure(RECOVERIES["nearest_orbit"], {"negligible_epsilon": "yes"}) == NearestOrbit(True)
