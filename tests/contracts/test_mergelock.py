@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from zoo import TOYS, Toy, load_toy, outputs, write_toy
 
 import unmergeable
 from unmergeable.errors import NotEquivalent
+from zoo import TOYS, Toy, load_toy, outputs, write_toy
 
 CONDITION = 4.0
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from zoo import TOYS, Toy, load_toy, outputs, write_toy
 
 from unmergeable.architecture import Architecture, Space, detect
 from unmergeable.gauge.act import transform_all
@@ -18,6 +17,7 @@ from unmergeable.gauge.elements import Dense, Element, Monomial, Rotary
 from unmergeable.gauge.gauge import fixed_gauge, sampled_gauge, undo
 from unmergeable.gauge.groups import contains, haar, sample
 from unmergeable.randomness import Stream
+from zoo import TOYS, Toy, load_toy, outputs, write_toy
 
 CONDITION = 4.0
 ROLES = ("query_key", "value_output", "heads", "feed_forward")

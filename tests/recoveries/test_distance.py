@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Network
 from memory_source import MemorySource
+from recoveries.planted import Build
 
 from unmergeable.errors import BadInput
 from unmergeable.recoveries.distance import Distance, block_distances, parts, relative_distance
-
-Build = Callable[..., Network]
 
 # In these, every number of every tensor that lives in a space belongs to a block.
 WHOLE = [

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Network
+from recoveries.planted import Build, Network
 
 from unmergeable.architecture import Space
 from unmergeable.gauge.equivalence import compare
@@ -15,8 +14,6 @@ from unmergeable.protections.mergelock import MergeLock
 from unmergeable.randomness import Stream
 from unmergeable.recoveries import Kabsch, NearestOrbit
 from unmergeable.recoveries.moments import dense_moments, leg_pairs, legs_by_space
-
-Build = Callable[..., Network]
 
 EPSILON_32 = 2.0**-24
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Network
 from memory_source import MemorySource
+from recoveries.planted import Build
 from safetensors.torch import save_file
 from zoo import TOYS, load_toy, outputs
 
@@ -25,8 +24,6 @@ from unmergeable.recoveries import RECOVERIES, NearestOrbit
 from unmergeable.recoveries.distance import parts
 from unmergeable.recoveries.estimate import freedoms
 from unmergeable.settings import configure
-
-Build = Callable[..., Network]
 
 FAMILIES = {
     "llama": "grouped keys, rotary",
@@ -50,8 +47,6 @@ FAMILIES = {
     "t5": "encoder and decoder, cross-attention",
     "unet-sd15": "self- and text attention between convolutions",
 }
-
-EPSILON_32 = 2.0**-24
 
 
 @pytest.mark.parametrize("condition", [4.0, 20.0])
@@ -115,7 +110,8 @@ def test_the_network_computes_the_same(name: str, network: Build, tmp_path: Path
     expected = logits(dict(exact.tensors), "protected")
     found, wrong = logits(dict(recovered.tensors), "recovered"), logits(broken, "broken")
 
-    assert (found - expected).norm() <= 1e4 * 2.0**-53 * estimate.gauge.condition() * expected.norm()
+    # Weights are float64; some norms and the rotary angles are computed in float32 all the same.
+    assert (found - expected).norm() <= 64 * 2.0**-24 * estimate.gauge.condition() * expected.norm()
     assert (wrong - expected).norm() > 1e-3 * expected.norm()
 
 

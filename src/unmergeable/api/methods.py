@@ -110,4 +110,4 @@ def _summary(cls: Any) -> str:
     import sys
 
     text = getattr(cls, "summary", None) or (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
-    return str(text)
+    return str(text).removeprefix(f"``{cls.name}``: ").rstrip(".")

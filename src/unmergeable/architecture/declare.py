@@ -147,6 +147,20 @@ def gated(names: Names, module: str, gate: str, up: str, down: str) -> FeedForwa
     )
 
 
+def dense_or_experts(config: Config, names: Names, module: str, gate: str, up: str, down: str) -> list[FeedForward]:
+    """One gated feed-forward, or behind a router one for each expert stored as ``module.experts.E``.
+
+    As many experts as the config says, so that a missing one is noticed; as are stored where it does not say.
+    """
+    if f"{module}.gate.weight" not in names:
+        return [gated(names, module, gate, up, down)]
+    stored = 0
+    while f"{module}.experts.{stored}.{up}.weight" in names:
+        stored += 1
+    count = int(setting(config, "num_local_experts", "num_experts", "n_routed_experts", default=stored))
+    return [gated(names, f"{module}.experts.{expert}", gate, up, down) for expert in range(count)]
+
+
 def plain(names: Names, name: str, up: str, down: str, activation: str) -> FeedForward:
     """``down(act(up))`` with ``[out, in]`` weights; ``up`` and ``down`` are full module names."""
     size = names.shapes.get(f"{up}.weight", (0,))[0]

@@ -29,7 +29,14 @@ def detect(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Architectur
         raise UnsupportedArchitecture(
             f"model type {kind or 'missing from config.json'}: no symmetry map. Known: {known}."
         )
-    architecture = family(config, Names(shapes))
+    try:
+        architecture = family(config, Names(shapes))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Families read sizes from the config and shapes without asking whether they are numbers that fit.
+        raise UnsupportedArchitecture(
+            f"config.json of this {kind} model holds a size that cannot be read or does not fit ({error}); "
+            "it is damaged, or not the one these weights came with."
+        ) from error
     _require_shapes(kind, architecture, shapes)
     _require_all_claimed(kind, architecture, shapes)
     return architecture

@@ -272,7 +272,7 @@ class _AdapterFile:
         if not allow_pickle:
             raise CheckpointError(
                 f"{folder} holds only {_PICKLED_WEIGHTS}, a pickle, which can run code when opened: convert it to "
-                "safetensors, or allow pickles explicitly (allow_pickle=True)."
+                "safetensors, or pass --allow-pickle (allow_pickle=True)."
             )
         path = resolve_inside(folder, _PICKLED_WEIGHTS)
         return cls(path, _PICKLED_WEIGHTS, {}, load_state(path, _PICKLED_WEIGHTS))

@@ -308,7 +308,7 @@ def _no_weights_message(folder: Path, names: Sequence[str]) -> str:
     if pickles:
         return (
             f"{folder} holds only pickled weights ({pickles[0]}), which can run code when opened: convert them to "
-            "safetensors, or allow pickles explicitly (allow_pickle=True)."
+            "safetensors, or pass --allow-pickle (allow_pickle=True)."
         )
     for suffix, meaning in _OTHER_FORMATS.items():
         for name in names:

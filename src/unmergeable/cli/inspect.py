@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unmergeable.cli.command import Outcome, working
+from unmergeable.cli.quantity import BYTES, COUNT, describe_quantity
 
 if TYPE_CHECKING:
     from unmergeable.api.inspection import BaseComparison, InspectResult
@@ -41,7 +42,8 @@ def describe(result: InspectResult) -> list[str]:
     """The facts, then the verdict."""
     dtypes = ", ".join(f"{count} in {dtype}" for dtype, count in result.dtypes.items())
     shards = f"{result.shards} shard{'s' if result.shards != 1 else ''}"
-    size = f"{result.parameters / 1e6:,.1f} M parameters, {result.nbytes / 1e9:.2f} GB in {shards}"
+    parameters = describe_quantity(result.parameters, COUNT)
+    size = f"{parameters} parameters, {describe_quantity(result.nbytes, BYTES)} in {shards}"
     lines = [f"{result.checkpoint}: {result.model_type}, {size}", f"Tensors: {result.tensors} ({dtypes})"]
     lines += ["Changes of basis that keep the function:"]
     lines += [f"  {role.replace('_', ' and ')}: {group}" for role, group in result.groups.items()]
@@ -49,7 +51,7 @@ def describe(result: InspectResult) -> list[str]:
         lines += ["Relative error of attention weights when stored as:"]
         lines += ["  " + ", ".join(f"{kind} {error:.1e}" for kind, error in result.errors.items())]
     lines += _comparison(result.comparison) if result.comparison else []
-    lines += [f"Left out: {name} ({reason})" for name, reason in result.left_out]
+    lines += [f"A protected copy would leave out: {name} ({reason})" for name, reason in result.left_out]
     return [*lines, f"Verdict: {result.verdict}"]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from unmergeable.cli.quantity import BYTES, fitting_unit, in_unit
 from unmergeable.progress import Progress
 
 if TYPE_CHECKING:
@@ -118,8 +119,5 @@ def describe_amount(done: int, total: int, unit: str) -> str:
     percent = 100 * done // total
     if unit != "bytes":
         return f"{done} of {total} {unit} ({percent} %)"
-    scale, name = next(
-        (scale, name) for scale, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if total >= scale
-    )
-    digits = 0 if scale == 1 else 1
-    return f"{done / scale:.{digits}f} of {total / scale:.{digits}f} {name} ({percent} %)"
+    scale = fitting_unit(total, BYTES)
+    return f"{in_unit(done, scale, BYTES)} of {in_unit(total, scale, BYTES)} {scale} ({percent} %)"

@@ -104,6 +104,7 @@ def describe(result: ProtectResult, base: Path) -> list[str]:
     lines = [f"{verb}: {result.out} ({steps}; {changed}; {result.architecture})"]
     lines += [f"  {role.replace('_', ' and ')}: {group}" for role, group in result.groups.items()]
     if result.is_dry_run:
+        lines += [f"Key: {result.key}, not made yet"]
         lines += [f"Largest error that rounding may cause in a block: {result.predicted_error:.1e} relative"]
         lines += _left_out(result)
         return [*lines, *result.notes, "Dry run: nothing was written."]

@@ -133,7 +133,7 @@ def nearest_scale(vector_norm: Tensor, vector_cross: Tensor, covector_norm: Tens
     companion[..., 1, 0] = companion[..., 2, 1] = companion[..., 3, 2] = 1.0
     companion[..., 0, 3], companion[..., 1, 3], companion[..., 3, 3] = 1.0, -q, p
     # Any positive number may be tried: a complex root's real part does no harm, and a double root loses none.
-    roots = torch.linalg.eigvals(companion).real * unit[..., None]
+    roots = torch.where(has_both[..., None], torch.linalg.eigvals(companion).real * unit[..., None], 1.0)
     one_sided = torch.stack([c / g, h / d, torch.ones_like(g)], dim=-1)
     candidates = torch.cat([roots, one_sided], dim=-1)
     candidates = torch.where(candidates.isfinite() & (candidates > 0), candidates, 1.0)

@@ -11,6 +11,7 @@ from unmergeable.architecture.declare import (
     Config,
     Names,
     columns,
+    dense_or_experts,
     gated,
     rope_setting,
     score_parts,
@@ -99,20 +100,9 @@ def qwen3(config: Config, names: Names) -> Architecture:
                 names, module, QKVO, groups=groups, members=members, size=size, rotary_size=size, norm=norm
             )
         )
-        blocks.extend(_dense_or_experts(names, f"{layer}.mlp", ("gate_proj", "up_proj", "down_proj")))
+        blocks.extend(dense_or_experts(config, names, f"{layer}.mlp", "gate_proj", "up_proj", "down_proj"))
     untouched = (*_untouched(prefix), r".*\.mlp\.gate\.weight")
     return Architecture(str(config["model_type"]), tuple(blocks), untouched)
-
-
-def _dense_or_experts(names: Names, module: str, projections: tuple[str, str, str]) -> list[FeedForward]:
-    """One gated feed-forward, or one for each expert stored under ``module.experts.E``."""
-    gate, up, down = projections
-    if f"{module}.{up}.weight" in names:
-        return [gated(names, module, gate, up, down)]
-    experts: list[FeedForward] = []
-    while f"{module}.experts.{len(experts)}.{up}.weight" in names:
-        experts.append(gated(names, f"{module}.experts.{len(experts)}", gate, up, down))
-    return experts
 
 
 def mixtral(config: Config, names: Names) -> Architecture:
@@ -126,7 +116,7 @@ def mixtral(config: Config, names: Names) -> Architecture:
                 names, f"{layer}.self_attn", QKVO, groups=groups, members=members, size=size, rotary_size=size
             )
         )
-        blocks.extend(_dense_or_experts(names, f"{layer}.block_sparse_moe", ("w1", "w3", "w2")))
+        blocks.extend(dense_or_experts(config, names, f"{layer}.block_sparse_moe", "w1", "w3", "w2"))
     untouched = (*_untouched(prefix), r".*\.block_sparse_moe\.gate\.weight")
     return Architecture("mixtral", tuple(blocks), untouched)
 

@@ -7,7 +7,7 @@ is shared by all heads and written by ``kv_a_proj_with_mqa`` beside the latent.
 from __future__ import annotations
 
 from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, Heads, ScorePart
-from unmergeable.architecture.declare import HEADS_ON_TOP, Config, Names, columns, gated, setting
+from unmergeable.architecture.declare import HEADS_ON_TOP, Config, Names, columns, dense_or_experts, gated, setting
 from unmergeable.architecture.symmetry import Pairing
 
 
@@ -48,7 +48,7 @@ def deepseek(config: Config, names: Names) -> Architecture:
                 position="rotary",
             )
         )
-        blocks.extend(_feed_forwards(names, f"{layer}.mlp"))
+        blocks.extend(_feed_forwards(config, names, f"{layer}.mlp"))
     untouched = (
         HEADS_ON_TOP,
         r".*embed_tokens\.weight",
@@ -60,13 +60,8 @@ def deepseek(config: Config, names: Names) -> Architecture:
     return Architecture(str(config["model_type"]), tuple(blocks), untouched)
 
 
-def _feed_forwards(names: Names, module: str) -> list[FeedForward]:
+def _feed_forwards(config: Config, names: Names, module: str) -> list[FeedForward]:
     projections = ("gate_proj", "up_proj", "down_proj")
-    if f"{module}.up_proj.weight" in names:
-        return [gated(names, module, *projections)]
-    experts: list[FeedForward] = []
-    while f"{module}.experts.{len(experts)}.up_proj.weight" in names:
-        experts.append(gated(names, f"{module}.experts.{len(experts)}", *projections))
-    if f"{module}.shared_experts.up_proj.weight" in names:
-        experts.append(gated(names, f"{module}.shared_experts", *projections))
-    return experts
+    routed = dense_or_experts(config, names, module, *projections)
+    shared = f"{module}.shared_experts"
+    return [*routed, gated(names, shared, *projections)] if f"{shared}.up_proj.weight" in names else routed
