@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from zoo import TOYS, write_toy
 
 from unmergeable.architecture import Architecture, detect
+from zoo import TOYS, write_toy
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from memory_source import MemorySource
 from recoveries.planted import Build, Network
-from safetensors.torch import load_file
-from zoo import TOYS, write_toy
-
 from unmergeable.architecture import detect
+from zoo import TOYS, write_toy
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from memory_source import MemorySource
 
+from memory_source import MemorySource
 from unmergeable.architecture import Architecture
 from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.gauge import Gauge

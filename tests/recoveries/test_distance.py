@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+
 from memory_source import MemorySource
 from recoveries.planted import Build
-
 from unmergeable.errors import BadInput
 from unmergeable.recoveries.distance import Distance, block_distances, parts, relative_distance
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from recoveries.planted import Build, Network
 
+from recoveries.planted import Build, Network
 from unmergeable.architecture import Space
 from unmergeable.gauge.equivalence import compare
 from unmergeable.protections.mergelock import MergeLock

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from memory_source import MemorySource
 from recoveries.planted import Build
-from safetensors.torch import save_file
-from zoo import TOYS, load_toy, outputs
-
 from unmergeable.errors import BadInput, Mismatch
 from unmergeable.gauge.equivalence import compare
 from unmergeable.gauge.gauge import sampled_gauge
@@ -24,6 +23,7 @@ from unmergeable.recoveries import RECOVERIES, NearestOrbit
 from unmergeable.recoveries.distance import parts
 from unmergeable.recoveries.estimate import freedoms
 from unmergeable.settings import configure
+from zoo import TOYS, load_toy, outputs
 
 FAMILIES = {
     "llama": "grouped keys, rotary",

@@ -92,7 +92,15 @@ def unit_columns(module: str) -> Heads:
 def score_parts(
     query: Heads, key: Heads, size: int, rotary_size: int = 0, pairing: Pairing = "half"
 ) -> tuple[ScorePart, ...]:
-    """The score over heads of ``size`` coordinates of which the first ``rotary_size`` are rotated by position."""
+    """The score over heads of ``size`` coordinates of which the first ``rotary_size`` are rotated by position.
+
+    Raises UnsupportedArchitecture when these are not pairs, or more than there are.
+    """
+    if rotary_size % 2 or not 0 <= rotary_size <= size:
+        raise UnsupportedArchitecture(
+            f"tensor {query.weight}: config.json implies {rotary_size} rotary coordinates in a head of {size}, which "
+            "is no number of pairs; config.json and weights do not belong together."
+        )
     if rotary_size == 0:
         return (ScorePart(query, key, size),)
     rotated = ScorePart(query, key, rotary_size, pairing)

@@ -12,7 +12,6 @@ ignores a setting computes another model.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,10 +26,10 @@ from unmergeable.checkpoint.index import (
     ADAPTER_CONFIG_NAME,
     CheckpointIndex,
     TensorSpec,
+    identified,
     is_adapter,
     lay_out_virtual,
     read_json,
-    state_of,
 )
 from unmergeable.checkpoint.pickled import load_state
 from unmergeable.checkpoint.reader import OpenFiles
@@ -434,8 +433,7 @@ def _index(folder: Path, base: TensorSource, adapter: _AdapterFile, added: Mappi
         shards |= rebuilt
         if last.path is not None:
             other_files[last.path] = last.name
-    states = [state_of(path) for path in (adapter.path, adapter_config)]
-    return replace(
+    merged = replace(
         index,
         folder=folder,
         entries=entries,
@@ -443,5 +441,5 @@ def _index(folder: Path, base: TensorSource, adapter: _AdapterFile, added: Mappi
         side_files=side_files,
         left_out=(*left_out, *superseded, *index.left_out),
         other_files=other_files,
-        headers_digest=hashlib.sha256(f"{index.headers_digest} {states}".encode()).hexdigest(),
     )
+    return identified(merged)

@@ -60,6 +60,10 @@ _EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ")
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 
 
+FileState = tuple[int, int]
+"""Size in bytes and modification time in nanoseconds, which change when somebody replaces a file."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One safetensors file. ``size`` and ``header_bytes`` (the bytes before the first tensor) are in bytes.
@@ -84,7 +88,8 @@ class CheckpointIndex:
     ``*.safetensors.index.json`` (None for a single file). ``side_files`` are copied byte for byte beside
     ``config_file`` and ``weights_index_file``. ``headers_digest`` identifies the checkpoint cheaply: SHA-256 over
     its configuration, index, headers, file sizes and modification times (not over its tensors). ``other_files``
-    (path to name) are read for tensors besides the shards: an adapter's, or pickles.
+    (path to name) are read for tensors besides the shards: an adapter's, or pickles. ``states`` are those of all
+    files that were read so far, at that time.
     """
 
     folder: Path
@@ -96,8 +101,9 @@ class CheckpointIndex:
     weights_index: Mapping[str, Any] | None
     side_files: tuple[Path, ...]
     left_out: tuple[LeftOut, ...]
-    headers_digest: str
+    headers_digest: str = ""
     other_files: Mapping[Path, str] = field(default_factory=dict)
+    states: Mapping[Path, FileState] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -147,31 +153,34 @@ def read_index(folder: Path | str) -> CheckpointIndex:
     }
     claimed = {CONFIG_NAME, *shard_names} | ({weights_index_file.name} if weights_index_file else set())
     side_files, left_out = sort_side_files(folder, frozenset(claimed))
-    index = CheckpointIndex(
-        folder=folder,
-        config_file=resolve_inside(folder, CONFIG_NAME),
-        config=config,
-        entries=entries,
-        shards=shards,
-        weights_index_file=weights_index_file,
-        weights_index=None if weights_index_file is None else read_json(folder, weights_index_file.name),
-        side_files=side_files,
-        left_out=left_out,
-        headers_digest="",
+    return identified(
+        CheckpointIndex(
+            folder=folder,
+            config_file=resolve_inside(folder, CONFIG_NAME),
+            config=config,
+            entries=entries,
+            shards=shards,
+            weights_index_file=weights_index_file,
+            weights_index=None if weights_index_file is None else read_json(folder, weights_index_file.name),
+            side_files=side_files,
+            left_out=left_out,
+        )
     )
-    return replace(index, headers_digest=digest_of(index))
 
 
-def digest_of(index: CheckpointIndex) -> str:
-    """Hex SHA-256 of what is known about a checkpoint without reading its tensors."""
+def identified(index: CheckpointIndex) -> CheckpointIndex:
+    """The index with ``states`` and ``headers_digest`` filled in."""
+    files = {shard.path: shard.name for shard in index.shards.values() if shard.path is not None}
+    files |= {index.config_file: CONFIG_NAME} | dict(index.other_files)
+    if index.weights_index_file is not None:
+        files[index.weights_index_file] = index.weights_index_file.name
+    states = {path: state_of(path) for path in files}
     digest = hashlib.sha256(json.dumps([index.config, index.weights_index], sort_keys=True).encode())
     for shard in index.shards.values():
         layout = [(name, str(index.entries[name].spec), index.entries[name].begin) for name in shard.tensors]
-        facts = (shard.name, state_of(shard.path), shard.metadata, layout)
-        digest.update(json.dumps(facts, sort_keys=True).encode())
-    for path, name in index.other_files.items():
-        digest.update(json.dumps([name, state_of(path)]).encode())
-    return digest.hexdigest()
+        digest.update(json.dumps([shard.name, shard.metadata, layout]).encode())
+    digest.update(json.dumps(sorted((name, states[path]) for path, name in files.items())).encode())
+    return replace(index, states=states, headers_digest=digest.hexdigest())
 
 
 def lay_out_virtual(
@@ -189,10 +198,8 @@ def lay_out_virtual(
     return entries, shards
 
 
-def state_of(path: Path | None) -> tuple[int, int] | None:
-    """Size in bytes and modification time in nanoseconds, which change when somebody replaces the file."""
-    if path is None:
-        return None
+def state_of(path: Path) -> FileState:
+    """The state of a file now."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
 
@@ -249,7 +256,7 @@ def _require_folder(folder: Path) -> None:
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file: pass the folder that holds it and its {CONFIG_NAME}.")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder.")
+        raise CheckpointError(f"{folder} does not exist: check the path.")
 
 
 def _pipeline_message(folder: Path) -> str:

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from unmergeable.errors import BadInput, CheckpointError
 logger = logging.getLogger(__name__)
 
 JOURNAL_FORMAT = 1
-_LOCK, _JOURNAL, _FILES = "lock", "journal", "checkpoint"
+FILES = "checkpoint"
+_LOCK, _JOURNAL = "lock", "journal"
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class PartialFolder:
 
     def __init__(self, out: Path, token: str) -> None:
         self._out = out
-        self._folder = out.with_name(out.name + ".partial")
-        self.files = self._folder / _FILES
+        self._folder = partial_of(out)
+        self.files = self._folder / FILES
         self._lock = -1
         self._journal = -1
         self.done = Done()
@@ -99,6 +100,12 @@ class PartialFolder:
         """Record the hash of an input file, so that a resumed run need not read it again."""
         self._append({"input": path, "name": record.name, "size": record.size, "sha256": record.sha256})
 
+    def remove_all_but(self, names: Collection[str]) -> None:
+        """Delete the files of an earlier run that are written anew anyway, or are no longer part of the result."""
+        for path in self.files.iterdir():
+            if path.name not in names:
+                _remove_tree(path)
+
     def commit(self) -> None:
         """Make the result visible under its final name, at once and for good."""
         sync_folder(self.files)
@@ -115,14 +122,13 @@ class PartialFolder:
         self._remove()
 
     def _take_lock(self) -> int:
+        path = self._folder / _LOCK
         try:
             self._folder.mkdir(exist_ok=True)
+            self._require_ours()
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise write_error(self._folder, error) from error
-        if self._folder.is_symlink() or not {path.name for path in self._folder.iterdir()} <= {_LOCK, _JOURNAL, _FILES}:
-            raise BadInput(f"{self._folder} holds files of somebody else: move it away or choose another OUT.")
-        path = self._folder / _LOCK
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            raise write_error(path, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The process that held the lock may have finished and removed the file in between.
@@ -136,6 +142,15 @@ class PartialFolder:
             os.close(descriptor)
             raise BadInput(f"{self._folder} was just finished by another process: look for {self._out}.")
         return descriptor
+
+    def _require_ours(self) -> None:
+        """Nothing is deleted in, or written through, what somebody else put there."""
+        ours = {_LOCK, _JOURNAL, FILES}
+        found = (self._folder, *self._folder.iterdir())
+        if any(path.is_symlink() for path in found) or any(path.name not in ours for path in found[1:]):
+            raise BadInput(
+                f"{self._folder} holds files of somebody else: move it away or choose another output folder."
+            )
 
     def _resume_or_begin(self, token: str) -> None:
         path = self._folder / _JOURNAL
@@ -173,6 +188,11 @@ class PartialFolder:
         self._folder.rmdir()
 
 
+def partial_of(out: Path) -> Path:
+    """The folder in which ``out`` grows."""
+    return out.with_name(out.name + ".partial")
+
+
 def require_absent(out: Path) -> None:
     """Refuse to write over anything.
 
@@ -188,12 +208,15 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
+            raise write_error(folder, error) from error
     finally:
         os.close(descriptor)
 
 
 def _remove_tree(folder: Path) -> None:
-    if folder.is_symlink():
+    if folder.is_symlink() or folder.is_file():
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)

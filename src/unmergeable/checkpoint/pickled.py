@@ -10,7 +10,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from unmergeable.checkpoint.header import save_file_order
 from unmergeable.checkpoint.index import (
     CheckpointIndex,
     TensorSpec,
-    digest_of,
+    identified,
     lay_out_virtual,
     read_config,
     read_json,
@@ -76,10 +75,9 @@ class PickledCheckpoint:
             weights_index=None,
             side_files=side_files,
             left_out=left_out,
-            headers_digest="",
             other_files=paths,
         )
-        return cls(replace(index, headers_digest=digest_of(index)), tensors)
+        return cls(identified(index), tensors)
 
     @property
     def folder(self) -> Path:

@@ -27,7 +27,7 @@ from unmergeable.checkpoint.reader import OpenFiles
 from unmergeable.checkpoint.source import Extent, empty_tensor, tensor_bytes
 from unmergeable.checkpoint.writer import require_spec
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 20
 _BUFFERS = 8
 
 

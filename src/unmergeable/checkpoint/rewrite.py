@@ -1,9 +1,9 @@
 """The one loop that writes checkpoints: validate, stream, verify, manifest, rename.
 
-A plan lists the tensors of the result in order. One thread reads ahead and hashes the input, workers compute the
-tensors that change, and the calling thread hashes and writes them in order; the bytes between reading and
-writing are bounded. Everything happens in ``OUT.partial`` (see :mod:`unmergeable.checkpoint.partial`), so that
-``OUT`` either does not exist or is complete and verified.
+A plan (:mod:`unmergeable.checkpoint.plan`) lists the tensors of the result in order. One thread reads ahead and
+hashes the input, workers compute the tensors that change, the calling thread hashes the output, and one more
+brings it to the disk; the bytes in between are bounded. Everything happens in ``OUT.partial``
+(:mod:`unmergeable.checkpoint.partial`), so that ``OUT`` either does not exist or is complete and verified.
 
     plan = output_like(source, {"model.norm.weight": double})
     rewrite(source, out, plan, manifest={"recipe": {...}}, resume_token=fingerprint)
@@ -13,87 +13,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import re
 import shutil
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unmergeable.checkpoint.disk import Disk, write_file
-from unmergeable.checkpoint.header import TensorSpec, build_header, raw_header
-from unmergeable.checkpoint.index import CheckpointIndex, require_shard_name, state_of
+from unmergeable.checkpoint.index import CheckpointIndex, state_of
 from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, record_file, require_details
-from unmergeable.checkpoint.partial import PartialFolder, Safe, require_absent, sync_folder
+from unmergeable.checkpoint.partial import FILES, PartialFolder, Safe, partial_of, require_absent, sync_folder
 from unmergeable.checkpoint.pipeline import InputHashes, Job, Piece, stream
+from unmergeable.checkpoint.plan import Layout, OutputTensor, ShardLayout, lay_out, output_like
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.side_files import CONFIG_NAME, MANIFEST_NAME
-from unmergeable.checkpoint.source import StoredSource, TensorSource
+from unmergeable.checkpoint.source import TensorSource
 from unmergeable.checkpoint.writer import OutputFile, sha256_of_start
-from unmergeable.errors import BadInput, CheckpointError, UsageError
+from unmergeable.errors import BadInput, CheckpointError
 from unmergeable.progress import Progress, silent
 
-logger = logging.getLogger(__name__)
+__all__ = ["MEMORY_BUDGET", "OutputTensor", "output_like", "rewrite"]
 
 MEMORY_BUDGET = 512 << 20
 """Bytes of tensors between reading and writing, unless told otherwise."""
 
 _SYNC_BYTES = 256 << 20  # at most this much is written again after a kill, plus one tensor
 _SPARE_DISK = 1 << 20  # manifest, journal and the file system's own needs
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """One tensor of the result, in the file ``shard``.
-
-    ``edit`` is given the source's tensor ``origin`` (its own to change in place) and returns the result; ``make``
-    is given nothing and may read whatever it likes; with neither, the bytes of ``origin`` are copied unchanged.
-    ``origin`` is ``name`` unless the tensor is renamed. Both run in worker threads.
-    """
-
-    name: str
-    spec: TensorSpec
-    shard: str
-    make: Callable[[], torch.Tensor] | None = None
-    edit: Callable[[torch.Tensor], torch.Tensor] | None = None
-    origin: str | None = None
-
-
-def output_like(
-    source: TensorSource,
-    edits: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
-    *,
-    drop: Collection[str] = (),
-    extra: Sequence[OutputTensor] = (),
-) -> tuple[OutputTensor, ...]:
-    """The plan of a result with the source's names, specs, shards and order.
-
-    Args:
-        source: what is copied.
-        edits: by tensor name, a function from the stored tensor (its own, to change in place if it likes) to one
-            of the same shape and dtype.
-        drop: tensors to leave out.
-        extra: tensors to add, each at the end of its shard.
-
-    Raises:
-        CheckpointError: when ``edits`` or ``drop`` name a tensor the source does not hold.
-    """
-    for name in (*edits, *drop):
-        source.spec(name)
-    kept = [
-        OutputTensor(name, entry.spec, entry.shard, edit=edits.get(name))
-        for name, entry in source.index.entries.items()
-        if name not in drop
-    ]
-    shards = dict.fromkeys(tensor.shard for tensor in (*kept, *extra))
-    return tuple(tensor for shard in shards for tensor in (*kept, *extra) if tensor.shard == shard)
 
 
 def rewrite(
@@ -126,7 +74,7 @@ def rewrite(
         also_read: further checkpoints the edits read, by role; their files are hashed into the manifest.
         threads: workers for edits and makes; None for processors divided by torch's own threads.
         memory_budget: bytes of changed tensors held between reading and writing. A larger tensor travels alone.
-        progress: told of bytes written.
+        progress: told of bytes written and, first, of bytes found written by an earlier run.
 
     Raises:
         BadInput: when ``out`` exists, overlaps an input folder, or is being written by another process.
@@ -138,28 +86,31 @@ def rewrite(
     require_absent(out)
     _require_apart(out, sources.values())
     require_details(manifest)
-    layout = _lay_out(source, tuple(plan), config_changes)
+    layout = lay_out(source, plan, config_changes)
     _require_space(out, layout.nbytes)
-    inputs = {role: _input_files(member.index) for role, member in sources.items()}
-    before = {path: state_of(path) for files in inputs.values() for path in files}
+    _require_unchanged(sources.values())
 
     token = _fingerprint(resume_token, [member.index.headers_digest for member in sources.values()], layout)
     with PartialFolder(out, token) as folder:
+        folder.remove_all_but({shard.name for shard in layout.shards})
         records = [_write_small(folder.files / name, data) for name, data in layout.small_files]
         records += [_write_small(folder.files / path.name, path.read_bytes()) for path in source.index.side_files]
         hashes = InputHashes(
-            {path: name for files in inputs.values() for path, name in files.items()},
+            {path: name for member in sources.values() for path, name in _tensor_files(member.index).items()},
             {Path(path): record for path, record in folder.done.inputs.items()},
         )
         records += _write_shards(folder, layout, hashes, threads, memory_budget, progress)
-        _require_unchanged(before)
         sync_folder(folder.files)
-        details = dict(manifest)
-        if verify is not None:
-            details |= _verified(folder, verify)
+        try:
+            _require_unchanged(sources.values())
+            details = dict(manifest) | _verified(folder.files, verify)
+        except Exception:
+            # What is wrong or unverified must not be mistaken for a result. An interrupt says nothing of it.
+            folder.discard()
+            raise
         record = Manifest(
             outputs=by_name(records),
-            inputs={role: by_name([hashes.records[path] for path in files]) for role, files in inputs.items()},
+            inputs={role: _input_records(member.index, hashes) for role, member in sources.items()},
             left_out=source.index.left_out,
             details=details,
         )
@@ -168,211 +119,85 @@ def rewrite(
     return record
 
 
-@dataclass(frozen=True)
-class _ShardLayout:
-    """One file of the result: its first bytes, and the jobs with the offset at which each one's bytes begin."""
-
-    name: str
-    header: bytes
-    jobs: tuple[Job, ...]
-    begins: tuple[int, ...]
-    size: int
-
-
-@dataclass(frozen=True)
-class _Layout:
-    shards: tuple[_ShardLayout, ...]
-    small_files: tuple[tuple[str, bytes], ...]
-    nbytes: int
-
-
-def _lay_out(source: TensorSource, plan: tuple[OutputTensor, ...], config_changes: Mapping[str, Any] | None) -> _Layout:
-    _require_valid(source, plan)
-    shards = tuple(
-        _lay_out_shard(source, name, tuple(tensors)) for name, tensors in groupby(plan, key=lambda tensor: tensor.shard)
-    )
-    config = source.index.config_file.read_bytes()
-    small = [(CONFIG_NAME, config if config_changes is None else edit_json(config, config_changes))]
-    weights_index = _weights_index(source.index, plan)
-    if weights_index is not None:
-        small.append(weights_index)
-    copied = sum(path.stat().st_size for path in source.index.side_files)
-    nbytes = sum(shard.size for shard in shards) + sum(len(data) for _, data in small) + copied
-    return _Layout(shards, tuple(small), nbytes)
-
-
-def _require_valid(source: TensorSource, plan: tuple[OutputTensor, ...]) -> None:
-    if not plan:
-        raise UsageError("the plan of the result is empty: nothing to write.")
-    names: set[str] = set()
-    for tensor in plan:
-        if tensor.name in names:
-            raise UsageError(f"the plan holds tensor {tensor.name!r} twice.")
-        names.add(tensor.name)
-        if tensor.make is not None and (tensor.edit is not None or tensor.origin is not None):
-            raise UsageError(f"the plan makes tensor {tensor.name!r} from nothing and from the source at once.")
-        if tensor.make is None:
-            stored = source.spec(tensor.origin or tensor.name)
-            if tensor.edit is None and stored != tensor.spec:
-                raise UsageError(f"the plan copies tensor {tensor.name!r} as {tensor.spec}, but it is {stored}.")
-    shards = [shard for shard, _ in groupby(plan, key=lambda tensor: tensor.shard)]
-    for shard in shards:
-        require_shard_name(shard, "the plan")
-        if shards.count(shard) > 1:
-            raise UsageError(f"the plan scatters the tensors of {shard}: list them together.")
-
-
-def _lay_out_shard(source: TensorSource, name: str, tensors: tuple[OutputTensor, ...]) -> _ShardLayout:
-    specs = [(tensor.name, tensor.spec) for tensor in tensors]
-    shard = source.index.shards.get(name)
-    if (
-        shard is not None
-        and shard.path is not None
-        and specs == [(member, source.index.entries[member].spec) for member in shard.tensors]
-    ):
-        # The stored header, not an equal one: another writer's spacing and key order survive.
-        header = raw_header(shard.path, shard.header_bytes)
-    else:
-        header = build_header(specs, {"format": "pt"} if shard is None else shard.metadata)
-    begins = []
-    position = len(header)
-    for _, spec in specs:
-        begins.append(position)
-        position += spec.nbytes
-    return _ShardLayout(name, header, tuple(_job(source, tensor) for tensor in tensors), tuple(begins), position)
-
-
-def _job(source: TensorSource, tensor: OutputTensor) -> Job:
-    if tensor.make is not None:
-        return Job(tensor.name, tensor.spec, tensor.spec, read=tensor.make)
-    origin = tensor.origin or tensor.name
-    stored = source.spec(origin)
-    extent = source.stored(origin) if isinstance(source, StoredSource) else None
-    if extent is not None:
-        return Job(tensor.name, tensor.spec, stored, extent=extent, edit=tensor.edit)
-    return Job(tensor.name, tensor.spec, stored, read=lambda: source.tensor(origin), edit=tensor.edit)
-
-
-def _weights_index(index: CheckpointIndex, plan: tuple[OutputTensor, ...]) -> tuple[str, bytes] | None:
-    """Name and bytes of ``*.safetensors.index.json``: the source's own while it still tells the truth."""
-    weight_map = {tensor.name: tensor.shard for tensor in plan}
-    shards = dict.fromkeys(weight_map.values())
-    if index.weights_index_file is None and len(shards) == 1:
-        return None
-    specs = {tensor.name: tensor.spec for tensor in plan}
-    if index.weights_index_file is not None and (specs, weight_map) == (
-        {name: entry.spec for name, entry in index.entries.items()},
-        {name: entry.shard for name, entry in index.entries.items()},
-    ):
-        return index.weights_index_file.name, index.weights_index_file.read_bytes()
-    metadata = dict((index.weights_index or {}).get("metadata") or {})
-    if index.weights_index_file is None or "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(spec.numel for spec in specs.values())
-    metadata["total_size"] = sum(spec.nbytes for spec in specs.values())
-    name = index.weights_index_name or _stem(next(iter(shards))) + ".safetensors.index.json"
-    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-    return name, text.encode()
-
-
-def _stem(shard: str) -> str:
-    return re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", shard)
-
-
-def edit_json(text: bytes, changes: Mapping[str, Any]) -> bytes:
-    """Change a JSON object and keep the rest: order of keys, indentation, final newline.
-
-    Nested mappings are merged key by key; any other value replaces what was there.
-    """
-    original = text.decode()
-    indent = re.match(r"\{\s*\n([ \t]*)", original)
-    merged = _merged(json.loads(original), changes)
-    edited = json.dumps(merged, indent=indent.group(1) if indent else None, ensure_ascii=original.isascii())
-    return (edited + original[len(original.rstrip()) :]).encode()
-
-
-def _merged(old: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(old) if isinstance(old, dict) else {}
-    for key, value in changes.items():
-        merged[key] = _merged(merged.get(key), value) if isinstance(value, Mapping) else value
-    return merged
-
-
 def _absolute(out: Path) -> Path:
     if out.name in ("", "..") or not out.parent.is_dir():
         raise BadInput(f"{out} cannot be created: its parent folder {out.parent} does not exist; create it first.")
     return out.parent.resolve() / out.name
 
 
-def _require_apart(out: Path, sources: Collection[TensorSource]) -> None:
+def _require_apart(out: Path, sources: Iterable[TensorSource]) -> None:
     for source in sources:
-        folder = source.folder.resolve()
-        if out == folder or folder in out.parents or out in folder.parents:
-            raise BadInput(f"{out} and the input {source.folder} lie inside each other: choose another output folder.")
+        files = (source.index.config_file, *_tensor_files(source.index))
+        for folder in dict.fromkeys((source.folder.resolve(), *(path.resolve().parent for path in files))):
+            if out == folder or folder in out.parents or out in folder.parents:
+                raise BadInput(f"{out} and the input {folder} lie inside each other: choose another output folder.")
 
 
 def _require_space(out: Path, nbytes: int) -> None:
-    started = out.with_name(out.name + ".partial") / "checkpoint"
+    started = partial_of(out) / FILES
     there = sum(path.stat().st_size for path in started.iterdir()) if started.is_dir() else 0
     needed = nbytes - there + _SPARE_DISK
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise CheckpointError(
-            f"disk too small: {out} takes {needed / 1e9:,.1f} GB more and {out.parent} has {free / 1e9:,.1f} GB free."
+            f"disk too small: {out} takes {needed / 1e9:,.3f} GB more and {out.parent} has {free / 1e9:,.3f} GB free; "
+            "free space or choose another disk."
         )
 
 
-def _input_files(index: CheckpointIndex) -> dict[Path, str]:
-    """Every file the result depends on, with the name to record."""
-    files = {shard.path: shard.name for shard in index.shards.values() if shard.path is not None}
-    files[index.config_file] = CONFIG_NAME
-    if index.weights_index_file is not None:
-        files[index.weights_index_file] = index.weights_index_file.name
-    return files | {path: path.name for path in index.side_files} | dict(index.other_files)
+def _require_unchanged(sources: Iterable[TensorSource]) -> None:
+    """The headers are believed for as long as nobody touches the files."""
+    for source in sources:
+        for path, state in source.index.states.items():
+            if not path.exists() or state_of(path) != state:
+                raise CheckpointError(f"{path} was changed after it was opened: run the command again.")
 
 
-def _require_unchanged(before: Mapping[Path, tuple[int, int] | None]) -> None:
-    for path, state in before.items():
-        if state_of(path) != state:
-            raise CheckpointError(f"{path} was changed while it was read: run the command again.")
-
-
-def _fingerprint(resume_token: str, headers_digests: Sequence[str], layout: _Layout) -> str:
+def _fingerprint(resume_token: str, headers_digests: Sequence[str], layout: Layout) -> str:
     digest = hashlib.sha256(json.dumps([resume_token, headers_digests]).encode())
     for shard in layout.shards:
-        digest.update(json.dumps(shard.name).encode() + shard.header)
-        for job in shard.jobs:
-            kind = "copy" if job.edit is None and job.extent is not None else "compute"
-            digest.update(json.dumps([job.name, kind]).encode())
+        kinds = [job.extent is not None and job.edit is None for job in shard.jobs]
+        digest.update(json.dumps([shard.name, kinds]).encode() + shard.header)
     return digest.hexdigest()
 
 
+def _tensor_files(index: CheckpointIndex) -> dict[Path, str]:
+    """The large files, with the names to record."""
+    shards = {shard.path: shard.name for shard in index.shards.values() if shard.path is not None}
+    return shards | dict(index.other_files)
+
+
+def _input_records(index: CheckpointIndex, hashes: InputHashes) -> tuple[FileRecord, ...]:
+    small = {path: path.name for path in index.side_files} | {index.config_file: CONFIG_NAME}
+    if index.weights_index_file is not None:
+        small[index.weights_index_file] = index.weights_index_file.name
+    return by_name(
+        [record_file(path, name) for path, name in small.items()]
+        + [hashes.records[path] for path in _tensor_files(index)]
+    )
+
+
 def _write_small(path: Path, data: bytes) -> FileRecord:
-    """Write a small file whole, replacing what an earlier run left."""
-    path.unlink(missing_ok=True)
     write_file(path, data)
     return FileRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def _verified(folder: PartialFolder, verify: Callable[[TensorSource], Mapping[str, Any]]) -> Mapping[str, Any]:
-    written = Checkpoint.open(folder.files)
+def _verified(written: Path, verify: Callable[[TensorSource], Mapping[str, Any]] | None) -> Mapping[str, Any]:
+    """Open what was written as anybody would, and let the caller judge it."""
+    checkpoint = Checkpoint.open(written)
     try:
-        found = verify(written)
+        found = {} if verify is None else verify(checkpoint)
         require_details(found)
-    except Exception:
-        # An unverified checkpoint must not be mistaken for a result. An interrupt, in contrast, says nothing of it.
-        folder.discard()
-        raise
-    else:
         return found
     finally:
-        written.close()
+        checkpoint.close()
 
 
 @dataclass(frozen=True)
 class _Start:
     """Where to go on with a shard, and the hash of what is there: ``finished`` if it is complete."""
 
-    shard: _ShardLayout
+    shard: ShardLayout
     position: int = 0
     digest: hashlib._Hash | None = None
     finished: FileRecord | None = None
@@ -383,19 +208,22 @@ class _Start:
         return self.shard.jobs[bisect_left(self.shard.begins, self.position) :]
 
 
-def _resume(folder: PartialFolder, shard: _ShardLayout) -> _Start:
+def _resume(folder: PartialFolder, shard: ShardLayout, progress: Progress) -> _Start:
     """What the journal vouches for, if the file still holds it.
 
     Finished shards are hashed again rather than believed: the manifest's hashes must be those of the bytes that
     are there, and hashing costs less than writing.
     """
     path = folder.files / shard.name
+    told = partial(progress, f"checking {shard.name}", unit="bytes")
     finished = folder.done.finished.get(shard.name)
-    if finished is not None and finished.size == shard.size and path.is_file() and record_file(path) == finished:
-        return _Start(shard, shard.size, finished=finished)
+    if finished is not None and finished.size == shard.size and path.stat().st_size == shard.size:
+        digest = sha256_of_start(path, shard.size, told)
+        if digest is not None and digest.hexdigest() == finished.sha256:
+            return _Start(shard, shard.size, finished=finished)
     safe = folder.done.begun.get(shard.name)
     if safe is not None and safe.position in (*shard.begins, shard.size):
-        digest = sha256_of_start(path, safe.position)
+        digest = sha256_of_start(path, safe.position, told)
         if digest is not None and digest.hexdigest() == safe.sha256:
             return _Start(shard, safe.position, digest)
     path.unlink(missing_ok=True)
@@ -404,14 +232,14 @@ def _resume(folder: PartialFolder, shard: _ShardLayout) -> _Start:
 
 def _write_shards(
     folder: PartialFolder,
-    layout: _Layout,
+    layout: Layout,
     hashes: InputHashes,
     threads: int | None,
     memory_budget: int,
     progress: Progress,
 ) -> list[FileRecord]:
     """Write what the journal does not vouch for; return the records of all shards."""
-    starts = [_resume(folder, shard) for shard in layout.shards]
+    starts = [_resume(folder, shard, progress) for shard in layout.shards]
     jobs = [job for start in starts for job in start.jobs]
     report = _Report(progress, sum(start.position for start in starts), sum(shard.size for shard in layout.shards))
     records: list[FileRecord] = []
@@ -419,8 +247,9 @@ def _write_shards(
         for start in starts:
             records.append(start.finished or _write_shard(folder, start, disk, pieces, report))
             _note_inputs(folder, hashes, disk)
-        # The pieces end when every input is hashed to its last byte.
-        assert next(pieces, None) is None
+        # Asking for one more waits until every input is hashed to its last byte.
+        surplus = next(pieces, None)
+        assert surplus is None
         _note_inputs(folder, hashes, disk)
         disk.drain()
     return records

@@ -69,11 +69,11 @@ class OutputFile:
         """
         view = memoryview(data)
         self._digest.update(view)
-        self.position += len(view)
         while view:
             count = min(len(view), BLOCK_BYTES - self._filled)
             self._block[self._filled : self._filled + count] = view[:count]
             self._filled += count
+            self.position += count
             view = view[count:]
             if self._filled == BLOCK_BYTES:
                 self._next_block()
@@ -123,8 +123,11 @@ class OutputFile:
             self._descriptor = -1
 
 
-def sha256_of_start(path: Path, nbytes: int) -> hashlib._Hash | None:
-    """The running hash of a regular file's first ``nbytes``; None if there are fewer, or no such file."""
+def sha256_of_start(path: Path, nbytes: int, told: Callable[[int, int], object]) -> hashlib._Hash | None:
+    """The running hash of a regular file's first ``nbytes``; None if there are fewer, or no such file.
+
+    ``told`` is called with the bytes hashed so far and ``nbytes``.
+    """
     if path.is_symlink() or not path.is_file():
         return None
     digest = hashlib.sha256()
@@ -134,6 +137,7 @@ def sha256_of_start(path: Path, nbytes: int) -> hashlib._Hash | None:
         while left > 0 and (count := file.readinto(buffer[: min(left, len(buffer))])):
             digest.update(buffer[:count])
             left -= count
+            told(nbytes - left, nbytes)
     return digest if left == 0 else None
 
 

@@ -74,16 +74,13 @@ def nearest_quarter_turn(space: Space, legs: Sequence[LegPair]) -> Monomial:
     even = torch.zeros(space.blocks, space.size // 2, dtype=torch.float64)
     odd, total = torch.zeros_like(even), torch.zeros_like(even, dtype=torch.complex128)
     for leg in legs:
-        for x, y in leg.chunks():
-            if leg.variance == "gain":
-                (x_first, x_second), (y_first, y_second) = (_split(space, side) for side in (x, y))
-                even += (x_first * y_first + x_second * y_second).sum((0, 2, 4))
-                odd += (x_first * y_second + x_second * y_first).sum((0, 2, 4))
-            else:
-                products = pair_products(space, x, y)
-                even += products.real.abs().sum(1)
-                odd += products.imag.abs().sum(1)
-                total += products.sum(1)
+        if leg.variance == "gain":
+            kept, swapped = _gain_products(space, leg)
+            even, odd = even + kept, odd + swapped
+        else:
+            products = torch.stack([pair_products(space, x, y) for x, y in leg.chunks()]).sum(0)
+            even, odd = even + products.real.abs().sum(1), odd + products.imag.abs().sum(1)
+            total = total + products.sum(1)
     is_odd = odd > even
     return _turned(space, is_odd, _sign(torch.where(is_odd, total.imag, total.real)))
 
@@ -138,7 +135,8 @@ def nearest_scale(vector_norm: Tensor, vector_cross: Tensor, covector_norm: Tens
     candidates = torch.cat([roots, one_sided], dim=-1)
     candidates = torch.where(candidates.isfinite() & (candidates > 0), candidates, 1.0)
     values = _scale_objective(candidates, *(value[..., None] for value in (g, c, h, d)))
-    return torch.gather(candidates, -1, values.argmin(-1, keepdim=True))[..., 0]
+    best = values.nan_to_num(nan=torch.inf).argmin(-1, keepdim=True)
+    return torch.gather(candidates, -1, best)[..., 0]
 
 
 def _scale_objective(a: Tensor, g: Tensor, c: Tensor, h: Tensor, d: Tensor) -> Tensor:
@@ -161,6 +159,16 @@ def _phase(values: Tensor, *, empty: float = 1.0) -> Tensor:
     """``z / |z|``, and ``empty`` where z is zero."""
     magnitude = values.abs()
     return torch.where(magnitude > 0, values / magnitude.clamp(min=1e-300), torch.full_like(values, empty))
+
+
+def _gain_products(space: Space, leg: LegPair) -> tuple[Tensor, Tensor]:
+    """Inner products of gains with the base's per pair, as they are and with the pair's two gains swapped."""
+    kept, swapped = torch.zeros(2, space.blocks, space.size // 2, dtype=torch.float64)
+    for x, y in leg.chunks():
+        (x_first, x_second), (y_first, y_second) = _split(space, x), _split(space, y)
+        kept += (x_first * y_first + x_second * y_second).sum((0, 2, 4))
+        swapped += (x_second * y_first + x_first * y_second).sum((0, 2, 4))
+    return kept, swapped
 
 
 def _split(space: Space, coordinates: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from unmergeable.errors import BadInput
 from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.elements import Element, compose
 from unmergeable.gauge.gauge import Gauge, fixed_gauge
+from unmergeable.gauge.groups import identity
 from unmergeable.progress import Progress
 from unmergeable.recoveries.distance import Part, part_distance, parts, require_comparable
 from unmergeable.recoveries.moments import LegPair, leg_pairs, legs_by_space
@@ -111,24 +112,25 @@ class _Solver:
     def _solve_component(
         self, component: list[Space], part: Part, protected: Mapping[str, Tensor], base: Mapping[str, Tensor]
     ) -> dict[str, Element]:
-        # The groups of one component commute, so that a later correction multiplies onto an earlier element.
-        elements: dict[str, Element] = {}
-        lowest = float("inf")
+        if len(component) == 1:
+            return {space.name: self._nearest_to_base(space, protected, base) for space in component}
+        elements = {space.name: identity(space) for space in component}
+        lowest = part_distance(part, protected.__getitem__, base.__getitem__).difference
         for _ in range(MAX_ROUNDS):
             previous = dict(elements)
             for space in component:
-                current = self._moved(protected, elements)
-                legs = leg_pairs(space, self._legs[space.name], current, base, self._symmetry.gain_offset)
-                element = self._nearest[space.group.kind](space, legs)
-                earlier = elements.get(space.name)
-                elements[space.name] = element if earlier is None else compose(element, earlier)
-            if len(component) == 1:
-                return elements
+                element = self._nearest_to_base(space, self._moved(protected, elements), base)
+                # The groups of one component commute, so that a correction multiplies onto the earlier element.
+                elements[space.name] = compose(element, elements[space.name])
             reached = part_distance(part, self._moved(protected, elements).__getitem__, base.__getitem__).difference
             if reached >= lowest * (1 - RELATIVE_PROGRESS):
                 return previous
             lowest = reached
         return elements
+
+    def _nearest_to_base(self, space: Space, protected: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Element:
+        legs = leg_pairs(space, self._legs[space.name], protected, base, self._symmetry.gain_offset)
+        return self._nearest[space.group.kind](space, legs)
 
     def _moved(self, tensors: Mapping[str, Tensor], elements: Mapping[str, Element]) -> Mapping[str, Tensor]:
         gauge: Gauge = fixed_gauge(self._spaces, elements)
@@ -136,7 +138,10 @@ class _Solver:
 
 
 def freedoms(space: Space) -> int:
-    """Real numbers that are free in an element of a space's group; a discrete choice counts as one."""
+    """Real numbers that are free in an element of a space's group; a discrete choice counts as one.
+
+    For a recovery that searches a smaller group, an upper bound.
+    """
     per_block: dict[GroupKind, int] = {
         "general_linear": space.size**2,
         "rotary": space.size,

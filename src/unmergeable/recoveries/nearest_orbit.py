@@ -6,9 +6,9 @@ base solves
     min_g  sum over tensors  || g . theta_protected - theta_base ||^2
 
 one space at a time (see :mod:`~unmergeable.recoveries.general_linear` and
-:mod:`~unmergeable.recoveries.closed_forms`), and applies the answer. The recovered checkpoint is the same function and
-at least as near to the base as the expert was before it was protected, because the expert is in the orbit too. This is
-why no exact protection stops somebody who holds the base.
+:mod:`~unmergeable.recoveries.closed_forms`), and applies the answer. The result is the same function. The expert is
+in the orbit too, so the orbit's nearest point is no further from the base than the expert was before it was protected:
+this is why no exact protection stops somebody who holds the base.
 
 Covered so far: queries and keys, values and output.
 """

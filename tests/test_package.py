@@ -1,0 +1,84 @@
+"""The façade: seven verbs and a schema, nothing heavy at import, and what an installer needs to know."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import unmergeable
+from unmergeable import api
+from unmergeable.progress import Progress, silent
+
+PACKAGE = Path(unmergeable.__file__).parent
+ROOT = PACKAGE.parent.parent
+
+
+def test_the_public_names_are_those_of_the_api() -> None:
+    assert sorted(unmergeable.__all__) == sorted(api.__all__)
+    for name in unmergeable.__all__:
+        function = getattr(unmergeable, name)
+        assert function is getattr(api, name)
+        assert inspect.isfunction(function)
+        assert inspect.getdoc(function)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'protectt'"):
+        unmergeable.protectt  # noqa: B018
+    assert not hasattr(unmergeable, "audits")
+
+
+LIGHT = [
+    "unmergeable",
+    "unmergeable.errors",
+    "unmergeable.progress",
+    "unmergeable.settings",
+    "unmergeable.randomness",
+    "unmergeable.gauge.key",
+    "unmergeable.architecture",
+    "unmergeable.checkpoint.index",
+    "unmergeable.cli",
+]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_import_does_not_load_torch(module: str) -> None:
+    assert not loads_torch(module)
+
+
+def test_torch_would_be_noticed() -> None:
+    assert loads_torch("unmergeable.gauge.act")
+
+
+def loads_torch(module: str) -> bool:
+    program = f"import sys, {module}; print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    return ran.stdout.strip() == "True"
+
+
+def test_importing_touches_neither_logging_nor_the_global_generators() -> None:
+    program = (
+        "import logging, random\n"
+        "state, handlers = random.getstate(), list(logging.getLogger().handlers)\n"
+        "import unmergeable.randomness, unmergeable.settings\n"
+        "assert random.getstate() == state and logging.getLogger().handlers == handlers"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_the_installed_package_is_this_one() -> None:
+    declared = (ROOT / "pyproject.toml").read_text().splitlines()
+    assert f'version = "{importlib.metadata.version("unmergeable")}"' in declared
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="unmergeable")
+    assert f'unmergeable = "{command.value}"' in declared
+    assert (PACKAGE / "py.typed").exists()  # or type checkers ignore every annotation
+
+
+def test_silence_is_a_progress() -> None:
+    report: Progress = silent
+    report("verifying", 1, 2, "tensors")
