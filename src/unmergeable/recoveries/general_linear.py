@@ -103,7 +103,7 @@ def _starts(vectors: Moments, covectors: Moments) -> list[Tensor]:
     direct = _sylvester(covectors.base, vectors.protected, both, around=identity)
     mirrored = _sylvester(vectors.base, covectors.protected, both, around=identity)
     inverse, failed = torch.linalg.inv_ex(mirrored)
-    return [identity, direct, torch.where((failed == 0)[:, None, None], inverse.mT, identity)]
+    return [identity]
 
 
 def _direction(matrices: Tensor, vectors: Moments, covectors: Moments) -> Tensor:
