@@ -93,6 +93,17 @@ def test_no_data_no_change(kind: GroupKind) -> None:
             assert torch.equal(table[kind](space, legs).matrix(), identity(space).matrix())
 
 
+def test_opposite_signs_of_heads_do_not_hide_a_quarter_turn() -> None:
+    space = space_of("quarter_turn")
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).view(1, 1, 2, 1, 1)
+    base = normal(1, BLOCKS, 1, SIZE, COLUMNS, seed=1).expand(-1, -1, 2, -1, -1)  # two heads whose products cancel
+    for seed in range(5):
+        planted = sample(space, Stream.from_seed(seed), 1.0)
+        found = NEAREST["quarter_turn"](space, [LegPair("vector", signs * planted.apply(base, "vector"), base)])
+
+        assert torch.equal(found.matrix().abs(), planted.inverse().matrix().abs())
+
+
 def test_an_unrelated_pair_stays() -> None:
     space = space_of("rotary")
     protected, base = torch.zeros(2, 1, BLOCKS, SIZE, 2, dtype=torch.float64)

@@ -171,6 +171,9 @@ def test_confidence_counts_what_was_fitted(network: Build) -> None:
 
     spaces = NearestOrbit().spaces(toy.architecture).values()
     assert sum(fit.freedoms for fit in estimate.fits) == sum(map(freedoms, spaces)) == 4 * 6 * 8 * 8
+    # Fitting p of N numbers leaves (N - p) / N of the squared task vector: undoing that gives back its size.
+    assert 1 - estimate.confidence == pytest.approx(0.1**2, rel=0.02)
+    assert estimate.after**2 < 0.95 * 0.1**2
     saturated = replace(estimate, fits=tuple(replace(fit, freedoms=fit.after.numel) for fit in estimate.fits))
     assert saturated.confidence == 0
 

@@ -156,7 +156,7 @@ def _parse_entry(name: str, value: Any, shard: str, start: int) -> TensorEntry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: needs exactly dtype, shape and data_offsets; the file is malformed.")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype in PACKED:
+    if isinstance(dtype, str) and dtype in PACKED:
         raise CheckpointError(f"{where}: dtype {dtype}: already quantised; pass the original checkpoint.")
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise CheckpointError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(ITEMSIZE)}.")

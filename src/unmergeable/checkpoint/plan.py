@@ -85,7 +85,7 @@ class ShardLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every file of the result but the side files: shards, and small files by name. ``nbytes`` counts side files too."""
+    """Shards and small files (name and bytes) of the result; ``nbytes`` counts its side files too."""
 
     shards: tuple[ShardLayout, ...]
     small_files: tuple[tuple[str, bytes], ...]

@@ -103,7 +103,7 @@ def rewrite(
         sync_folder(folder.files)
         try:
             _require_unchanged(sources.values())
-            details = dict(manifest) | _verified(folder.files, verify)
+            details = {**manifest, **_verified(folder.files, verify)}
         except Exception:
             # What is wrong or unverified must not be mistaken for a result. An interrupt says nothing of it.
             folder.discard()

@@ -22,7 +22,7 @@ _COPIED = re.compile(
     | special_tokens_map\.json | added_tokens\.json | merges\.txt | vocab\.[a-z]+
     | chat_template\.[a-z0-9]+ | ([a-z]+_)?preprocessor_config\.json | processor_config\.json
     | generation_config\.json
-    | (LICEN[SC]E | NOTICE | USE_POLICY)([-_.][-\w]+)*?(\.(md|txt|rst|html|pdf))? | README\.md
+    | (LICEN[SC]E | NOTICE | USE_POLICY)([-_][-\w]*)?(\.(md|txt|rst|html|pdf))? | README\.md
     """,
     re.VERBOSE | re.IGNORECASE,
 )

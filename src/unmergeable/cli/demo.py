@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 def demo(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the models and the page.")] = Path(
-        "unmergeable-demo"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="Folder for the models and the page; that of an earlier demo is emptied."
+        ),
+    ] = Path("unmergeable-demo"),
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the training.")] = 0,
 ) -> Outcome:
     """Tell the whole story on a real vision model, in a few minutes.
@@ -36,11 +39,11 @@ def demo(
 
 
 def describe(result: DemoResult) -> list[str]:
-    """The table of the story, and where the page with the pictures is."""
+    """The table of the story, what it shows, and where the page with the pictures is."""
     width = max(len(row.model) for row in result.rows)
     tasks = list(result.rows[0].scores)
     lines = ["  ".join([" " * width, *(f"{task:>10}" for task in tasks)])]
     for row in result.rows:
         scores = "  ".join(f"{100 * row.scores[task]:>{max(8, len(task) - 2)}.1f} %" for task in tasks)
         lines += [f"{row.model:<{width}}  {scores}  {row.remark}".rstrip()]
-    return [*lines, f"Pictures and explanations: {result.page}"]
+    return [*lines, "", str(result.facts["verdict"]), f"Pictures and explanations: {result.page}"]

@@ -82,14 +82,14 @@ class ProgressBar:
 
     def _show(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[amount]}", markup=False),
-            TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("left"),
         )
         # stdout is left alone: the result goes there, possibly into a pipe.
         bar = Progress(*columns, console=Console(file=self._stream), transient=True, redirect_stdout=False)

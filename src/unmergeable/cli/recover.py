@@ -42,7 +42,7 @@ def recover(
         f"Recovered: {result.out} ({result.method}; {result.cpu_seconds:.1f} CPU seconds for the estimate)",
         f"Relative distance of the attention weights to the base: {result.distance_before:.3g} before, "
         f"{result.distance_after:.3g} after",
-        "It computes what the protected checkpoint computes. An ordinary fine-tune lies close to its base: the nearer "
-        "the second figure is to that, the better it merges again.",
+        f"Confidence of the fit: {result.confidence:.2f} (0: what an unrelated base would give; 1: the base itself)",
+        "It computes what the protected checkpoint computes, in the basis nearest to the base: try to merge it.",
     ]
     return Outcome(result.to_json(), text)

@@ -150,8 +150,7 @@ def split_task(
     # Test first: its images depend on the seed and on its own size only.
     cuts = np.cumsum([0, sizes.test, sizes.validation, sizes.train])
     test, validation, train = (
-        Examples(shuffled.images[low:high], shuffled.labels[low:high])
-        for low, high in pairwise(cuts)
+        Examples(shuffled.images[low:high], shuffled.labels[low:high]) for low, high in pairwise(cuts)
     )
     return ImageTask(name, title, class_names, train=train, validation=validation, test=test)
 

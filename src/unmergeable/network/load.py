@@ -1,45 +1,55 @@
-"""From a checkpoint folder to a live network, without remote code and without noise."""
+"""From a checkpoint folder to a live network: no code from the folder, no pickle, no invented weight, no noise."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from unmergeable.errors import BadInput, UsageError
+from unmergeable.errors import BadInput, CheckpointError, UsageError
 
 
 def load_network(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Any:
     """The network a checkpoint folder holds, in evaluation mode on the CPU.
 
     Its class is the one its config names: ``architectures[0]`` of transformers, or ``_class_name`` of diffusers.
-    Code shipped inside the folder is never run.
+    Code shipped inside the folder is never run, and only safetensors files are read.
 
     Raises:
         UsageError: transformers (or diffusers) is not installed.
-        BadInput: the config names no class, or one the installed version does not have.
+        BadInput: no config, or it names no class that the installed version has.
+        CheckpointError: the weights cannot be read, do not fit, or some are missing.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = _read_config(folder)
     is_diffusion = "_class_name" in config
     library = _library("diffusers" if is_diffusion else "transformers", "diffusion" if is_diffusion else "hf")
     name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-    kind = getattr(library, str(name), None) if name else None
-    if kind is None:
+    network_class: Any = getattr(library, str(name), None) if name else None
+    if not hasattr(network_class, "from_pretrained"):
         raise BadInput(
-            f"{folder}/config.json names the network class {name!r}, unknown to {library.__name__} {library.__version__}."
+            f"{folder}/config.json names the network class {name!r},"
+            f" unknown to {library.__name__} {library.__version__}; install a version that has it."
         )
+    options: dict[str, Any] = {"torch_dtype": dtype} if is_diffusion else {"dtype": dtype, "trust_remote_code": False}
     with quiet(library):
-        if is_diffusion:
-            return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).eval()
-        return kind.from_pretrained(folder, dtype=dtype, trust_remote_code=False, local_files_only=True).eval()
+        try:
+            network, report = network_class.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder} does not load as {name}: {_first_line(error)}; check that its files are whole."
+            ) from error
+    _refuse_invented_weights(folder, str(name), report)
+    return network.eval()
 
 
 def load_tokenizer(folder: Path | str) -> Any:
@@ -54,8 +64,50 @@ def load_tokenizer(folder: Path | str) -> Any:
         try:
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
-            raise BadInput(f"{folder} holds no usable tokenizer ({first_line}); give input_ids instead.") from None
+            raise BadInput(
+                f"{folder} holds no usable tokenizer ({_first_line(error)}); give input_ids instead."
+            ) from None
+
+
+@contextmanager
+def quiet(library: Any) -> Iterator[None]:
+    """Silence the log, progress bars and warnings of transformers or diffusers; afterwards all is as before."""
+    log = library.utils.logging
+    level, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(level)
+        if has_bars:
+            log.enable_progress_bar()
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    """``config.json``; an adapter's folder has none, and transformers would load the base it names without a word."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist; give the folder of a whole checkpoint.") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read ({_first_line(error)}); restore the file.") from None
+    if not isinstance(config, dict):
+        raise BadInput(f"{path} is not a JSON object; restore the file.")
+    return config
+
+
+def _refuse_invented_weights(folder: Path, network_class: str, report: Mapping[str, Any]) -> None:
+    """transformers draws at random what the files lack. Only the pooler may be so: many encoders ship without one."""
+    missing = sorted(name for name in report["missing_keys"] if "pooler." not in name)
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} weights of {network_class} are missing, {missing[0]} among them;"
+            " give a whole checkpoint."
+        )
 
 
 def _library(name: str, extra: str) -> Any:
@@ -65,23 +117,5 @@ def _library(name: str, extra: str) -> Any:
         raise UsageError(f"{name} is not installed; pip install 'unmergeable[{extra}]'") from None
 
 
-@contextmanager
-def quiet(library: Any) -> Iterator[None]:
-    """Silence a library's log, progress bars and warnings while it loads, and put everything back."""
-    log = library.utils.logging
-    level, bars = log.get_verbosity(), _bars_are_on(log)
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    logging.captureWarnings(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
-
-
-def _bars_are_on(log: Any) -> bool:
-    return bool(getattr(log, "is_progress_bar_enabled", lambda: True)())
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -9,8 +9,8 @@ Sylvester equation,
 
     M (W'W'^T) + (U0 U0^T) M = W0 W'^T + U0 U'^T
 
-(and its mirror image for M^-T, which weighs the two terms the other way). Then Gauss-Newton on the multiplicative
-update M <- e^X M, which never leaves the invertible matrices: with W = M W' and U = M^-T U',
+Then Gauss-Newton on the multiplicative update M <- e^X M, which never leaves the invertible matrices: with W = M W'
+and U = M^-T U',
 
     (U U^T) X + X (W W^T) = (W0 - W) W^T - U (U0 - U)^T
 
@@ -99,11 +99,8 @@ def _trace(matrix: Tensor) -> Tensor:
 
 def _starts(vectors: Moments, covectors: Moments) -> list[Tensor]:
     identity = torch.eye(vectors.cross.shape[-1], dtype=torch.float64).expand_as(vectors.cross)
-    both = vectors.cross + covectors.cross
-    direct = _sylvester(covectors.base, vectors.protected, both, around=identity)
-    mirrored = _sylvester(vectors.base, covectors.protected, both, around=identity)
-    inverse, failed = torch.linalg.inv_ex(mirrored)
-    return [identity]
+    both_sides = _sylvester(covectors.base, vectors.protected, vectors.cross + covectors.cross, around=identity)
+    return [identity, both_sides]
 
 
 def _direction(matrices: Tensor, vectors: Moments, covectors: Moments) -> Tensor:

@@ -1,0 +1,93 @@
+"""The manifest: complete, free of paths, and able to tell when a file was altered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from unmergeable.checkpoint.manifest import (
+    Alteration,
+    FileRecord,
+    Manifest,
+    check_files,
+    read_manifest,
+    record_file,
+    tool_version,
+)
+from unmergeable.checkpoint.side_files import LeftOut
+from unmergeable.errors import CheckpointError, UsageError
+
+MANIFEST = Manifest(
+    outputs=(FileRecord("model.safetensors", 3, hashlib.sha256(b"abc").hexdigest()),),
+    inputs={"source": (FileRecord("model.safetensors", 1, "0" * 64),)},
+    left_out=(LeftOut("pytorch_model.bin", "may hold an unprotected copy of the weights"),),
+    details={"recipe": {"method": "mergelock"}, "condition_number": 4.0},
+)
+
+
+def test_json_and_back() -> None:
+    text = MANIFEST.to_json()
+    assert Manifest.from_json(text) == MANIFEST
+    record = json.loads(text)
+    assert record["tool"] == "unmergeable"
+    assert record["tool_version"] == tool_version()
+    assert record["recipe"] == {"method": "mergelock"}
+    assert list(record)[:3] == ["format_version", "tool", "tool_version"]
+
+
+@pytest.mark.parametrize("key", ["tool", "outputs", "format_version"])
+def test_the_callers_part_cannot_replace_the_librarys(key: str) -> None:
+    with pytest.raises(UsageError, match=key):
+        Manifest(outputs=(), details={key: 1}).to_json()
+
+
+@pytest.mark.parametrize("value", [{1, 2}, float("nan"), Path("x"), {"nested": b"x"}])
+def test_what_json_cannot_hold_is_refused(value: object) -> None:
+    with pytest.raises(UsageError, match="'recipe' cannot be written as JSON"):
+        Manifest(outputs=(), details={"recipe": value}).to_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "not a manifest"),
+        ('{"tool": "other"}', "not a manifest"),
+        ('{"tool": "unmergeable", "format_version": 99}', "format 99"),
+        ('{"tool": "unmergeable", "format_version": 1}', "not a complete manifest"),
+        ('{"tool": "unmergeable", "format_version": 1, "outputs": [1]}', "not a complete manifest"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(text: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Manifest.from_json(text)
+
+
+def test_altered_files_are_found(tmp_path: Path) -> None:
+    names = ("same", "altered", "resized", "missing")
+    for name in names:
+        (tmp_path / name).write_bytes(b"abc")
+    manifest = Manifest(outputs=tuple(record_file(tmp_path / name) for name in names))
+    (tmp_path / "unmergeable.json").write_text(manifest.to_json())
+    assert read_manifest(tmp_path) == manifest
+    assert check_files(tmp_path) == ()
+
+    (tmp_path / "altered").write_bytes(b"abd")
+    (tmp_path / "resized").write_bytes(b"abcd")
+    (tmp_path / "missing").unlink()
+    (tmp_path / "added").touch()
+    assert check_files(tmp_path) == (
+        Alteration("altered", "altered"),
+        Alteration("resized", "resized"),
+        Alteration("missing", "missing"),
+        Alteration("added", "added"),
+    )
+
+
+def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path) is None
+    with pytest.raises(CheckpointError, match=r"no unmergeable\.json"):
+        check_files(tmp_path)

@@ -1,0 +1,171 @@
+"""Every argument reaches the library as what it means, under the name the library gives it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unmergeable import api as library
+from unmergeable.cli.merge import parse_expert
+from unmergeable.cli.passphrase import VARIABLE
+
+from .conftest import RecordingApi, Run
+
+Runner = Callable[..., Run]
+
+
+@pytest.fixture(autouse=True)
+def no_passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+class Asked(Exception):
+    """Ends a command once the library has been called: what it prints is another test's concern."""
+
+
+def asked(api: RecordingApi, run: Runner, *arguments: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional arguments and options that a command calls the library with, progress left out."""
+    api.answer = Asked()
+    assert "Asked" in run(*arguments, "--quiet").stderr
+    ((name, positional, options),) = api.calls
+    # The stand-in takes anything; the library must as well.
+    inspect.signature(getattr(library, name)).bind(*positional, **options)
+    return positional, {name: value for name, value in options.items() if name != "progress"}
+
+
+def test_protect_by_default(api: RecordingApi, run: Runner) -> None:
+    positional, options = asked(api, run, "protect", "expert", "--base", "base", "--out", "out")
+
+    assert positional == (Path("expert"),)
+    assert options == {
+        "base": Path("base"),
+        "out": Path("out"),
+        "method": ["mergelock"],
+        "settings": {},
+        "key": None,
+        "seed": None,
+        "passphrase": None,
+        "dry_run": False,
+        "allow_pickle": False,
+        "threads": None,
+    }
+
+
+def test_protect_with_everything(api: RecordingApi, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "correct horse")
+    words = "--method a,b --set a.condition=2 --set b.depth=x=y --key k --seed 3 --dry-run --allow-pickle --threads 2"
+
+    _, options = asked(api, run, "protect", "e", "--base", "b", "--out", "o", *words.split())
+
+    assert options["method"] == ["a", "b"]
+    assert options["settings"] == {"a.condition": "2", "b.depth": "x=y"}
+    assert (options["key"], options["seed"], options["threads"]) == (Path("k"), 3, 2)
+    assert (options["dry_run"], options["allow_pickle"]) == (True, True)
+    assert options["passphrase"] == "correct horse"
+
+
+def test_protect_from_a_recipe(api: RecordingApi, run: Runner, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"method": "mergelock", "settings": {"condition": 8}}))
+
+    _, options = asked(api, run, "protect", "e", "--base", "b", "--out", "o", "--recipe", recipe)
+
+    assert (options["method"], options["settings"]) == (["mergelock"], {"condition": 8})
+
+
+@pytest.mark.parametrize("more", [("--method", "mergelock"), ("--set", "condition=2")])
+def test_a_recipe_is_the_whole_recipe(more: tuple[str, str], run: Runner, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"method": "mergelock"}')
+
+    shown = run("protect", "e", "--base", "b", "--out", "o", "--recipe", recipe, *more)
+
+    assert shown.exit_code == 2
+    assert "--recipe" in shown.stderr
+
+
+@pytest.mark.parametrize("assignment", ["condition", "=2"])
+def test_a_setting_needs_name_and_value(assignment: str, run: Runner) -> None:
+    shown = run("protect", "e", "--base", "b", "--out", "o", "--set", assignment)
+
+    assert shown.exit_code == 2
+    assert "name=value" in shown.stderr
+
+
+def test_a_passphrase_is_never_an_argument(run: Runner) -> None:
+    shown = run("protect", "e", "--base", "b", "--out", "o", "--passphrase=secret")
+
+    assert shown.exit_code == 2
+    assert "--passphrase" in shown.stderr
+
+
+def test_restore(api: RecordingApi, run: Runner) -> None:
+    positional, options = asked(api, run, "restore", "p", "--key", "k", "--out", "o")
+
+    assert positional == (Path("p"),)
+    assert options == {"key": Path("k"), "out": Path("o"), "passphrase": None, "threads": None}
+
+
+def test_verify(api: RecordingApi, run: Runner) -> None:
+    positional, options = asked(api, run, "verify", "a", "b", "--probe", "p", "--base", "c")
+
+    assert positional == (Path("a"), Path("b"))
+    assert options == {"base": Path("c"), "probe": Path("p"), "threads": None}
+
+
+def test_merge(api: RecordingApi, run: Runner) -> None:
+    words = "--expert x=0.5 --expert y --method ties --set density=0.4 --base b --out o"
+
+    positional, options = asked(api, run, "merge", *words.split())
+
+    assert positional == ()
+    assert options == {
+        "base": Path("b"),
+        "experts": [(Path("x"), 0.5), (Path("y"), None)],
+        "method": "ties",
+        "out": Path("o"),
+        "settings": {"density": "0.4"},
+        "threads": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x", (Path("x"), None)),
+        ("x=0.3", (Path("x"), 0.3)),
+        ("x=-1e-2", (Path("x"), -0.01)),
+        ("runs/lr=x", (Path("runs/lr=x"), None)),
+        ("runs/lr=x=1", (Path("runs/lr=x"), 1.0)),
+        ("runs/lr=0.1=1", (Path("runs/lr=0.1"), 1.0)),
+        ("x=", (Path("x="), None)),
+        ("=1", (Path("=1"), None)),
+    ],
+)
+def test_a_coefficient_is_a_number_after_the_last_equals_sign(text: str, expected: object) -> None:
+    assert parse_expert(text) == expected
+
+
+def test_recover(api: RecordingApi, run: Runner) -> None:
+    words = "p --base b --method kabsch --set x=1 --out o --threads 1"
+
+    positional, options = asked(api, run, "recover", *words.split())
+
+    assert positional == (Path("p"),)
+    assert options == {"base": Path("b"), "method": "kabsch", "out": Path("o"), "settings": {"x": "1"}, "threads": 1}
+
+
+def test_inspect(api: RecordingApi, run: Runner) -> None:
+    positional, options = asked(api, run, "inspect", "c", "--base", "b")
+
+    assert (positional, options) == ((Path("c"),), {"base": Path("b")})
+
+
+@pytest.mark.parametrize("command", ["methods", "schema"])
+def test_questions_without_arguments(command: str, api: RecordingApi, run: Runner) -> None:
+    assert asked(api, run, command) == ((), {})
