@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from unmergeable.checkpoint import disk as disk_module
 from unmergeable.checkpoint.disk import BLOCK_BYTES, Disk, open_again, open_new, write_file
 from unmergeable.errors import CheckpointError
 
@@ -104,7 +103,7 @@ def test_every_file_system_gets_the_same_bytes(
     name: str, spoil: Callable[..., Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if spoil is not None:
-        monkeypatch.setattr(disk_module.os, name, spoil(getattr(os, name)))
+        monkeypatch.setattr(os, name, spoil(getattr(os, name)))
     path = tmp_path / "x"
     descriptor = open_new(path)
     with Disk() as disk:

@@ -36,7 +36,7 @@ def test_dtypes_are_compared_on_request(tmp_path: Path, single: WriteFolder) -> 
     first = Checkpoint.open(single(tmp_path / "first", TENSORS))
     second = Checkpoint.open(single(tmp_path / "second", {name: t.bfloat16() for name, t in TENSORS.items()}))
     require_same_tensors(first, second, "base and expert")
-    with pytest.raises(Mismatch, match="F32.*BF16"):
+    with pytest.raises(Mismatch, match=r"F32.*BF16"):
         require_same_tensors(first, second, "base and expert", dtypes=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from pathlib import Path
 
@@ -87,11 +88,15 @@ def test_a_failed_write_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     def full(*arguments: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk_module.os, "pwrite", full)
-    writer = ShardWriter(tmp_path / "x", [("a", TensorSpec("U8", (10 * BLOCK,)))], None)
-    with writer, pytest.raises(CheckpointError, match="disk full while writing x .*it resumes"):
-        writer.write("a", torch.zeros(10 * BLOCK, dtype=torch.uint8))
-        writer.finish()
+    monkeypatch.setattr(os, "pwrite", full)
+
+    def write() -> None:
+        with ShardWriter(tmp_path / "x", [("a", TensorSpec("U8", (10 * BLOCK,)))], None) as writer:
+            writer.write("a", torch.zeros(10 * BLOCK, dtype=torch.uint8))
+            writer.finish()
+
+    with pytest.raises(CheckpointError, match=r"disk full while writing x .*it resumes"):
+        write()
 
 
 STEPS = st.lists(st.one_of(st.integers(0, 3 * BLOCK), st.sampled_from(["flush", "reopen"])), max_size=12)

@@ -70,7 +70,7 @@ def test_help_says_what_a_protection_does_not_stop(command: str, run: Runner) ->
 
 
 def test_help_needs_no_heavy_import_and_no_second() -> None:
-    heavy = ("torch", "transformers", "pydantic", "numpy", "rich", "yaml", "cryptography")
+    heavy = ("torch", "transformers", "pydantic", "numpy", "yaml", "cryptography")
     code = (
         "import sys\nfrom unmergeable.cli import main\nmain(sys.argv[1:] or ['--help'])\n"
         f"print('loaded:', [name for name in {heavy} if name in sys.modules])"
@@ -345,7 +345,7 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     os.close(read_end)
     code = """
 import sys, types, unmergeable
-unmergeable.api = types.SimpleNamespace(schema=lambda: {"short": "still in the buffer when the interpreter ends"})
+unmergeable.api = types.SimpleNamespace(schema=lambda: {"short": "flushed by the command, not by the interpreter"})
 from unmergeable.cli import main
 sys.exit(main(["schema"]))
 """

@@ -294,7 +294,9 @@ def test_further_axes_come_along() -> None:
         assert close(found[..., i, j], alone)
 
 
-def test_legs_on_two_axes() -> None:
+@pytest.mark.parametrize("chunk", [1, 4, act.CHUNK_ELEMENTS])
+def test_legs_on_two_axes(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(act, "CHUNK_ELEMENTS", chunk)
     rows, columns = Leg("order", 0, "vector", 0, 0), Leg("order", 1, "vector", 0, 0)
     both = SymmetryMap(MAP.spaces, {"square": (rows, columns)})
     order = drawn()["order"].matrix()[0]

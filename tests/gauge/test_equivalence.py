@@ -180,7 +180,12 @@ FORBIDDEN = {
     "half-split pairs of latent attention": ("deepseek_v3", "query_key", Group("rotary", "half"), "rotary"),
     "free phases behind a norm": ("qwen3", "query_key", Group("rotary", "half"), "pair_sign"),
     "scales behind a norm": ("qwen3", "query_key", Group("pair_scale", "half"), "pair_sign"),
-    "signs per pair behind a LayerNorm": ("stablelm-qk-norm", "query_key", Group("pair_sign", "half"), "block_sign"),
+    "signs per pair behind a LayerNorm": (
+        "cohere-qk-norm",
+        "query_key",
+        Group("pair_sign", "interleaved"),
+        "block_sign",
+    ),
     "scales through GELU": ("gpt2", "feed_forward", Group("diagonal"), "permutation"),
     "signs through ReLU": ("opt", "feed_forward", Group("diagonal"), "positive_diagonal"),
     "scales through a gate": ("llama", "feed_forward", Group("diagonal"), "permutation"),

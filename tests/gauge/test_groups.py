@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from typing import get_args
 
@@ -157,6 +158,14 @@ def test_turns_take_all_four_values_on_both_axes() -> None:
     turns = torch.complex(matrix[:, 0, 0], matrix[:, 4, 0]).flatten()
     assert {complex(turn) for turn in turns.tolist()} == {1, 1j, -1, -1j}
     assert torch.equal(torch.linalg.det(matrix).round(), torch.ones(100, dtype=torch.float64))
+
+
+def test_other_turns_and_lengths_are_no_quarter_turns() -> None:
+    where = space("quarter_turn", blocks=1, size=2)
+    for value in (1j, -1, 1 + 0j):
+        assert contains(where, Rotary(torch.tensor([[value]], dtype=torch.complex128), "half"))
+    for value in (cmath.exp(0.25j * math.pi), cmath.exp(1j), 2j, 1.001):
+        assert not contains(where, Rotary(torch.tensor([[value]], dtype=torch.complex128), "half"))
 
 
 def hoeffding(count: int, spread: float) -> float:

@@ -10,7 +10,19 @@ import pytest
 import unmergeable.merges
 from unmergeable.merges import MERGES, Merge
 
-MACHINERY = {"__init__", "blocks", "engine", "method", "models", "quantile"}
+MACHINERY = {
+    "__init__",
+    "blocks",
+    "election",
+    "engine",
+    "magnitudes",
+    "masks",
+    "method",
+    "models",
+    "quantile",
+    "thinning",
+    "variation",
+}
 
 
 def test_every_method_module_is_registered() -> None:

@@ -8,7 +8,9 @@ from torch import Tensor
 from merges.small_models import DTYPES, State, flat, make_models, rounding_bound, size_bound
 from unmergeable.errors import UsageError
 from unmergeable.merges import TaskArithmetic, Ties, merge_state_dicts
-from unmergeable.merges.ties import Average, Trim, largest_below, rank_kept
+from unmergeable.merges.election import Average
+from unmergeable.merges.magnitudes import largest_below, rank_kept
+from unmergeable.merges.ties import Trim
 
 COEFFICIENTS = [1.0, 0.5, 1.25]
 

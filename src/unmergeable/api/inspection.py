@@ -75,7 +75,7 @@ class BaseComparison:
 
 @dataclass(frozen=True)
 class InspectResult:
-    """``errors``: relative error of the attention weights under rounding to each format, for the checkpoint as it is."""
+    """``errors``: relative error of the attention weights under rounding to each format, measured as it is."""
 
     checkpoint: Path
     model_type: str
@@ -105,8 +105,9 @@ class InspectResult:
             return "it is not near this base in any basis: another base, or trained far away from it."
         if self.comparison.is_rebased:
             return (
-                f"attention weights are in another basis than the base's: distance {self.comparison.raw:.2f} as stored, "
-                f"{self.comparison.canonical:.2f} after the best change of basis. It looks protected, and can be undone."
+                f"attention weights are in another basis than the base's: distance {self.comparison.raw:.2f} as "
+                f"stored, {self.comparison.canonical:.2f} after the best change of basis. It looks protected, and can "
+                "be undone."
             )
         return "no sign of a protection: its attention weights are in the base's own basis."
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +118,3 @@ def _common_names(expert: TensorSource, base: TensorSource, architecture: Archit
     # Output heads keep their names whatever the prefix of the body.
     matched = {name: other if other in available else name for name, other in names.items()}
     return {name: other for name, other in matched.items() if other in available}
-
-
-def worker_threads(threads: int | None) -> int:
-    """How many threads to use: as asked, or one for each processor this process may run on."""
-    return threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.api.logits import LogitGap, logit_gap
-from unmergeable.api.opened import open_base, open_with_architecture, worker_threads
+from unmergeable.api.opened import open_base, open_with_architecture
 from unmergeable.api.recipe import condition_bound, configure_protections, gauges_of, recipe_of, spaces_of
+from unmergeable.api.workers import one_thread_per_kernel, worker_threads
 from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.manifest import Manifest
 from unmergeable.checkpoint.rewrite import output_like, rewrite
@@ -77,6 +78,7 @@ class ProtectResult:
         }
 
 
+@one_thread_per_kernel()
 def protect(
     expert: Path,
     *,
@@ -94,15 +96,15 @@ def protect(
 ) -> ProtectResult:
     """Write a protected copy of ``expert`` to ``out`` and its key to ``key``.
 
-    ``out`` appears complete and verified, or not at all. Killed or out of disk, the same call with the same key resumes.
+    ``out`` appears complete and verified, or not at all. Killed or out of disk, the same call resumes.
 
     Args:
         expert: checkpoint folder, or a LoRA folder to be merged into ``base`` first.
         base: the checkpoint it was fine-tuned from.
         out: folder to create.
         method: protections, applied left to right and rounded once.
-        key: key file to create; ``out`` with ``.key`` appended when None. An existing one is used only if it was made by
-            this very call (the same expert, methods and settings), to resume.
+        key: key file to create; ``out`` with ``.key`` appended when None. An existing one is used only if it was
+            made by this very call (the same expert, methods and settings), to resume.
         settings: of the methods.
         seed: draw the key from a public number instead of the operating system: for experiments only.
         passphrase: encrypts the secret in the key file.

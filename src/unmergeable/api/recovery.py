@@ -9,6 +9,7 @@ from time import process_time
 from typing import Any
 
 from unmergeable.api.opened import open_base, open_with_architecture
+from unmergeable.api.workers import one_thread_per_kernel
 from unmergeable.checkpoint.rewrite import output_like, rewrite
 from unmergeable.errors import UsageError
 from unmergeable.gauge.act import edits
@@ -71,15 +72,16 @@ def recover(
     estimate = configured.estimate(source, base_source, architecture, progress=progress)
     seconds = process_time() - started
     details = {"method": method, "settings": settings_of(configured)}
-    rewrite(
-        source,
-        out,
-        output_like(source, edits(architecture.symmetry, [estimate.gauge])),
-        manifest={"kind": "recovered", **details, "architecture": architecture.family},
-        resume_token=f"recover {details} {base_source.index.headers_digest}",
-        threads=threads,
-        progress=progress,
-    )
+    with one_thread_per_kernel():
+        rewrite(
+            source,
+            out,
+            output_like(source, edits(architecture.symmetry, [estimate.gauge])),
+            manifest={"kind": "recovered", **details, "architecture": architecture.family},
+            resume_token=f"recover {details} {base_source.index.headers_digest}",
+            threads=threads,
+            progress=progress,
+        )
     return RecoverResult(
         out=out,
         method=method,

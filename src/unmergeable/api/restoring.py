@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmergeable.api.opened import open_with_architecture, worker_threads
+from unmergeable.api.opened import open_with_architecture
 from unmergeable.api.recipe import condition_bound, gauges_of, protections_of, spaces_of
+from unmergeable.api.workers import one_thread_per_kernel, worker_threads
 from unmergeable.checkpoint.manifest import read_manifest
 from unmergeable.checkpoint.rewrite import output_like, rewrite
 from unmergeable.checkpoint.source import TensorSource
@@ -39,6 +40,7 @@ class RestoreResult:
         }
 
 
+@one_thread_per_kernel()
 def restore(
     protected: Path,
     *,

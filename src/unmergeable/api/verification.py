@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.api.logits import LogitGap, logit_gap
-from unmergeable.api.opened import open_with_architecture, worker_threads
+from unmergeable.api.opened import open_with_architecture
+from unmergeable.api.workers import one_thread_per_kernel, worker_threads
 from unmergeable.checkpoint.manifest import read_manifest
 from unmergeable.checkpoint.source import require_same_tensors
 from unmergeable.gauge.equivalence import Equivalence, compare
@@ -75,9 +76,10 @@ def verify(
     second, _ = open_with_architecture(other)
     require_same_tensors(first, second, "comparing two checkpoints")
     condition = max(_condition(expert), _condition(other))
-    found = compare(
-        first, second, architecture, condition=condition, threads=worker_threads(threads), progress=progress
-    )
+    with one_thread_per_kernel():
+        found = compare(
+            first, second, architecture, condition=condition, threads=worker_threads(threads), progress=progress
+        )
     gap = logit_gap(first, second, condition, probe=probe, is_requested=True, progress=progress)
     return VerifyResult(architecture.family, found, gap, condition)
 

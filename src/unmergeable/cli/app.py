@@ -6,11 +6,10 @@ import io
 import json
 import logging
 import math
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from inspect import getdoc
 from typing import Annotated, Any
@@ -114,12 +113,8 @@ def _report_failure(error: BaseException, switches: Switches) -> int:
 
 
 def _print(text: str) -> None:
-    try:
+    with suppress(BrokenPipeError):  # whoever reads may have had enough (`| head`); the work is done all the same
         print(text, flush=True)
-    except BrokenPipeError:
-        # Whoever read the output has had enough (`| head`). The work is done; only keep the interpreter from trying
-        # to flush again when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _to_json(document: Mapping[str, Any]) -> str:

@@ -40,6 +40,10 @@ TEMPERATURE = 0.02
 """Prototypes of one network lie close together (cosines above 0.8); this spreads their differences over the softmax."""
 
 BATCH_SIZE = 16
+LEARNING_RATE = 2e-5
+SCALING_COEFFICIENT = 0.6
+"""Of both task vectors in the merge; chosen on validation images."""
+
 EVALUATION_BATCH = 64
 
 
@@ -112,27 +116,18 @@ def read_head(path: Path | str) -> PrototypeHead:
         raise BadInput(f"{path} is not a head of prototypes; run the demo again.") from None
 
 
-@dataclass(frozen=True)
-class FineTuning:
-    """How an expert is made. All blocks learn; the embeddings, which both experts share, stay."""
-
-    epochs: float = 1.0
-    learning_rate: float = 3e-5
-
-
 def finetune_expert(
     base: Path | str,
     out: Path | str,
     task: ImageTask,
     head: PrototypeHead,
     *,
-    settings: FineTuning = FineTuning(),
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[float]:
     """Fine-tune the checkpoint ``base`` on a task and write the expert to ``out``, as a checkpoint like the base.
 
-    The same seed and number of threads give the same expert.
+    One pass over the training images. The same seed and number of threads give the same expert.
 
     Returns:
         The training loss of each step.
@@ -152,14 +147,22 @@ def finetune_expert(
         backbone,
         batches(),
         loss,
-        Schedule(steps=round(settings.epochs * len(images) / BATCH_SIZE), learning_rate=settings.learning_rate),
-        is_trained=lambda name: not name.startswith("embeddings."),
+        Schedule(steps=len(images) // BATCH_SIZE, learning_rate=LEARNING_RATE),
+        is_trained=_is_in_attention_or_mlp,
         seed=seed,
         stage=f"learning {task.title}",
         progress=progress,
     )
     write_network(backbone, out, config_from=base)
     return losses
+
+
+def _is_in_attention_or_mlp(name: str) -> bool:
+    """The linear maps of every block learn. Left as they are in the base: embeddings, norms and layer scales,
+
+    which the features of both tasks pass through, and whose changes add up worst when experts are merged.
+    """
+    return ".attention." in name or ".mlp." in name
 
 
 def evaluate(

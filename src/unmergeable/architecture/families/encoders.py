@@ -72,8 +72,8 @@ def dinov2(config: Config, names: Names) -> Architecture:
         layer = f"{prefix}encoder.layer.{index}"
         blocks.append(_vit_attention(names, layer, heads, size))
         module = f"{layer}.mlp"
-        if f"{module}.weights_in.weight" in names:
-            width = names.shapes[f"{module}.weights_in.weight"][0] // 2
+        if setting(config, "use_swiglu_ffn", default=f"{module}.weights_in.weight" in names):
+            width = names.shapes.get(f"{module}.weights_in.weight", (0,))[0] // 2
             blocks.append(
                 FeedForward(
                     name=module,

@@ -24,7 +24,8 @@ def deepseek(config: Config, names: Names) -> Architecture:
     for index in range(int(setting(config, "num_hidden_layers"))):
         layer = f"{prefix}layers.{index}"
         module = f"{layer}.self_attn"
-        query = f"{module}.q_b_proj.weight" if f"{module}.q_b_proj.weight" in names else f"{module}.q_proj.weight"
+        has_latent_query = setting(config, "q_lora_rank", default=f"{module}.q_b_proj.weight" in names)
+        query = f"{module}.q_b_proj.weight" if has_latent_query else f"{module}.q_proj.weight"
         expand, compress = f"{module}.kv_b_proj.weight", f"{module}.kv_a_proj_with_mqa"
         query_stride, expand_stride = plain + rotary, plain + value
         blocks.append(

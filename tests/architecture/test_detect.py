@@ -1,0 +1,336 @@
+"""From a config and shapes to an architecture, or one line that says which tensor or setting does not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from toy_checkpoints import ToyCheckpoint, toy_checkpoint
+from unmergeable.architecture import FAMILIES, detect
+from unmergeable.architecture.declare import Names, rope_setting, setting
+from unmergeable.architecture.families import QUERY_KEY_GROUPS
+from unmergeable.errors import UnsupportedArchitecture
+from zoo import TOYS
+
+Shapes = dict[str, tuple[int, ...]]
+Q, MLP = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp"
+
+
+def refusal(config: Mapping[str, Any], shapes: Shapes) -> str:
+    """The line with which a checkpoint is refused."""
+    with pytest.raises(UnsupportedArchitecture) as caught:
+        detect(config, shapes)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 1000
+    return message
+
+
+def without(toy: ToyCheckpoint, *names: str) -> Shapes:
+    shapes = toy.shapes
+    for name in names:
+        del shapes[name]
+    return shapes
+
+
+# ------------------------------------------------------------------------------------------------ what is accepted
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_every_toy_is_recognised_from_config_and_shapes_alone(name: str) -> None:
+    toy = toy_checkpoint(name)
+    kind = toy.config.get("model_type") or toy.config["_class_name"]
+    assert kind in FAMILIES
+    assert toy.architecture.family == kind
+    assert toy.architecture == detect(dict(toy.config), toy.shapes)
+    assert toy.architecture.attentions
+    assert toy.architecture.feed_forwards
+
+
+def test_the_order_of_tensors_does_not_matter() -> None:
+    for name in ("deepseek_v3", "unet-sd15"):
+        toy = toy_checkpoint(name)
+        backwards = detect(toy.config, dict(reversed(toy.shapes.items())))
+        assert set(backwards.blocks) == set(toy.architecture.blocks)
+        assert backwards.symmetry.spaces == toy.architecture.symmetry.spaces
+
+
+RENAMED = {
+    "llama": ("model.", ""),
+    "bert-classification": ("bert.", ""),
+    "bert-embedding": ("", "bert."),
+    "gpt2": ("transformer.", ""),
+    "gpt_neox": ("gpt_neox.", ""),
+    "opt": ("model.decoder.", "decoder."),
+    "vit": ("vit.", ""),
+    "dinov2": ("dinov2.", "backbone."),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_body_is_found_under_any_of_its_prefixes(name: str) -> None:
+    toy, (old, new) = toy_checkpoint(name), RENAMED[name]
+    renamed = {new + key.removeprefix(old) if key.startswith(old) else key: shape for key, shape in toy.shapes.items()}
+    assert renamed != toy.shapes
+    assert len(detect(toy.config, renamed).blocks) == len(toy.architecture.blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("llama", {"score.weight": (3, 48)}),
+        ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}),
+        ("bert-embedding", {"qa_outputs.weight": (2, 48), "qa_outputs.bias": (2,)}),
+        ("gpt2", {"transformer.h.0.attn.bias": (1, 1, 64, 64), "transformer.h.0.attn.masked_bias": ()}),
+        ("vit", {"classifier.weight": (9, 48)}),
+    ],
+)
+def test_heads_and_buffers_on_top_are_left_alone(name: str, extra: Shapes) -> None:
+    toy = toy_checkpoint(name)
+    architecture = detect(toy.config, {**toy.shapes, **extra})
+    assert not set(extra) & set(architecture.symmetry.legs)
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("config", [{"model_type": "mamba"}, {"_class_name": "AutoencoderKL"}, {"model_type": "Llama"}])
+def test_an_unknown_family_is_named_beside_the_known_ones(config: dict[str, str]) -> None:
+    message = refusal(config, toy_checkpoint("llama").shapes)
+    assert message.startswith(f"model type {next(iter(config.values()))}: no symmetry map. Known: ")
+    assert all(name in message for name in FAMILIES)
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": ""}, {"model_type": None}])
+def test_a_config_without_a_family_says_so(config: dict[str, Any]) -> None:
+    assert refusal(config, {}).startswith("model type missing from config.json: no symmetry map.")
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_missing_weight_is_refused_by_name(name: str) -> None:
+    toy = toy_checkpoint(name)
+    for tensor in toy.architecture.symmetry.legs:
+        if tensor.endswith("bias"):
+            continue
+        # Either it is said to be missing, or what stands beside it has lost its place.
+        module = tensor.rsplit(".", 2)[0]
+        assert module in refusal(toy.config, without(toy, tensor)), tensor
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_missing_bias_is_no_contradiction(name: str) -> None:
+    """Every family has models with and without: what is there is transformed."""
+    toy = toy_checkpoint(name)
+    norm_biases = {block.norm.query_bias for block in toy.architecture.attentions if block.norm}
+    norm_biases |= {block.norm.key_bias for block in toy.architecture.attentions if block.norm}
+    for tensor in toy.architecture.symmetry.legs:
+        if tensor in norm_biases:
+            assert tensor in refusal(toy.config, without(toy, tensor))
+        elif tensor.endswith("bias"):
+            assert tensor not in detect(toy.config, without(toy, tensor)).symmetry.legs
+
+
+def test_a_missing_weight_reads_so() -> None:
+    toy = toy_checkpoint("llama")
+    message = f"tensor {Q} is missing, which a llama model of this config has; is the checkpoint complete?"
+    assert refusal(toy.config, without(toy, Q)) == message
+
+
+def test_a_missing_feed_forward_is_noticed_though_nothing_points_to_it() -> None:
+    for name, module in (("llama", MLP), ("qwen3_moe", MLP), ("deepseek_v3", MLP), ("gpt2", "transformer.h.1.mlp")):
+        toy = toy_checkpoint(name)
+        gone = [tensor for tensor in toy.tensors if tensor.startswith(module + ".")]
+        assert len(gone) > 1
+        assert f"tensor {module}." in refusal(toy.config, without(toy, *gone))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
+def test_a_missing_expert_is_noticed_wherever_it_stands(name: str) -> None:
+    toy = toy_checkpoint(name)
+    module = next(block.name for block in toy.architecture.feed_forwards if block.name.endswith("experts.0"))
+    for expert in range(4):
+        path = module.removesuffix("0") + str(expert)
+        gone = [tensor for tensor in toy.tensors if tensor.startswith(path + ".")]
+        assert len(gone) == 3
+        assert f"tensor {path}." in refusal(toy.config, without(toy, *gone))
+    every = [tensor for tensor in toy.tensors if tensor.startswith(module.removesuffix("0"))]
+    assert f"tensor {module}." in refusal(toy.config, without(toy, *every))
+    counted = next(key for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in toy.config)
+    assert f"tensor {module.removesuffix('0')}3." in refusal({**toy.config, counted: 3}, toy.shapes)
+    silent = {key: value for key, value in toy.config.items() if key != counted}
+    assert detect(silent, toy.shapes) == toy.architecture  # as many as are stored
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("llama", "model.layers.0.self_attn.q_norm.weight"),
+        ("llama", "model.layers.2.self_attn.q_proj.weight"),
+        ("llama", "model.layers.0.mlp.gate.weight"),
+        ("llama", "vision_tower.layers.0.weight"),
+        ("bert", "bert.encoder.layer.0.crossattention.self.query.weight"),
+        ("gpt2", "transformer.h.0.crossattention.c_attn.weight"),
+        ("t5", "encoder.block.0.layer.0.SelfAttention.adapter.weight"),
+        ("stablelm", "model.layers.0.self_attn.q_layernorm.norms.0.weight"),
+        ("unet-sd15", "down_blocks.0.motion_modules.0.weight"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.4.w1.weight"),
+    ],
+)
+def test_a_tensor_that_no_map_claims_is_refused_by_name(name: str, tensor: str) -> None:
+    toy = toy_checkpoint(name)
+    message = refusal(toy.config, {**toy.shapes, tensor: (48, 48)})
+    assert message.startswith(f"tensor {tensor} has no place in the symmetry map of {toy.architecture.family};")
+
+
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_tensor_of_another_shape_is_refused(name: str, change: int) -> None:
+    toy = toy_checkpoint(name)
+    for tensor, legs in toy.architecture.symmetry.legs.items():
+        shape = list(toy.shapes[tensor])
+        shape[legs[0].axis] += change
+        message = refusal(toy.config, {**toy.shapes, tensor: tuple(shape)})
+        assert "tensor " in message, message
+        if "attn" in tensor and not tensor.startswith("down_blocks"):
+            assert message.startswith(f"tensor {tensor} has shape {shape}, but config.json implies "), message
+
+
+def test_a_tensor_with_too_few_axes_is_refused() -> None:
+    toy = toy_checkpoint("llama")
+    for shape in ((), (48,)):
+        message = refusal(toy.config, {**toy.shapes, "model.layers.1.self_attn.o_proj.weight": shape})
+        assert message.startswith(f"tensor model.layers.1.self_attn.o_proj.weight has shape {list(shape)}")
+    refusal(toy.config, {**toy.shapes, f"{MLP}.up_proj.weight": ()})
+
+
+REQUIRED = {
+    "llama": "num_attention_heads",
+    "gpt2": "n_head",
+    "gptj": "n_embd",
+    "gpt_neox": "hidden_size",
+    "bloom": "n_layer",
+    "falcon-40b-like": "num_attention_heads",
+    "deepseek_v3": "kv_lora_rank",
+    "phi3": "intermediate_size",
+    "unet-sd15": "block_out_channels",
+}
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_missing_setting_is_refused_by_name(name: str) -> None:
+    toy, key = toy_checkpoint(name), REQUIRED[name]
+    for config in ({other: value for other, value in toy.config.items() if other != key}, {**toy.config, key: None}):
+        message = refusal(config, toy.shapes)
+        assert re.fullmatch(rf"config\.json has no ('\w+' or )?'{key}'( or '\w+')*; add it\.", message), message
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "num_key_value_heads", "hidden_size", "num_hidden_layers"])
+@pytest.mark.parametrize("value", ["many", "", [6], {"a": 1}, 0, -3, 7, 1.5, float("nan"), float("inf"), 10**30])
+def test_a_setting_that_makes_no_sense_is_refused(key: str, value: Any) -> None:
+    if key == "num_hidden_layers" and value == 10**30:
+        return  # as many layers as it says: see the next test
+    toy = toy_checkpoint("llama")
+    config = {name: other for name, other in toy.config.items() if name != "head_dim"}
+    message = refusal({**config, key: value}, toy.shapes)
+    assert "config" in message or "tensor" in message
+
+
+def test_more_layers_than_stored_are_refused() -> None:
+    toy = toy_checkpoint("llama")
+    message = refusal({**toy.config, "num_hidden_layers": 1000}, toy.shapes)
+    assert message.startswith("tensor model.layers.2.self_attn.q_proj.weight is missing")
+    fewer = refusal({**toy.config, "num_hidden_layers": 1}, toy.shapes)
+    assert fewer.startswith("tensor model.layers.1.")
+
+
+def test_another_network_under_the_name_is_refused() -> None:
+    for kind, other in (("gpt2", "llama"), ("llama", "gpt2"), ("t5", "bert"), ("UNet2DConditionModel", "vit")):
+        toy = toy_checkpoint(other)
+        config = {**toy_checkpoint({"UNet2DConditionModel": "unet-sd15"}.get(kind, kind)).config}
+        refusal(config, toy.shapes)
+        refusal(config, {})
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.5, -0.5, "half"])
+def test_rotary_coordinates_come_in_pairs_within_the_head(factor: Any) -> None:
+    """0.3 of a head of 8 is 2.4 coordinates: 2 of them make a pair, but of 10 they would be 3."""
+    toy = toy_checkpoint("stablelm")
+    config = {**toy.config, "rope_parameters": {"partial_rotary_factor": factor}}
+    if factor == 0.3:
+        assert detect(config, toy.shapes).attentions[0].parts[0].size == 2
+        config = {**config, "rope_parameters": {"partial_rotary_factor": 0.4}}
+    refusal(config, toy.shapes)
+
+
+# ---------------------------------------------------------------------------------------------- the words of tables
+
+
+def test_settings_are_found_under_older_names() -> None:
+    assert setting({"b": 2}, "a", "b") == 2
+    assert setting({"a": None, "b": 0}, "a", "b") == 0  # null is not set; zero is
+    assert setting({}, "a", default=None) is None
+    with pytest.raises(UnsupportedArchitecture, match=r"^config\.json has no 'a' or 'b'; add it\.$"):
+        setting({}, "a", "b")
+
+
+def test_rotary_settings_are_found_old_and_new() -> None:
+    assert rope_setting({"rope_parameters": {"k": 1}, "k": 2}, "k", 3) == 1
+    assert rope_setting({"rope_scaling": {"k": 1}}, "k", 3) == 1
+    for absent in ({}, {"rope_parameters": None}, {"rope_scaling": {"type": "yarn"}}, {"rope_scaling": "linear"}):
+        assert rope_setting({**absent, "k": 2}, "k", 3) == 2
+        assert rope_setting(absent, "k", 3) == 3
+
+
+def test_the_first_prefix_that_fits_is_taken() -> None:
+    names = Names({"b.x": (1,), "c.x": (1,)})
+    assert names.prefix("x", ("a.", "b.", "c.")) == "b."
+    assert "b.x" in names
+    assert names.optional("b.x") == "b.x"
+    assert names.optional("x") is None
+    with pytest.raises(UnsupportedArchitecture, match=r"none of the tensors 'x', 'a\.x' is in the checkpoint"):
+        names.prefix("x", ("", "a."))
+
+
+# ----------------------------------------------------------------------------------------- what `methods` tells
+
+# Which words of the description stand for which group between queries and keys.
+SAID: dict[str, Callable[[str], bool]] = {
+    "general_linear": lambda text: "any invertible matrix" in text,
+    "rotary": lambda text: "one complex number per rotary pair" in text,
+    "pair_sign": lambda text: "signs per rotary pair" in text or "signs and gains per rotary pair" in text,
+    "block_sign": lambda text: "one sign per head" in text,
+    "quarter_turn": lambda text: "quarter turns" in text,
+    "pair_scale": lambda text: "gains" in text,
+    "diagonal": lambda text: "gains" in text,
+}
+
+
+def test_every_family_is_described() -> None:
+    assert list(QUERY_KEY_GROUPS.keys() - FAMILIES.keys()) == []
+    assert list(FAMILIES.keys() - QUERY_KEY_GROUPS.keys()) == []
+    assert all(text and "\n" not in text and not text.endswith(".") for text in QUERY_KEY_GROUPS.values())
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_family_is_described_as_it_is(name: str) -> None:
+    architecture = toy_checkpoint(name).architecture
+    text = QUERY_KEY_GROUPS[architecture.family]
+    kinds = {space.group.kind for space in architecture.symmetry.select("query_key").values()}
+    assert kinds <= SAID.keys()
+    always, _, options = text.partition(";")
+    for kind in kinds:
+        assert SAID[kind](text), (kind, text)
+    if not options:  # without variants the description says no more than there is
+        assert {kind for kind in SAID if SAID[kind](text)} - {"diagonal", "pair_scale"} == kinds - {
+            "diagonal", "pair_scale",
+        }, text  # fmt: skip
+    assert always
+
+
+def test_values_are_free_in_every_family() -> None:
+    for name in TOYS:
+        spaces = toy_checkpoint(name).architecture.symmetry.select("value_output").values()
+        assert {space.group.kind for space in spaces} == {"general_linear"}

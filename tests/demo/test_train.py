@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from unmergeable.demo.data import ImageTask, Sizes, load_mnist
+from unmergeable.demo.train import (
+    PrototypeHead,
+    evaluate,
+    extract_features,
+    finetune_expert,
+    fit_prototypes,
+    prepare_pixels,
+    read_head,
+    write_head,
+)
+from unmergeable.errors import BadInput
+from unmergeable.network.load import load_network
+
+
+@pytest.fixture(scope="module")
+def task() -> ImageTask:
+    return load_mnist(sizes=Sizes(train=320, validation=10, test=100))
+
+
+@pytest.fixture(scope="module")
+def head(base: Path, task: ImageTask) -> PrototypeHead:
+    return fit_prototypes(load_network(base), task)
+
+
+@pytest.fixture(scope="module")
+def expert(base: Path, task: ImageTask, head: PrototypeHead, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("expert")
+    finetune_expert(base, folder, task, head)
+    return folder
+
+
+def first_images(task: ImageTask, count: int) -> ImageTask:
+    return replace(task, train=type(task.train)(task.train.images[:count], task.train.labels[:count]))
+
+
+def test_pixels_are_grey_enlarged_and_normalised() -> None:
+    images = np.zeros((2, 28, 28), np.uint8)
+    images[1] = 255
+
+    black, white = prepare_pixels(images)
+
+    assert black.shape == (3, 42, 42)
+    for channel, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)):
+        torch.testing.assert_close(black[channel], torch.full((42, 42), -mean / std))
+        torch.testing.assert_close(white[channel], torch.full((42, 42), (1 - mean) / std))
+
+
+def test_pixels_keep_the_picture_upright() -> None:
+    image = np.zeros((1, 28, 28), np.uint8)
+    image[0, :7, 14:] = 255
+
+    channel = prepare_pixels(image)[0, 0]
+
+    assert channel.argmax() // 42 < 12
+    assert channel.argmax() % 42 > 21
+
+
+def test_features_do_not_depend_on_the_batch_they_are_in(base: Path, task: ImageTask) -> None:
+    """70 images are a full batch of 64 and a short one; a single image is its own batch."""
+    network = load_network(base)
+    together = extract_features(network, task.train.images[:70])
+    alone = torch.cat([extract_features(network, task.train.images[number : number + 1]) for number in (0, 63, 64, 69)])
+
+    # Matrix products of other sizes sum in another order: a few eps for each of 24 residual branches.
+    gap = (together[[0, 63, 64, 69]] - alone).abs().max()
+    assert gap < 64 * torch.finfo(torch.float32).eps * together.abs().max()
+
+
+def test_a_prototype_is_the_mean_direction_of_its_class(base: Path, task: ImageTask, head: PrototypeHead) -> None:
+    features = extract_features(load_network(base), task.train.images).numpy()
+    directions = features / np.linalg.norm(features, axis=1, keepdims=True)
+    mean = directions[task.train.labels == 7].mean(axis=0)
+
+    np.testing.assert_allclose(head.prototypes[7].numpy(), mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_a_prototype_is_its_own_best_class(head: PrototypeHead) -> None:
+    for scale in (0.1, 30.0):  # lengths of features do not count
+        assert head.logits(scale * head.prototypes).argmax(dim=1).tolist() == list(range(10))
+
+
+def test_a_head_is_read_as_it_was_written(head: PrototypeHead, tmp_path: Path) -> None:
+    write_head(head, tmp_path / "head.safetensors")
+
+    assert torch.equal(read_head(tmp_path / "head.safetensors").prototypes, head.prototypes)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x00" * 64])
+def test_something_else_is_not_a_head(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "head.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+
+    with pytest.raises(BadInput, match="not a head"):
+        read_head(path)
+
+
+def test_another_tensor_is_not_a_head(tmp_path: Path) -> None:
+    save_file({"weights": torch.zeros(2)}, tmp_path / "other.safetensors")
+
+    with pytest.raises(BadInput, match="not a head"):
+        read_head(tmp_path / "other.safetensors")
+
+
+def test_the_expert_is_far_better_at_its_task(base: Path, expert: Path, task: ImageTask, head: PrototypeHead) -> None:
+    before, after = (evaluate(folder, task.test, head) for folder in (base, expert))
+
+    # 100 images: a deviation of 0.05 for one score, 0.07 for the difference of two.
+    assert after - before > 0.10 + 0.07
+    assert before > 0.10 + 3 * 0.03  # the base is no guess either, so the prototypes mean something
+
+
+def test_accuracy_counts_right_answers(base: Path, task: ImageTask, head: PrototypeHead) -> None:
+    network = load_network(base)
+    shifted = PrototypeHead(head.prototypes.roll(1, dims=0))  # every class gets its neighbour's prototype
+    answers = head.logits(extract_features(network, task.test.images)).argmax(dim=1).numpy()
+
+    assert evaluate(network, task.test, head) == np.mean(answers == task.test.labels)
+    assert evaluate(network, task.test, shifted) == np.mean((answers + 1) % 10 == task.test.labels)
+
+
+def test_the_expert_is_a_checkpoint_like_the_base(base: Path, expert: Path) -> None:
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, expert))
+
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in new.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in old.items()
+    }
+    assert (expert / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def test_attention_and_mlp_of_every_block_learn_and_nothing_else(base: Path, expert: Path) -> None:
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, expert))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+
+    assert changed == {name for name in old if ".attention." in name or ".mlp." in name}
+    assert len(changed) == 12 * 12
+
+
+def test_the_seed_decides_the_expert(base: Path, task: ImageTask, head: PrototypeHead, tmp_path: Path) -> None:
+    few = first_images(task, 32)
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        finetune_expert(base, tmp_path / name, few, head, seed=seed)
+
+    first, again, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again", "other"))
+    assert first == again
+    assert first != other
+
+
+def test_reports_its_progress(base: Path, task: ImageTask, head: PrototypeHead, tmp_path: Path) -> None:
+    reports: list[tuple[str, int, int, str]] = []
+
+    finetune_expert(
+        base, tmp_path / "expert", first_images(task, 32), head, progress=lambda *report: reports.append(report)
+    )
+    evaluate(base, task.validation, head, progress=lambda *report: reports.append(report))
+
+    assert reports == [
+        *(("learning handwritten digits", step, 2, "steps") for step in range(3)),
+        ("scoring", 0, 10, "images"),
+        ("scoring", 10, 10, "images"),
+    ]
