@@ -324,7 +324,8 @@ def resumed(source: Checkpoint, out: Path) -> list[str]:
         return work
 
     edits = {name: edit(name) for name in (*EDITED, "v02.weight")}
-    rewrite(source, out, output_like(source, edits), manifest={"recipe": "negate"}, resume_token="negate")
+    plan = output_like(source, edits)
+    rewrite(source, out, plan, manifest={"recipe": "negate"}, resume_token="negate", threads=1)
     return edited
 
 

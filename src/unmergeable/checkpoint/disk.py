@@ -47,7 +47,7 @@ def write_error(path: Path, error: OSError) -> CheckpointError:
 
 @dataclass(frozen=True)
 class _Task:
-    work: Callable[..., None]
+    work: Callable[..., object]
     arguments: tuple[Any, ...]
     even_after_failure: bool = False
 
@@ -72,7 +72,7 @@ class Disk:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def submit(self, work: Callable[..., None], *arguments: Any) -> None:
+    def submit(self, work: Callable[..., object], *arguments: Any) -> None:
         """Queue work; raise what earlier work raised."""
         if self._failure is not None:
             raise self._failure
@@ -96,7 +96,7 @@ class Disk:
         """Free a block once everything queued before is done with it."""
         self.submit_always(self._free.put, block)
 
-    def submit_always(self, work: Callable[..., None], *arguments: Any) -> None:
+    def submit_always(self, work: Callable[..., object], *arguments: Any) -> None:
         """Queue work that is to run after a failure as well."""
         self._tasks.put(_Task(work, arguments, even_after_failure=True))
 
@@ -163,6 +163,14 @@ def sync_file(path: Path, descriptor: int) -> None:
     """Wait until what is written is on the disk; ``path`` names it in messages."""
     try:
         _datasync(descriptor)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def truncate_file(path: Path, descriptor: int, nbytes: int) -> None:
+    """Give a file its exact length; ``path`` names it in messages."""
+    try:
+        os.ftruncate(descriptor, nbytes)
     except OSError as error:
         raise write_error(path, error) from error
 

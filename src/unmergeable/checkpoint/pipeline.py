@@ -1,7 +1,9 @@
 """Tensors through memory in order: read ahead, compute beside, hand over in sequence, within a budget of bytes.
 
-    feeder thread           workers            consumer (the caller's thread)
-    read, hash the input -> edit or make    -> takes pieces strictly in order
+    feeder  reads ahead in order
+    hasher  follows the bytes of the input
+    workers edit what was read and hashed, or make tensors from nothing
+    consumer, the caller's thread, takes pieces strictly in order
 
 Copied tensors pass in small pieces through a few reused buffers, so a copy costs no memory however large the
 tensor. A changed tensor is whole in memory once. Reservations are made and released in the same order, so the
@@ -28,7 +30,7 @@ from unmergeable.checkpoint.source import Extent, empty_tensor, tensor_bytes
 from unmergeable.checkpoint.writer import require_spec
 
 PIECE_BYTES = 1 << 20
-_BUFFERS = 8
+_BUFFERS = 96  # as much read-ahead as hides the reading of one changed tensor of that size
 
 
 @dataclass(frozen=True)
@@ -115,25 +117,29 @@ def stream(
     """
     channel = _Channel(memory_budget)
     workers = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="unmergeable-edit")
-    feeder = threading.Thread(target=_feed, args=(jobs, hashes, channel, workers), name="unmergeable-read", daemon=True)
-    feeder.start()
+    hasher = ThreadPoolExecutor(1, thread_name_prefix="unmergeable-hash")
+    feeder = _Feeder(channel, hashes, hasher, workers)
+    thread = threading.Thread(target=feeder.run, args=(jobs,), name="unmergeable-read", daemon=True)
+    thread.start()
     try:
         while (item := channel.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            if isinstance(item, _Buffered):
+            if isinstance(item, _Copied):
                 yield Piece(item.buffer[: item.nbytes], item.last)
+                item.hashed.result()  # reads the same bytes beside the consumer
                 channel.give_back(item.buffer)
             else:
-                view, reserved = tensor_bytes(item.future.result()), item.reserved
+                view, reserved = tensor_bytes(item.result.result()), item.reserved
                 del item
                 yield Piece(view, last=True)
                 view.release()  # and with it the tensor, before its bytes count as free
                 channel.release(reserved)
     finally:
         channel.cancel()
-        workers.shutdown(wait=True, cancel_futures=True)
-        feeder.join()
+        for pool in (hasher, workers):
+            pool.shutdown(wait=True, cancel_futures=True)
+        thread.join()
 
 
 def default_threads() -> int:
@@ -146,16 +152,21 @@ def _processors() -> int:
 
 
 @dataclass(frozen=True)
-class _Buffered:
+class _Copied:
     buffer: memoryview
     nbytes: int
     last: bool
+    hashed: Future[None]
 
 
 @dataclass(frozen=True)
-class _Computed:
-    future: Future[torch.Tensor]
+class _Changed:
+    result: Future[torch.Tensor]
     reserved: int
+
+
+_Item = _Copied | _Changed | BaseException | None
+"""What the consumer gets; None ends the stream."""
 
 
 class _Cancelled(Exception):
@@ -167,19 +178,19 @@ class _Channel:
 
     def __init__(self, budget: int) -> None:
         self._changed = threading.Condition()
-        self._items: deque[_Buffered | _Computed | BaseException | None] = deque()
+        self._items: deque[_Item] = deque()
         self._budget = budget
         self._reserved = 0
         self._free: deque[memoryview] = deque()
         self._unmade = _BUFFERS
         self._cancelled = False
 
-    def put(self, item: _Buffered | _Computed | BaseException | None) -> None:
+    def put(self, item: _Item) -> None:
         with self._changed:
             self._items.append(item)
             self._changed.notify_all()
 
-    def get(self) -> _Buffered | _Computed | BaseException | None:
+    def get(self) -> _Item:
         with self._changed:
             self._changed.wait_for(lambda: self._items)
             return self._items.popleft()
@@ -220,57 +231,75 @@ class _Channel:
                 raise _Cancelled
 
 
-def _feed(jobs: Sequence[Job], hashes: InputHashes, channel: _Channel, workers: ThreadPoolExecutor) -> None:
-    """The feeder thread: reads in order, hashes what it reads, and never lets an error die with the thread."""
-    files = OpenFiles()
-    last_use = {job.extent.path: number for number, job in enumerate(jobs) if job.extent is not None}
-    try:
-        for number, job in enumerate(jobs):
-            if job.extent is not None and job.edit is None:
-                _pass_on(job.extent, files, hashes, channel)
-            else:
-                reserved = max(job.stored.nbytes, job.spec.nbytes)
-                channel.reserve(reserved)
-                channel.put(_Computed(_submit(job, files, hashes, workers), reserved))
-            if job.extent is not None and last_use[job.extent.path] == number:
-                hashes.finish(job.extent.path)
-        hashes.finish_all()
-        channel.put(None)
-    except _Cancelled:
-        pass
-    except BaseException as error:
-        channel.put(error)
+class _Feeder:
+    """Reads in the order of the result and hands on: bytes to the hasher and the consumer, tensors to the workers."""
+
+    def __init__(
+        self, channel: _Channel, hashes: InputHashes, hasher: ThreadPoolExecutor, workers: ThreadPoolExecutor
+    ) -> None:
+        self._channel = channel
+        self._hashes = hashes
+        self._hasher = hasher
+        self._workers = workers
+        self._files = OpenFiles()
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """The feeder's thread. An error goes to the consumer instead of dying with the thread."""
+        last_use = {job.extent.path: number for number, job in enumerate(jobs) if job.extent is not None}
+        finished: list[Future[None]] = []
+        try:
+            for number, job in enumerate(jobs):
+                if job.extent is not None and job.edit is None:
+                    self._copy(job.extent)
+                else:
+                    self._change(job)
+                if job.extent is not None and last_use[job.extent.path] == number:
+                    finished.append(self._hasher.submit(self._hashes.finish, job.extent.path))
+            finished.append(self._hasher.submit(self._hashes.finish_all))
+            for future in finished:
+                future.result()
+            self._channel.put(None)
+        except _Cancelled:
+            pass
+        except BaseException as error:
+            self._channel.put(error)
+
+    def _copy(self, extent: Extent) -> None:
+        position = extent.begin
+        while True:
+            nbytes = min(PIECE_BYTES, extent.end - position)
+            buffer = self._channel.buffer()
+            hashed = self._read(buffer[:nbytes], extent.path, position)
+            position += nbytes
+            self._channel.put(_Copied(buffer, nbytes, position == extent.end, hashed))
+            if position == extent.end:
+                return
+
+    def _change(self, job: Job) -> None:
+        reserved = max(job.stored.nbytes, job.spec.nbytes)
+        self._channel.reserve(reserved)
+        if job.extent is None:
+            assert job.read is not None
+            result = self._workers.submit(_compute, job, job.read, ())
+        else:
+            tensor, view = empty_tensor(job.stored)
+            hashed = tuple(
+                self._read(view[offset : offset + PIECE_BYTES], job.extent.path, job.extent.begin + offset)
+                for offset in range(0, len(view), PIECE_BYTES)
+            )
+            box = [tensor]  # so that the worker can drop the last reference but its own
+            del tensor, view
+            result = self._workers.submit(_compute, job, box.pop, hashed)
+        self._channel.put(_Changed(result, reserved))
+
+    def _read(self, buffer: memoryview, path: Path, offset: int) -> Future[None]:
+        self._files.read_into(buffer, path, offset)
+        return self._hasher.submit(self._hashes.feed, path, offset, buffer)
 
 
-def _pass_on(extent: Extent, files: OpenFiles, hashes: InputHashes, channel: _Channel) -> None:
-    position = extent.begin
-    while True:
-        nbytes = min(PIECE_BYTES, extent.end - position)
-        buffer = channel.buffer()
-        files.read_into(buffer[:nbytes], extent.path, position)
-        hashes.feed(extent.path, position, buffer[:nbytes])
-        position += nbytes
-        channel.put(_Buffered(buffer, nbytes, position == extent.end))
-        if position == extent.end:
-            return
-
-
-def _submit(job: Job, files: OpenFiles, hashes: InputHashes, workers: ThreadPoolExecutor) -> Future[torch.Tensor]:
-    if job.extent is None:
-        assert job.read is not None
-        return workers.submit(_compute, job, job.read)
-    tensor, view = empty_tensor(job.stored)
-    for offset in range(0, len(view), PIECE_BYTES):
-        piece = view[offset : offset + PIECE_BYTES]
-        files.read_into(piece, job.extent.path, job.extent.begin + offset)
-        hashes.feed(job.extent.path, job.extent.begin + offset, piece)
-    # A list, so that the worker can drop the last reference but its own.
-    box = [tensor]
-    del tensor, view
-    return workers.submit(_compute, job, box.pop)
-
-
-def _compute(job: Job, read: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _compute(job: Job, read: Callable[[], torch.Tensor], hashed: Sequence[Future[None]]) -> torch.Tensor:
+    for future in hashed:
+        future.result()  # the edit may change in place what is still to be hashed
     with torch.no_grad():
         tensor = read()
         if job.edit is not None:

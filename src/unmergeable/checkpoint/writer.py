@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from unmergeable.checkpoint.disk import ALIGNMENT, BLOCK_BYTES, Disk, open_again, open_new, sync_file
+from unmergeable.checkpoint.disk import ALIGNMENT, BLOCK_BYTES, Disk, open_again, open_new, sync_file, truncate_file
 from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import TensorSpec, build_header
 from unmergeable.checkpoint.manifest import FileRecord
@@ -53,11 +53,15 @@ class OutputFile:
         What lies behind them is cut off: nobody knows how much of it reached the disk.
         """
         file = cls(path, disk, open_again(path))
-        os.ftruncate(file._descriptor, position)
         tail = position % ALIGNMENT
-        with path.open("rb") as stored:
-            stored.seek(position - tail)
-            file._block[:tail] = stored.read(tail)
+        try:
+            truncate_file(path, file._descriptor, position)
+            with path.open("rb") as stored:
+                stored.seek(position - tail)
+                file._block[:tail] = stored.read(tail)
+        except BaseException:
+            file.abandon()
+            raise
         file._filled, file.position, file._digest = tail, position, digest
         return file
 
@@ -88,16 +92,16 @@ class OutputFile:
         """Name, size and hash of everything appended so far."""
         return FileRecord(self.path.name, self.position, self.sha256)
 
-    def flush(self, then: Callable[[], None]) -> None:
+    def flush(self, then: Callable[[], object]) -> None:
         """Queue everything appended so far, a sync, and ``then``."""
         self._next_block()
         self._disk.submit(sync_file, self.path, self._descriptor)
         self._disk.submit(then)
 
-    def finish(self, then: Callable[[], None]) -> None:
+    def finish(self, then: Callable[[], object]) -> None:
         """Queue the rest of the file, its exact length, a sync, closing it, and ``then``."""
         self._next_block()
-        self._disk.submit(os.ftruncate, self._descriptor, self.position)
+        self._disk.submit(truncate_file, self.path, self._descriptor, self.position)
         self._disk.submit(sync_file, self.path, self._descriptor)
         self._disk.submit(then)
         self.abandon()
