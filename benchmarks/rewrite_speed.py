@@ -1,13 +1,14 @@
-"""How fast and how lean the rewrite loop is, against ``cp`` and ``sync`` of the same bytes in the same run.
+"""How fast and lean `protect` and the rewrite loop under it are, against `cp` and `sync` of the same bytes in one run.
 
     python benchmarks/rewrite_speed.py SCRATCH [--gigabytes 6] [--rounds 3] [--keep]
 
-Builds a checkpoint of Llama-8B-shaped bf16 tensors (largest 0.49 GB) in SCRATCH, then alternates three ways of
-making a second one, every third tensor doubled in place by the last two:
+Builds a checkpoint of Llama-8B-shaped bf16 tensors (largest 0.49 GB) in SCRATCH, then alternates four ways of
+making a second one; `loop` and `rewrite` double every third tensor in place:
 
     cp        ``cp -r`` and ``sync`` of the file system
     loop      one thread: read a tensor, double it or not, write it; fsync at the end; no hashes, no journal
     rewrite   ``unmergeable.checkpoint.rewrite``: the same, hashed (input and output), journalled, resumable
+    protect   ``unmergeable.protect`` with mergelock: the whole job, verified block by block from the written files
 
 Each runs in a process of its own. Prints one JSON object: seconds of wall and CPU time and peak resident memory of
 each round, and the median over rounds of the ratio to ``cp`` in the same round. ``start_up`` is what the process
@@ -33,7 +34,7 @@ from typing import Any
 
 HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY = 4096, 1024, 14336, 60000
 SHARD_BYTES = 2 << 30
-WAYS = ("cp", "loop", "rewrite")
+WAYS = ("cp", "loop", "rewrite", "protect")
 
 
 def shapes(nbytes: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -72,7 +73,17 @@ def build(folder: Path, nbytes: int) -> None:
             shards.append({})
         shards[-1][name] = TensorSpec("BF16", shape)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": sum("q_proj" in name for name, _ in shapes(nbytes)),
+        "vocab_size": VOCABULARY,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
     weight_map = {}
     block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).bfloat16()
     for number, specs in enumerate(shards, 1):
@@ -123,11 +134,21 @@ def library(source: Path, out: Path) -> None:
     rewrite(checkpoint, out, plan, manifest={}, resume_token="benchmark")
 
 
+def protect(source: Path, out: Path) -> None:
+    """The owner's whole job, with the library's defaults."""
+    import unmergeable
+
+    key = out.with_suffix(".key")
+    key.unlink(missing_ok=True)
+    unmergeable.protect(source, base=source, out=out, key=key)
+
+
 def run_child(work: Callable[[Path, Path], None], source: Path, out: Path) -> None:
     """In the measured process: import what is needed, then time the work alone."""
     began = time.perf_counter()
     import torch
 
+    import unmergeable.api
     import unmergeable.checkpoint.rewrite  # noqa: F401
 
     torch.set_num_threads(1)
@@ -168,7 +189,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        run_child({"loop": bare_loop, "rewrite": library}[arguments.child], arguments.scratch, arguments.out)
+        run_child(
+            {"loop": bare_loop, "rewrite": library, "protect": protect}[arguments.child],
+            arguments.scratch,
+            arguments.out,
+        )
         return
 
     arguments.scratch.mkdir(parents=True, exist_ok=True)

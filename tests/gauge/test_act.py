@@ -357,7 +357,15 @@ def test_the_size_of_pieces_does_not_show_in_the_result(
     expected = act_(tensor.clone(), "w", symmetry, [gauge])
     for chunk in (1, 100, length, 5 * length + 1, 36 * length, 37 * length):
         monkeypatch.setattr(act, "CHUNK_ELEMENTS", chunk)
-        assert torch.equal(act_(tensor.clone(), "w", symmetry, [gauge]), expected), chunk
+        found = act_(tensor.clone(), "w", symmetry, [gauge])
+        if dtype == torch.float32 or kind != "general_linear":
+            assert torch.equal(found, expected), chunk
+            continue
+        # Sums of 16 products in float32 may be ordered differently: 2^-20 relative, which moves a bfloat16 by one step
+        # where it lies that close to the middle of two, about one number in 2^11.
+        differs = found != expected
+        assert int(differs.sum()) <= 8 + tensor.numel() // 2**9, chunk
+        assert (found - expected).float().abs().max() <= torch.finfo(dtype).eps * expected.float().abs().max()
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 5), (6, 2, 9), (6, 9, 2)])
@@ -388,7 +396,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 @pytest.fixture(scope="module")
 def large() -> Tensor:
-    """64 MiB of bfloat16: 256 MiB as float64."""
+    """64 MiB of bfloat16: 128 MiB as float32."""
     return torch.ones(2048, 16384, dtype=torch.bfloat16)
 
 
@@ -412,17 +420,17 @@ def test_memory_is_three_chunks_however_large_the_tensor(
     assert peak_bytes(lambda: act_(tensor, "w", symmetry, [gauge])) <= 3 * BYTES_PER_CHUNK + SLACK
 
 
-BYTES_PER_CHUNK = 8 * act.CHUNK_ELEMENTS
+BYTES_PER_CHUNK = act.compute_dtype(torch.bfloat16).itemsize * act.CHUNK_ELEMENTS
 SLACK = 1 << 20  # elements, index tensors
 
 
 def test_memory_would_show_a_whole_copy(large: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: in one piece the same work takes the tensor in float64 twice over."""
+    """The control: in one piece the same work takes the tensor in float32 twice over."""
     monkeypatch.setattr(act, "CHUNK_ELEMENTS", 1 << 40)
     quarter = large[:512]
     symmetry, gauge = one_leg("rotary", 0, "vector", heads=8, size=64)
-    assert peak_bytes(lambda: act_(quarter, "w", symmetry, [gauge])) >= 2 * 8 * quarter.numel()
-    assert 2 * 8 * quarter.numel() > 3 * BYTES_PER_CHUNK + SLACK
+    assert peak_bytes(lambda: act_(quarter, "w", symmetry, [gauge])) >= 2 * 4 * quarter.numel()
+    assert 2 * 4 * quarter.numel() > 3 * BYTES_PER_CHUNK + SLACK
 
 
 def test_bytes_of_tiny_tensors_are_not_seen_as_many() -> None:

@@ -15,11 +15,12 @@ from unmergeable.api.opened import open_base, open_with_architecture
 from unmergeable.api.recipe import condition_bound, configure_protections, gauges_of, recipe_of, spaces_of
 from unmergeable.api.workers import one_thread_per_kernel, worker_threads
 from unmergeable.architecture import Architecture
+from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
 from unmergeable.checkpoint.manifest import Manifest
 from unmergeable.checkpoint.rewrite import output_like, rewrite
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, KeyFileError, NotEquivalent
-from unmergeable.gauge.act import edits
+from unmergeable.gauge.act import compute_dtype, edits
 from unmergeable.gauge.equivalence import UNIT_ROUNDOFF, Equivalence, changed_blocks, compare
 from unmergeable.gauge.key import Key, read_key, write_key
 from unmergeable.progress import Progress, silent
@@ -180,7 +181,7 @@ def protect(
             source,
             out,
             output_like(source, edits(architecture.symmetry, gauges_of(protections, architecture, secret))),
-            manifest=_manifest(result, recipe, source, seed),
+            manifest=_manifest(result, recipe, source, changed, seed),
             resume_token=secret.fingerprint,
             verify=verify,
             threads=threads,
@@ -214,7 +215,7 @@ def _measured(found: Equivalence, gap: LogitGap) -> dict[str, Any]:
 
 
 def _manifest(
-    result: ProtectResult, recipe: Mapping[str, Any], source: TensorSource, seed: int | None
+    result: ProtectResult, recipe: Mapping[str, Any], source: TensorSource, changed: Sequence[str], seed: int | None
 ) -> dict[str, Any]:
     return {
         "kind": "protected",
@@ -226,10 +227,14 @@ def _manifest(
         "condition_bound": result.condition_bound,
         "predicted_block_error": result.predicted_error,
         "stored_dtypes": sorted({source.spec(name).dtype for name in source.names}),
-        "compute_dtype": "F64",
+        "compute_dtypes": sorted({_computed_in(source.spec(name).dtype) for name in changed}),
         "changed_tensors": result.changed_tensors,
         "note": WARNING,
     }
+
+
+def _computed_in(stored: str) -> str:
+    return dtype_code(compute_dtype(torch_dtype(stored)))
 
 
 def _require_apart(key: Path, out: Path) -> None:

@@ -16,6 +16,15 @@ CHUNK_ELEMENTS = 1 << 20
 """Numbers transformed at a time: 8 MiB in float64, which is about what a processor's cache holds."""
 
 
+def compute_dtype(stored: torch.dtype) -> torch.dtype:
+    """What weights of a stored dtype are transformed in: float64, or float32 for the 16-bit formats.
+
+    There float32 adds an error of 2^-24 times the condition number to one of 2^-9 (bfloat16) or 2^-12 (float16) from
+    rounding the result, and takes half the time.
+    """
+    return torch.float32 if stored in (torch.bfloat16, torch.float16) else torch.float64
+
+
 def edits(symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> dict[str, Callable[[Tensor], Tensor]]:
     """For every tensor the gauges touch, the function that transforms it (in place) and returns it."""
 
@@ -29,8 +38,8 @@ def edits(symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> dict[str, Callable[
 def act_(tensor: Tensor, name: str, symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> Tensor:
     """Transform ``tensor`` (stored dtype, any shape) in place by each gauge in turn, and return it.
 
-    Everything is applied in float64 and rounded once. Memory beyond the tensor and the elements is at most three
-    chunks in float64: a piece, its image and one temporary. A tensor with legs on several axes is one piece.
+    Everything is applied in :func:`compute_dtype` and rounded once. Memory beyond the tensor and the elements is at
+    most three chunks: a piece, its image and one temporary. A tensor with legs on several axes is one piece.
     """
     if tensor.numel() == 0:
         return tensor
@@ -41,7 +50,7 @@ def act_(tensor: Tensor, name: str, symmetry: SymmetryMap, gauges: Sequence[Gaug
         steps += [(leg, elements[leg.space]) for leg in (reversed(legs) if gauge.is_inverse else legs)]
     offset = symmetry.gain_offset.get(name, 0.0)
     for piece in _pieces(tensor, {leg.axis for leg, _ in steps}):
-        work = piece.to(torch.float64).contiguous()
+        work = piece.to(compute_dtype(tensor.dtype)).contiguous()
         if offset:
             work += offset
         for leg, element in steps:

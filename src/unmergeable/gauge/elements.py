@@ -7,7 +7,7 @@ Three representations cover every group of :mod:`unmergeable.architecture.symmet
     Rotary     x'_p = z_p x_p             one complex number per frequency pair
 
 Coordinates come as a view of shape [outer, blocks, *spectators, size, inner]; each element carries one
-matrix per block and acts on ``size``. Everything is float64.
+matrix per block, in float64, and acts on ``size`` in the dtype of the coordinates.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Element(Protocol):
         ...
 
     def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
-        """Transformed copy of a float64 view [outer, blocks, *spectators, size, inner]."""
+        """Transformed copy of a view [outer, blocks, *spectators, size, inner]."""
         ...
 
 
@@ -64,7 +64,7 @@ class Dense:
 
     def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
         assert variance != "gain", "an elementwise gain has no image under a dense matrix"
-        matrix = self.values if variance == "vector" else self._contragredient
+        matrix = (self.values if variance == "vector" else self._contragredient).to(coordinates.dtype)
         outer, blocks, *_, size, inner = coordinates.shape
         flat = coordinates.reshape(outer, blocks, -1, size, inner)
         if inner == 1:
@@ -105,7 +105,7 @@ class Monomial:
             assert bool((self.scale.abs() == 1).all()), "a gain only follows signed permutations"
             return moved
         scale = self.scale if variance == "vector" else 1.0 / self.scale
-        return moved * scale.view(shape)
+        return moved * scale.to(coordinates.dtype).view(shape)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Rotary:
         values = self.values if variance == "vector" else 1.0 / self.values.conj()
         trailing = coordinates.dim() - 4
         shape = (1, values.shape[0], *([1] * trailing), values.shape[1], 1)
-        real, imaginary = values.real.reshape(shape), values.imag.reshape(shape)
+        real, imaginary = (part.to(coordinates.dtype).reshape(shape) for part in (values.real, values.imag))
         first, second = split_pairs(coordinates, self.pairing)
         moved = torch.empty_like(coordinates, memory_format=torch.contiguous_format)
         out_first, out_second = split_pairs(moved, self.pairing)

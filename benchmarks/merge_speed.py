@@ -1,0 +1,324 @@
+"""How fast and how lean merging is, against mergekit and against a bare loop, in the same run on the same files.
+
+    python benchmarks/merge_speed.py SCRATCH [--layers 22] [--rounds 1] [--methods linear ties …] [--keep]
+    python benchmarks/merge_speed.py SCRATCH --plot benchmarks/results/merge_speed.json
+
+Builds three bf16 checkpoints of a Llama with 1.1 billion parameters (2.2 GB, 4 shards each; a base and two
+fine-tunes) in SCRATCH, then alternates, for every method:
+
+    ours        ``unmergeable merge CONFIG.yaml``: hashed (inputs and output), journalled, verified, synced
+    mergekit    ``mergekit-yaml CONFIG.yaml`` with the same file: dtype float32, out_dtype bfloat16
+    paper       ties only: ``unmergeable merge --method ties``, which ranks whole task vectors
+    loop        one thread: read the three models, add them up in float32, round, write, fsync; nothing else
+
+Every way is a process of its own, measured from outside: CPU seconds (user and system, all threads) and wall time of
+the whole command, and the same without its start-up, which is measured as well (importing what the command imports).
+Peak memory is the largest ``RssAnon`` of ``/proc/PID/status``, sampled every 10 ms: what the process itself
+allocated. Pages of mapped input files, which mergekit has and we do not, are not counted.
+
+Prints one JSON object: all measurements, and the ratios of medians over rounds. The checkpoints are in the page cache
+for all, if they fit. Everything is deleted at the end unless ``--keep`` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY, SHARDS = 2048, 256, 5632, 32000, 4
+MODELS = ("base", "first", "second")
+CONFIGS: dict[str, dict[str, Any]] = {
+    "linear": {"models": [{"model": name, "parameters": {"weight": 1.0}} for name in MODELS]},
+    "task_arithmetic": {"weight": 0.4},
+    "slerp": {"models": [{"model": "base"}, {"model": "first"}], "base_model": "base", "parameters": {"t": 0.4}},
+    "dare_ties": {"weight": 0.5, "density": 0.5},
+    "ties": {"weight": 0.5, "density": 0.2},
+}
+START_UPS = {
+    "ours": "import unmergeable.api, unmergeable.cli",
+    "mergekit": "import mergekit.scripts.run_yaml",
+    "loop": "import torch",
+}
+
+
+def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the checkpoint."""
+    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+    for layer in range(layers):
+        for name, shape in (
+            ("input_layernorm", (HIDDEN,)),
+            ("mlp.down_proj", (HIDDEN, INTERMEDIATE)),
+            ("mlp.gate_proj", (INTERMEDIATE, HIDDEN)),
+            ("mlp.up_proj", (INTERMEDIATE, HIDDEN)),
+            ("post_attention_layernorm", (HIDDEN,)),
+            ("self_attn.k_proj", (KEY_VALUE, HIDDEN)),
+            ("self_attn.o_proj", (HIDDEN, HIDDEN)),
+            ("self_attn.q_proj", (HIDDEN, HIDDEN)),
+            ("self_attn.v_proj", (KEY_VALUE, HIDDEN)),
+        ):
+            yield f"model.layers.{layer}.{name}.weight", shape
+    yield "model.norm.weight", (HIDDEN,)
+    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+
+
+def build(scratch: Path, layers: int) -> None:
+    """Write the three checkpoints, one tensor in memory at a time."""
+    import torch
+
+    from unmergeable.checkpoint.header import TensorSpec
+    from unmergeable.checkpoint.writer import ShardWriter
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    specs = {name: TensorSpec("BF16", shape) for name, shape in shapes(layers)}
+    total = sum(spec.nbytes for spec in specs.values())
+    shards: list[dict[str, TensorSpec]] = [{}]
+    for name, spec in specs.items():
+        if len(shards) < SHARDS and sum(s.nbytes for s in shards[-1].values()) >= total / SHARDS:
+            shards.append({})
+        shards[-1][name] = spec
+    for number, model in enumerate(MODELS):
+        folder = scratch / model
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        weight_map = {}
+        for index, members in enumerate(shards, 1):
+            shard = f"model-{index:05}-of-{len(shards):05}.safetensors"
+            with ShardWriter(folder / shard, members.items(), {"format": "pt"}) as writer:
+                for name, spec in members.items():
+                    weight_map[name] = shard
+                    weights = 0.02 * torch.randn(spec.shape, generator=generator_of(name))
+                    if number:  # a fine-tune: a change of a tenth of the weights' size
+                        weights += 0.002 * torch.randn(spec.shape, generator=generator_of(f"{model}.{name}"))
+                    writer.write(name, weights.bfloat16())
+                writer.finish()
+        index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
+
+
+def generator_of(label: str) -> Any:
+    """A torch generator for ``label``, the same in every process."""
+    import hashlib
+
+    import torch
+
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "little"))
+
+
+def write_config(scratch: Path, method: str) -> Path:
+    """The mergekit configuration of one method, with absolute paths."""
+    short = CONFIGS[method]
+    document = dict(short) if "models" in short else task_vectors(short)
+    document = json.loads(json.dumps(document))
+    for model in document["models"]:
+        model["model"] = str((scratch / model["model"]).absolute())
+    if "base_model" in document:
+        document["base_model"] = str((scratch / document["base_model"]).absolute())
+    path = scratch / f"{method}.yaml"
+    path.write_text(json.dumps({**document, "merge_method": method, "dtype": "float32", "out_dtype": "bfloat16"}))
+    return path
+
+
+def task_vectors(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"models": [{"model": "first"}, {"model": "second"}], "base_model": "base", "parameters": parameters}
+
+
+def bare_loop(scratch: Path, out: Path) -> None:
+    """The least that a merge has to do: buffers allocated once, one thread, no hashes, no journal, no checks."""
+    import torch
+
+    from unmergeable.checkpoint.header import raw_header
+    from unmergeable.checkpoint.reader import Checkpoint
+
+    torch.set_num_threads(1)
+    block = 1 << 17
+    checkpoints = [Checkpoint.open(scratch / name) for name in MODELS]
+    out.mkdir()
+    total, summand, rounded = torch.empty(block), torch.empty(block), torch.empty(block, dtype=torch.bfloat16)
+    for shard in checkpoints[0].index.shards.values():
+        assert shard.path is not None
+        with (out / shard.name).open("wb", buffering=0) as file:
+            file.write(raw_header(shard.path, shard.header_bytes))
+            for name in shard.tensors:
+                streams = [checkpoint.raw_chunks(name, 2 * block) for checkpoint in checkpoints]
+                for chunks in zip(*streams, strict=True):
+                    first, *others = (torch.frombuffer(chunk, dtype=torch.bfloat16) for chunk in chunks)
+                    length = len(first)
+                    total[:length].copy_(first)
+                    for other in others:
+                        total[:length].add_(summand[:length].copy_(other))
+                    rounded[:length].copy_(total[:length].div_(3.0))
+                    file.write(rounded[:length].view(torch.uint8).numpy().data)
+            os.fsync(file.fileno())
+
+
+def commands(scratch: Path, method: str) -> dict[str, list[str]]:
+    """Every way of merging with ``method``; the output folder is to be added."""
+    config = str(write_config(scratch, method))
+    ours = [sys.executable, "-m", "unmergeable", "merge"]
+    ways = {
+        "loop": [sys.executable, __file__, str(scratch), "--child"],
+        "ours": [*ours, config, "--quiet", "--out"],
+        "mergekit": [str(Path(sys.executable).parent / "mergekit-yaml"), config],
+    }
+    if method == "ties":
+        experts = [word for name in MODELS[1:] for word in ("--expert", f"{scratch / name}=0.5")]
+        ways["paper"] = [*ours, "--method", "ties", "--base", str(scratch / "base"), *experts, "--quiet", "--out"]
+    return ways
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """CPU seconds, wall seconds and peak anonymous memory of one process."""
+    os.sync()
+    began = time.perf_counter()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    peak = [0]
+    sampler = threading.Thread(target=sample_memory, args=(child.pid, peak))
+    sampler.start()
+    assert child.stderr is not None
+    said = child.stderr.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    wall = time.perf_counter() - began
+    sampler.join()
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed: {said.decode()[-2000:]}")
+    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "peak_mb": peak[0] / 1e6}
+
+
+def sample_memory(pid: int, peak: list[int]) -> None:
+    """Keep the largest RssAnon of a process, until it is gone."""
+    try:
+        while True:
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    peak[0] = max(peak[0], int(line.split()[1]) * 1024)
+                    break
+            else:
+                return  # a zombie has no memory left
+            time.sleep(0.01)
+    except (FileNotFoundError, ProcessLookupError):
+        return
+
+
+def summarise(rounds: list[dict[str, dict[str, float]]], start_ups: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Medians per way, with and without start-up, and how many times ours the others need."""
+    ways: dict[str, dict[str, float]] = {}
+    for way in rounds[0]:
+        start_up = start_ups["ours" if way == "paper" else way]
+        middle = {key: median(entry[way][key] for entry in rounds) for key in rounds[0][way]}
+        work = {f"work_{key}": middle[key] - start_up[key] for key in ("cpu", "wall")}
+        ways[way] = {key: round(value, 2) for key, value in {**middle, **work}.items()}
+    ours, theirs, loop = ways["ours"], ways["mergekit"], ways["loop"]
+    ratios = {
+        "mergekit_cpu": theirs["cpu"] / ours["cpu"],
+        "mergekit_wall": theirs["wall"] / ours["wall"],
+        "mergekit_work_cpu": theirs["work_cpu"] / ours["work_cpu"],
+        "mergekit_work_wall": theirs["work_wall"] / ours["work_wall"],
+        "mergekit_peak": theirs["peak_mb"] / ours["peak_mb"],
+        "loop_work_cpu": ours["work_cpu"] / loop["work_cpu"],
+        "loop_work_wall": ours["work_wall"] / loop["work_wall"],
+    }
+    return {"ways": ways, "ratios": {name: round(value, 2) for name, value in ratios.items()}}
+
+
+def plot(results: Path) -> None:
+    """Draw CPU seconds and memory of every method beside the JSON file."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "merge_speed"
+    import matplotlib.pyplot as plt
+
+    methods = json.loads(results.read_text())["methods"]
+    colours = {"mergekit": "#b3b3b3", "ours": "#1f77b4", "loop": "#2ca02c"}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for axis, key, title in zip(axes, ("cpu", "peak_mb"), ("CPU seconds", "peak memory, MB"), strict=True):
+        for offset, (way, colour) in enumerate(colours.items()):
+            positions = [number + 0.27 * (offset - 1) for number in range(len(methods))]
+            heights = [entry["ways"][way][key] for entry in methods.values()]
+            axis.bar(positions, heights, width=0.25, color=colour, label=way)
+        axis.set_xticks(range(len(methods)), methods, rotation=20)
+        axis.set_title(title)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(results.with_suffix(".svg"), metadata={"Date": None})
+
+
+def main() -> None:
+    """Build, measure in alternation, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scratch", type=Path, help="a folder on the disk to measure; created if missing")
+    parser.add_argument("--layers", type=int, default=22, help="22 make 1.1 billion parameters")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--only", nargs="+", choices=["loop", "ours", "mergekit", "paper"], help=argparse.SUPPRESS)
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints that were built, and reuse them")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="draw the results in this file, measure nothing")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        bare_loop(arguments.scratch, arguments.child)
+        return
+    if arguments.plot:
+        plot(arguments.plot)
+        return
+    arguments.scratch.mkdir(parents=True, exist_ok=True)
+    scratch = arguments.scratch.absolute() / f"llama-{arguments.layers}"
+    try:
+        if not scratch.exists():
+            scratch.mkdir()
+            build(scratch, arguments.layers)
+        start_ups = {
+            way: measure([sys.executable, "-c", f"import sys; {statement}"]) for way, statement in START_UPS.items()
+        }
+        methods: dict[str, Any] = {}
+        for method in arguments.methods:
+            ways = commands(scratch, method)
+            rounds: list[dict[str, dict[str, float]]] = []
+            for _ in range(arguments.rounds):
+                results = {}
+                for way, command in ways.items():
+                    if arguments.only and way not in arguments.only:
+                        continue
+                    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                        results[way] = measure([*command, str(Path(folder) / "out")])
+                        print(f"{method} {way}: {results[way]}", file=sys.stderr)
+                rounds.append(results)
+            if not arguments.only:
+                methods[method] = {**summarise(rounds, start_ups), "rounds": rounds}
+        nbytes = sum(path.stat().st_size for path in (scratch / "base").iterdir())
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(scratch, ignore_errors=True)
+    machine = {"processors": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()}
+    document = {"bytes_per_model": nbytes, "start_up": start_ups, "methods": methods, "machine": machine}
+    print(json.dumps(document, indent=2))
+
+
+if __name__ == "__main__":
+    main()
