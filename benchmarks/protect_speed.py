@@ -1,6 +1,6 @@
 """How fast and lean `protect` and the rewrite loop under it are, against `cp` and `sync` of the same bytes in one run.
 
-    python benchmarks/rewrite_speed.py SCRATCH [--gigabytes 6] [--rounds 3] [--keep]
+    python benchmarks/protect_speed.py SCRATCH [--gigabytes 6] [--rounds 3] [--keep]
 
 Builds a checkpoint of Llama-8B-shaped bf16 tensors (largest 0.49 GB) in SCRATCH, then alternates four ways of
 making a second one; `loop` and `rewrite` double every third tensor in place:
