@@ -10,11 +10,14 @@ fine-tunes) in SCRATCH, then alternates, for every method:
     mergekit    ``mergekit-yaml CONFIG.yaml`` with the same file: dtype float32, out_dtype bfloat16
     paper       ties only: ``unmergeable merge --method ties``, which ranks whole task vectors
     loop        one thread: read the three models, add them up in float32, round, write, fsync; nothing else
+    hashing     the same loop, with SHA-256 of every byte read and written, which our manifest records
 
 Every way is a process of its own, measured from outside: CPU seconds (user and system, all threads) and wall time of
 the whole command, and the same without its start-up, which is measured as well (importing what the command imports).
 Peak memory is the largest ``RssAnon`` of ``/proc/PID/status``, sampled every 10 ms: what the process itself
 allocated. Pages of mapped input files, which mergekit has and we do not, are not counted.
+
+Peak memory is also measured on models with a third of the layers, where it should be the same.
 
 Prints one JSON object: all measurements, and the ratios of medians over rounds. The checkpoints are in the page cache
 for all, if they fit. Everything is deleted at the end unless ``--keep`` is given.
@@ -145,8 +148,10 @@ def task_vectors(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"models": [{"model": "first"}, {"model": "second"}], "base_model": "base", "parameters": parameters}
 
 
-def bare_loop(scratch: Path, out: Path) -> None:
-    """The least that a merge has to do: buffers allocated once, one thread, no hashes, no journal, no checks."""
+def bare_loop(scratch: Path, out: Path, *, hashing: bool) -> None:
+    """The least that a merge has to do: buffers allocated once, one thread, no journal, no checks."""
+    import hashlib
+
     import torch
 
     from unmergeable.checkpoint.header import raw_header
@@ -156,6 +161,7 @@ def bare_loop(scratch: Path, out: Path) -> None:
     block = 1 << 17
     checkpoints = [Checkpoint.open(scratch / name) for name in MODELS]
     out.mkdir()
+    digests = [hashlib.sha256() for _ in range(len(MODELS) + 1)]
     total, summand, rounded = torch.empty(block), torch.empty(block), torch.empty(block, dtype=torch.bfloat16)
     for shard in checkpoints[0].index.shards.values():
         assert shard.path is not None
@@ -170,7 +176,11 @@ def bare_loop(scratch: Path, out: Path) -> None:
                     for other in others:
                         total[:length].add_(summand[:length].copy_(other))
                     rounded[:length].copy_(total[:length].div_(3.0))
-                    file.write(rounded[:length].view(torch.uint8).numpy().data)
+                    merged = rounded[:length].view(torch.uint8).numpy().data
+                    file.write(merged)
+                    if hashing:
+                        for digest, data in zip(digests, (*chunks, merged), strict=True):
+                            digest.update(data)
             os.fsync(file.fileno())
 
 
@@ -180,6 +190,7 @@ def commands(scratch: Path, method: str) -> dict[str, list[str]]:
     ours = [sys.executable, "-m", "unmergeable", "merge"]
     ways = {
         "loop": [sys.executable, __file__, str(scratch), "--child"],
+        "hashing": [sys.executable, __file__, str(scratch), "--hashing", "--child"],
         "ours": [*ours, config, "--quiet", "--out"],
         "mergekit": [str(Path(sys.executable).parent / "mergekit-yaml"), config],
     }
@@ -228,7 +239,7 @@ def summarise(rounds: list[dict[str, dict[str, float]]], start_ups: dict[str, di
     """Medians per way, with and without start-up, and how many times ours the others need."""
     ways: dict[str, dict[str, float]] = {}
     for way in rounds[0]:
-        start_up = start_ups["ours" if way == "paper" else way]
+        start_up = start_ups[{"paper": "ours", "hashing": "loop"}.get(way, way)]
         middle = {key: median(entry[way][key] for entry in rounds) for key in rounds[0][way]}
         work = {f"work_{key}": middle[key] - start_up[key] for key in ("cpu", "wall")}
         ways[way] = {key: round(value, 2) for key, value in {**middle, **work}.items()}
@@ -241,6 +252,8 @@ def summarise(rounds: list[dict[str, dict[str, float]]], start_ups: dict[str, di
         "mergekit_peak": theirs["peak_mb"] / ours["peak_mb"],
         "loop_work_cpu": ours["work_cpu"] / loop["work_cpu"],
         "loop_work_wall": ours["work_wall"] / loop["work_wall"],
+        "hashing_work_cpu": ours["work_cpu"] / ways["hashing"]["work_cpu"],
+        "hashing_work_wall": ours["work_wall"] / ways["hashing"]["work_wall"],
     }
     return {"ways": ways, "ratios": {name: round(value, 2) for name, value in ratios.items()}}
 
@@ -276,48 +289,55 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22, help="22 make 1.1 billion parameters")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
-    parser.add_argument("--only", nargs="+", choices=["loop", "ours", "mergekit", "paper"], help=argparse.SUPPRESS)
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints that were built, and reuse them")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="draw the results in this file, measure nothing")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--hashing", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        bare_loop(arguments.scratch, arguments.child)
+        bare_loop(arguments.scratch, arguments.child, hashing=arguments.hashing)
         return
     if arguments.plot:
         plot(arguments.plot)
         return
     arguments.scratch.mkdir(parents=True, exist_ok=True)
-    scratch = arguments.scratch.absolute() / f"llama-{arguments.layers}"
+    scratch = built(arguments.scratch.absolute(), arguments.layers)
+    small = built(arguments.scratch.absolute(), arguments.layers // 3)
     try:
-        if not scratch.exists():
-            scratch.mkdir()
-            build(scratch, arguments.layers)
-        start_ups = {
-            way: measure([sys.executable, "-c", f"import sys; {statement}"]) for way, statement in START_UPS.items()
-        }
+        start_ups = {way: measure([sys.executable, "-c", statement]) for way, statement in START_UPS.items()}
         methods: dict[str, Any] = {}
         for method in arguments.methods:
-            ways = commands(scratch, method)
-            rounds: list[dict[str, dict[str, float]]] = []
-            for _ in range(arguments.rounds):
-                results = {}
-                for way, command in ways.items():
-                    if arguments.only and way not in arguments.only:
-                        continue
-                    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                        results[way] = measure([*command, str(Path(folder) / "out")])
-                        print(f"{method} {way}: {results[way]}", file=sys.stderr)
-                rounds.append(results)
-            if not arguments.only:
-                methods[method] = {**summarise(rounds, start_ups), "rounds": rounds}
+            rounds = [measure_ways(scratch, commands(scratch, method)) for _ in range(arguments.rounds)]
+            methods[method] = {**summarise(rounds, start_ups), "rounds": rounds}
+            third = {"ours": commands(small, method)["ours"]}
+            methods[method]["peak_mb_of_a_third"] = measure_ways(small, third)["ours"]["peak_mb"]
         nbytes = sum(path.stat().st_size for path in (scratch / "base").iterdir())
     finally:
         if not arguments.keep:
             shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(small, ignore_errors=True)
     machine = {"processors": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()}
     document = {"bytes_per_model": nbytes, "start_up": start_ups, "methods": methods, "machine": machine}
     print(json.dumps(document, indent=2))
+
+
+def built(scratch: Path, layers: int) -> Path:
+    """The folder with the three checkpoints, built unless it is there."""
+    folder = scratch / f"llama-{layers}"
+    if not folder.exists():
+        folder.mkdir()
+        build(folder, layers)
+    return folder
+
+
+def measure_ways(scratch: Path, ways: dict[str, list[str]]) -> dict[str, dict[str, float]]:
+    """One measurement of each way, one after the other; what they write is deleted."""
+    results = {}
+    for way, command in ways.items():
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            results[way] = measure([*command, str(Path(folder) / "out")])
+            print(f"{command[-1]} {way}: {results[way]}", file=sys.stderr)
+    return results
 
 
 if __name__ == "__main__":

@@ -130,8 +130,17 @@ def test_merge(api: RecordingApi, run: Runner) -> None:
         "method": "ties",
         "out": Path("o"),
         "settings": {"density": "0.4"},
+        "config": None,
+        "backend": "own",
         "threads": None,
     }
+
+
+def test_merge_by_configuration(api: RecordingApi, run: Runner) -> None:
+    _, options = asked(api, run, "merge", "c.yaml", "--out", "o", "--backend", "mergekit")
+
+    assert (options["config"], options["backend"]) == (Path("c.yaml"), "mergekit")
+    assert (options["experts"], options["method"], options["settings"]) == ([], None, {})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unmergeable.demo.data import ImageTask, Sizes, load_mnist
+from unmergeable.demo.data import ImageTask, Sizes, load_animals, load_mnist
 from unmergeable.demo.train import (
+    Expert,
     PrototypeHead,
     evaluate,
     extract_features,
     finetune_expert,
+    finetune_experts,
     fit_prototypes,
     prepare_pixels,
     read_head,
@@ -157,6 +160,48 @@ def test_the_seed_decides_the_expert(base: Path, task: ImageTask, head: Prototyp
     assert first != other
 
 
+def test_experts_made_side_by_side_are_those_made_alone(
+    base: Path, task: ImageTask, head: PrototypeHead, tmp_path: Path
+) -> None:
+    few, other = first_images(task, 32), replace(first_images(task, 48), title="other digits")
+    reports: list[tuple[str, int, int, str]] = []
+    state = torch.get_rng_state()
+
+    finetune_expert(base, tmp_path / "alone", few, head)
+    finetune_experts(
+        base,
+        [Expert(few, head, tmp_path / "together"), Expert(other, head, tmp_path / "other")],
+        progress=lambda *report: reports.append(report),
+    )
+
+    alone, together, third = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "together", "other")
+    )
+    assert alone == together
+    assert alone != third
+    assert {report[0] for report in reports} == {"learning handwritten digits and other digits"}
+    assert [done for _, done, _, _ in reports] == sorted(done for _, done, _, _ in reports)
+    assert reports[-1][1:] == (5, 5, "steps")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_an_interruption_ends_every_run(base: Path, task: ImageTask, head: PrototypeHead, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def interrupt(stage: str, done: int, total: int, unit: str) -> None:
+        seen.append(done)
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune_experts(
+            base, [Expert(task, head, tmp_path / name) for name in ("first", "second")], progress=interrupt
+        )
+
+    assert len(seen) < 10  # of the 40 steps that two runs of 320 images take
+    assert not list(tmp_path.iterdir())
+
+
 def test_reports_its_progress(base: Path, task: ImageTask, head: PrototypeHead, tmp_path: Path) -> None:
     reports: list[tuple[str, int, int, str]] = []
 
@@ -170,3 +215,28 @@ def test_reports_its_progress(base: Path, task: ImageTask, head: PrototypeHead, 
         ("scoring", 0, 10, "images"),
         ("scoring", 10, 10, "images"),
     ]
+
+
+@pytest.mark.slow
+def test_a_plain_merge_keeps_most_of_both_gains(base: Path, tmp_path: Path) -> None:
+    """What the demo's story stands on; with the demo's own sizes."""
+    tasks = load_mnist(), load_animals()
+    backbone = load_network(base)
+    heads = [fit_prototypes(backbone, task) for task in tasks]
+    experts = [Expert(task, head, tmp_path / task.name) for task, head in zip(tasks, heads, strict=True)]
+    finetune_experts(base, experts)
+    old, first, second = (load_file(folder / "model.safetensors") for folder in (base, *(e.out for e in experts)))
+    merged = tmp_path / "merged"
+    shutil.copytree(base, merged)
+    save_file(
+        {name: tensor + 0.6 * (first[name] + second[name] - 2 * tensor) for name, tensor in old.items()},
+        merged / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+    for expert in experts:
+        without, learnt, kept = (
+            evaluate(folder, expert.task.test, expert.head) for folder in (base, expert.out, merged)
+        )
+        assert learnt - without > 0.10
+        assert (kept - without) / (learnt - without) > 0.70

@@ -107,7 +107,7 @@ def test_equals_peft_for_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = [(torch.rand(40, 50, generator=generator) < 0.25).float() for _ in range(2)]
     weights = [0.5, 2.0]
     drawn = iter(masks)
-    monkeypatch.setattr(merge_utils.torch, "bernoulli", lambda input: next(drawn))
+    monkeypatch.setattr(merge_utils.torch, "bernoulli", lambda _: next(drawn))
     expected = merge_utils.dare_linear(tasks, torch.tensor(weights), density=0.25)
 
     operands = [operand(torch.zeros(40, 50)), *map(operand, tasks)]

@@ -60,7 +60,7 @@ def test_equals_peft_for_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [torch.randint(-64, 65, (40, 50), generator=generator).float() / 64 for _ in range(3)]
     masks = [(torch.rand(40, 50, generator=generator) < 0.5).float() for _ in range(3)]
     drawn = iter(masks)
-    monkeypatch.setattr(merge_utils.torch, "bernoulli", lambda input: next(drawn))
+    monkeypatch.setattr(merge_utils.torch, "bernoulli", lambda _: next(drawn))
     expected = merge_utils.dare_ties(tasks, torch.ones(3), density=0.5)
 
     operands = [operand(torch.zeros(40, 50)), *map(operand, tasks)]

@@ -1,5 +1,6 @@
 """On files the merges do what they do in memory, refuse before they write, and lose nothing."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,30 @@ from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.rewrite import OutputTensor
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, Mismatch, UnmergeableError, UsageError
-from unmergeable.merges import Linear, Merge, TaskArithmetic, Ties, engine, merge, merge_state_dicts
+from unmergeable.merges import (
+    MERGES,
+    Breadcrumbs,
+    DareLinear,
+    Della,
+    Linear,
+    Merge,
+    ModelStock,
+    TaskArithmetic,
+    Ties,
+    engine,
+    merge,
+    merge_state_dicts,
+)
+from unmergeable.merges.variation import Variation
 
-METHODS: list[Merge] = [Linear(), TaskArithmetic(), Ties(), Ties(trim="tensor", average="weight", undecided="positive")]
-COEFFICIENTS = [0.4, 0.9]
+METHODS: list[Merge] = [
+    *(method() for method in MERGES.values()),
+    Ties(trim="tensor", average="weight", undecided="positive"),
+    DareLinear(rescale="norm"),
+    Della(rescale="norm"),
+    Breadcrumbs(trim="row"),
+    ModelStock(filter_wise=True),
+]
 
 
 def write_models(folder: Path, states: list[State], *, shards: int | list[int] = 1) -> list[TensorSource]:
@@ -29,9 +50,13 @@ def write_models(folder: Path, states: list[State], *, shards: int | list[int] =
     ]
 
 
+def coefficients_for(method: Merge) -> list[float | None]:
+    return [None, None] if method.name == "model_stock" else [0.4, 0.9]
+
+
 def merge_files(sources: list[TensorSource], method: Merge, out: Path, **settings: Any) -> Path:
     base, *experts = sources
-    merge(base, list(zip(experts, COEFFICIENTS, strict=True)), method, out, **settings)
+    merge(base, list(zip(experts, coefficients_for(method), strict=True)), method, out, **settings)
     return out
 
 
@@ -49,7 +74,7 @@ def test_files_and_memory_give_the_same_bits(tmp_path: Path, method: Merge, dtyp
     base, experts = make_models(2, dtype)
     sources = write_models(tmp_path / "in", [base, *experts])
     merged = read_all(merge_files(sources, method, tmp_path / "out"))
-    expected = merge_state_dicts(base, experts, COEFFICIENTS, method)
+    expected = merge_state_dicts(base, experts, coefficients_for(method), method)
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
@@ -70,9 +95,50 @@ def test_any_number_of_threads_and_any_shards_give_the_same_bytes(tmp_path: Path
     assert len(list(out.glob("*.safetensors"))) == 3
     merged, expected = read_all(out), read_all(tmp_path / "first")
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
-    # Control: the experts the other way round, with these coefficients, are another merge.
-    other = merge_files([whole[0], whole[2], whole[1]], method, tmp_path / "other")
+    # Control: another expert gives another merge.
+    other = merge_files([whole[0], whole[1], whole[1]], method, tmp_path / "other")
     assert file_bytes(other) != first
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_output_may_have_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, experts = make_models(2)
+    config: dict[str, object] = {"torch_dtype": "float32", "text_config": {"dtype": "float32", "depth": 2}}
+    sources = [
+        open_checkpoint(write_checkpoint(tmp_path / f"{number}", state, config=config))
+        for number, state in enumerate((base, *experts))
+    ]
+    out = merge_files(sources, TaskArithmetic(), tmp_path / "out", out_dtype=dtype)
+    merged, full = read_all(out), merge_state_dicts(base, experts, [0.4, 0.9], TaskArithmetic())
+    in_memory = merge_state_dicts(base, experts, [0.4, 0.9], TaskArithmetic(), out_dtype=dtype)
+    for name, tensor in full.items():
+        expected = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if dtype.itemsize < 4:
+            assert torch.equal(merged[name], expected)  # float32 is rounded once more
+        assert merged[name].dtype == expected.dtype
+        assert torch.equal(merged[name], in_memory[name])
+    written = json.loads((out / "config.json").read_text())
+    name = str(dtype).removeprefix("torch.")
+    assert (written["torch_dtype"], written["text_config"]) == (name, {"dtype": name, "depth": 2})
+    assert engine.dtype_changes({"model_type": "toy"}, dtype) == {"dtype": name}
+
+
+def test_terms_that_vary_are_the_same_on_files_and_are_recorded(tmp_path: Path) -> None:
+    base, experts = make_models(2, torch.bfloat16)
+    sources = write_models(tmp_path / "in", [base, *experts])
+
+    def vary(name: str) -> Variation:
+        return Variation((0.1, None)) if name.startswith("layers.0") else Variation()
+
+    merged = read_all(merge_files(sources, TaskArithmetic(), tmp_path / "out", vary=vary))
+    expected = merge_state_dicts(base, experts, [0.4, 0.9], TaskArithmetic(), vary=vary)
+    plain = merge_state_dicts(base, experts, [0.4, 0.9], TaskArithmetic())
+    assert all(torch.equal(merged[name], expected[name]) for name in base)
+    assert {n for n in base if not torch.equal(merged[n], plain[n])} == {"layers.0.weight", "layers.0.bias"}
+    varied = read_manifest(tmp_path / "out").details["recipe"]["varied"]
+    assert {"coefficients": [0.1, 0.3], "settings": {}, "tensors": ["layers.0.weight", "layers.0.bias"]} in [
+        {**entry, "tensors": sorted(entry["tensors"], reverse=True)} for entry in varied
+    ]
 
 
 def test_a_source_that_computes_its_tensors_merges_like_a_file(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_flattens_the_spectrum_and_keeps_the_directions() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_equals_the_formula(dtype: torch.dtype) -> None:
-    base, experts = make_models(3, dtype)
+    base, experts = make_models(3, dtype, task_size=0.1)
     coefficients = [1.0, 0.5, 2.0]
     merged = merge_state_dicts(base, experts, coefficients, IsoC(scaling_coefficient=1.5))
     compute = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps

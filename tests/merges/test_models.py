@@ -7,7 +7,7 @@ import torch
 
 from merges.small_models import State, make_models
 from unmergeable.errors import BadInput, Mismatch, UnmergeableError, UsageError
-from unmergeable.merges import Linear, TaskArithmetic, Ties, merge_state_dicts
+from unmergeable.merges import MERGES, Merge, TaskArithmetic, Ties, merge_state_dicts
 
 Spoil = Callable[[State], object]
 
@@ -36,8 +36,8 @@ REFUSED: list[tuple[str, Spoil, type[UnmergeableError], str]] = [
 
 
 @pytest.mark.parametrize(("spoil", "error", "message"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED])
-@pytest.mark.parametrize("method", [Linear(), TaskArithmetic(), Ties(), Ties(trim="tensor")], ids=repr)
-def test_refuses(method: Linear, spoil: Spoil, error: type[UnmergeableError], message: str) -> None:
+@pytest.mark.parametrize("method", [*(method() for method in MERGES.values()), Ties(trim="tensor")], ids=repr)
+def test_refuses(method: Merge, spoil: Spoil, error: type[UnmergeableError], message: str) -> None:
     base, experts = make_models(2)
     merge_state_dicts(base, experts, None, method)  # control: nothing else is wrong with them
     spoil(experts[1])
@@ -79,8 +79,8 @@ def test_refuses_coefficients_of_another_length() -> None:
         merge_state_dicts(base, experts, [1.0, 1.0, 1.0], TaskArithmetic())
 
 
-@pytest.mark.parametrize("method", [Linear(), TaskArithmetic(), Ties()], ids=repr)
-def test_inputs_stay_as_they_are_and_share_no_memory(method: Linear) -> None:
+@pytest.mark.parametrize("method", [method() for method in MERGES.values()], ids=repr)
+def test_inputs_stay_as_they_are_and_share_no_memory(method: Merge) -> None:
     base, experts = make_models(2)
     before = [{name: tensor.clone() for name, tensor in state.items()} for state in (base, *experts)]
     merged = merge_state_dicts(base, experts, None, method)

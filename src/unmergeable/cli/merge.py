@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,17 +14,29 @@ from unmergeable.settings import parse_assignments
 
 def merge(
     context: typer.Context,
-    experts: Annotated[
-        list[str],
-        typer.Option("--expert", metavar="PATH[=COEFFICIENT]", help="A checkpoint to merge; repeat it for each."),
-    ],
-    method: Annotated[str, typer.Option("--method", metavar="NAME", help="A merge; `unmergeable methods` lists them.")],
     out: OutOption,
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG.yaml]", help="A mergekit configuration, instead of the options that follow."),
+    ] = None,
+    experts: Annotated[
+        list[str] | None,
+        typer.Option("--expert", metavar="PATH[=COEFFICIENT]", help="A checkpoint to merge; repeat it for each."),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="NAME", help="A merge; `unmergeable methods` lists them.")
+    ] = None,
     base: Annotated[
         Path | None,
-        typer.Option("--base", metavar="BASE", help="What they were fine-tuned from; `linear` does without."),
+        typer.Option("--base", metavar="BASE", help="What they were fine-tuned from; `linear` and `slerp` do without."),
     ] = None,
     assignments: SetOption = None,
+    backend: Annotated[
+        Literal["own", "mergekit"],
+        typer.Option(
+            "--backend", help="`mergekit` runs the installed mergekit, and refuses a merge that lost tensors."
+        ),
+    ] = "own",
     threads: ThreadsOption = None,
 ) -> Outcome:
     """Merge fine-tunes of one base, as somebody might who found yours.
@@ -32,16 +44,29 @@ def merge(
     Example:
       unmergeable merge --base ./base --expert ./yours=0.3 --expert ./theirs=0.3 --method task_arithmetic --out ./merged
     """
-    weighted = [parse_expert(expert) for expert in experts]
+    if config is None and not (experts and method):
+        raise typer.BadParameter("give --expert and --method, or a configuration file.", ctx=context)
+    weighted = [parse_expert(expert) for expert in experts or []]
     settings = parse_assignments(assignments or [])
-    with working(context, can_resume=True) as progress:
+    with working(context, can_resume=backend == "own") as progress:
         from unmergeable import api
 
         result = api.merge(
-            base=base, experts=weighted, method=method, out=out, settings=settings, threads=threads, progress=progress
+            base=base,
+            experts=weighted,
+            method=method,
+            out=out,
+            settings=settings,
+            config=config,
+            backend=backend,
+            threads=threads,
+            progress=progress,
         )
-    text = [f"Merged: {result.out} ({result.method}; {result.tensors} tensors)"]
-    text += [f"  {coefficient:g} of {path}" for path, coefficient in result.experts]
+    by = " by mergekit" if result.backend == "mergekit" else ""
+    text = [f"Merged{by}: {result.out} ({result.method}; {result.tensors} tensors)"]
+    text += [
+        f"  {path}" if coefficient is None else f"  {coefficient:g} of {path}" for path, coefficient in result.experts
+    ]
     return Outcome(result.to_json(), text)
 
 

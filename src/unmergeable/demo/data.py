@@ -108,7 +108,7 @@ class Sizes:
 
     train: int = 1280
     validation: int = 200
-    test: int = 1000
+    test: int = 500
 
 
 def load_mnist(*, seed: int = 0, sizes: Sizes = Sizes()) -> ImageTask:

@@ -35,15 +35,15 @@ overwrite all of them, and returns one of them.
 class Operand:
     """One model's share of one tensor.
 
-    ``read`` starts a fresh pass: consecutive one-dimensional blocks in the stored dtype, each of
-    ``BLOCK_ELEMENTS`` elements but the last. A block is valid until the next one is asked for.
+    ``read(size)`` starts a fresh pass: consecutive one-dimensional blocks of ``size`` elements, the last perhaps
+    shorter, in the stored dtype. A block is valid until the next one is asked for.
     ``label`` names the model in messages.
     """
 
     label: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Iterable[Tensor]]
+    read: Callable[[int], Iterable[Tensor]]
     device: torch.device
 
     @property
@@ -62,24 +62,30 @@ def tensor_operand(label: str, tensor: Tensor) -> Operand:
     )
 
 
-def tensor_blocks(tensor: Tensor) -> Iterator[Tensor]:
+def tensor_blocks(tensor: Tensor, size: int) -> Iterator[Tensor]:
     """The tensor in storage order, cut into blocks that share its memory."""
     flat = tensor.detach().reshape(-1)
-    return (flat[start : start + BLOCK_ELEMENTS] for start in range(0, flat.numel(), BLOCK_ELEMENTS))
+    return (flat[start : start + size] for start in range(0, flat.numel(), size))
 
 
 class Scratch(threading.local):
-    """Buffers that each thread keeps from one tensor to the next."""
+    """Buffers that each thread keeps from one tensor to the next.
 
-    def __init__(self) -> None:
+    ``out_dtype`` is the dtype of the merged tensors; None for that of the operands.
+    """
+
+    def __init__(self, out_dtype: torch.dtype | None = None) -> None:
+        self.out_dtype = out_dtype
         self._buffers: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
 
     def take(self, count: int, length: int, *, like: Operand) -> list[Tensor]:
         """``count`` buffers of ``length`` elements in the compute dtype of ``like``; their content is arbitrary."""
         dtype = compute_dtype(like.dtype)
         buffers = self._buffers.setdefault((dtype, like.device), [])
+        if buffers and len(buffers[0]) < length:
+            buffers.clear()  # rows longer than a block: rare, so the old ones are not worth keeping
         while len(buffers) < count:
-            buffers.append(torch.empty(BLOCK_ELEMENTS, dtype=dtype, device=like.device))
+            buffers.append(torch.empty(max(BLOCK_ELEMENTS, length), dtype=dtype, device=like.device))
         return [buffer[:length] for buffer in buffers[:count]]
 
 
@@ -88,33 +94,107 @@ def compute_dtype(stored: torch.dtype) -> torch.dtype:
     return torch.float64 if stored == torch.float64 else torch.float32
 
 
+def row_length(shape: tuple[int, ...]) -> int:
+    """How many weights feed one output: the elements behind the first axis; all of a vector's; 1 for a scalar."""
+    return max(1, torch.Size(shape[1:] if len(shape) > 1 else shape).numel())
+
+
+def whole_rows(length: int) -> int:
+    """The size of a block that holds whole rows of ``length`` elements, at least one."""
+    return length * max(1, BLOCK_ELEMENTS // length)
+
+
+def regrouped(blocks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The same elements in blocks of ``size``."""
+    held: list[Tensor] = []
+    count = 0
+    for block in blocks:
+        held.append(block)
+        count += block.numel()
+        if count >= size:
+            joined = torch.cat(held)
+            whole = count - count % size
+            yield from joined[:whole].split(size)
+            held, count = [joined[whole:]], count - whole
+    if count:
+        yield torch.cat(held)
+
+
 def widened_blocks(
-    operands: Sequence[Operand], scratch: Scratch, *, spare: int = 0
+    operands: Sequence[Operand], scratch: Scratch, *, spare: int = 0, size: int = BLOCK_ELEMENTS
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Per block: every operand in the compute dtype, and ``spare`` further buffers. All may be overwritten."""
-    for stored in zip(*(operand.read() for operand in operands), strict=True):
+    for stored in zip(*(operand.read(size) for operand in operands), strict=True):
         buffers = scratch.take(len(operands) + spare, stored[0].numel(), like=operands[0])
         for buffer, block in zip(buffers, stored, strict=False):
             buffer.copy_(block)
         yield buffers[: len(operands)], buffers[len(operands) :]
 
 
-def merge_blocks(name: str, operands: Sequence[Operand], kernel: Kernel, scratch: Scratch, *, spare: int = 0) -> Tensor:
-    """Apply ``kernel`` block by block to tensor ``name`` and round once to the operands' dtype.
+def merge_blocks(
+    name: str,
+    operands: Sequence[Operand],
+    kernel: Kernel,
+    scratch: Scratch,
+    *,
+    spare: int = 0,
+    size: int = BLOCK_ELEMENTS,
+) -> Tensor:
+    """Apply ``kernel`` block by block to tensor ``name`` and round once to the output dtype.
 
-    Raises BadInput when the merge is not finite: a NaN must never be scored as a protection.
+    Args:
+        name: of the tensor, for messages.
+        operands: what the kernel is given, the first one a model.
+        kernel: the merge of one block.
+        scratch: buffers, and the dtype of the result.
+        spare: buffers the kernel needs beside the operands.
+        size: elements of a block.
+
+    Raises:
+        BadInput: when the merge is not finite. A NaN must never be scored as a protection.
     """
     template = operands[0]
-    merged = torch.empty(template.numel, dtype=template.dtype, device=template.device)
+    merged = _merged_like(template, scratch).reshape(-1)
     start = 0
-    for blocks, buffers in widened_blocks(operands, scratch, spare=spare):
+    for blocks, buffers in widened_blocks(operands, scratch, spare=spare, size=size):
         block = kernel(blocks, buffers)
         stop = start + block.numel()
         merged[start:stop].copy_(block)
         if not is_finite(merged[start:stop]):
-            raise BadInput(_blame(name, operands))
+            raise BadInput(_blame(name, operands, merged.dtype))
         start = stop
     return merged.reshape(template.shape)
+
+
+def merge_whole(
+    name: str, operands: Sequence[Operand], merge: Callable[[list[Tensor]], Tensor], scratch: Scratch
+) -> Tensor:
+    """The same for a merge that needs the tensors as wholes, in the compute dtype and their shape.
+
+    ``merge`` may overwrite what it is given.
+    """
+    tensors = [whole_tensor(operand) for operand in operands]
+    merged = _merged_like(operands[0], scratch)
+    if not all(is_finite(tensor) for tensor in tensors):  # LAPACK stops at a NaN with an error of its own
+        raise BadInput(_blame(name, operands, merged.dtype))
+    merged.copy_(merge(tensors))
+    if not is_finite(merged):
+        raise BadInput(_blame(name, operands, merged.dtype))
+    return merged
+
+
+def whole_tensor(operand: Operand) -> Tensor:
+    """The operand in the compute dtype and its shape."""
+    whole = torch.empty(operand.numel, dtype=compute_dtype(operand.dtype), device=operand.device)
+    start = 0
+    for block in operand.read(BLOCK_ELEMENTS):
+        whole[start : start + block.numel()].copy_(block)
+        start += block.numel()
+    return whole.reshape(operand.shape)
+
+
+def _merged_like(template: Operand, scratch: Scratch) -> Tensor:
+    return torch.empty(template.shape, dtype=scratch.out_dtype or template.dtype, device=template.device)
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -131,8 +211,8 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def _blame(name: str, operands: Sequence[Operand]) -> str:
+def _blame(name: str, operands: Sequence[Operand], out_dtype: torch.dtype) -> str:
     for operand in operands:
-        if not all(is_finite(block) for block in operand.read()):
+        if not all(is_finite(block) for block in operand.read(BLOCK_ELEMENTS)):
             return f"{name}: {operand.label} holds NaN or infinity there; repair or leave out that checkpoint."
-    return f"{name}: the merge overflows {operands[0].dtype}; lower the coefficients or use a wider dtype."
+    return f"{name}: the merge overflows {out_dtype}; lower the coefficients or use a wider dtype."

@@ -15,16 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.manifest import Manifest
 from unmergeable.checkpoint.partial import require_absent
 from unmergeable.checkpoint.pipeline import default_threads
-from unmergeable.checkpoint.rewrite import MEMORY_BUDGET, OutputTensor, output_like, rewrite
-from unmergeable.checkpoint.source import TensorSource, require_same_tensors
+from unmergeable.checkpoint.rewrite import OutputTensor, output_like, rewrite
+from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UsageError
 from unmergeable.merges.blocks import Scratch
 from unmergeable.merges.method import Inputs, Merge, TensorMerge
-from unmergeable.merges.models import Model, mergeable_names, require_same_architecture, source_model, state_dict_model
+from unmergeable.merges.models import (
+    Model,
+    mergeable_names,
+    require_nothing_lost,
+    require_same_architecture,
+    source_model,
+    state_dict_model,
+)
+from unmergeable.merges.variation import Vary, describe, terms_of
 from unmergeable.progress import Progress, silent
+
+MEMORY_BUDGET = 256 << 20
+"""Bytes of merged tensors on their way to the disk. A merge is slower than the disk: more would only wait."""
 
 
 def merge(
@@ -33,6 +45,8 @@ def merge(
     method: Merge,
     out: Path | str,
     *,
+    vary: Vary | None = None,
+    out_dtype: torch.dtype | None = None,
     threads: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress = silent,
@@ -47,6 +61,8 @@ def merge(
         experts: Fine-tunes of it, each with its coefficient, or None for the method's default.
         method: A merge with its settings, e.g. ``TaskArithmetic(scaling_coefficient=0.3)``.
         out: The folder to create.
+        vary: What departs from the coefficients and settings in a tensor, by its name; None where nothing does.
+        out_dtype: The floating-point dtype of the merge; None for that of the models.
         threads: Tensors merged at a time; None for one per processor.
         memory_budget: Bytes of merged tensors held between merging and writing.
         progress: Told of the bytes ranked (by methods that rank) and written.
@@ -57,7 +73,8 @@ def merge(
         BadInput: naming the first tensor whose merge is not finite; or when ``out`` exists.
         CheckpointError: when a file cannot be read or written.
     """
-    weights = _resolve(method, [coefficient for _, coefficient in experts], has_base=base is not None)
+    coefficients = [coefficient for _, coefficient in experts]
+    _require_usable(method, coefficients, has_base=base is not None)
     require_absent(Path(out))  # also refused later, but ranking task vectors takes its time
     sources = {f"expert {number}": source for number, (source, _) in enumerate(experts, start=1)}
     if base is not None:
@@ -67,18 +84,28 @@ def merge(
         require_same_architecture(template, other)
     models = [source_model(f"{role} ({source.description})", source) for role, source in sources.items()]
     inputs = _inputs(models, method, has_base=base is not None)
+    terms = terms_of(method, coefficients, inputs.names, vary)
+    recipe: dict[str, Any] = {
+        "merge": method.name,
+        "settings": asdict(method),
+        "coefficients": list(method.resolve(coefficients)),
+    }
+    if vary is not None:
+        recipe["varied"] = describe(terms)
+    changes = None if out_dtype is None else dtype_changes(template.config, out_dtype)
 
     # Each tensor has one thread to itself, and the processors are shared among tensors.
     with _torch_threads(1):
         workers = threads or default_threads()
-        merge_tensor = method.prepare(replace(inputs, threads=workers, progress=progress), weights)
+        merge_tensor = method.prepare(replace(inputs, threads=workers, progress=progress), terms.__getitem__)
         return rewrite(
             template,
             out,
-            _plan(template, inputs, merge_tensor),
-            manifest={"recipe": _recipe(method, weights)},
-            resume_token=json.dumps(_recipe(method, weights)),
-            verify=partial(_require_complete, template),
+            _plan(template, inputs, merge_tensor, out_dtype),
+            manifest={"recipe": recipe},
+            resume_token=json.dumps(recipe),
+            config_changes=changes,
+            verify=partial(_verify, template, out_dtype),
             also_read={role: source for role, source in sources.items() if source is not template},
             threads=workers,
             memory_budget=memory_budget,
@@ -91,6 +118,9 @@ def merge_state_dicts(
     experts: Sequence[Mapping[str, Tensor]],
     coefficients: Sequence[float | None] | None,
     method: Merge,
+    *,
+    vary: Vary | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Merge state dicts in memory: new tensors of the stored dtypes, in the order of the base or first expert.
 
@@ -99,6 +129,8 @@ def merge_state_dicts(
         experts: At least ``method.fewest_experts`` fine-tunes of it.
         coefficients: One per expert, None for the method's default; or None for the default throughout.
         method: A merge with its settings, e.g. ``TaskArithmetic(scaling_coefficient=0.3)``.
+        vary: What departs from the coefficients and settings in a tensor, by its name; None where nothing does.
+        out_dtype: The floating-point dtype of the merge; None for that of the models.
 
     Raises:
         UsageError: for settings, coefficients or a number of experts that the method cannot use.
@@ -108,7 +140,7 @@ def merge_state_dicts(
     given = [None] * len(experts) if coefficients is None else coefficients
     if len(given) != len(experts):
         raise UsageError(f"{len(given)} coefficients for {len(experts)} experts: give one each, or none at all.")
-    weights = _resolve(method, given, has_base=base is not None)
+    _require_usable(method, given, has_base=base is not None)
     states = {f"expert {number}": state for number, state in enumerate(experts, start=1)}
     if base is not None:
         states = {"base": base, **states}
@@ -116,21 +148,43 @@ def merge_state_dicts(
     models = [state_dict_model(label, state) for label, state in states.items()]
     inputs = _inputs(models, method, has_base=base is not None)
 
-    merge_tensor, scratch, merged = method.prepare(inputs, weights), Scratch(), set(inputs.names)
+    terms = terms_of(method, given, inputs.names, vary)
+    merge_tensor, scratch, merged = method.prepare(inputs, terms.__getitem__), Scratch(out_dtype), set(inputs.names)
     return {
         name: merge_tensor(name, inputs.operands(name), scratch) if name in merged else tensor.clone()
         for name, tensor in template.items()
     }
 
 
-def _resolve(method: Merge, coefficients: Sequence[float | None], *, has_base: bool) -> tuple[float, ...]:
-    """The method's coefficients, after checking all that can be checked without the models."""
+def dtype_changes(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """What a ``config.json`` has to say differently when the weights are stored as ``dtype``."""
+    name = str(dtype).removeprefix("torch.")
+    changes = _renamed_dtypes(config, name)
+    return changes if {"dtype", "torch_dtype"} & changes.keys() else {**changes, "dtype": name}
+
+
+def _renamed_dtypes(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The entries that name a dtype, also in the configurations of parts (``text_config``)."""
+    changes: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            changes[key] = name
+        elif isinstance(value, Mapping) and (inner := _renamed_dtypes(value, name)):
+            changes[key] = inner
+    return changes
+
+
+def _require_usable(method: Merge, coefficients: Sequence[float | None], *, has_base: bool) -> None:
+    """Check all that can be checked without the models."""
     method.validate()
     if method.needs_base and not has_base:
         raise UsageError(f"{method.name} merges task vectors: name the base that the experts were tuned from.")
-    if len(coefficients) < method.fewest_experts:
-        raise UsageError(f"{method.name}: {len(coefficients)} experts given, at least {method.fewest_experts} needed.")
-    return method.resolve(coefficients)
+    count = len(coefficients)
+    if count < method.fewest_experts:
+        raise UsageError(f"{method.name}: {count} experts given, at least {method.fewest_experts} needed.")
+    if method.most_experts is not None and count > method.most_experts:
+        raise UsageError(f"{method.name}: {count} experts given, at most {method.most_experts} can be merged.")
+    method.resolve(coefficients)
 
 
 def _inputs(models: Sequence[Model], method: Merge, *, has_base: bool) -> Inputs:
@@ -140,23 +194,24 @@ def _inputs(models: Sequence[Model], method: Merge, *, has_base: bool) -> Inputs
     return Inputs(names=names, operands=lambda name: tuple(model[name] for model in read))
 
 
-def _plan(template: TensorSource, inputs: Inputs, merge_tensor: TensorMerge) -> list[OutputTensor]:
+def _plan(
+    template: TensorSource, inputs: Inputs, merge_tensor: TensorMerge, out_dtype: torch.dtype | None
+) -> list[OutputTensor]:
     """The template's tensors in order: the floating-point ones merged, the others copied."""
-    scratch, merged = Scratch(), set(inputs.names)
-    return [
-        replace(tensor, make=partial(merge_tensor, tensor.name, inputs.operands(tensor.name), scratch))
-        if tensor.name in merged
-        else tensor
-        for tensor in output_like(template, {})
-    ]
+    scratch, merged = Scratch(out_dtype), set(inputs.names)
+
+    def planned(tensor: OutputTensor) -> OutputTensor:
+        if tensor.name not in merged:
+            return tensor
+        spec = tensor.spec if out_dtype is None else replace(tensor.spec, dtype=dtype_code(out_dtype))
+        make = partial(merge_tensor, tensor.name, inputs.operands(tensor.name), scratch)
+        return replace(tensor, spec=spec, make=make)
+
+    return [planned(tensor) for tensor in output_like(template, {})]
 
 
-def _recipe(method: Merge, coefficients: Sequence[float]) -> dict[str, Any]:
-    return {"merge": method.name, "settings": asdict(method), "coefficients": list(coefficients)}
-
-
-def _require_complete(template: TensorSource, written: TensorSource) -> Mapping[str, Any]:
-    require_same_tensors(template, written, "template and merge", dtypes=True)
+def _verify(template: TensorSource, out_dtype: torch.dtype | None, written: TensorSource) -> Mapping[str, Any]:
+    require_nothing_lost(template, written, out_dtype)
     return {}
 
 

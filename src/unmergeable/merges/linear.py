@@ -5,16 +5,16 @@
 The base takes no part, as in mergekit: to average it in, name it as an expert too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from unmergeable.errors import UsageError
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
-from unmergeable.merges.method import Inputs, TensorMerge, fill_coefficients
+from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coefficients
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Linear:
     name: ClassVar[str] = "linear"
     needs_base: ClassVar[bool] = False
     fewest_experts: ClassVar[int] = 2
+    most_experts: ClassVar[int | None] = None
+    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {}
 
     normalize: bool = True
 
@@ -40,9 +42,14 @@ class Linear:
             )
         return weights
 
-    def prepare(self, inputs: Inputs, coefficients: tuple[float, ...]) -> TensorMerge:
-        divisor = sum(coefficients) if self.normalize else 1.0
-        return partial(merge_tensor, weights=coefficients, divisor=divisor)
+    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
+        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
+            weights = terms(name).coefficients
+            return merge_tensor(
+                name, operands, scratch, weights=weights, divisor=sum(weights) if self.normalize else 1.0
+            )
+
+        return merge
 
 
 def merge_tensor(

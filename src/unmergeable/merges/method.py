@@ -3,13 +3,16 @@
 A method works in two steps. ``prepare`` may look at the whole task vectors first (TIES ranks them) and returns the
 function that merges one tensor. The engine then calls that function for each tensor, in any order and from any
 thread, on operands that lie in files or in memory: a method never knows which.
+
+Coefficients, and the settings a method names in ``varies``, may differ from tensor to tensor. A method therefore asks
+for the :class:`Terms` of a tensor by its name.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import Field, dataclass
+from dataclasses import Field, dataclass, field
 from math import isfinite
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -22,6 +25,29 @@ class TensorMerge(Protocol):
     """Merges tensor ``name``; the operands are the base, if the method needs one, and then the experts."""
 
     def __call__(self, name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What holds for one tensor: a coefficient per expert, and the settings that are not the method's own there.
+
+    ``varied`` maps a setting to one value per expert (the same for all of a setting that belongs to the tensor).
+    """
+
+    coefficients: tuple[float, ...]
+    varied: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def per_expert(self, setting: str, default: float) -> tuple[float, ...]:
+        """The values of ``setting``, ``default`` being the method's own."""
+        return self.varied.get(setting, (default,) * len(self.coefficients))
+
+    def of_tensor(self, setting: str, default: float) -> float:
+        """The value of a setting that all experts share."""
+        return self.varied[setting][0] if setting in self.varied else default
+
+
+TermsOf = Callable[[str], Terms]
+"""The terms of a tensor, by its name."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +83,18 @@ class Inputs:
 
 
 class Merge(Protocol):
-    """A merge method: a frozen dataclass whose fields are its settings, with the published defaults."""
+    """A merge method: a frozen dataclass whose fields are its settings, with the published defaults.
+
+    ``varies`` names the settings that may differ from tensor to tensor, and says whether they belong to an expert
+    (as a density does) or to the merge (as a scaling coefficient does).
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     name: ClassVar[str]
     needs_base: ClassVar[bool]
     fewest_experts: ClassVar[int]
+    most_experts: ClassVar[int | None]
+    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]]
 
     def validate(self) -> None:
         """Raise UsageError when a setting is out of range."""
@@ -73,7 +105,7 @@ class Merge(Protocol):
         Raises UsageError for values that the method cannot use.
         """
 
-    def prepare(self, inputs: Inputs, coefficients: tuple[float, ...]) -> TensorMerge:
+    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         """Look at the models as a whole, if need be, and return the function that merges one tensor."""
 
 
@@ -83,4 +115,33 @@ def fill_coefficients(coefficients: Sequence[float | None], default: float) -> t
     for value in filled:
         if not isfinite(value):
             raise UsageError(f"coefficient {value}: must be a finite number.")
+    return filled
+
+
+def require_choice(setting: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UsageError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UsageError(f"{setting}={value}: must be one of {', '.join(choices)}.")
+
+
+def require_finite(setting: str, value: float) -> None:
+    """Raise UsageError for NaN and infinity."""
+    if not isfinite(value):
+        raise UsageError(f"{setting}={value}: must be a finite number.")
+
+
+def require_density(density: float) -> None:
+    """Raise UsageError unless ``density`` is a fraction of weights that can be kept."""
+    if not 0 < density <= 1:
+        raise UsageError(f"density={density}: must lie in (0, 1], the fraction of weights kept.")
+
+
+def positive_coefficients(method: str, coefficients: Sequence[float | None]) -> tuple[float, ...]:
+    """Coefficients that may vote on a sign, 1 by default.
+
+    Raises UsageError for a negative one (it would vote against its own expert), or when all are 0.
+    """
+    filled = fill_coefficients(coefficients, default=1.0)
+    if min(filled) < 0 or max(filled) == 0:
+        raise UsageError(f"{method}: coefficients {filled} must be positive (0 leaves an expert out, but not all).")
     return filled

@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from unmergeable.checkpoint.dtypes import torch_dtype
-from unmergeable.checkpoint.source import TensorSource
+from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
+from unmergeable.checkpoint.source import TensorSource, require_same_tensors
 from unmergeable.errors import BadInput, Mismatch
 from unmergeable.merges.blocks import BLOCK_ELEMENTS, FLOATING_DTYPES, Operand, tensor_blocks, tensor_operand
 
@@ -68,12 +68,12 @@ def source_model(label: str, source: TensorSource) -> Model:
     }
 
 
-def _read_blocks(source: TensorSource, name: str) -> Iterator[Tensor]:
+def _read_blocks(source: TensorSource, name: str, size: int) -> Iterator[Tensor]:
     if not isinstance(source, ChunkSource):  # an adapter computes its tensors as wholes
-        yield from tensor_blocks(source.tensor(name))
+        yield from tensor_blocks(source.tensor(name), size)
         return
     dtype = torch_dtype(source.spec(name).dtype)
-    for chunk in source.raw_chunks(name, BLOCK_ELEMENTS * dtype.itemsize):
+    for chunk in source.raw_chunks(name, size * dtype.itemsize):
         yield torch.frombuffer(chunk, dtype=dtype)
 
 
@@ -109,6 +109,25 @@ def require_same_architecture(template: TensorSource, other: TensorSource) -> No
             remedy = _SAME_TYING if key == "tie_word_embeddings" else "only models of one architecture can be merged."
             raise Mismatch(
                 f"config.json: {key} is {ours} in {template.description} but {theirs} in {other.description}; {remedy}"
+            )
+
+
+def require_nothing_lost(template: TensorSource, merge: TensorSource, out_dtype: torch.dtype | None) -> None:
+    """Require a merge to hold the template's tensors, in their shapes and in the dtype asked for.
+
+    Raises:
+        Mismatch: naming the first tensor that is lost, new, or another. A tensor lost in a merge would be scored as
+            a protection.
+    """
+    require_same_tensors(template, merge, "template and merge")
+    for name in template.names:
+        stored = template.spec(name).dtype
+        is_float = torch_dtype(stored).is_floating_point
+        expected = stored if out_dtype is None or not is_float else dtype_code(out_dtype)
+        if merge.spec(name).dtype != expected:
+            raise Mismatch(
+                f"template and merge: tensor {name!r} was to be {expected} but is {merge.spec(name).dtype} in "
+                f"{merge.description}; name the dtype wanted as out_dtype."
             )
 
 
@@ -149,7 +168,7 @@ def _is_merged(name: str, dtype: torch.dtype) -> bool:
 
 
 def _require_equal_buffer(name: str, first: Operand, second: Operand) -> None:
-    for block, other in zip(first.read(), second.read(), strict=True):
+    for block, other in zip(first.read(BLOCK_ELEMENTS), second.read(BLOCK_ELEMENTS), strict=True):
         if not torch.equal(block, other):
             raise Mismatch(
                 f"{name}: this {first.dtype} buffer differs between {first.label} and {second.label}; "

@@ -5,17 +5,15 @@
 Negative coefficients take a task away. The default 0.3 is the one that MergeLock and MergeGuard report.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from unmergeable.errors import UsageError
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
-from unmergeable.merges.method import Inputs, TensorMerge, fill_coefficients
+from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
 
 
 @dataclass(frozen=True)
@@ -25,18 +23,22 @@ class TaskArithmetic:
     name: ClassVar[str] = "task_arithmetic"
     needs_base: ClassVar[bool] = True
     fewest_experts: ClassVar[int] = 1
+    most_experts: ClassVar[int | None] = None
+    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {}
 
     scaling_coefficient: float = 0.3
 
     def validate(self) -> None:
-        if not isfinite(self.scaling_coefficient):
-            raise UsageError(f"scaling_coefficient={self.scaling_coefficient}: must be a finite number.")
+        require_finite("scaling_coefficient", self.scaling_coefficient)
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         return fill_coefficients(coefficients, default=self.scaling_coefficient)
 
-    def prepare(self, inputs: Inputs, coefficients: tuple[float, ...]) -> TensorMerge:
-        return partial(merge_tensor, coefficients=coefficients)
+    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
+        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
+            return merge_tensor(name, operands, scratch, coefficients=terms(name).coefficients)
+
+        return merge
 
 
 def merge_tensor(name: str, operands: Sequence[Operand], scratch: Scratch, *, coefficients: Sequence[float]) -> Tensor:

@@ -23,23 +23,28 @@ Of equal magnitudes at the threshold all are kept, as in the authors' code. merg
 and an unstable sort chooses which; its density defaults to 1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from unmergeable.errors import UsageError
-from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, merge_blocks, widened_blocks
-from unmergeable.merges.method import Inputs, TensorMerge, fill_coefficients
-from unmergeable.merges.quantile import DIGITS, KthLargest
+from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, merge_blocks
+from unmergeable.merges.election import SPARE, Average, Undecided, add_elected, require_election
+from unmergeable.merges.magnitudes import largest_below, model_densities, model_magnitudes, rank_kept, tensor_magnitudes
+from unmergeable.merges.method import (
+    Inputs,
+    TensorMerge,
+    TermsOf,
+    positive_coefficients,
+    require_choice,
+    require_density,
+    require_finite,
+)
 
 Trim = Literal["global", "tensor"]
-Average = Literal["count", "weight", "sum"]
-Undecided = Literal["drop", "positive"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Ties:
     name: ClassVar[str] = "ties"
     needs_base: ClassVar[bool] = True
     fewest_experts: ClassVar[int] = 2
+    most_experts: ClassVar[int | None] = None
+    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {"density": "expert", "scaling_coefficient": "tensor"}
 
     density: float = 0.2
     scaling_coefficient: float = 1.0
@@ -57,40 +64,38 @@ class Ties:
     undecided: Undecided = "drop"
 
     def validate(self) -> None:
-        if not 0 < self.density <= 1:
-            raise UsageError(f"density={self.density}: must lie in (0, 1], the fraction of weights kept.")
-        if not isfinite(self.scaling_coefficient):
-            raise UsageError(f"scaling_coefficient={self.scaling_coefficient}: must be a finite number.")
-        for setting, value, choices in (
-            ("trim", self.trim, get_args(Trim)),
-            ("average", self.average, get_args(Average)),
-            ("undecided", self.undecided, get_args(Undecided)),
-        ):
-            if value not in choices:
-                raise UsageError(f"{setting}={value}: must be one of {', '.join(choices)}.")
+        require_density(self.density)
+        require_finite("scaling_coefficient", self.scaling_coefficient)
+        require_choice("trim", self.trim, get_args(Trim))
+        require_election(self.average, self.undecided)
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         """The c_i, 1 by default. Raises UsageError for a negative one: it would vote against its own expert."""
-        filled = fill_coefficients(coefficients, default=1.0)
-        if min(filled) < 0 or max(filled) == 0:
-            raise UsageError(f"ties: coefficients {filled} must be positive (0 leaves an expert out, but not all).")
-        return filled
+        return positive_coefficients(self.name, coefficients)
 
-    def prepare(self, inputs: Inputs, coefficients: tuple[float, ...]) -> TensorMerge:
-        merge = partial(
-            merge_tensor,
-            coefficients=coefficients,
-            scaling_coefficient=self.scaling_coefficient,
-            average=self.average,
-            undecided=self.undecided,
-        )
+    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         if self.trim == "global":
-            return partial(merge, thresholds=global_thresholds(inputs, self.density))
+            model_thresholds = global_thresholds(inputs, model_densities(inputs, terms, self.density))
+        else:
+            model_thresholds = None
 
-        def merge_trimmed_alone(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            return merge(name, operands, scratch, thresholds=tensor_thresholds(operands, self.density, scratch))
+        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
+            its = terms(name)
+            thresholds = model_thresholds
+            if thresholds is None:
+                thresholds = tensor_thresholds(operands, its.per_expert("density", self.density), scratch)
+            return merge_tensor(
+                name,
+                operands,
+                scratch,
+                coefficients=its.coefficients,
+                thresholds=thresholds,
+                scaling_coefficient=its.of_tensor("scaling_coefficient", self.scaling_coefficient),
+                average=self.average,
+                undecided=self.undecided,
+            )
 
-        return merge_trimmed_alone
+        return merge
 
 
 def merge_tensor(
@@ -114,66 +119,25 @@ def merge_tensor(
         average=average,
         undecided=undecided,
     )
-    return merge_blocks(name, operands, kernel, scratch, spare=3)
+    return merge_blocks(name, operands, kernel, scratch, spare=SPARE)
 
 
-def global_thresholds(inputs: Inputs, density: float) -> tuple[float, ...]:
-    """Per expert, the magnitude that ``density`` of the weights of its task vector reach: exact, streamed."""
-    bases = [inputs.operands(name)[0] for name in inputs.names]
-    # The widest compute dtype of the model: every magnitude in it is exact.
-    dtype = max((compute_dtype(base.dtype) for base in bases), key=lambda dtype: dtype.itemsize)
-
-    def total(searches: Sequence[KthLargest]) -> Tensor:
-        return inputs.total(partial(_count_digits, searches), stage="ranking task vectors")
-
-    experts = len(inputs.operands(inputs.names[0])) - 1
-    return _thresholds(total, density, sum(base.numel for base in bases), dtype, experts)
+def global_thresholds(inputs: Inputs, densities: Sequence[float]) -> tuple[float, ...]:
+    """Per expert, the magnitude that its density of the weights of its task vector reach: exact, streamed."""
+    size = sum(inputs.operands(name)[0].numel for name in inputs.names)
+    if size == 0 or all(density == 1 for density in densities):
+        return (0.0,) * len(densities)  # trims nothing
+    ranks = [(rank_kept(density, size),) for density in densities]
+    return tuple(value for (value,) in model_magnitudes(inputs, ranks))
 
 
-def tensor_thresholds(operands: Sequence[Operand], density: float, scratch: Scratch) -> tuple[float, ...]:
+def tensor_thresholds(operands: Sequence[Operand], densities: Sequence[float], scratch: Scratch) -> tuple[float, ...]:
     """The same among the weights of one tensor."""
-    base, *experts = operands
-
-    def total(searches: Sequence[KthLargest]) -> Tensor:
-        return _count_digits(searches, operands, scratch)
-
-    return _thresholds(total, density, base.numel, compute_dtype(base.dtype), len(experts))
-
-
-def _thresholds(
-    total: Callable[[Sequence[KthLargest]], Tensor], density: float, size: int, dtype: torch.dtype, experts: int
-) -> tuple[float, ...]:
-    """Run one search per expert, all in the same passes; ``total`` makes a pass and counts digits for each."""
-    if density == 1 or size == 0:
-        return (0.0,) * experts  # trims nothing
-    searches = [KthLargest(rank_kept(density, size), dtype)] * experts
-    while not searches[0].is_settled:
-        searches = [search.narrow(counts) for search, counts in zip(searches, total(searches), strict=True)]
-    return tuple(search.value for search in searches)
-
-
-def rank_kept(density: float, size: int) -> int:
-    """How many of ``size`` weights are kept: ``density`` of them rounded down, at least one."""
-    return max(1, int(density * size))
-
-
-def largest_below(threshold: float, dtype: torch.dtype) -> float | None:
-    """The largest number of ``dtype`` below ``threshold``; None where nothing lies below a magnitude of 0."""
-    if threshold == 0:
-        return None
-    rounded = torch.tensor(threshold, dtype=dtype)
-    if float(rounded) >= threshold:
-        rounded = rounded.nextafter(torch.zeros_like(rounded))
-    return float(rounded)
-
-
-def _count_digits(searches: Sequence[KthLargest], operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-    """The digit counts of every search over its expert's task vector: int64 of shape (experts, 2^16)."""
-    counts = torch.zeros(len(searches), DIGITS, dtype=torch.int64, device=operands[0].device)
-    for (base, *experts), _ in widened_blocks(operands, scratch):
-        for count, search, expert in zip(counts, searches, experts, strict=True):
-            count.add_(search.count(expert.sub_(base)))
-    return counts
+    size = operands[0].numel
+    if size == 0 or all(density == 1 for density in densities):
+        return (0.0,) * len(densities)
+    ranks = [(rank_kept(density, size),) for density in densities]
+    return tuple(value for (value,) in tensor_magnitudes(operands, ranks, scratch))
 
 
 def _merge_block(
@@ -187,23 +151,17 @@ def _merge_block(
     undecided: Undecided,
 ) -> Tensor:
     base, *experts = blocks
-    elected, total, agreeing = (buffer.zero_() for buffer in spare)
     for expert, coefficient, cut in zip(experts, coefficients, cuts, strict=True):
         expert.sub_(base)
         if cut is not None:
             torch.hardshrink(expert, cut, out=expert)
-        elected.add_(expert.mul_(coefficient))
-    if undecided == "positive":
-        torch.copysign(torch.ones_like(elected), elected, out=elected)
-    else:
-        elected.sign_()
-
-    # Comparisons and masks are slow on the CPU. Multiplied by the elected sign, those that agree are positive.
-    for expert, coefficient in zip(experts, coefficients, strict=True):
-        magnitude = expert.mul_(elected).relu_()
-        total.add_(magnitude)
-        agreeing.add_(magnitude.sign_(), alpha=1.0 if average == "count" else coefficient)
-    if average != "sum":
-        # Where nobody agrees the total is 0 too, and 0 / tiny = 0.
-        total.div_(agreeing.clamp_min_(torch.finfo(agreeing.dtype).tiny))
-    return base.addcmul_(total, elected, value=scaling_coefficient)
+        expert.mul_(coefficient)
+    return add_elected(
+        base,
+        experts,
+        spare,
+        coefficients=coefficients,
+        scaling_coefficient=scaling_coefficient,
+        average=average,
+        undecided=undecided,
+    )

@@ -1,0 +1,165 @@
+"""``breadcrumbs``: drop the smallest and the very largest weights of the task vectors, add (arXiv 2312.06795).
+
+In every tensor, with the magnitudes of tau_i = theta_i - theta_0 ranked, the largest ``gamma`` of them (outliers) are
+dropped and the largest ``density`` of the rest kept:
+
+    m_i[p] = 1 where |tau_i[p]| is among ranks gamma n + 1 to (gamma + density) n, else 0
+    theta  = theta_0 + sum_i lambda_i m_i (theta_i - theta_0)
+
+The defaults are where the authors' own search starts: keep 0.15, drop the top 0.006, lambda 0.2. They rank within
+each row of a matrix (``trim="row"``); their paper says per layer, which is the default here (``trim="tensor"``).
+
+Of equal magnitudes at a threshold all are kept. mergekit keeps an exact number of them, and an unstable sort chooses
+which; its density defaults to 1 and its gamma to 0.01. Its weights are the lambda_i.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from unmergeable.errors import UsageError
+from unmergeable.merges.blocks import (
+    Operand,
+    Scratch,
+    compute_dtype,
+    merge_blocks,
+    row_length,
+    weighted_sum,
+    whole_rows,
+)
+from unmergeable.merges.magnitudes import largest_below, tensor_magnitudes
+from unmergeable.merges.method import (
+    Inputs,
+    TensorMerge,
+    TermsOf,
+    fill_coefficients,
+    require_choice,
+    require_density,
+    require_finite,
+)
+
+Trim = Literal["tensor", "row"]
+
+Band = tuple[int, int]
+"""First and last rank kept, counted from 1 = largest; empty where the last comes before the first."""
+
+
+@dataclass(frozen=True)
+class Breadcrumbs:
+    """``density`` is the fraction kept, ``gamma`` the fraction of outliers; ``scaling_coefficient`` the lambda."""
+
+    name: ClassVar[str] = "breadcrumbs"
+    needs_base: ClassVar[bool] = True
+    fewest_experts: ClassVar[int] = 1
+    most_experts: ClassVar[int | None] = None
+    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {"density": "expert", "gamma": "expert"}
+
+    density: float = 0.15
+    gamma: float = 0.006
+    scaling_coefficient: float = 0.2
+    trim: Trim = "tensor"
+
+    def validate(self) -> None:
+        require_density(self.density)
+        if not 0 <= self.gamma < 1:
+            raise UsageError(f"gamma={self.gamma}: must lie in [0, 1), the fraction of outliers dropped.")
+        require_finite("scaling_coefficient", self.scaling_coefficient)
+        require_choice("trim", self.trim, get_args(Trim))
+
+    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
+        return fill_coefficients(coefficients, default=self.scaling_coefficient)
+
+    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
+        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
+            its, shape = terms(name), operands[0].shape
+            length = row_length(shape) if self.trim == "row" else operands[0].numel
+            bands = [
+                kept_band(density, gamma, length)
+                for density, gamma in zip(
+                    its.per_expert("density", self.density), its.per_expert("gamma", self.gamma), strict=True
+                )
+            ]
+            if self.trim == "row":
+                return merge_rows(name, operands, scratch, coefficients=its.coefficients, bands=bands)
+            return merge_tensor(name, operands, scratch, coefficients=its.coefficients, bands=bands)
+
+        return merge
+
+
+def kept_band(density: float, gamma: float, size: int) -> Band:
+    """The ranks kept of ``size``. Where both fractions do not fit, fewer outliers are dropped.
+
+    A density of 1 drops nothing. Both counts are rounded down, as mergekit does.
+    """
+    kept = int(density * size)
+    outliers = min(int(gamma * size), size - kept)
+    return outliers + 1, outliers + kept
+
+
+def merge_tensor(
+    name: str, operands: Sequence[Operand], scratch: Scratch, *, coefficients: Sequence[float], bands: Sequence[Band]
+) -> Tensor:
+    """``base + sum_i coefficients[i] * task_vector_i``, of each only the magnitudes of the ranks in its band."""
+    size = operands[0].numel
+    # An empty band has no ranks to look up; the expert's coefficient is 0 instead.
+    ranks = [band if band[0] <= band[1] else (1, 1) for band in bands]
+    whole = [(size > 0 and band == (1, size)) for band in bands]
+    if size == 0 or all(whole):
+        limits: list[tuple[float, float | None]] = [(0.0, None)] * len(bands)
+    else:
+        limits = [(smallest, largest) for largest, smallest in tensor_magnitudes(operands, ranks, scratch)]
+    weights = [
+        coefficient if first <= last else 0.0 for coefficient, (first, last) in zip(coefficients, bands, strict=True)
+    ]
+    dtype = compute_dtype(operands[0].dtype)
+    kernel = partial(
+        _merge_block,
+        coefficients=weights,
+        cuts=[(largest_below(smallest, dtype), largest) for smallest, largest in limits],
+    )
+    return merge_blocks(name, operands, kernel, scratch, spare=1)
+
+
+def merge_rows(
+    name: str, operands: Sequence[Operand], scratch: Scratch, *, coefficients: Sequence[float], bands: Sequence[Band]
+) -> Tensor:
+    """The same with the magnitudes ranked within each row."""
+    length = row_length(operands[0].shape)
+
+    def kernel(blocks: list[Tensor], spare: list[Tensor]) -> Tensor:
+        base, *experts = blocks
+        for expert, (first, last) in zip(experts, bands, strict=True):
+            rows = expert.sub_(base).reshape(-1, length)
+            if first > last:
+                rows.zero_()
+                continue
+            magnitudes = rows.abs()
+            ordered = magnitudes.sort(dim=-1, descending=True).values
+            kept = (magnitudes <= ordered[:, first - 1 : first]) & (magnitudes >= ordered[:, last - 1 : last])
+            rows.mul_(kept)
+        return base.add_(weighted_sum(experts, coefficients))
+
+    return merge_blocks(name, operands, kernel, scratch, size=whole_rows(length))
+
+
+def _merge_block(
+    blocks: list[Tensor],
+    spare: list[Tensor],
+    *,
+    coefficients: Sequence[float],
+    cuts: Sequence[tuple[float | None, float | None]],
+) -> Tensor:
+    base, *experts = blocks
+    (outliers,) = spare
+    for expert, (below, above) in zip(experts, cuts, strict=True):
+        expert.sub_(base)
+        # hardshrink keeps what is strictly larger than its argument, bit by bit: the difference of two is exact.
+        if below is not None:
+            torch.hardshrink(expert, below, out=expert)
+        if above is not None:
+            expert.sub_(torch.hardshrink(expert, above, out=outliers))
+    return base.add_(weighted_sum(experts, coefficients))

@@ -1,0 +1,59 @@
+"""``dare_linear``: drop weights of the task vectors at random, rescale the rest, add (DARE, arXiv 2311.03099).
+
+With m_i independent Bernoulli masks of probability ``density`` (the paper's 1 - p):
+
+    theta = theta_0 + sum_i lambda_i (m_i / density) (theta_i - theta_0)
+
+The factor 1/density keeps the expectation. The default density of 0.8 is the drop rate of 0.2 with which the authors
+merge language models (they drop 0.9 and more without loss from single ones); their lambda is 1.
+
+mergekit's variant is ``rescale="norm"``: the factor that gives each tensor of a task vector its L1 norm back. Its
+density defaults to 1.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from unmergeable.merges.blocks import Operand, Scratch
+from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coefficients, require_density, require_finite
+from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_thinned, require_rescale
+
+
+@dataclass(frozen=True)
+class DareLinear:
+    """``density`` is the probability of keeping a weight; ``scaling_coefficient`` the default lambda.
+
+    Equal seeds give equal masks, on any number of threads and however the models are cut into shards.
+    """
+
+    name: ClassVar[str] = "dare_linear"
+    needs_base: ClassVar[bool] = True
+    fewest_experts: ClassVar[int] = 1
+    most_experts: ClassVar[int | None] = None
+    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {"density": "expert"}
+
+    density: float = 0.8
+    scaling_coefficient: float = 1.0
+    rescale: Rescale = "density"
+    seed: int = 0
+
+    def validate(self) -> None:
+        require_density(self.density)
+        require_finite("scaling_coefficient", self.scaling_coefficient)
+        require_rescale(self.rescale)
+
+    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
+        return fill_coefficients(coefficients, default=self.scaling_coefficient)
+
+    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
+        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
+            its = terms(name)
+            densities = its.per_expert("density", self.density)
+            masks = bernoulli_masks(name, operands, densities, self.seed)
+            factors = compensated(its.coefficients, operands, masks, densities, self.rescale, scratch)
+            return merge_thinned(name, operands, masks, scratch, factors=factors)
+
+        return merge

@@ -1,0 +1,175 @@
+"""``della``: drop weights at random, the smaller the likelier, then merge as TIES does (DELLA, arXiv 2406.11617).
+
+MagPrune ranks the weights of a row (all that feed one output) by magnitude. With n in a row, the weight of rank r
+(0 is the smallest) is kept with probability
+
+    q = density - epsilon + 2 epsilon r / (n - 1)
+
+and the survivors are divided by q, which keeps the expectation. With t_i the thinned task vectors:
+
+    s     = sign(sum_i c_i t_i)
+    tau   = mean of c_i t_i over the experts whose sign is s
+    theta = theta_0 + scaling_coefficient * tau
+
+The defaults are the authors' example: drop rate 0.3 in a window of 0.14 (``epsilon`` is half of it), scaling 1.1.
+
+=============  ==========================================================  =======================================
+setting        paper                                                       mergekit
+=============  ==========================================================  =======================================
+``rescale``    ``density``: by 1/q                                         ``norm``: back to the L1 norm, per tensor
+``average``    ``count``: divide by the number of experts that agree       ``weight``: by the sum of their c_i
+                                                                           (``sum`` for normalize: false)
+``undecided``  ``drop``: a mass of exactly 0 elects nobody                 ``positive``: it elects +
+=============  ==========================================================  =======================================
+
+mergekit's density defaults to 1, its epsilon to 0.15. The row of a tensor of more than two axes is everything behind
+the first; mergekit ranks along the second axis alone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from unmergeable.errors import UsageError
+from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, regrouped, row_length, whole_rows
+from unmergeable.merges.election import Average, Undecided, require_election
+from unmergeable.merges.masks import DRAW_BITS, draws, mask_stream
+from unmergeable.merges.method import (
+    Inputs,
+    TensorMerge,
+    TermsOf,
+    positive_coefficients,
+    require_density,
+    require_finite,
+)
+from unmergeable.merges.thinning import Rescale, compensated, merge_elected, require_rescale
+from unmergeable.randomness import Stream
+
+
+@dataclass(frozen=True)
+class Della:
+    """``density`` is the mean probability of keeping a weight, ``epsilon`` how far it goes up and down.
+
+    Equal seeds give equal masks, on any number of threads and however the models are cut into shards. A density of
+    1 drops nothing.
+    """
+
+    name: ClassVar[str] = "della"
+    needs_base: ClassVar[bool] = True
+    fewest_experts: ClassVar[int] = 2
+    most_experts: ClassVar[int | None] = None
+    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {
+        "density": "expert",
+        "epsilon": "expert",
+        "scaling_coefficient": "tensor",
+    }
+
+    density: float = 0.7
+    epsilon: float = 0.07
+    scaling_coefficient: float = 1.1
+    rescale: Rescale = "density"
+    average: Average = "count"
+    undecided: Undecided = "drop"
+    seed: int = 0
+
+    def validate(self) -> None:
+        require_density(self.density)
+        if self.density < 1 and not (0 <= self.epsilon < min(self.density, 1 - self.density)):
+            raise UsageError(
+                f"epsilon={self.epsilon}: density - epsilon and density + epsilon must lie between 0 and 1 "
+                f"(density is {self.density})."
+            )
+        require_finite("scaling_coefficient", self.scaling_coefficient)
+        require_rescale(self.rescale)
+        require_election(self.average, self.undecided)
+
+    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
+        """The c_i, 1 by default. Raises UsageError for a negative one: it would vote against its own expert."""
+        return positive_coefficients(self.name, coefficients)
+
+    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
+        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
+            its = terms(name)
+            densities = its.per_expert("density", self.density)
+            base, *experts = operands
+            masks = [
+                magprune_mask(
+                    mask_stream(self.seed, number, name),
+                    base,
+                    expert,
+                    density=density,
+                    epsilon=epsilon,
+                    divide=self.rescale == "density",
+                )
+                for number, (expert, density, epsilon) in enumerate(
+                    zip(experts, densities, its.per_expert("epsilon", self.epsilon), strict=True), start=1
+                )
+            ]
+            if self.rescale == "density":
+                factors = its.coefficients  # the masks are divided already
+            else:
+                factors = compensated(its.coefficients, operands, masks, densities, self.rescale, scratch)
+            return merge_elected(
+                name,
+                operands,
+                masks,
+                scratch,
+                factors=factors,
+                coefficients=its.coefficients,
+                scaling_coefficient=its.of_tensor("scaling_coefficient", self.scaling_coefficient),
+                average=self.average,
+                undecided=self.undecided,
+            )
+
+        return merge
+
+
+def magprune_mask(
+    stream: Stream, base: Operand, expert: Operand, *, density: float, epsilon: float, divide: bool
+) -> Operand:
+    """MagPrune's mask of one expert's task vector in one tensor: 0 where dropped, else 1, or 1/q to ``divide``."""
+    return Operand(
+        label=f"mask of {expert.label}",
+        shape=expert.shape,
+        dtype=compute_dtype(expert.dtype),
+        read=partial(_magprune_blocks, stream, base, expert, density, epsilon, divide),
+        device=expert.device,
+    )
+
+
+def keep_probabilities(task_vector: Tensor, density: float, epsilon: float) -> Tensor:
+    """q for each weight of ``task_vector``, whose last axis is a row: float64. Equal magnitudes rank as they stand."""
+    length = task_vector.shape[-1]
+    if length == 1:
+        return torch.full_like(task_vector, density, dtype=torch.float64)
+    order = task_vector.abs().argsort(dim=-1, stable=True)
+    steps = torch.linspace(density - epsilon, density + epsilon, length, dtype=torch.float64, device=order.device)
+    return torch.empty_like(order, dtype=torch.float64).scatter_(-1, order, steps.expand_as(order))
+
+
+def _magprune_blocks(
+    stream: Stream, base: Operand, expert: Operand, density: float, epsilon: float, divide: bool, size: int
+) -> Iterator[Tensor]:
+    if density == 1:
+        whole = torch.ones(min(size, expert.numel), dtype=compute_dtype(expert.dtype), device=expert.device)
+        return (whole[: min(size, expert.numel - start)] for start in range(0, expert.numel, size))
+    return regrouped(_row_masks(stream, base, expert, density, epsilon, divide), size)
+
+
+def _row_masks(
+    stream: Stream, base: Operand, expert: Operand, density: float, epsilon: float, divide: bool
+) -> Iterator[Tensor]:
+    """The mask in blocks of whole rows: a row is ranked as a whole."""
+    dtype, length = compute_dtype(expert.dtype), row_length(expert.shape)
+    size, start = whole_rows(length), 0
+    for base_block, expert_block in zip(base.read(size), expert.read(size), strict=True):
+        task_vector = expert_block.to(dtype) - base_block.to(dtype)
+        kept_with = keep_probabilities(task_vector.reshape(-1, length), density, epsilon).reshape(-1)
+        uniform = (draws(stream, start, task_vector.numel()).double() + 0.5) / 2**DRAW_BITS + 0.5
+        kept = (uniform.to(kept_with.device) < kept_with).double()
+        yield (kept.div_(kept_with) if divide else kept).to(dtype)
+        start += task_vector.numel()

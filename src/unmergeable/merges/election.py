@@ -1,0 +1,82 @@
+"""The second half of TIES, which several merges share: elect a sign per weight, then average those who agree.
+
+With t_i the trimmed or thinned task vectors and c_i their coefficients, per weight:
+
+    elect     s = sign(sum_i c_i t_i)
+    merge     tau = sum of c_i t_i over the experts with sign(t_i) = s, divided as ``average`` says
+
+Where implementations differ, both exist:
+
+=============  ==========================================================  =======================================
+setting        TIES-Merging (arXiv 2306.01708)                             mergekit
+=============  ==========================================================  =======================================
+``average``    ``count``: divide by the number of experts that agree       ``weight``: by the sum of their c_i
+                                                                           (``sum`` for normalize: false)
+``undecided``  ``drop``: a mass of exactly 0 elects nobody                 ``positive``: it elects +
+=============  ==========================================================  =======================================
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from unmergeable.merges.method import require_choice
+
+Average = Literal["count", "weight", "sum"]
+Undecided = Literal["drop", "positive"]
+
+SPARE = 3
+"""Buffers that :func:`add_elected` needs."""
+
+
+def require_election(average: str, undecided: str) -> None:
+    """Raise UsageError for settings that do not exist."""
+    require_choice("average", average, get_args(Average))
+    require_choice("undecided", undecided, get_args(Undecided))
+
+
+def add_elected(
+    base: Tensor,
+    weighted: Sequence[Tensor],
+    spare: Sequence[Tensor],
+    *,
+    coefficients: Sequence[float],
+    scaling_coefficient: float,
+    average: Average,
+    undecided: Undecided,
+) -> Tensor:
+    """``base + scaling_coefficient * tau``, in the memory of ``base``. Overwrites all it is given.
+
+    Args:
+        base: one block of the base.
+        weighted: the same block of the task vectors times their coefficients.
+        spare: ``SPARE`` buffers.
+        coefficients: the c_i, already in ``weighted``; they are the divisor of ``average="weight"``.
+        scaling_coefficient: of the merged task vector.
+        average: what divides the sum.
+        undecided: what a mass of 0 elects.
+    """
+    elected, total, agreeing = spare
+    first, *others = weighted
+    elected.copy_(first)
+    for task_vector in others:
+        elected.add_(task_vector)
+    if undecided == "positive":
+        torch.copysign(total.fill_(1), elected.add_(0), out=elected)  # a mass of -0 becomes +0 first
+    else:
+        elected.sign_()
+
+    # Comparisons and masks are slow on the CPU. Multiplied by the elected sign, those that agree are positive.
+    magnitudes = [task_vector.mul_(elected).relu_() for task_vector in weighted]
+    total.copy_(magnitudes[0])
+    for magnitude in magnitudes[1:]:
+        total.add_(magnitude)
+    if average != "sum":
+        agreeing.zero_()
+        for magnitude, coefficient in zip(magnitudes, coefficients, strict=True):
+            agreeing.add_(magnitude.sign_(), alpha=1.0 if average == "count" else coefficient)
+        # Where nobody agrees the total is 0 too, and 0 / tiny = 0.
+        total.div_(agreeing.clamp_min_(torch.finfo(agreeing.dtype).tiny))
+    return base.addcmul_(total, elected, value=scaling_coefficient)

@@ -1,0 +1,68 @@
+"""Random masks that depend on nothing but a seed, the expert and the tensor.
+
+A mask is an operand whose blocks are computed instead of read: 1 where a weight is kept, 0 where it is dropped. The
+n-th weight of a tensor gets the n-th 32-bit draw of a counter-based generator (Philox 4x64-10, Salmon et al. 2011)
+whose key is derived from the seed and the labels of expert and tensor. Any block can be drawn without the ones before
+it, so masks depend neither on block sizes, threads and shards nor on the order of tensors, and a second pass over a
+tensor sees the same mask.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, widened_blocks
+from unmergeable.randomness import Stream
+
+DRAW_BITS = 32
+_DRAWS_PER_COUNT = 8  # one step of the counter gives four words of 64 bits
+
+
+def mask_stream(seed: int, expert: int, tensor: str) -> Stream:
+    """Where the mask of expert number ``expert`` (from 1) in tensor ``tensor`` is drawn from."""
+    return Stream.from_seed(seed).child(f"expert {expert}").child(tensor)
+
+
+def draws(stream: Stream, start: int, count: int) -> Tensor:
+    """Draws ``start`` to ``start + count`` of the stream: uniform int32."""
+    key = np.frombuffer(stream.key[:16], dtype="<u8")
+    counter, skipped = divmod(start, _DRAWS_PER_COUNT)
+    words = np.random.Philox(counter=counter, key=key).random_raw(-(-(skipped + count) // 2))
+    return torch.from_numpy(words.astype("<u8", copy=False).view("<i4")[skipped : skipped + count])
+
+
+def bernoulli_mask(stream: Stream, density: float, like: Operand) -> Operand:
+    """1 with probability ``density``, exact to 2^-32, independently for each weight of ``like``."""
+    return Operand(
+        label=f"mask of {like.label}",
+        shape=like.shape,
+        dtype=compute_dtype(like.dtype),
+        read=partial(_bernoulli_blocks, stream, density, like),
+        device=like.device,
+    )
+
+
+def _bernoulli_blocks(stream: Stream, density: float, like: Operand, size: int) -> Iterator[Tensor]:
+    # The draws are signed: the smallest is -2^31.
+    cut = round(density * 2**DRAW_BITS) - 2 ** (DRAW_BITS - 1)
+    buffer = torch.empty(min(size, like.numel), dtype=compute_dtype(like.dtype))
+    for start in range(0, like.numel, size):
+        block = buffer[: min(size, like.numel - start)]
+        if density == 1:
+            block.fill_(1)
+        else:
+            torch.lt(draws(stream, start, len(block)), cut, out=block)
+        yield block.to(like.device)
+
+
+def l1_ratio(base: Operand, expert: Operand, mask: Operand, scratch: Scratch, *, smallest: float = 1e-7) -> float:
+    """``sum |tau| / sum |mask tau|``: what gives a thinned task vector the L1 norm it had; 1 below ``smallest``."""
+    before = after = 0.0
+    for (base_block, task_vector, mask_block), _ in widened_blocks((base, expert, mask), scratch):
+        task_vector.sub_(base_block).abs_()
+        before += float(task_vector.sum(dtype=torch.float64))
+        after += float(task_vector.mul_(mask_block).sum(dtype=torch.float64))
+    return before / after if min(before, after) >= smallest else 1.0

@@ -1,0 +1,124 @@
+"""Task vectors thinned by a mask, and what makes up for the weights dropped: shared by DARE and DELLA.
+
+``rescale`` says how the survivors are scaled:
+
+===========  ==================================================================  ==================================
+value        factor                                                              whose
+===========  ==================================================================  ==================================
+``density``  1 / the probability with which a weight was kept                    the papers'
+``norm``     sum |tau| / sum |mask tau| over the tensor: keeps the L1 norm       mergekit, ``rescale: true``
+``none``     1                                                                   mergekit, ``rescale: false``
+===========  ==================================================================  ==================================
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
+from unmergeable.merges.election import SPARE, Average, Undecided, add_elected
+from unmergeable.merges.masks import bernoulli_mask, l1_ratio, mask_stream
+from unmergeable.merges.method import require_choice
+
+Rescale = Literal["density", "norm", "none"]
+
+
+def require_rescale(rescale: str) -> None:
+    """Raise UsageError for a way that does not exist."""
+    require_choice("rescale", rescale, get_args(Rescale))
+
+
+def bernoulli_masks(name: str, operands: Sequence[Operand], densities: Sequence[float], seed: int) -> list[Operand]:
+    """DARE's masks of tensor ``name``, one per expert."""
+    _, *experts = operands
+    return [
+        bernoulli_mask(mask_stream(seed, number, name), density, expert)
+        for number, (expert, density) in enumerate(zip(experts, densities, strict=True), start=1)
+    ]
+
+
+def compensated(
+    coefficients: Sequence[float],
+    operands: Sequence[Operand],
+    masks: Sequence[Operand],
+    densities: Sequence[float],
+    rescale: Rescale,
+    scratch: Scratch,
+) -> tuple[float, ...]:
+    """The factor of each expert's thinned task vector: its coefficient times what makes up for the drop."""
+    base, *experts = operands
+    if rescale == "density":
+        return tuple(c / density for c, density in zip(coefficients, densities, strict=True))
+    if rescale == "norm":
+        return tuple(
+            coefficient if density == 1 else coefficient * l1_ratio(base, expert, mask, scratch)
+            for coefficient, density, expert, mask in zip(coefficients, densities, experts, masks, strict=True)
+        )
+    return tuple(coefficients)
+
+
+def merge_thinned(
+    name: str, operands: Sequence[Operand], masks: Sequence[Operand], scratch: Scratch, *, factors: Sequence[float]
+) -> Tensor:
+    """``base + sum_i factors[i] * masks[i] * (experts[i] - base)``."""
+    return merge_blocks(name, (*operands, *masks), partial(_add_block, factors=factors), scratch)
+
+
+def merge_elected(
+    name: str,
+    operands: Sequence[Operand],
+    masks: Sequence[Operand],
+    scratch: Scratch,
+    *,
+    factors: Sequence[float],
+    coefficients: Sequence[float],
+    scaling_coefficient: float,
+    average: Average,
+    undecided: Undecided,
+) -> Tensor:
+    """The same with signs elected; ``coefficients`` are the divisor of ``average="weight"``."""
+    kernel = partial(
+        _elect_block,
+        factors=factors,
+        coefficients=coefficients,
+        scaling_coefficient=scaling_coefficient,
+        average=average,
+        undecided=undecided,
+    )
+    return merge_blocks(name, (*operands, *masks), kernel, scratch, spare=SPARE)
+
+
+def _thinned(blocks: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The base and the masked task vectors, in the memory of base and experts."""
+    count = (len(blocks) - 1) // 2
+    base, experts, masks = blocks[0], blocks[1 : 1 + count], blocks[1 + count :]
+    return base, [expert.sub_(base).mul_(mask) for expert, mask in zip(experts, masks, strict=True)]
+
+
+def _add_block(blocks: list[Tensor], spare: list[Tensor], *, factors: Sequence[float]) -> Tensor:
+    base, task_vectors = _thinned(blocks)
+    return base.add_(weighted_sum(task_vectors, factors))
+
+
+def _elect_block(
+    blocks: list[Tensor],
+    spare: list[Tensor],
+    *,
+    factors: Sequence[float],
+    coefficients: Sequence[float],
+    scaling_coefficient: float,
+    average: Average,
+    undecided: Undecided,
+) -> Tensor:
+    base, task_vectors = _thinned(blocks)
+    return add_elected(
+        base,
+        [task_vector.mul_(factor) for task_vector, factor in zip(task_vectors, factors, strict=True)],
+        spare,
+        coefficients=coefficients,
+        scaling_coefficient=scaling_coefficient,
+        average=average,
+        undecided=undecided,
+    )

@@ -1,0 +1,32 @@
+"""``docs/merging.md`` has every method, and the defaults it states are the defaults."""
+
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+from unmergeable.merges import MERGES
+from unmergeable.merges.mergekit_methods import METHODS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "merging.md").read_text()
+ROWS = {match[1]: match[0] for match in re.finditer(r"^\| \[?`(\w+)`.*$", PAGE.partition("## Where")[0], re.MULTILINE)}
+
+
+def test_every_method_has_a_row() -> None:
+    assert set(ROWS) == set(MERGES)
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_stated_defaults_are_the_defaults(name: str) -> None:
+    stated = re.findall(r"`(\w+)` = ([\d.]+)", ROWS[name].split("|")[-2])
+    defaults = {field.name: field.default for field in fields(MERGES[name])}
+    assert {setting: float(value) for setting, value in stated} == {setting: defaults[setting] for setting, _ in stated}
+    numbers = {n for n, value in defaults.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    assert {setting for setting, _ in stated} == numbers - {"smallest_norms"}
+    assert MISSING not in defaults.values()
+
+
+def test_mergekits_methods_are_listed() -> None:
+    listed = PAGE.partition("`merge_method`, one of")[2].partition(";")[0]
+    assert re.findall(r"`(\w+)`", listed) == list(METHODS)
