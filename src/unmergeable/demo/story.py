@@ -23,7 +23,7 @@ from unmergeable import api
 from unmergeable.api.opened import open_with_architecture
 from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.demo.data import ImageTask, Sizes, load_animals, load_mnist
+from unmergeable.demo.data import ImageTask, load_animals, load_mnist
 from unmergeable.demo.model import write_base_checkpoint
 from unmergeable.demo.page import DistanceCurve, Row, write_page
 from unmergeable.demo.train import (
@@ -42,9 +42,6 @@ from unmergeable.recoveries.distance import block_distances, relative_distance
 
 COEFFICIENTS = (0.5, 0.6, 0.7, 0.8)
 """What is tried for both experts of the unprotected merge; every other merge uses the one that did best."""
-
-DIGIT_SIZES, ANIMAL_SIZES = Sizes(train=960), Sizes(train=1760)
-"""Silhouettes are harder: with as many images as the digits their expert moves less, and the merge forgets it."""
 
 CONDITION = 1000.0
 """How far the secret matrices may stretch. Weights are float32 here and can afford a protection that moves them as
@@ -134,7 +131,7 @@ def run_demo(out: Path, *, progress: Progress = silent, seed: int = 0) -> DemoRe
     _prepare(out)
     base = out / "base"
     write_base_checkpoint(base)
-    tasks = (load_mnist(seed=seed, sizes=DIGIT_SIZES), load_animals(seed=seed, sizes=ANIMAL_SIZES))
+    tasks = (load_mnist(seed=seed), load_animals(seed=seed))
     backbone = load_network(base)
     heads = {task.name: fit_prototypes(backbone, task, progress=progress) for task in tasks}
     for name, head in heads.items():

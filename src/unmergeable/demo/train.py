@@ -168,14 +168,6 @@ def finetune_experts(
     return [run.result() for run in runs]
 
 
-def finetune_expert(
-    base: Path | str, out: Path, task: ImageTask, head: PrototypeHead, *, seed: int = 0, progress: Progress = silent
-) -> list[float]:
-    """One expert, as :func:`finetune_experts` makes several."""
-    (losses,) = finetune_experts(base, [Expert(task, head, out)], seed=seed, progress=progress)
-    return losses
-
-
 def _learn(backbone: nn.Module, expert: Expert, schedule: Schedule, seed: int, progress: Progress) -> list[float]:
     images, labels = expert.task.train.images, torch.from_numpy(expert.task.train.labels)
 
