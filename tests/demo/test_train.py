@@ -15,7 +15,6 @@ from unmergeable.demo.train import (
     PrototypeHead,
     evaluate,
     extract_features,
-    finetune_expert,
     finetune_experts,
     fit_prototypes,
     prepare_pixels,
@@ -39,7 +38,7 @@ def head(base: Path, task: ImageTask) -> PrototypeHead:
 @pytest.fixture(scope="module")
 def expert(base: Path, task: ImageTask, head: PrototypeHead, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("expert")
-    finetune_expert(base, folder, task, head)
+    finetune_experts(base, [Expert(task, head, folder)])
     return folder
 
 
@@ -153,7 +152,7 @@ def test_attention_and_mlp_of_every_block_learn_and_nothing_else(base: Path, exp
 def test_the_seed_decides_the_expert(base: Path, task: ImageTask, head: PrototypeHead, tmp_path: Path) -> None:
     few = first_images(task, 32)
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
-        finetune_expert(base, tmp_path / name, few, head, seed=seed)
+        finetune_experts(base, [Expert(few, head, tmp_path / name)], seed=seed)
 
     first, again, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again", "other"))
     assert first == again
@@ -167,7 +166,7 @@ def test_experts_made_side_by_side_are_those_made_alone(
     reports: list[tuple[str, int, int, str]] = []
     state = torch.get_rng_state()
 
-    finetune_expert(base, tmp_path / "alone", few, head)
+    finetune_experts(base, [Expert(few, head, tmp_path / "alone")])
     finetune_experts(
         base,
         [Expert(few, head, tmp_path / "together"), Expert(other, head, tmp_path / "other")],
@@ -205,8 +204,10 @@ def test_an_interruption_ends_every_run(base: Path, task: ImageTask, head: Proto
 def test_reports_its_progress(base: Path, task: ImageTask, head: PrototypeHead, tmp_path: Path) -> None:
     reports: list[tuple[str, int, int, str]] = []
 
-    finetune_expert(
-        base, tmp_path / "expert", first_images(task, 32), head, progress=lambda *report: reports.append(report)
+    finetune_experts(
+        base,
+        [Expert(first_images(task, 32), head, tmp_path / "expert")],
+        progress=lambda *report: reports.append(report),
     )
     evaluate(base, task.validation, head, progress=lambda *report: reports.append(report))
 
