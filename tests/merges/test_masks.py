@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.merges.blocks import BLOCK_ELEMENTS, Operand, Scratch, tensor_operand
-from unmergeable.merges.masks import bernoulli_mask, draws, l1_ratio, mask_stream
+from unmergeable.merges.masks import bernoulli_mask, draws, l1_ratios, mask_stream, remembered
 
 STREAM = mask_stream(0, 1, "layers.0.weight")
 LENGTH = 3 * BLOCK_ELEMENTS + 12_345
@@ -75,12 +75,18 @@ def test_a_larger_density_keeps_what_a_smaller_one_keeps() -> None:
     assert bool((small <= large).all())
 
 
-def test_l1_ratio() -> None:
+@pytest.mark.parametrize("length", [1, 8, 13, BLOCK_ELEMENTS, LENGTH])
+def test_a_remembered_mask_is_the_mask(length: int) -> None:
+    expected = read(mask(0.3, length=length))
+    again = remembered(mask(0.3, length=length))
+    for _ in range(3):
+        assert torch.equal(read(again), expected)
+    assert read(again).dtype == expected.dtype
+
+
+def test_l1_ratios() -> None:
     base = torch.tensor([1.0, 1.0, 1.0, 1.0], dtype=torch.bfloat16)
     expert = base + torch.tensor([1.0, -2.0, 0.5, 0.5], dtype=torch.bfloat16)
-    operands = [tensor_operand("", base), tensor_operand("", expert)]
-    kept = tensor_operand("", torch.tensor([1.0, 0.0, 1.0, 0.0]))
-    assert l1_ratio(*operands, kept, Scratch()) == 4 / 1.5
-    nothing = tensor_operand("", torch.zeros(4))
-    assert l1_ratio(*operands, nothing, Scratch()) == 1
-    assert l1_ratio(operands[0], operands[0], kept, Scratch()) == 1
+    operands = [tensor_operand("", tensor) for tensor in (base, expert, expert, base)]
+    kept, nothing = (tensor_operand("", torch.tensor(values)) for values in ([1.0, 0.0, 1.0, 0.0], [0.0] * 4))
+    assert l1_ratios(operands, [kept, nothing, kept], Scratch()) == (4 / 1.5, 1, 1)

@@ -270,6 +270,7 @@ BROKEN: list[tuple[str, str]] = [
     ("{models: [{model: a, parameters: {weight: [{fliter: m, value: 1}]}}], merge_method: ties}", "'fliter'"),
     ("{models: [{model: a}], merge_method: ties, parameters: {normalize: maybe}}", "must be true or false"),
     ("{models: [{model: a, parameters: {normalize: true}}], merge_method: ties, base_model: b}", "at the top"),
+    ("{models: [{model: a, parameters: {lambda: 2}}], merge_method: ties}", "lambda is shared by all models"),
     ("{models: [{model: a}], merge_method: ties, dtype: int8}", "dtype: must be one of bfloat16"),
     ("{models: [{model: a}], merge_method: ties, tokenizer_source: union}", "only the base's tokenizer"),
     ("{models: [{model: a}, {model: a}], merge_method: ties}", "a is listed twice"),

@@ -13,6 +13,7 @@ from unmergeable.merges import MERGES, Merge
 MACHINERY = {
     "__init__",
     "blocks",
+    "bracket",
     "election",
     "engine",
     "magnitudes",

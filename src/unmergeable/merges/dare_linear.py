@@ -52,7 +52,7 @@ class DareLinear:
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
             its = terms(name)
             densities = its.per_expert("density", self.density)
-            masks = bernoulli_masks(name, operands, densities, self.seed)
+            masks = bernoulli_masks(name, operands, densities, self.seed, self.rescale)
             factors = compensated(its.coefficients, operands, masks, densities, self.rescale, scratch)
             return merge_thinned(name, operands, masks, scratch, factors=factors)
 

@@ -72,7 +72,7 @@ class DareTies:
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
             its = terms(name)
             densities = its.per_expert("density", self.density)
-            masks = bernoulli_masks(name, operands, densities, self.seed)
+            masks = bernoulli_masks(name, operands, densities, self.seed, self.rescale)
             return merge_elected(
                 name,
                 operands,

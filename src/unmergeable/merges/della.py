@@ -37,7 +37,7 @@ from torch import Tensor
 from unmergeable.errors import UsageError
 from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, regrouped, row_length, whole_rows
 from unmergeable.merges.election import Average, Undecided, require_election
-from unmergeable.merges.masks import DRAW_BITS, draws, mask_stream
+from unmergeable.merges.masks import DRAW_BITS, draws, mask_stream, remembered
 from unmergeable.merges.method import (
     Inputs,
     TensorMerge,
@@ -112,6 +112,7 @@ class Della:
             if self.rescale == "density":
                 factors = its.coefficients  # the masks are divided already
             else:
+                masks = [remembered(mask) for mask in masks]  # a bit is read faster than a row is ranked
                 factors = compensated(its.coefficients, operands, masks, densities, self.rescale, scratch)
             return merge_elected(
                 name,

@@ -1,17 +1,20 @@
 """Exact magnitudes of given ranks in task vectors that are streamed: what trimming by magnitude needs to know.
 
-Several ranks of several task vectors are searched in the same passes (:mod:`unmergeable.merges.quantile`), over one
-tensor or over the whole model.
+Several ranks of several task vectors are searched in the same passes. Over the whole model, digit by digit
+(:mod:`unmergeable.merges.quantile`): two passes, and counts that add up over tensors and threads. Over one tensor, a
+sample saves one of the two (:mod:`unmergeable.merges.bracket`).
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
 from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, widened_blocks
+from unmergeable.merges.bracket import bracketed_magnitudes
 from unmergeable.merges.method import Inputs, TermsOf
 from unmergeable.merges.quantile import DIGITS, KthLargest
 
@@ -31,6 +34,10 @@ def rank_kept(density: float, size: int) -> int:
 
 def tensor_magnitudes(operands: Sequence[Operand], ranks: Ranks, scratch: Scratch) -> Magnitudes:
     """The magnitudes of the given ranks in each expert's task vector of one tensor; the base comes first."""
+    if operands[0].device.type == "cpu":
+        found = tuple(map(tuple, bracketed_magnitudes(operands, ranks, scratch)))
+        if all(value is not None for values in found for value in values):
+            return cast(Magnitudes, found)
     dtype = compute_dtype(operands[0].dtype)
     return _settle(ranks, dtype, lambda searches: _count_digits(searches, operands, scratch))
 

@@ -7,10 +7,12 @@ it, so masks depend neither on block sizes, threads and shards nor on the order 
 tensor sees the same mask.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, widened_b
 from unmergeable.randomness import Stream
 
 DRAW_BITS = 32
+SMALLEST_SUM = 1e-7
+"""An L1 norm below it is not restored, as in mergekit."""
+
 _DRAWS_PER_COUNT = 8  # one step of the counter gives four words of 64 bits
 
 
@@ -58,11 +63,38 @@ def _bernoulli_blocks(stream: Stream, density: float, like: Operand, size: int) 
         yield block.to(like.device)
 
 
-def l1_ratio(base: Operand, expert: Operand, mask: Operand, scratch: Scratch, *, smallest: float = 1e-7) -> float:
-    """``sum |tau| / sum |mask tau|``: what gives a thinned task vector the L1 norm it had; 1 below ``smallest``."""
-    before = after = 0.0
-    for (base_block, task_vector, mask_block), _ in widened_blocks((base, expert, mask), scratch):
-        task_vector.sub_(base_block).abs_()
-        before += float(task_vector.sum(dtype=torch.float64))
-        after += float(task_vector.mul_(mask_block).sum(dtype=torch.float64))
-    return before / after if min(before, after) >= smallest else 1.0
+def remembered(mask: Operand) -> Operand:
+    """The same mask of zeros and ones, drawn once: later passes read it from one bit per weight."""
+    bits: list[npt.NDArray[np.uint8]] = []
+
+    def read(size: int) -> Iterator[Tensor]:
+        if not bits:
+            for block in mask.read(size):
+                bits.append(np.packbits(block.cpu().numpy() != 0))
+                yield block
+            return
+        start = 0
+        for packed in bits:
+            length = min(size, mask.numel - start)
+            assert len(packed) == -(-length // 8), "every pass reads in blocks of one size"
+            block = torch.from_numpy(np.unpackbits(packed, count=length))
+            yield block.to(device=mask.device, dtype=mask.dtype)
+            start += length
+
+    return replace(mask, read=read)
+
+
+def l1_ratios(operands: Sequence[Operand], masks: Sequence[Operand], scratch: Scratch) -> tuple[float, ...]:
+    """Per expert ``sum |tau| / sum |mask tau|``: what gives a thinned task vector the L1 norm it had.
+
+    1 where one of the sums is below ``SMALLEST_SUM``.
+    """
+    before, after = [0.0] * len(masks), [0.0] * len(masks)
+    for (base, *blocks), _ in widened_blocks((*operands, *masks), scratch):
+        for number, (task_vector, mask) in enumerate(zip(blocks[: len(masks)], blocks[len(masks) :], strict=True)):
+            # torch sums in a cascade: as exactly as the numbers are.
+            before[number] += float(task_vector.sub_(base).abs_().sum())
+            after[number] += float(task_vector.mul_(mask).sum())
+    return tuple(
+        whole / kept if min(whole, kept) >= SMALLEST_SUM else 1.0 for whole, kept in zip(before, after, strict=True)
+    )

@@ -87,7 +87,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """A merge as its file describes it. ``document`` is the file as parsed, for mergekit itself."""
+    """A merge as its file describes it."""
 
     merge_method: str
     slices: tuple[Slice, ...]
@@ -95,7 +95,6 @@ class MergeConfig:
     parameters: Parameters
     dtype: str | None
     out_dtype: str | None
-    document: Mapping[str, Any] = field(repr=False)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -168,7 +167,6 @@ def parse_config(document: object) -> MergeConfig:
         parameters=_parameters(top.get("parameters"), "parameters", method),
         dtype=_dtype(top, "dtype"),
         out_dtype=_dtype(top, "out_dtype"),
-        document=top,
     )
     _require_same_models(config)
     return config
@@ -208,7 +206,13 @@ def _source(fields: Mapping[str, Any], where: str, method: str) -> Source:
     model = _text(fields, "model", where)
     if model is None:
         raise BadInput(f"{where}: model is missing; name a folder.")
-    return Source(model, _parameters(fields.get("parameters"), f"{where}, parameters", method))
+    parameters = _parameters(fields.get("parameters"), f"{where}, parameters", method)
+    for name in METHODS[method].of_merge:
+        if name in parameters:  # mergekit would pass over it
+            raise BadInput(
+                f"{where}: {name} is shared by all models; put it in the parameters of a slice or at the top."
+            )
+    return Source(model, parameters)
 
 
 def _range(value: object, where: str) -> tuple[int, int]:
@@ -231,7 +235,7 @@ def _parameters(value: object, where: str, method: str) -> Parameters:
     if value is None:
         return {}
     known = METHODS[method]
-    names = (*known.numbers, *known.switches, *_IGNORED)
+    names = (*known.of_experts, *known.of_merge, *known.switches, *_IGNORED)
     return {
         name: (_switch_setting if name in (*known.switches, *_IGNORED) else _setting)(setting, f"{where}, {name}")
         for name, setting in _mapping(value, where, names, what=f"parameter of {method}").items()

@@ -42,10 +42,12 @@ class Numbers(Protocol):
 class MergekitMethod:
     """A method of mergekit: its parameters, the merge that does the same, and how its numbers translate.
 
-    ``numbers`` may vary from tensor to tensor, ``switches`` (with mergekit's defaults) may not.
+    Numbers may vary from tensor to tensor; those of the merge are shared by all experts. Switches (with mergekit's
+    defaults) hold throughout.
     """
 
-    numbers: tuple[str, ...]
+    of_experts: tuple[str, ...]
+    of_merge: tuple[str, ...]
     switches: Switches
     method: Callable[[Switches], Merge]
     terms: Callable[[Numbers, Switches], Variation]
@@ -102,42 +104,50 @@ _SMALLEST_SUM = 1e-8
 """mergekit does not divide by a smaller sum of weights."""
 
 METHODS: dict[str, MergekitMethod] = {
-    "linear": MergekitMethod(("weight",), {"normalize": True}, lambda on: Linear(normalize=on["normalize"]), _averaged),
-    "slerp": MergekitMethod(("t",), {}, lambda on: Slerp(), _turned),
+    "linear": MergekitMethod(
+        ("weight",), (), {"normalize": True}, lambda on: Linear(normalize=on["normalize"]), _averaged
+    ),
+    "slerp": MergekitMethod((), ("t",), {}, lambda on: Slerp(), _turned),
     "task_arithmetic": MergekitMethod(
-        ("weight", "lambda"), {"normalize": False}, lambda on: TaskArithmetic(), _added()
+        ("weight",), ("lambda",), {"normalize": False}, lambda on: TaskArithmetic(), _added()
     ),
     "ties": MergekitMethod(
-        ("weight", "density", "lambda"),
+        ("weight", "density"),
+        ("lambda",),
         {"normalize": True},
         lambda on: Ties(trim="tensor", average=_average(on), undecided="positive"),
         _elected(density=1.0),
     ),
     "dare_linear": MergekitMethod(
-        ("weight", "density", "lambda"),
+        ("weight", "density"),
+        ("lambda",),
         {"normalize": False, "rescale": True},
         lambda on: DareLinear(rescale=_rescale(on)),
         _added(density=1.0),
     ),
     "dare_ties": MergekitMethod(
-        ("weight", "density", "lambda"),
+        ("weight", "density"),
+        ("lambda",),
         {"normalize": False, "rescale": True},
         lambda on: DareTies(rescale=_rescale(on), average=_average(on), undecided="positive"),
         _elected(density=1.0),
     ),
     "della": MergekitMethod(
-        ("weight", "density", "epsilon", "lambda"),
+        ("weight", "density", "epsilon"),
+        ("lambda",),
         {"normalize": True, "rescale": True},
         lambda on: Della(rescale=_rescale(on), average=_average(on), undecided="positive"),
         _elected(density=1.0, epsilon=0.15),
     ),
     "breadcrumbs": MergekitMethod(
-        ("weight", "density", "gamma", "lambda"),
+        ("weight", "density", "gamma"),
+        ("lambda",),
         {"normalize": False},
         lambda on: Breadcrumbs(),
         _added(density=1.0, gamma=0.01),
     ),
     "model_stock": MergekitMethod(
+        (),
         (),
         {"filter_wise": False},
         lambda on: ModelStock(filter_wise=on["filter_wise"], smallest_norms=1e-6),

@@ -67,13 +67,13 @@ class Slerp:
 
 
 def cosine(operands: Sequence[Operand], scratch: Scratch) -> float:
-    """Between the two tensors as vectors; 0 where one of them is zero. Summed in float64."""
+    """Between the two tensors as vectors; 0 where one of them is zero."""
     first = second = product = 0.0
-    for (one, other), _ in widened_blocks(operands, scratch):
-        # A norm first: squares of float32 may overflow where their float64 sum does not.
-        first += float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2
-        second += float(torch.linalg.vector_norm(other, dtype=torch.float64)) ** 2
-        product += float(one.mul_(other).sum(dtype=torch.float64))
+    for (one, other), (squares,) in widened_blocks(operands, scratch, spare=1):
+        # torch sums in a cascade, as exactly as the products are; a dot product in float32 loses two digits more.
+        first += float(torch.mul(one, one, out=squares).sum())
+        second += float(torch.mul(other, other, out=squares).sum())
+        product += float(one.mul_(other).sum())
     norms = [sqrt(square) if sqrt(square) > _SMALLEST_NORM else 1.0 for square in (first, second)]
     return max(-1.0, min(1.0, product / (norms[0] * norms[1])))
 

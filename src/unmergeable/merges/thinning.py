@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
 from unmergeable.merges.election import SPARE, Average, Undecided, add_elected
-from unmergeable.merges.masks import bernoulli_mask, l1_ratio, mask_stream
+from unmergeable.merges.masks import bernoulli_mask, l1_ratios, mask_stream, remembered
 from unmergeable.merges.method import require_choice
 
 Rescale = Literal["density", "norm", "none"]
@@ -30,13 +30,17 @@ def require_rescale(rescale: str) -> None:
     require_choice("rescale", rescale, get_args(Rescale))
 
 
-def bernoulli_masks(name: str, operands: Sequence[Operand], densities: Sequence[float], seed: int) -> list[Operand]:
+def bernoulli_masks(
+    name: str, operands: Sequence[Operand], densities: Sequence[float], seed: int, rescale: Rescale
+) -> list[Operand]:
     """DARE's masks of tensor ``name``, one per expert."""
     _, *experts = operands
-    return [
+    masks = [
         bernoulli_mask(mask_stream(seed, number, name), density, expert)
         for number, (expert, density) in enumerate(zip(experts, densities, strict=True), start=1)
     ]
+    # The norm takes a pass of its own, and a bit is read faster than drawn.
+    return [remembered(mask) for mask in masks] if rescale == "norm" else masks
 
 
 def compensated(
@@ -48,13 +52,13 @@ def compensated(
     scratch: Scratch,
 ) -> tuple[float, ...]:
     """The factor of each expert's thinned task vector: its coefficient times what makes up for the drop."""
-    base, *experts = operands
     if rescale == "density":
         return tuple(c / density for c, density in zip(coefficients, densities, strict=True))
     if rescale == "norm":
+        ratios = l1_ratios(operands, masks, scratch)
         return tuple(
-            coefficient if density == 1 else coefficient * l1_ratio(base, expert, mask, scratch)
-            for coefficient, density, expert, mask in zip(coefficients, densities, experts, masks, strict=True)
+            coefficient if density == 1 else coefficient * ratio
+            for coefficient, density, ratio in zip(coefficients, densities, ratios, strict=True)
         )
     return tuple(coefficients)
 
