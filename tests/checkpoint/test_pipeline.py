@@ -185,3 +185,18 @@ def test_input_hashes_are_those_of_whole_files(tmp_path: Path, file: Path) -> No
         path: FileRecord(path.name, len(data := path.read_bytes()), hashlib.sha256(data).hexdigest())
         for path in (file, other, unread)
     }
+
+
+def test_the_hash_around_copied_bytes(file: Path) -> None:
+    """Known for bytes that are hashed for the first time, from where the file's hash has got to; else None."""
+    data = file.read_bytes()
+    hashes = InputHashes({file: "x"}, {})
+    for begin, is_new in ((100, True), (0, False), (2000, True), (2500, False)):
+        origin = hashes.feed(file, begin, memoryview(data)[begin : begin + 1000])
+        assert (origin is not None) == is_new
+        if origin is not None:
+            assert (origin.begin, origin.before) == (begin, hashlib.sha256(data[:begin]).digest())
+            assert origin.after.digest() == hashlib.sha256(data[: begin + 1000]).digest()
+    hashes.finish(file)
+    assert hashes.records[file].sha256 == hashlib.sha256(data).hexdigest(), "what was handed out is a copy"
+    assert nothing_to_hash().feed(file, 0, memoryview(data)) is None

@@ -27,7 +27,7 @@ from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.manifest import FileRecord
 from unmergeable.checkpoint.reader import OpenFiles
 from unmergeable.checkpoint.source import Extent, empty_tensor, tensor_bytes
-from unmergeable.checkpoint.writer import require_spec
+from unmergeable.checkpoint.writer import Origin, require_spec
 
 PIECE_BYTES = 1 << 20
 _BUFFERS = 96  # as much read-ahead as hides the reading of one changed tensor of that size
@@ -51,10 +51,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of the current tensor; valid until the next piece is asked for. ``last`` ends the tensor."""
+    """Bytes of the current tensor; valid until the next piece is asked for. ``last`` ends the tensor.
+
+    ``origin`` says where the bytes were copied from; None where they were computed.
+    """
 
     data: memoryview
     last: bool
+    origin: Origin | None = None
 
 
 class InputHashes:
@@ -69,14 +73,16 @@ class InputHashes:
         self._begun: dict[Path, tuple[hashlib._Hash, int]] = {}
         self.records = dict(known)
 
-    def feed(self, path: Path, begin: int, data: memoryview) -> None:
-        """Take note of bytes read at offset ``begin``."""
+    def feed(self, path: Path, begin: int, data: memoryview) -> Origin | None:
+        """Take note of bytes read at offset ``begin``; None if some of them had been hashed before."""
         if path in self.records or path not in self._names:
-            return
+            return None
         digest, position = self._catch_up(path, begin)
+        before = digest.digest()
         if position < begin + len(data):
             digest.update(data[position - begin :])
             self._begun[path] = (digest, begin + len(data))
+        return Origin(begin, before, digest.copy()) if position == begin else None
 
     def finish(self, path: Path) -> None:
         """Hash what is left of a file."""
@@ -126,8 +132,7 @@ def stream(
             if isinstance(item, BaseException):
                 raise item
             if isinstance(item, _Copied):
-                yield Piece(item.buffer[: item.nbytes], item.last)
-                item.hashed.result()  # reads the same bytes beside the consumer
+                yield Piece(item.buffer[: item.nbytes], item.last, item.hashed.result())
                 channel.give_back(item.buffer)
             else:
                 view, reserved = tensor_bytes(item.result.result()), item.reserved
@@ -156,7 +161,7 @@ class _Copied:
     buffer: memoryview
     nbytes: int
     last: bool
-    hashed: Future[None]
+    hashed: Future[Origin | None]
 
 
 @dataclass(frozen=True)
@@ -292,12 +297,12 @@ class _Feeder:
             result = self._workers.submit(_compute, job, box.pop, hashed)
         self._channel.put(_Changed(result, reserved))
 
-    def _read(self, buffer: memoryview, path: Path, offset: int) -> Future[None]:
+    def _read(self, buffer: memoryview, path: Path, offset: int) -> Future[Origin | None]:
         self._files.read_into(buffer, path, offset)
         return self._hasher.submit(self._hashes.feed, path, offset, buffer)
 
 
-def _compute(job: Job, read: Callable[[], torch.Tensor], hashed: Sequence[Future[None]]) -> torch.Tensor:
+def _compute(job: Job, read: Callable[[], torch.Tensor], hashed: Sequence[Future[Origin | None]]) -> torch.Tensor:
     for future in hashed:
         future.result()  # the edit may change in place what is still to be hashed
     with torch.no_grad():

@@ -271,7 +271,7 @@ def _write_shard(
         safe_position = file.position
         for _ in start.jobs:
             for piece in pieces:
-                file.write(piece.data)
+                file.write(piece.data, piece.origin)
                 report.advance(len(piece.data))
                 if piece.last:
                     break
