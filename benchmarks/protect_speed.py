@@ -1,6 +1,6 @@
 """How fast and lean `protect` and the rewrite loop under it are, against `cp` and `sync` of the same bytes in one run.
 
-    python benchmarks/protect_speed.py SCRATCH [--gigabytes 6] [--rounds 3] [--keep]
+    python benchmarks/protect_speed.py SCRATCH [--gigabytes 6] [--rounds 3] [--ways protect …] [--keep]
 
 Builds a checkpoint of Llama-8B-shaped bf16 tensors (largest 0.49 GB) in SCRATCH, then alternates four ways of
 making a second one; `loop` and `rewrite` double every third tensor in place:
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("scratch", type=Path, help="a folder on the disk to measure; created if missing")
     parser.add_argument("--gigabytes", type=float, default=6.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS[1:], default=WAYS[1:], help="what to measure besides cp")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint that was built, and reuse it")
     parser.add_argument("--child", choices=WAYS[1:], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -198,13 +199,13 @@ def main() -> None:
 
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     source = arguments.scratch / f"llama-{arguments.gigabytes:g}gb"
-    results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in ("cp", *arguments.ways)}
     try:
         if not source.exists():
             build(source, int(arguments.gigabytes * 1e9))
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
             for _ in range(arguments.rounds):
-                for way in WAYS:
+                for way in results:
                     out = Path(folder) / "out"
                     results[way].append(measure(way, source, out))
                     shutil.rmtree(out)
@@ -214,7 +215,7 @@ def main() -> None:
             shutil.rmtree(source, ignore_errors=True)
     ratios = {
         way: median(mine["wall"] / cp["wall"] for mine, cp in zip(results[way], results["cp"], strict=True))
-        for way in WAYS[1:]
+        for way in arguments.ways
     }
     machine = {"processors": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()[0]}
     print(json.dumps({"bytes": nbytes, "ratio_to_cp": ratios, "rounds": results, "machine": machine}, indent=2))
