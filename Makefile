@@ -1,4 +1,4 @@
-# make demo    set up, and run the main job on a real model and real data (about four minutes)
+# make demo    set up, and run the main job on a real model and real data (one to three minutes once installed)
 # make test    set up, and run the tests
 # make check   format, lint, types, import order
 # make slow    the tests that take minutes each, left out of `make test`
