@@ -1,20 +1,22 @@
 """How fast and how lean merging is, against mergekit and against a bare loop, in the same run on the same files.
 
     python benchmarks/merge_speed.py SCRATCH [--layers 22] [--rounds 1] [--methods linear ties …] [--keep]
-    python benchmarks/merge_speed.py SCRATCH --plot benchmarks/results/merge_speed.json
+    python benchmarks/merge_speed.py SCRATCH --plot benchmarks/results/merge_speed.json      (and print the table)
 
 Builds three bf16 checkpoints of a Llama with 1.1 billion parameters (2.2 GB, 4 shards each; a base and two
 fine-tunes) in SCRATCH, then alternates, for every method:
 
-    ours        ``unmergeable merge CONFIG.yaml``: hashed (inputs and output), journalled, verified, synced
+    ours        ``unmergeable merge CONFIG.yaml``: journalled, every tensor checked to be finite, names and shapes
+                verified, synced; the manifest has sizes and the hashes of headers
+    checksums   the same with ``--checksums``: SHA-256 of every byte read and written, for one method (``linear``)
     mergekit    ``mergekit-yaml CONFIG.yaml`` with the same file: dtype float32, out_dtype bfloat16
     paper       ties only: ``unmergeable merge --method ties``, which ranks whole task vectors
     loop        one thread: read the three models, add them up in float32, round, write, fsync; nothing else
-    hashing     the same loop, with SHA-256 of every byte read and written, which our manifest records
+    hashing     the same loop with SHA-256 of every byte read and written, beside ``checksums``
 
 Every way is a process of its own, measured from outside: CPU seconds (user and system, all threads) and wall time of
 the whole command, and the same without its start-up, which is measured as well (importing what the command imports).
-Peak memory is the largest ``RssAnon`` of ``/proc/PID/status``, sampled every 10 ms: what the process itself
+Peak memory is the largest ``RssAnon + RssShmem`` of ``/proc/PID/status``, sampled every 10 ms: what the process itself
 allocated. Pages of mapped input files, which mergekit has and we do not, are not counted.
 
 Peak memory is also measured on models with a third of the layers, where it should be the same.
@@ -190,10 +192,12 @@ def commands(scratch: Path, method: str) -> dict[str, list[str]]:
     ours = [sys.executable, "-m", "unmergeable", "merge"]
     ways = {
         "loop": [sys.executable, __file__, str(scratch), "--child"],
-        "hashing": [sys.executable, __file__, str(scratch), "--hashing", "--child"],
         "ours": [*ours, config, "--quiet", "--out"],
         "mergekit": [str(Path(sys.executable).parent / "mergekit-yaml"), config],
     }
+    if method == "linear":
+        ways["hashing"] = [sys.executable, __file__, str(scratch), "--hashing", "--child"]
+        ways["checksums"] = [*ours, config, "--quiet", "--checksums", "--out"]
     if method == "ties":
         experts = [word for name in MODELS[1:] for word in ("--expert", f"{scratch / name}=0.5")]
         ways["paper"] = [*ours, "--method", "ties", "--base", str(scratch / "base"), *experts, "--quiet", "--out"]
@@ -221,15 +225,14 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def sample_memory(pid: int, peak: list[int]) -> None:
-    """Keep the largest RssAnon of a process, until it is gone."""
+    """Keep the largest RssAnon + RssShmem of a process, until it is gone."""
     try:
         while True:
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                if line.startswith("RssAnon"):
-                    peak[0] = max(peak[0], int(line.split()[1]) * 1024)
-                    break
-            else:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            own = [int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem"))]
+            if not own:
                 return  # a zombie has no memory left
+            peak[0] = max(peak[0], sum(own))
             time.sleep(0.01)
     except (FileNotFoundError, ProcessLookupError):
         return
@@ -239,7 +242,7 @@ def summarise(rounds: list[dict[str, dict[str, float]]], start_ups: dict[str, di
     """Medians per way, with and without start-up, and how many times ours the others need."""
     ways: dict[str, dict[str, float]] = {}
     for way in rounds[0]:
-        start_up = start_ups[{"paper": "ours", "hashing": "loop"}.get(way, way)]
+        start_up = start_ups[{"paper": "ours", "checksums": "ours", "hashing": "loop"}.get(way, way)]
         middle = {key: median(entry[way][key] for entry in rounds) for key in rounds[0][way]}
         work = {f"work_{key}": middle[key] - start_up[key] for key in ("cpu", "wall")}
         ways[way] = {key: round(value, 2) for key, value in {**middle, **work}.items()}
@@ -252,10 +255,32 @@ def summarise(rounds: list[dict[str, dict[str, float]]], start_ups: dict[str, di
         "mergekit_peak": theirs["peak_mb"] / ours["peak_mb"],
         "loop_work_cpu": ours["work_cpu"] / loop["work_cpu"],
         "loop_work_wall": ours["work_wall"] / loop["work_wall"],
-        "hashing_work_cpu": ours["work_cpu"] / ways["hashing"]["work_cpu"],
-        "hashing_work_wall": ours["work_wall"] / ways["hashing"]["work_wall"],
     }
+    if "checksums" in ways:
+        for key in ("work_cpu", "work_wall"):
+            ratios[f"hashing_{key}"] = ways["checksums"][key] / ways["hashing"][key]
     return {"ways": ways, "ratios": {name: round(value, 2) for name, value in ratios.items()}}
+
+
+def table(document: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| method | CPU s | mergekit | times less | wall s | mergekit | times less | peak MB | mergekit | times less "
+        "| CPU s of the work, of the loop's |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, entry in document["methods"].items():
+        ours, theirs, ratios = entry["ways"]["ours"], entry["ways"]["mergekit"], entry["ratios"]
+        cells = [f"`{method}`"]
+        for key, ratio, form in (
+            ("cpu", "mergekit_cpu", "{:.1f}"),
+            ("wall", "mergekit_wall", "{:.1f}"),
+            ("peak_mb", "mergekit_peak", "{:.0f}"),
+        ):
+            cells += [form.format(ours[key]), form.format(theirs[key]), f"{ratios[ratio]:.1f}"]
+        cells.append(f"{ours['work_cpu']:.2f}, {ratios['loop_work_cpu']:.2f} ×")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def plot(results: Path) -> None:
@@ -299,6 +324,7 @@ def main() -> None:
         return
     if arguments.plot:
         plot(arguments.plot)
+        print(table(json.loads(arguments.plot.read_text())))
         return
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     scratch = built(arguments.scratch.absolute(), arguments.layers)

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from unmergeable.checkpoint.manifest import (
     Alteration,
@@ -15,6 +17,7 @@ from unmergeable.checkpoint.manifest import (
     check_files,
     read_manifest,
     record_file,
+    record_header,
     tool_version,
 )
 from unmergeable.checkpoint.side_files import LeftOut
@@ -22,7 +25,9 @@ from unmergeable.errors import CheckpointError, UsageError
 
 MANIFEST = Manifest(
     outputs=(FileRecord("model.safetensors", 3, hashlib.sha256(b"abc").hexdigest()),),
-    inputs={"source": (FileRecord("model.safetensors", 1, "0" * 64),)},
+    inputs={
+        "source": (FileRecord("model.safetensors", 1, "0" * 64), FileRecord("unread.safetensors", 8, None, "1" * 64))
+    },
     left_out=(LeftOut("pytorch_model.bin", "may hold an unprotected copy of the weights"),),
     details={"recipe": {"method": "mergelock"}, "condition_number": 4.0},
 )
@@ -91,3 +96,23 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
     with pytest.raises(CheckpointError, match=r"no unmergeable\.json"):
         check_files(tmp_path)
+
+
+def test_of_an_unread_file_the_header_is_compared(tmp_path: Path) -> None:
+    """Altered weights go unnoticed, as stated; an altered header, and another size, do not."""
+    path = tmp_path / "x.safetensors"
+    save_file({"a.weight": torch.ones(4), "b.weight": torch.ones(4)}, path)
+    whole = path.read_bytes()
+    record = record_header(path)
+    header = whole[: 8 + int.from_bytes(whole[:8], "little")]
+    assert record == FileRecord(path.name, len(whole), None, hashlib.sha256(header).hexdigest())
+    (tmp_path / "unmergeable.json").write_text(Manifest(outputs=(record,)).to_json())
+    assert check_files(tmp_path) == ()
+    for altered, problem in (
+        (whole[:-1] + b"x", None),
+        (whole.replace(b"a.weight", b"c.weight"), "altered"),
+        (b"\xff" * 8 + whole[8:], "altered"),
+        (whole + b"x", "resized"),
+    ):
+        path.write_bytes(altered)
+        assert check_files(tmp_path) == ((Alteration(path.name, problem),) if problem else ())

@@ -26,6 +26,7 @@ def begin(out: Path) -> None:
         folder.note_finished(RECORD)
         folder.note_safe("b.safetensors", Safe(1, "b1"))
         folder.note_safe("b.safetensors", Safe(2, "b2"))
+        folder.note_safe("c.safetensors", Safe(3, None))
         folder.note_input("/in/a.safetensors", FileRecord("a.safetensors", 7, "in"))
 
 
@@ -33,7 +34,7 @@ def test_a_journal_is_read_back(out: Path) -> None:
     begin(out)
     with PartialFolder(out, "token") as folder:
         assert folder.done.finished == {"a.safetensors": RECORD}
-        assert folder.done.begun == {"b.safetensors": Safe(2, "b2")}
+        assert folder.done.begun == {"b.safetensors": Safe(2, "b2"), "c.safetensors": Safe(3, None)}
         assert folder.done.inputs == {"/in/a.safetensors": FileRecord("a.safetensors", 7, "in")}
         assert (folder.files / "a.safetensors").read_text() == "whole"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 from unmergeable.checkpoint import pipeline
+from unmergeable.checkpoint.disk import ALIGNMENT
 from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.manifest import FileRecord
-from unmergeable.checkpoint.pipeline import InputHashes, Job, stream
+from unmergeable.checkpoint.pipeline import InputHashes, Job, Piece, stream
 from unmergeable.checkpoint.source import Extent
 from unmergeable.errors import CheckpointError
 
@@ -59,6 +61,7 @@ def collect(jobs: list[Job], hashes: InputHashes, threads: int = 2, memory_budge
     with closing(stream(jobs, hashes, threads=threads, memory_budget=memory_budget)) as pieces:
         for piece in pieces:
             results[-1] += bytes(piece.data)
+            piece.release()
             if piece.last:
                 results.append(b"")
     assert results.pop() == b""
@@ -80,6 +83,8 @@ def test_results_come_in_order_however_long_each_takes(
         Job("empty copy", empty, empty, extent=Extent(file, 5, 5)),
         Job("empty", empty, empty, read=lambda: torch.zeros(0)),
         Job("fast", SPEC, SPEC, read=make(2)),
+        Job("filled", SPEC, SPEC, fill=lambda tensor: tensor.fill_(3)),
+        Job("empty filled", empty, empty, fill=lambda tensor: tensor),
         stored(file, 3 * ELEMENTS),
     ]
     assert collect(jobs, nothing_to_hash(), memory_budget=memory_budget) == [
@@ -89,6 +94,8 @@ def test_results_come_in_order_however_long_each_takes(
         b"",
         b"",
         b"\x02" * ELEMENTS,
+        b"\x03" * ELEMENTS,
+        b"",
         data[3 * ELEMENTS : 4 * ELEMENTS],
     ]
 
@@ -107,10 +114,11 @@ def most_in_flight(memory_budget: int, file: Path) -> int:
 
     jobs = [stored(file, ELEMENTS * (number % 10), edit) for number in range(20)]
     with closing(stream(jobs, nothing_to_hash(), threads=2, memory_budget=memory_budget)) as pieces:
-        for _ in pieces:
+        for piece in pieces:
             time.sleep(0.002)
             with lock:
                 consumed += 1
+            piece.release()
     return most
 
 
@@ -118,6 +126,57 @@ def test_changed_tensors_stay_within_the_budget(file: Path) -> None:
     assert most_in_flight(3 * ELEMENTS, file) <= 3
     assert most_in_flight(ELEMENTS // 2, file) == 1, "a tensor larger than the budget travels alone"
     assert most_in_flight(100 * ELEMENTS, file) > 3, "the control: without a budget more are in flight"
+
+
+@pytest.mark.parametrize("held", [0, 1, 3])
+@pytest.mark.parametrize("memory_budget", [1, 20_000, 1 << 20])
+def test_what_is_filled_lies_ready_for_a_direct_write_until_it_is_released(held: int, memory_budget: int) -> None:
+    """Pieces are released late, as by a disk; all the same no other tensor is filled into their memory."""
+    sizes = [3000, 17_000, 1, 0, 4096, 9999, 5000] * 6
+    specs = [TensorSpec("U8", (size,)) for size in sizes]
+    begins = [8 + sum(sizes[:number]) for number in range(len(sizes))]
+    jobs = [
+        Job(f"{number}", spec, spec, fill=lambda tensor, number=number: tensor.fill_(number), begin=begin)  # type: ignore[misc]
+        for number, (spec, begin) in enumerate(zip(specs, begins, strict=True))
+    ]
+    waiting: deque[tuple[int, Piece]] = deque()
+    addresses = []
+
+    def release() -> None:
+        number, piece = waiting.popleft()
+        assert bytes(piece.data) == bytes([number]) * sizes[number]
+        piece.release()
+
+    with closing(stream(jobs, nothing_to_hash(), threads=2, memory_budget=memory_budget)) as pieces:
+        for number, begin in enumerate(begins):
+            # What is held may fill the budget: then nothing more comes before it is released.
+            while len(waiting) > held or sum(sizes[it] for it, _ in waiting) + sizes[number] > memory_budget // 2:
+                if not waiting:
+                    break
+                release()
+            piece = next(pieces)
+            waiting.append((number, piece))
+            if sizes[number]:
+                addresses.append(torch.frombuffer(piece.data, dtype=torch.uint8).data_ptr())
+                assert (addresses[-1] - begin) % ALIGNMENT == 0
+        while waiting:
+            release()
+        assert next(pieces, None) is None
+    # Smaller than the sum of the sizes for the first two budgets: memory is used again.
+    assert max(addresses) - min(addresses) < max(memory_budget, max(sizes)) + 2 * ALIGNMENT
+
+
+def test_what_is_filled_is_aligned_to_its_elements_even_where_its_file_is_not() -> None:
+    addresses = []
+    spec = TensorSpec("F64", (10,))
+
+    def fill(tensor: torch.Tensor) -> None:
+        addresses.append(tensor.data_ptr())
+        tensor.fill_(1.0)
+
+    jobs = [Job("t", spec, spec, fill=fill, begin=8005 + 80 * number) for number in range(3)]
+    assert collect(jobs, nothing_to_hash()) == [torch.ones(10, dtype=torch.float64).numpy().tobytes()] * 3
+    assert [address % 8 for address in addresses] == [0, 0, 0]
 
 
 def test_an_error_in_a_worker_reaches_the_consumer_in_its_turn(file: Path) -> None:
@@ -160,7 +219,7 @@ def test_a_consumer_may_leave_early(file: Path) -> None:
         for steps in (0, 1, 60):
             with closing(stream(jobs, nothing_to_hash(), threads=2, memory_budget=memory_budget)) as pieces:
                 for _ in range(steps):
-                    next(pieces)
+                    next(pieces).release()
 
 
 def test_input_hashes_are_those_of_whole_files(tmp_path: Path, file: Path) -> None:

@@ -57,7 +57,7 @@ def test_another_writers_header_is_kept(tmp_path: Path, single: WriteFolder) -> 
 
 def test_dropped_added_and_renamed_tensors(two_shards: Path) -> None:
     source = Checkpoint.open(two_shards)
-    plan = output_like(source, {}, drop={"w00.weight"}, extra=[OutputTensor("head.weight", SPEC, FIRST, make=ones)])
+    plan = output_like(source, {}, drop={"w00.weight"}, extra=[OutputTensor("head.weight", SPEC, FIRST, fill=ones)])
     plan = tuple(
         replace(tensor, name="renamed.weight", origin=tensor.name) if tensor.name == "v00.weight" else tensor
         for tensor in plan
@@ -75,7 +75,7 @@ def test_dropped_added_and_renamed_tensors(two_shards: Path) -> None:
 def test_one_file_becomes_two(tmp_path: Path, single: WriteFolder) -> None:
     source = Checkpoint.open(single(tmp_path, {"a.weight": torch.ones(3)}))
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    plan = (OutputTensor("a.weight", SPEC, names[0]), OutputTensor("b.weight", SPEC, names[1], make=ones))
+    plan = (OutputTensor("a.weight", SPEC, names[0]), OutputTensor("b.weight", SPEC, names[1], fill=ones))
     small = dict(lay_out(source, plan, None).small_files)
     assert json.loads(small["model.safetensors.index.json"]) == {
         "metadata": {"total_parameters": 6, "total_size": 24},
@@ -87,10 +87,10 @@ A = OutputTensor("a.weight", SPEC, "model.safetensors")
 REFUSED: dict[str, tuple[tuple[OutputTensor, ...], str, type[Exception]]] = {
     "empty": ((), "empty", UsageError),
     "twice": ((A, A), "'a.weight' twice", UsageError),
-    "two origins": ((replace(A, make=ones, edit=same),), "at once", UsageError),
+    "two origins": ((replace(A, fill=ones, edit=same),), "at once", UsageError),
     "copied as something else": ((replace(A, spec=TensorSpec("BF16", (3,))),), "as BF16", UsageError),
     "scattered": (
-        (A, OutputTensor("b", SPEC, "b.safetensors", make=ones), OutputTensor("c", SPEC, A.shard, make=ones)),
+        (A, OutputTensor("b", SPEC, "b.safetensors", fill=ones), OutputTensor("c", SPEC, A.shard, fill=ones)),
         "scatters",
         UsageError,
     ),

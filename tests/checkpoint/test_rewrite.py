@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from unmergeable.checkpoint import rewrite as rewrite_module
 from unmergeable.checkpoint.header import TensorSpec
-from unmergeable.checkpoint.manifest import Manifest, check_files, read_manifest
+from unmergeable.checkpoint.manifest import Manifest, check_files, read_manifest, record_file, record_header
 from unmergeable.checkpoint.partial import PartialFolder
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.rewrite import OutputTensor, output_like, rewrite
@@ -29,6 +29,7 @@ from unmergeable.errors import BadInput, CheckpointError, NotEquivalent, UsageEr
 
 WriteFolder = Callable[..., Path]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+SMALL_FILES = ("config.json", "model.safetensors.index.json", "tokenizer.json")
 EDITED = ("w01.weight", "w03.weight", "v00.weight")
 
 
@@ -70,11 +71,9 @@ def test_edited_tensors_change_and_the_rest_is_copied(source: Checkpoint, out: P
         assert before.keys() == after.keys()
         for name, tensor in before.items():
             assert torch.equal(after[name], -tensor if name in EDITED else tensor), name
-    for name in ("config.json", "model.safetensors.index.json", "tokenizer.json"):
+    for name in SMALL_FILES:
         assert (out / name).read_bytes() == (source.folder / name).read_bytes()
-    assert sorted(path.name for path in out.iterdir()) == sorted(
-        (*SHARDS, "config.json", "model.safetensors.index.json", "tokenizer.json", "unmergeable.json")
-    )
+    assert sorted(path.name for path in out.iterdir()) == sorted((*SHARDS, *SMALL_FILES, "unmergeable.json"))
     assert not out.with_name("out.partial").exists()
 
 
@@ -115,6 +114,21 @@ def test_the_manifest(source: Checkpoint, out: Path, tmp_path: Path, single: Wri
     assert str(tmp_path) not in (out / "unmergeable.json").read_text(), "no paths"
 
 
+def test_without_checksums_the_files_are_the_same_and_only_headers_are_recorded(
+    source: Checkpoint, out: Path, tmp_path: Path
+) -> None:
+    negated(source, tmp_path / "hashed")
+    written = negated(source, out, checksums=False)
+    assert {**hashes(out), "unmergeable.json": ""} == {**hashes(tmp_path / "hashed"), "unmergeable.json": ""}
+    assert read_manifest(out) == written
+    assert check_files(out) == ()
+    for folder, records in ((source.folder, written.inputs["source"]), (out, written.outputs)):
+        assert {record.name for record in records} == {*SHARDS, *SMALL_FILES}
+        for record in records:
+            path = folder / record.name
+            assert record == (record_header(path) if record.name in SHARDS else record_file(path))
+
+
 def test_progress_counts_every_byte_once(source: Checkpoint, out: Path) -> None:
     told: list[tuple[str, int, int, str]] = []
     negated(source, out, progress=lambda *report: told.append(report))
@@ -127,7 +141,7 @@ def test_progress_counts_every_byte_once(source: Checkpoint, out: Path) -> None:
 def test_tensors_made_added_and_dropped(source: Checkpoint, out: Path) -> None:
     spec = TensorSpec("F32", (2, 2))
     plan = output_like(
-        source, {}, drop={"w00.weight"}, extra=[OutputTensor("head.weight", spec, SHARDS[1], make=lambda: torch.eye(2))]
+        source, {}, drop={"w00.weight"}, extra=[OutputTensor("head.weight", spec, SHARDS[1], fill=torch.nn.init.eye_)]
     )
     rewrite(source, out, plan, manifest={}, resume_token="", config_changes={"tie_word_embeddings": False})
     result = Checkpoint.open(out)
@@ -296,10 +310,11 @@ def stop_at(name: str) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     return {**dict.fromkeys(EDITED, negate), name: stop}
 
 
-def begin(source: Checkpoint, out: Path) -> list[str]:
+def begin(source: Checkpoint, out: Path, *, checksums: bool = True) -> list[str]:
     """Write the first shard and part of the second; return the tensors not yet known to be on the disk."""
+    plan = output_like(source, stop_at("v02.weight"))
     with pytest.raises(Stop):
-        rewrite(source, out, output_like(source, stop_at("v02.weight")), manifest={}, resume_token="negate")
+        rewrite(source, out, plan, manifest={}, resume_token="negate", checksums=checksums)
     with PartialFolder(out, journal_token(out)) as folder:
         assert set(folder.done.finished) == {SHARDS[0]}
         position = folder.done.begun[SHARDS[1]].position
@@ -312,7 +327,7 @@ def journal_token(out: Path) -> str:
     return str(json.loads((out.with_name("out.partial") / "journal").read_text().splitlines()[0])["token"])
 
 
-def resumed(source: Checkpoint, out: Path) -> list[str]:
+def resumed(source: Checkpoint, out: Path, *, checksums: bool = True) -> list[str]:
     """Finish; return the tensors that were edited again."""
     edited: list[str] = []
 
@@ -325,7 +340,8 @@ def resumed(source: Checkpoint, out: Path) -> list[str]:
 
     edits = {name: edit(name) for name in (*EDITED, "v02.weight")}
     plan = output_like(source, edits)
-    rewrite(source, out, plan, manifest={"recipe": "negate"}, resume_token="negate", threads=1)
+    manifest = {"recipe": "negate"}
+    rewrite(source, out, plan, manifest=manifest, resume_token="negate", checksums=checksums, threads=1)
     return edited
 
 
@@ -335,13 +351,27 @@ def whole(source: Checkpoint, tmp_path: Path) -> dict[str, str]:
     return hashes(tmp_path / "whole")
 
 
-def test_work_is_resumed_inside_a_shard(
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("then", [True, False])
+def test_work_is_resumed_inside_a_shard_with_checksums_and_without(
+    first: bool, then: bool, source: Checkpoint, out: Path, tmp_path: Path, frequent_notes: None
+) -> None:
+    """Also when only one of the two runs was asked for checksums: the result is that of the last."""
+    missing = begin(source, out, checksums=first)
+    assert missing == ["v02.weight", "v03.weight"]
+    assert resumed(source, out, checksums=then) == ["v02.weight"]
+    negated(source, tmp_path / "whole", checksums=then)
+    assert hashes(out) == hashes(tmp_path / "whole")
+
+
+def test_without_checksums_a_file_that_lost_its_end_is_written_again(
     source: Checkpoint, out: Path, whole: dict[str, str], frequent_notes: None
 ) -> None:
-    missing = begin(source, out)
-    assert missing == ["v02.weight", "v03.weight"]
-    assert resumed(source, out) == ["v02.weight"]
-    assert hashes(out) == whole
+    begin(source, out, checksums=False)
+    for shard in SHARDS:
+        os.truncate(out.with_name("out.partial") / "checkpoint" / shard, 2000)
+    assert resumed(source, out, checksums=False) == ["w01.weight", "w03.weight", "v00.weight", "v02.weight"]
+    assert {**hashes(out), "unmergeable.json": whole["unmergeable.json"]} == whole
 
 
 def test_damage_to_what_is_there_is_noticed(
@@ -387,15 +417,19 @@ def test_side_files_of_an_earlier_run_do_not_survive(
 # the call of that number that changes the disk.
 PRELUDE = """
 import itertools, os, shutil, signal, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
-from unmergeable.checkpoint import disk, rewrite as module
+from unmergeable.checkpoint import disk, rewrite as module, writer
 from unmergeable.checkpoint.reader import Checkpoint
 
 torch.set_num_threads(1)
 module._SYNC_BYTES = 4000
 source, out, whole = map(Path, sys.argv[1:4])
-edited = sys.argv[4:]
+checksums, fills = sys.argv[4] == "checksums", sys.argv[5] == "fill"
+edited = sys.argv[6:]
+if fills:
+    disk.BLOCK_BYTES = writer.BLOCK_BYTES = disk.ALIGNMENT  # write from the memory in which the tensors are made
 
 def count_calls(owner, name, counter, fuse):
     real = getattr(owner, name)
@@ -405,6 +439,9 @@ def count_calls(owner, name, counter, fuse):
         return real(*arguments, **keywords)
     setattr(owner, name, call)
 
+def negative(checkpoint, name):
+    return lambda out: torch.neg(checkpoint.tensor(name), out=out)
+
 def negated(fuse):
     counter = itertools.count()
     for name in ("open", "write", "pwrite", "fsync", "ftruncate", "mkdir", "rename", "unlink", "rmdir"):
@@ -412,7 +449,10 @@ def negated(fuse):
     count_calls(disk, "_datasync", counter, fuse)
     checkpoint = Checkpoint.open(source)
     plan = module.output_like(checkpoint, dict.fromkeys(edited, torch.Tensor.neg_))
-    module.rewrite(checkpoint, out, plan, manifest={"recipe": "negate"}, resume_token="negate", threads=1)
+    if fills:
+        plan = [replace(t, edit=None, fill=negative(checkpoint, t.name)) if t.edit else t for t in plan]
+    settings = {"manifest": {"recipe": "negate"}, "resume_token": "negate", "checksums": checksums, "threads": 1}
+    module.rewrite(checkpoint, out, plan, **settings)
 
 def is_killed(fuse):
     child = os.fork()
@@ -447,23 +487,36 @@ print(killed)
 """
 
 
-def kill(script: str, source: Path, out: Path, whole: Path) -> int:
-    command = [sys.executable, "-c", PRELUDE + script, *map(str, (source, out, whole)), *EDITED]
+@pytest.fixture
+def larger(sharded: WriteFolder, tensors: Callable[..., dict[str, torch.Tensor]], tmp_path: Path) -> Checkpoint:
+    """Tensors of several pages, which are written from where they are made."""
+    shards = {shard: tensors(4, (80, 60), prefix) for shard, prefix in zip(SHARDS, "wv", strict=True)}
+    return Checkpoint.open(sharded(tmp_path / "larger", shards))
+
+
+MODES = [("checksums", "edit"), ("plain", "edit"), ("plain", "fill")]
+
+
+def kill(script: str, source: Checkpoint, out: Path, mode: tuple[str, str]) -> int:
+    """How many runs were killed; each that was not left what an undisturbed run leaves."""
+    whole = out.with_name("whole")
+    negated(source, whole, checksums=mode[0] == "checksums")
+    command = [sys.executable, "-c", PRELUDE + script, *map(str, (source.folder, out, whole)), *mode, *EDITED]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return int(result.stdout)
 
 
+@pytest.mark.parametrize("mode", MODES, ids=" ".join)
 def test_killed_before_a_call_that_changes_the_disk_then_run_again(
-    source: Checkpoint, out: Path, whole: dict[str, str], tmp_path: Path
+    mode: tuple[str, str], larger: Checkpoint, out: Path
 ) -> None:
     """Every second call from the first to the last."""
-    assert kill(EACH_CALL, source.folder, out, tmp_path / "whole") >= 25, "too few calls: the test would show little"
+    assert kill(EACH_CALL, larger, out, mode) >= 25, "too few calls: the test would show little"
 
 
-def test_killed_again_and_again_the_work_still_ends(
-    source: Checkpoint, out: Path, whole: dict[str, str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=" ".join)
+def test_killed_again_and_again_the_work_still_ends(mode: tuple[str, str], larger: Checkpoint, out: Path) -> None:
     """Each run resumes what the one before left, and is killed a little later."""
-    assert kill(AGAIN_AND_AGAIN, source.folder, out, tmp_path / "whole") >= 3
-    assert hashes(out) == whole
+    assert kill(AGAIN_AND_AGAIN, larger, out, mode) >= 3
+    assert hashes(out) == hashes(out.with_name("whole"))

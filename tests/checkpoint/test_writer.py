@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import random
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_the_hash_of_an_equal_beginning_is_taken_over(tmp_path: Path, differs: s
         file.write(start)
         file.write(piece, origin)
         file.write(rest)
-        found = file.record.sha256
+        found = file.sha256
         file.finish(lambda: None)
         disk.drain()
     assert (tmp_path / "x").read_bytes() == start + piece + rest
@@ -123,10 +124,43 @@ def test_a_failed_write_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 STEPS = st.lists(st.one_of(st.integers(0, 3 * BLOCK), st.sampled_from(["flush", "reopen"])), max_size=12)
 
 
-@given(STEPS, st.randoms(use_true_random=False))
+def lent_memory(data: bytes, position: int) -> memoryview:
+    """The data at an address from which it can be written directly to this offset of a file."""
+    begin = position % ALIGNMENT
+    memory = memoryview(mmap.mmap(-1, begin + len(data) + 1))[begin : begin + len(data)]
+    memory[:] = data
+    return memory
+
+
+def test_lent_memory_is_written_without_a_copy_where_it_lies_right(
+    tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = random.Random(0).randbytes(5 * BLOCK)
+    written: list[tuple[int, int]] = []
+    write = Disk.write_lent
+
+    def told(disk: Disk, path: Path, descriptor: int, data: memoryview, offset: int) -> None:
+        written.append((len(data), offset))
+        write(disk, path, descriptor, data, offset)
+
+    monkeypatch.setattr(Disk, "write_lent", told)
+    with Disk() as disk:
+        file = OutputFile.create(tmp_path / "x", disk)
+        file.write(b"header")
+        file.write(lent_memory(data, 6), lent=True)
+        file.write(lent_memory(data, file.position + 1), lent=True)  # elsewhere
+        file.write(lent_memory(data, file.position))  # not lent
+        file.write(lent_memory(data[: BLOCK - 1], file.position), lent=True)  # too small to bother
+        file.finish(lambda: None)
+        disk.drain()
+    assert (tmp_path / "x").read_bytes() == b"header" + 3 * data + data[: BLOCK - 1]
+    assert written == [(5 * BLOCK - ALIGNMENT, ALIGNMENT)]
+
+
+@given(STEPS, st.randoms(use_true_random=False), st.booleans())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 def test_any_sequence_of_writes_flushes_and_resumptions(
-    tmp_path: Path, small_blocks: None, steps: list[int | str], source: random.Random
+    tmp_path: Path, small_blocks: None, steps: list[int | str], source: random.Random, hashed: bool
 ) -> None:
     """Resumption starts at the last flush; whatever was written behind it is gone, and written again differently."""
     path = tmp_path / "x"
@@ -134,7 +168,7 @@ def test_any_sequence_of_writes_flushes_and_resumptions(
     expected = safe = b""
     notes: list[int] = []
     disk = Disk()
-    file = OutputFile.create(path, disk)
+    file = OutputFile.create(path, disk, hashed=hashed)
     for step in steps:
         if step == "flush":
             safe = expected
@@ -146,20 +180,24 @@ def test_any_sequence_of_writes_flushes_and_resumptions(
             assert digest is not None
             assert digest.hexdigest() == hashlib.sha256(safe).hexdigest(), "what was flushed is in the file"
             disk = Disk()
-            file = OutputFile.reopen(path, disk, len(safe), digest)
+            file = OutputFile.reopen(path, disk, len(safe), digest if hashed else None)
             expected = safe
         else:
             assert isinstance(step, int)
             data = source.randbytes(step)
-            file.write(data)
+            if source.random() < 0.5:
+                file.write(data)
+            else:
+                file.write(lent_memory(data, file.position), lent=True)
             expected += data
-    record = file.record
+    position, sha256 = file.position, file.sha256
     file.finish(lambda: notes.append(-1))
     disk.drain()
     disk.close()
 
     assert path.read_bytes() == expected
-    assert (record.size, record.sha256) == (len(expected), hashlib.sha256(expected).hexdigest())
+    assert position == len(expected)
+    assert sha256 == (hashlib.sha256(expected).hexdigest() if hashed else None)
     assert notes[-1] == -1
     assert len(notes) == steps.count("flush") + 1
 

@@ -15,7 +15,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 SHAPES = {
     "embed.weight": (50, 16),
-    "layers.0.weight": (300, 500),  # more than one block
+    "layers.0.weight": (530, 500),  # more than one block
     "layers.0.bias": (300,),
     "layers.1.weight": (16, 3, 2, 2),
     "scale": (),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from merges.small_models import State, make_models, write_checkpoint
-from unmergeable.checkpoint.manifest import check_files, read_manifest
+from unmergeable.checkpoint.manifest import check_files, read_manifest, record_file, record_header
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.rewrite import OutputTensor
 from unmergeable.checkpoint.source import TensorSource
@@ -191,6 +191,21 @@ def test_the_manifest_says_what_was_merged(tmp_path: Path) -> None:
     }
     assert set(manifest.inputs) == {"source", "expert 1", "expert 2"}
     assert check_files(tmp_path / "out") == ()
+
+
+def test_weights_are_hashed_only_when_asked(tmp_path: Path) -> None:
+    base, experts = make_models(2)
+    sources = write_models(tmp_path / "in", [base, *experts])
+    merge_files(sources, TaskArithmetic(), tmp_path / "plain")
+    merge_files(sources, TaskArithmetic(), tmp_path / "hashed", checksums=True)
+    assert file_bytes(tmp_path / "plain") == file_bytes(tmp_path / "hashed")
+    for folder, record in (("plain", record_header), ("hashed", record_file)):
+        manifest = read_manifest(tmp_path / folder)
+        for out, records in ((tmp_path / folder, manifest.outputs), (sources[1].folder, manifest.inputs["expert 1"])):
+            recorded = {file.name: file for file in records}
+            assert recorded["model.safetensors"] == record(out / "model.safetensors")
+            assert recorded["config.json"] == record_file(out / "config.json")
+        assert check_files(tmp_path / folder) == ()
 
 
 REFUSED: list[tuple[str, dict[str, object], type[UnmergeableError], str]] = [

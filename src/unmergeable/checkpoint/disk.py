@@ -92,6 +92,10 @@ class Disk:
         finally:
             self.recycle(block)
 
+    def write_lent(self, path: Path, descriptor: int, data: memoryview, offset: int) -> None:
+        """Queue writing the caller's own memory, which must not change before what is queued behind it has run."""
+        self.submit(_write_at, path, descriptor, data, offset)
+
     def recycle(self, block: memoryview) -> None:
         """Free a block once everything queued before is done with it."""
         self.submit_always(self._free.put, block)

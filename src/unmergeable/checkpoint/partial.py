@@ -34,10 +34,10 @@ _LOCK, _JOURNAL = "lock", "journal"
 
 @dataclass(frozen=True)
 class Safe:
-    """The first ``position`` bytes of a shard, of this hash, are on the disk."""
+    """The first ``position`` bytes of a shard are on the disk; their hash, unless nobody asked for it."""
 
     position: int
-    sha256: str
+    sha256: str | None
 
 
 @dataclass

@@ -6,23 +6,28 @@
     consumer, the caller's thread, takes pieces strictly in order
 
 Copied tensors pass in small pieces through a few reused buffers, so a copy costs no memory however large the
-tensor. A changed tensor is whole in memory once. Reservations are made and released in the same order, so the
+tensor. A changed tensor is whole in memory once; one that is made from nothing is made in memory that is used again,
+since fresh pages cost as much as the arithmetic. Reservations are made and released in the same order, so the
 pipeline cannot wait for itself; a tensor larger than the whole budget travels alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from unmergeable.checkpoint.disk import ALIGNMENT
+from unmergeable.checkpoint.dtypes import ITEMSIZE, torch_dtype
 from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.manifest import FileRecord
 from unmergeable.checkpoint.reader import OpenFiles
@@ -37,8 +42,9 @@ _BUFFERS = 96  # as much read-ahead as hides the reading of one changed tensor o
 class Job:
     """How one tensor of the result comes about. ``spec`` is what it must be in the end.
 
-    Either ``extent`` (stored bytes of a tensor of ``stored`` spec) or ``read`` (computes one) gives the input;
-    ``edit`` changes it, None passes the bytes on.
+    ``fill`` is given the uninitialised result. Without it, ``extent`` (stored bytes of a tensor of ``stored`` spec) or
+    ``read`` (computes one) gives the input; ``edit`` changes it, None passes the bytes on. ``begin`` is the offset of
+    the result in its file: what is filled lies in memory so that it can be written from there, unbuffered.
     """
 
     name: str
@@ -47,17 +53,21 @@ class Job:
     extent: Extent | None = None
     read: Callable[[], torch.Tensor] | None = None
     edit: Callable[[torch.Tensor], torch.Tensor] | None = None
+    fill: Callable[[torch.Tensor], object] | None = None
+    begin: int = 0
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of the current tensor; valid until the next piece is asked for. ``last`` ends the tensor.
+    """Bytes of the current tensor; ``last`` ends it. The consumer calls ``release`` when it needs them no more.
 
-    ``origin`` says where the bytes were copied from; None where they were computed.
+    It may do so later and from another thread, but in the order in which it got the pieces. ``origin`` says where the
+    bytes were copied from; None where they were computed.
     """
 
     data: memoryview
     last: bool
+    release: Callable[[], None]
     origin: Origin | None = None
 
 
@@ -121,7 +131,8 @@ def stream(
         threads: workers for edits; None for as many as leave each a share of torch's own threads.
         memory_budget: bytes of changed tensors between reading and being written.
     """
-    channel = _Channel(memory_budget)
+    largest = max((job.spec.nbytes for job in jobs if job.fill is not None), default=0)
+    channel = _Channel(memory_budget, _Ring(max(memory_budget, largest) if largest else 0))
     workers = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="unmergeable-edit")
     hasher = ThreadPoolExecutor(1, thread_name_prefix="unmergeable-hash")
     feeder = _Feeder(channel, hashes, hasher, workers)
@@ -132,19 +143,24 @@ def stream(
             if isinstance(item, BaseException):
                 raise item
             if isinstance(item, _Copied):
-                yield Piece(item.buffer[: item.nbytes], item.last, item.hashed.result())
-                channel.give_back(item.buffer)
+                give_back = partial(channel.give_back, item.buffer)
+                yield Piece(item.buffer[: item.nbytes], item.last, give_back, item.hashed.result())
             else:
-                view, reserved = tensor_bytes(item.result.result()), item.reserved
+                view = tensor_bytes(item.result.result())
+                release = partial(_release, view, channel, item.reserved, item.of_ring)
                 del item
-                yield Piece(view, last=True)
-                view.release()  # and with it the tensor, before its bytes count as free
-                channel.release(reserved)
+                yield Piece(view, True, release)
+                del view, release
     finally:
         channel.cancel()
         for pool in (hasher, workers):
             pool.shutdown(wait=True, cancel_futures=True)
         thread.join()
+
+
+def _release(view: memoryview, channel: _Channel, reserved: int, of_ring: bool) -> None:
+    view.release()  # and with it the tensor, before its bytes count as free
+    channel.release(reserved, of_ring=of_ring)
 
 
 def default_threads() -> int:
@@ -168,6 +184,7 @@ class _Copied:
 class _Changed:
     result: Future[torch.Tensor]
     reserved: int
+    of_ring: bool
 
 
 _Item = _Copied | _Changed | BaseException | None
@@ -178,10 +195,39 @@ class _Cancelled(Exception):
     """The consumer has gone."""
 
 
-class _Channel:
-    """The queue from the feeder to the consumer, with the budget and the reused buffers."""
+class _Ring:
+    """Memory handed out in pieces that are given back in the same order, so that every page is made once."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, nbytes: int) -> None:
+        # Python's default is shared memory, which has small pages only.
+        self._memory = mmap.mmap(-1, nbytes + 2 * ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._taken: deque[tuple[int, int]] = deque()
+        self._end = 0
+
+    def take(self, nbytes: int, begin: int) -> memoryview | None:
+        """``nbytes`` at an address that is ``begin`` modulo ``ALIGNMENT``; None while they are not free."""
+        start = self._end + (begin - self._end) % ALIGNMENT
+        if start + nbytes > len(self._memory):
+            start = begin % ALIGNMENT
+        stop = start + nbytes
+        if any(start < other_stop and other_start < stop for other_start, other_stop in self._taken):
+            return None
+        self._taken.append((start, stop))
+        self._end = stop
+        return memoryview(self._memory)[start:stop]
+
+    def give_back(self) -> None:
+        """Free the piece that was taken first."""
+        self._taken.popleft()
+
+
+class _Channel:
+    """The queue from the feeder to the consumer, with the budget, the reused buffers and the ring."""
+
+    def __init__(self, budget: int, ring: _Ring) -> None:
+        self._ring = ring
         self._changed = threading.Condition()
         self._items: deque[_Item] = deque()
         self._budget = budget
@@ -205,10 +251,21 @@ class _Channel:
         with self._changed:
             self._reserved += nbytes
 
-    def release(self, nbytes: int) -> None:
+    def release(self, nbytes: int, *, of_ring: bool) -> None:
         with self._changed:
             self._reserved -= nbytes
+            if of_ring:
+                self._ring.give_back()
             self._changed.notify_all()
+
+    def memory(self, nbytes: int, begin: int) -> memoryview:
+        """Reserved memory of the ring; see :meth:`_Ring.take`."""
+        with self._changed:
+            while (memory := self._ring.take(nbytes, begin)) is None:
+                if self._cancelled:
+                    raise _Cancelled
+                self._changed.wait()
+        return memory
 
     def buffer(self) -> memoryview:
         self._wait(lambda: bool(self._free) or self._unmade > 0)
@@ -253,6 +310,8 @@ class _Feeder:
         last_use = {job.extent.path: number for number, job in enumerate(jobs) if job.extent is not None}
         finished: list[Future[None]] = []
         try:
+            if not last_use:  # no job waits for the hash of what it read: the files are hashed beside the work
+                finished.append(self._hasher.submit(self._hashes.finish_all))
             for number, job in enumerate(jobs):
                 if job.extent is not None and job.edit is None:
                     self._copy(job.extent)
@@ -283,7 +342,11 @@ class _Feeder:
     def _change(self, job: Job) -> None:
         reserved = max(job.stored.nbytes, job.spec.nbytes)
         self._channel.reserve(reserved)
-        if job.extent is None:
+        if job.fill is not None:
+            # A file may place elements at odd addresses (old ones do); memory never does.
+            begin = job.begin - job.begin % ITEMSIZE[job.spec.dtype]
+            result = self._workers.submit(_fill, job, job.fill, self._channel.memory(reserved, begin))
+        elif job.extent is None:
             assert job.read is not None
             result = self._workers.submit(_compute, job, job.read, ())
         else:
@@ -295,11 +358,20 @@ class _Feeder:
             box = [tensor]  # so that the worker can drop the last reference but its own
             del tensor, view
             result = self._workers.submit(_compute, job, box.pop, hashed)
-        self._channel.put(_Changed(result, reserved))
+        self._channel.put(_Changed(result, reserved, of_ring=job.fill is not None))
 
     def _read(self, buffer: memoryview, path: Path, offset: int) -> Future[Origin | None]:
         self._files.read_into(buffer, path, offset)
         return self._hasher.submit(self._hashes.feed, path, offset, buffer)
+
+
+def _fill(job: Job, fill: Callable[[torch.Tensor], object], memory: memoryview) -> torch.Tensor:
+    if not job.spec.nbytes:
+        return empty_tensor(job.spec)[0]
+    tensor = torch.frombuffer(memory, dtype=torch_dtype(job.spec.dtype)).reshape(job.spec.shape)
+    with torch.no_grad():
+        fill(tensor)
+    return tensor
 
 
 def _compute(job: Job, read: Callable[[], torch.Tensor], hashed: Sequence[Future[Origin | None]]) -> torch.Tensor:

@@ -27,15 +27,16 @@ from unmergeable.errors import UsageError
 class OutputTensor:
     """One tensor of the result, in the file ``shard``.
 
-    ``edit`` is given the source's tensor ``origin`` (its own to change in place) and returns the result; ``make``
-    is given nothing and may read whatever it likes; with neither, the bytes of ``origin`` are copied unchanged.
-    ``origin`` is ``name`` unless the tensor is renamed. Both run in worker threads.
+    ``edit`` is given the source's tensor ``origin`` (its own to change in place) and returns the result; ``fill``
+    is given the uninitialised result to write all of it, and may read whatever it likes, but must not keep it; with
+    neither, the bytes of ``origin`` are copied unchanged. ``origin`` is ``name`` unless the tensor is renamed. Both run
+    in worker threads.
     """
 
     name: str
     spec: TensorSpec
     shard: str
-    make: Callable[[], torch.Tensor] | None = None
+    fill: Callable[[torch.Tensor], object] | None = None
     edit: Callable[[torch.Tensor], torch.Tensor] | None = None
     origin: str | None = None
 
@@ -122,9 +123,9 @@ def _require_valid(source: TensorSource, plan: tuple[OutputTensor, ...]) -> None
         if tensor.name in names:
             raise UsageError(f"the plan holds tensor {tensor.name!r} twice.")
         names.add(tensor.name)
-        if tensor.make is not None and (tensor.edit is not None or tensor.origin is not None):
+        if tensor.fill is not None and (tensor.edit is not None or tensor.origin is not None):
             raise UsageError(f"the plan makes tensor {tensor.name!r} from nothing and from the source at once.")
-        if tensor.make is None:
+        if tensor.fill is None:
             stored = source.spec(tensor.origin or tensor.name)
             if tensor.edit is None and stored != tensor.spec:
                 raise UsageError(f"the plan copies tensor {tensor.name!r} as {tensor.spec}, but it is {stored}.")
@@ -153,12 +154,13 @@ def _lay_out_shard(source: TensorSource, name: str, tensors: tuple[OutputTensor,
     for _, spec in specs:
         begins.append(position)
         position += spec.nbytes
-    return ShardLayout(name, header, tuple(_job(source, tensor) for tensor in tensors), tuple(begins), position)
+    jobs = tuple(_job(source, tensor, begin) for tensor, begin in zip(tensors, begins, strict=True))
+    return ShardLayout(name, header, jobs, tuple(begins), position)
 
 
-def _job(source: TensorSource, tensor: OutputTensor) -> Job:
-    if tensor.make is not None:
-        return Job(tensor.name, tensor.spec, tensor.spec, read=tensor.make)
+def _job(source: TensorSource, tensor: OutputTensor, begin: int) -> Job:
+    if tensor.fill is not None:
+        return Job(tensor.name, tensor.spec, tensor.spec, fill=tensor.fill, begin=begin)
     origin = tensor.origin or tensor.name
     stored = source.spec(origin)
     extent = source.stored(origin) if isinstance(source, StoredSource) else None

@@ -24,7 +24,7 @@ from typing import Any
 
 from unmergeable.checkpoint.disk import Disk, write_file
 from unmergeable.checkpoint.index import CheckpointIndex, state_of
-from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, record_file, require_details
+from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, record_file, record_header, require_details
 from unmergeable.checkpoint.partial import FILES, PartialFolder, Safe, partial_of, require_absent, sync_folder
 from unmergeable.checkpoint.pipeline import InputHashes, Job, Piece, stream
 from unmergeable.checkpoint.plan import Layout, OutputTensor, ShardLayout, lay_out, output_like
@@ -54,6 +54,7 @@ def rewrite(
     config_changes: Mapping[str, Any] | None = None,
     verify: Callable[[TensorSource], Mapping[str, Any]] | None = None,
     also_read: Mapping[str, TensorSource] | None = None,
+    checksums: bool = True,
     threads: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress = silent,
@@ -71,7 +72,9 @@ def rewrite(
         config_changes: merged into ``config.json``, nested objects key by key; None copies it byte for byte.
         verify: called with the written checkpoint before it is renamed; what it returns is added to the manifest
             (its keys win). When it raises, the result is deleted and the error passes through.
-        also_read: further checkpoints the edits read, by role; their files are hashed into the manifest.
+        also_read: further checkpoints the edits read, by role; their files are recorded in the manifest.
+        checksums: hash every byte read and written. Without, the manifest has of the files that hold tensors the sizes
+            and the hashes of their headers, and a resumed run believes what its journal says of bytes on the disk.
         threads: workers for edits and makes; None for processors divided by torch's own threads.
         memory_budget: bytes of changed tensors held between reading and writing. A larger tensor travels alone.
         progress: told of bytes written and, first, of bytes found written by an earlier run.
@@ -95,11 +98,10 @@ def rewrite(
         folder.remove_all_but({shard.name for shard in layout.shards})
         records = [_write_small(folder.files / name, data) for name, data in layout.small_files]
         records += [_write_small(folder.files / path.name, path.read_bytes()) for path in source.index.side_files]
-        hashes = InputHashes(
-            {path: name for member in sources.values() for path, name in _tensor_files(member.index).items()},
-            {Path(path): record for path, record in folder.done.inputs.items()},
+        hashes = _input_hashes(folder, sources.values()) if checksums else InputHashes({}, {})
+        records += _write_shards(
+            folder, layout, hashes, checksums=checksums, threads=threads, memory_budget=memory_budget, progress=progress
         )
-        records += _write_shards(folder, layout, hashes, threads, memory_budget, progress)
         sync_folder(folder.files)
         try:
             _require_unchanged(sources.values())
@@ -110,7 +112,9 @@ def rewrite(
             raise
         record = Manifest(
             outputs=by_name(records),
-            inputs={role: _input_records(member.index, hashes) for role, member in sources.items()},
+            inputs={
+                role: _input_records(member.index, hashes, checksums=checksums) for role, member in sources.items()
+            },
             left_out=source.index.left_out,
             details=details,
         )
@@ -167,14 +171,24 @@ def _tensor_files(index: CheckpointIndex) -> dict[Path, str]:
     return shards | dict(index.other_files)
 
 
-def _input_records(index: CheckpointIndex, hashes: InputHashes) -> tuple[FileRecord, ...]:
+def _input_hashes(folder: PartialFolder, sources: Iterable[TensorSource]) -> InputHashes:
+    """The hashes of the large files: those the journal has, and the others to be computed."""
+    return InputHashes(
+        {path: name for source in sources for path, name in _tensor_files(source.index).items()},
+        {Path(path): record for path, record in folder.done.inputs.items()},
+    )
+
+
+def _input_records(index: CheckpointIndex, hashes: InputHashes, *, checksums: bool) -> tuple[FileRecord, ...]:
     small = {path: path.name for path in index.side_files} | {index.config_file: CONFIG_NAME}
     if index.weights_index_file is not None:
         small[index.weights_index_file] = index.weights_index_file.name
-    return by_name(
-        [record_file(path, name) for path, name in small.items()]
-        + [hashes.records[path] for path in _tensor_files(index)]
-    )
+    if checksums:
+        large = [hashes.records[path] for path in _tensor_files(index)]
+    else:
+        large = [record_header(shard.path, shard.name) for shard in index.shards.values() if shard.path is not None]
+        small |= dict(index.other_files)  # adapters, which are small, and pickles, which have no header
+    return by_name([record_file(path, name) for path, name in small.items()] + large)
 
 
 def _write_small(path: Path, data: bytes) -> FileRecord:
@@ -195,7 +209,7 @@ def _verified(written: Path, verify: Callable[[TensorSource], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class _Start:
-    """Where to go on with a shard, and the hash of what is there: ``finished`` if it is complete."""
+    """Where to go on with a shard, and the hash of what is there, if asked for: ``finished`` if it is complete."""
 
     shard: ShardLayout
     position: int = 0
@@ -208,44 +222,58 @@ class _Start:
         return self.shard.jobs[bisect_left(self.shard.begins, self.position) :]
 
 
-def _resume(folder: PartialFolder, shard: ShardLayout, progress: Progress) -> _Start:
+def _resume(folder: PartialFolder, shard: ShardLayout, progress: Progress, *, checksums: bool) -> _Start:
     """What the journal vouches for, if the file still holds it.
 
-    Finished shards are hashed again rather than believed: the manifest's hashes must be those of the bytes that
-    are there, and hashing costs less than writing.
+    With checksums all of it is hashed again rather than believed: the manifest's hashes must be those of the bytes
+    that are there, and hashing costs less than writing. Without, lengths must do: a position was noted after its bytes
+    were synced.
     """
     path = folder.files / shard.name
+    length = path.stat().st_size if path.is_file() else 0
     told = partial(progress, f"checking {shard.name}", unit="bytes")
     finished = folder.done.finished.get(shard.name)
-    if finished is not None and finished.size == shard.size and path.stat().st_size == shard.size:
+    if finished is not None and finished.size == shard.size == length:
+        if not checksums:
+            return _Start(shard, shard.size, finished=_record(shard, None))
         digest = sha256_of_start(path, shard.size, told)
-        if digest is not None and digest.hexdigest() == finished.sha256:
-            return _Start(shard, shard.size, finished=finished)
+        if digest is not None and finished.sha256 in (None, digest.hexdigest()):
+            return _Start(shard, shard.size, finished=_record(shard, digest.hexdigest()))
     safe = folder.done.begun.get(shard.name)
-    if safe is not None and safe.position in (*shard.begins, shard.size):
+    if safe is not None and safe.position in (*shard.begins, shard.size) and safe.position <= length:
+        if not checksums:
+            return _Start(shard, safe.position)
         digest = sha256_of_start(path, safe.position, told)
-        if digest is not None and digest.hexdigest() == safe.sha256:
+        if digest is not None and safe.sha256 in (None, digest.hexdigest()):
             return _Start(shard, safe.position, digest)
     path.unlink(missing_ok=True)
     return _Start(shard)
+
+
+def _record(shard: ShardLayout, sha256: str | None) -> FileRecord:
+    """What the manifest says of a written shard, hashed or not."""
+    header_sha256 = hashlib.sha256(shard.header).hexdigest() if sha256 is None else None
+    return FileRecord(shard.name, shard.size, sha256, header_sha256)
 
 
 def _write_shards(
     folder: PartialFolder,
     layout: Layout,
     hashes: InputHashes,
+    *,
+    checksums: bool,
     threads: int | None,
     memory_budget: int,
     progress: Progress,
 ) -> list[FileRecord]:
     """Write what the journal does not vouch for; return the records of all shards."""
-    starts = [_resume(folder, shard, progress) for shard in layout.shards]
+    starts = [_resume(folder, shard, progress, checksums=checksums) for shard in layout.shards]
     jobs = [job for start in starts for job in start.jobs]
     report = _Report(progress, sum(start.position for start in starts), sum(shard.size for shard in layout.shards))
     records: list[FileRecord] = []
     with Disk() as disk, closing(stream(jobs, hashes, threads=threads, memory_budget=memory_budget)) as pieces:
         for start in starts:
-            records.append(start.finished or _write_shard(folder, start, disk, pieces, report))
+            records.append(start.finished or _write_shard(folder, start, disk, pieces, report, checksums=checksums))
             _note_inputs(folder, hashes, disk)
         # Asking for one more waits until every input is hashed to its last byte.
         surplus = next(pieces, None)
@@ -256,12 +284,12 @@ def _write_shards(
 
 
 def _write_shard(
-    folder: PartialFolder, start: _Start, disk: Disk, pieces: Iterator[Piece], report: _Report
+    folder: PartialFolder, start: _Start, disk: Disk, pieces: Iterator[Piece], report: _Report, *, checksums: bool
 ) -> FileRecord:
     """Append to one shard what is left; it may still be on its way to the disk on return."""
     path = folder.files / start.shard.name
-    if start.digest is None:
-        file = OutputFile.create(path, disk)
+    if start.position == 0:
+        file = OutputFile.create(path, disk, hashed=checksums)
     else:
         file = OutputFile.reopen(path, disk, start.position, start.digest)
     try:
@@ -271,14 +299,18 @@ def _write_shard(
         safe_position = file.position
         for _ in start.jobs:
             for piece in pieces:
-                file.write(piece.data, piece.origin)
-                report.advance(len(piece.data))
+                nbytes = len(piece.data)
+                try:
+                    file.write(piece.data, piece.origin, lent=True)
+                finally:
+                    disk.submit_always(piece.release)
+                report.advance(nbytes)
                 if piece.last:
                     break
             if file.position - safe_position >= _SYNC_BYTES:
                 safe_position = file.position
                 file.flush(partial(folder.note_safe, path.name, Safe(file.position, file.sha256)))
-        record = file.record
+        record = _record(start.shard, file.sha256)
         file.finish(partial(folder.note_finished, record))
     except BaseException:
         file.abandon()

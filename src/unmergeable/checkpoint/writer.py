@@ -1,4 +1,4 @@
-"""One safetensors file written front to back, one tensor at a time, hashed as it goes.
+"""One safetensors file written front to back, one tensor at a time, hashed as it goes if that is asked for.
 
 ``safetensors.save_file`` needs every tensor of a shard at once. A header depends only on names, dtypes and
 shapes, so it can go first and the tensors follow as they become ready; the bytes are the same.
@@ -32,37 +32,37 @@ class Origin:
 
 
 class OutputFile:
-    """An append-only file with a running SHA-256, written in aligned blocks by a :class:`Disk`.
+    """An append-only file, with a running SHA-256 or without, written in aligned blocks by a :class:`Disk`.
 
     ``position`` counts the bytes appended. They are with the disk's thread after :meth:`flush`, and the file has
     its exact length after :meth:`finish`; until then it may end in padding.
     """
 
-    def __init__(self, path: Path, disk: Disk, descriptor: int) -> None:
+    def __init__(self, path: Path, disk: Disk, descriptor: int, digest: hashlib._Hash | None) -> None:
         self.path = path
         self.position = 0
         self._disk = disk
         self._descriptor = descriptor
-        self._digest = hashlib.sha256()
+        self._digest = digest
         self._block = disk.block()
         self._filled = 0
 
     @classmethod
-    def create(cls, path: Path, disk: Disk) -> OutputFile:
-        """Start a file that must not exist.
+    def create(cls, path: Path, disk: Disk, *, hashed: bool = True) -> OutputFile:
+        """Start a file that must not exist, with a running hash unless ``hashed`` is false.
 
         Raises:
             CheckpointError: when it cannot be created.
         """
-        return cls(path, disk, open_new(path))
+        return cls(path, disk, open_new(path), hashlib.sha256() if hashed else None)
 
     @classmethod
-    def reopen(cls, path: Path, disk: Disk, position: int, digest: hashlib._Hash) -> OutputFile:
-        """Go on after ``position`` bytes, whose hash is ``digest`` (:func:`sha256_of_start`).
+    def reopen(cls, path: Path, disk: Disk, position: int, digest: hashlib._Hash | None) -> OutputFile:
+        """Go on after ``position`` bytes, whose hash is ``digest`` (:func:`sha256_of_start`), or None to do without.
 
         What lies behind them is cut off: nobody knows how much of it reached the disk.
         """
-        file = cls(path, disk, open_again(path))
+        file = cls(path, disk, open_again(path), digest)
         tail = position % ALIGNMENT
         try:
             truncate_file(path, file._descriptor, position)
@@ -72,41 +72,41 @@ class OutputFile:
         except BaseException:
             file.abandon()
             raise
-        file._filled, file.position, file._digest = tail, position, digest
+        file._filled, file.position = tail, position
         return file
 
-    def write(self, data: memoryview | bytes, origin: Origin | None = None) -> None:
-        """Append and hash.
+    def write(self, data: memoryview | bytes, origin: Origin | None = None, *, lent: bool = False) -> None:
+        """Append, and hash if the file has a running hash.
 
         As long as the file is equal to the beginning of the one its bytes are copied from, which equal hashes at
         the same position show, the hash is taken over from there: half the work of a copy is hashing.
+
+        ``lent`` memory is left alone until the disk is done with what is queued so far. Where it is large, and lies as
+        a direct write needs it, it is written without a copy.
 
         Raises:
             CheckpointError: when the disk is full or failed, by this write or an earlier one.
         """
         view = memoryview(data)
-        if origin is not None and origin.begin == self.position and origin.before == self._digest.digest():
-            self._digest = origin.after
-        else:
-            self._digest.update(view)
-        while view:
-            count = min(len(view), BLOCK_BYTES - self._filled)
-            self._block[self._filled : self._filled + count] = view[:count]
-            self._filled += count
-            self.position += count
-            view = view[count:]
-            if self._filled == BLOCK_BYTES:
-                self._next_block()
+        if self._digest is not None:
+            if origin is not None and origin.begin == self.position and origin.before == self._digest.digest():
+                self._digest = origin.after
+            else:
+                self._digest.update(view)
+        if lent and len(view) >= BLOCK_BYTES and (_address(view) - self.position) % ALIGNMENT == 0:
+            start = -self.position % ALIGNMENT
+            stop = start + (len(view) - start) // ALIGNMENT * ALIGNMENT
+            self._copy(view[:start])
+            self._next_block()
+            self._disk.write_lent(self.path, self._descriptor, view[start:stop], self.position)
+            self.position += stop - start
+            view = view[stop:]
+        self._copy(view)
 
     @property
-    def sha256(self) -> str:
-        """Hex SHA-256 of everything appended so far."""
-        return self._digest.copy().hexdigest()
-
-    @property
-    def record(self) -> FileRecord:
-        """Name, size and hash of everything appended so far."""
-        return FileRecord(self.path.name, self.position, self.sha256)
+    def sha256(self) -> str | None:
+        """Hex SHA-256 of everything appended so far; None without a running hash."""
+        return None if self._digest is None else self._digest.hexdigest()
 
     def flush(self, then: Callable[[], object]) -> None:
         """Queue everything appended so far, a sync, and ``then``."""
@@ -126,6 +126,16 @@ class OutputFile:
         """Close the file, and free its block, when the disk is done with what is queued."""
         self._disk.submit_always(self._close)
         self._disk.recycle(self._block)
+
+    def _copy(self, view: memoryview) -> None:
+        while view:
+            count = min(len(view), BLOCK_BYTES - self._filled)
+            self._block[self._filled : self._filled + count] = view[:count]
+            self._filled += count
+            self.position += count
+            view = view[count:]
+            if self._filled == BLOCK_BYTES:
+                self._next_block()
 
     def _next_block(self) -> None:
         """Hand over what the block holds. Its unaligned end is written padded, and again with what follows it."""
@@ -159,6 +169,10 @@ def sha256_of_start(path: Path, nbytes: int, told: Callable[[int, int], object])
             left -= count
             told(nbytes - left, nbytes)
     return digest if left == 0 else None
+
+
+def _address(view: memoryview) -> int:
+    return torch.frombuffer(view, dtype=torch.uint8).data_ptr()
 
 
 class ShardWriter:
@@ -224,7 +238,7 @@ class ShardWriter:
         """
         if self._awaited:
             raise CheckpointError(f"{self._file.path.name}: tensor {self._awaited[-1][0]!r} was never written.")
-        record = self._file.record
+        record = FileRecord(self._file.path.name, self._file.position, self._file.sha256)
         self._file.finish(lambda: None)
         self._disk.drain()
         return record

@@ -9,6 +9,7 @@ The kernels are elementwise, so neither the block size nor the number of threads
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from unmergeable.errors import BadInput
 
-# Half a megabyte of float32. Smaller blocks pay torch's cost per call (twice the time at 2**14); with larger ones
-# the operands and the spare buffers of one block no longer share a second-level cache.
-BLOCK_ELEMENTS = 2**17
+# A megabyte of float32. Smaller blocks pay torch's cost per call, and threads hand Python's lock to each other more
+# often (half as much time again at 2**15); with larger ones the buffers of a block no longer share a third-level cache.
+BLOCK_ELEMENTS = 2**18
 
 FLOATING_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -69,14 +70,31 @@ def tensor_blocks(tensor: Tensor, size: int) -> Iterator[Tensor]:
 
 
 class Scratch(threading.local):
-    """Buffers that each thread keeps from one tensor to the next.
+    """Buffers that each thread keeps from one tensor to the next, and the memory of the merged tensor.
 
     ``out_dtype`` is the dtype of the merged tensors; None for that of the operands.
     """
 
     def __init__(self, out_dtype: torch.dtype | None = None) -> None:
         self.out_dtype = out_dtype
+        self._destination: Tensor | None = None
         self._buffers: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+
+    @contextmanager
+    def into(self, destination: Tensor) -> Iterator[None]:
+        """Let this thread's next merged tensor be this one."""
+        self._destination = destination
+        try:
+            yield
+        finally:
+            self._destination = None
+
+    def merged_like(self, template: Operand) -> Tensor:
+        """An uninitialised merged tensor."""
+        destination, self._destination = self._destination, None
+        if destination is not None:
+            return destination
+        return torch.empty(template.shape, dtype=self.out_dtype or template.dtype, device=template.device)
 
     def take(self, count: int, length: int, *, like: Operand) -> list[Tensor]:
         """``count`` buffers of ``length`` elements in the compute dtype of ``like``; their content is arbitrary."""
@@ -154,7 +172,7 @@ def merge_blocks(
         BadInput: when the merge is not finite. A NaN must never be scored as a protection.
     """
     template = operands[0]
-    merged = _merged_like(template, scratch).reshape(-1)
+    merged = scratch.merged_like(template).reshape(-1)
     start = 0
     for blocks, buffers in widened_blocks(operands, scratch, spare=spare, size=size):
         block = kernel(blocks, buffers)
@@ -174,7 +192,7 @@ def merge_whole(
     ``merge`` may overwrite what it is given.
     """
     tensors = [whole_tensor(operand) for operand in operands]
-    merged = _merged_like(operands[0], scratch)
+    merged = scratch.merged_like(operands[0])
     if not all(is_finite(tensor) for tensor in tensors):  # LAPACK stops at a NaN with an error of its own
         raise BadInput(_blame(name, operands, merged.dtype))
     merged.copy_(merge(tensors))
@@ -191,10 +209,6 @@ def whole_tensor(operand: Operand) -> Tensor:
         whole[start : start + block.numel()].copy_(block)
         start += block.numel()
     return whole.reshape(operand.shape)
-
-
-def _merged_like(template: Operand, scratch: Scratch) -> Tensor:
-    return torch.empty(template.shape, dtype=scratch.out_dtype or template.dtype, device=template.device)
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -59,10 +59,7 @@ def add_elected(
         undecided: what a mass of 0 elects.
     """
     elected, total, agreeing = spare
-    first, *others = weighted
-    elected.copy_(first)
-    for task_vector in others:
-        elected.add_(task_vector)
+    _add_up(weighted, out=elected)
     if undecided == "positive":
         torch.copysign(total.fill_(1), elected.add_(0), out=elected)  # a mass of -0 becomes +0 first
     else:
@@ -70,13 +67,22 @@ def add_elected(
 
     # Comparisons and masks are slow on the CPU. Multiplied by the elected sign, those that agree are positive.
     magnitudes = [task_vector.mul_(elected).relu_() for task_vector in weighted]
-    total.copy_(magnitudes[0])
-    for magnitude in magnitudes[1:]:
-        total.add_(magnitude)
+    _add_up(magnitudes, out=total)
     if average != "sum":
-        agreeing.zero_()
-        for magnitude, coefficient in zip(magnitudes, coefficients, strict=True):
-            agreeing.add_(magnitude.sign_(), alpha=1.0 if average == "count" else coefficient)
+        votes = [magnitude.sign_() for magnitude in magnitudes]
+        if average == "weight":
+            votes = [vote.mul_(coefficient) for vote, coefficient in zip(votes, coefficients, strict=True)]
+        _add_up(votes, out=agreeing)
         # Where nobody agrees the total is 0 too, and 0 / tiny = 0.
         total.div_(agreeing.clamp_min_(torch.finfo(agreeing.dtype).tiny))
     return base.addcmul_(total, elected, value=scaling_coefficient)
+
+
+def _add_up(tensors: Sequence[Tensor], *, out: Tensor) -> None:
+    """The sum, left to right; the first addition needs no copy of the first tensor."""
+    if len(tensors) == 1:
+        out.copy_(tensors[0])
+        return
+    torch.add(tensors[0], tensors[1], out=out)
+    for tensor in tensors[2:]:
+        out.add_(tensor)

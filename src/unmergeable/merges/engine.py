@@ -5,7 +5,7 @@ Everything that can be refused is refused before the first byte is written.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from unmergeable.checkpoint.dtypes import dtype_code
+from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.manifest import Manifest
 from unmergeable.checkpoint.partial import require_absent
 from unmergeable.checkpoint.pipeline import default_threads
 from unmergeable.checkpoint.rewrite import OutputTensor, output_like, rewrite
 from unmergeable.checkpoint.source import TensorSource
+from unmergeable.checkpoint.writer import require_spec
 from unmergeable.errors import UsageError
 from unmergeable.merges.blocks import Scratch
 from unmergeable.merges.method import Inputs, Merge, TensorMerge
@@ -47,6 +49,7 @@ def merge(
     *,
     vary: Vary | None = None,
     out_dtype: torch.dtype | None = None,
+    checksums: bool = False,
     threads: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress = silent,
@@ -63,6 +66,8 @@ def merge(
         out: The folder to create.
         vary: What departs from the coefficients and settings in a tensor, by its name; None where nothing does.
         out_dtype: The floating-point dtype of the merge; None for that of the models.
+        checksums: Record the SHA-256 of every file read and written. A merge is no release, and hashing takes longer
+            than merging; without, the manifest has sizes and the hashes of headers.
         threads: Tensors merged at a time; None for one per processor.
         memory_budget: Bytes of merged tensors held between merging and writing.
         progress: Told of the bytes ranked (by methods that rank) and written.
@@ -107,6 +112,7 @@ def merge(
             config_changes=changes,
             verify=partial(_verify, template, out_dtype),
             also_read={role: source for role, source in sources.items() if source is not template},
+            checksums=checksums,
             threads=workers,
             memory_budget=memory_budget,
             progress=progress,
@@ -204,10 +210,18 @@ def _plan(
         if tensor.name not in merged:
             return tensor
         spec = tensor.spec if out_dtype is None else replace(tensor.spec, dtype=dtype_code(out_dtype))
-        make = partial(merge_tensor, tensor.name, inputs.operands(tensor.name), scratch)
-        return replace(tensor, spec=spec, make=make)
+        merge_operands = partial(merge_tensor, tensor.name, inputs.operands(tensor.name), scratch)
+        return replace(tensor, spec=spec, fill=partial(_fill, tensor.name, spec, merge_operands, scratch))
 
     return [planned(tensor) for tensor in output_like(template, {})]
+
+
+def _fill(name: str, spec: TensorSpec, merge_operands: Callable[[], Tensor], scratch: Scratch, out: Tensor) -> None:
+    with scratch.into(out):
+        merged = merge_operands()
+    require_spec(name, merged, spec)
+    if merged.data_ptr() != out.data_ptr():  # the method used memory of its own
+        out.copy_(merged)
 
 
 def _verify(template: TensorSource, out_dtype: torch.dtype | None, written: TensorSource) -> Mapping[str, Any]:

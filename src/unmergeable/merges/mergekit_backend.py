@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, record_file
+from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, record_file, record_header
 from unmergeable.checkpoint.partial import PartialFolder, require_absent
 from unmergeable.checkpoint.reader import Checkpoint
-from unmergeable.checkpoint.side_files import MANIFEST_NAME
+from unmergeable.checkpoint.side_files import CONFIG_NAME, MANIFEST_NAME
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, UnmergeableError, UsageError
 from unmergeable.merges.models import require_nothing_lost
@@ -42,6 +42,7 @@ def merge_with_mergekit(
     *,
     out_dtype: torch.dtype | None = None,
     seed: int = 0,
+    checksums: bool = False,
     threads: int | None = None,
 ) -> Manifest:
     """Run ``mergekit-yaml`` and accept its result only if no tensor is lost.
@@ -52,6 +53,7 @@ def merge_with_mergekit(
         out: the folder to create; it appears complete or not at all.
         out_dtype: the dtype the configuration asks for; None for that of the models.
         seed: for methods that draw masks.
+        checksums: record the SHA-256 of every file read and written; without, sizes and those of headers.
         threads: as many as mergekit's arithmetic may use; None for its own choice.
 
     Raises:
@@ -78,8 +80,8 @@ def merge_with_mergekit(
             require_nothing_lost(template, merged, out_dtype)
             merged.close()
             manifest = Manifest(
-                outputs=by_name([record_file(path) for path in folder.files.iterdir()]),
-                inputs={role: _records(source) for role, source in inputs.items()},
+                outputs=_written(folder.files, checksums=checksums),
+                inputs={role: _records(source, checksums=checksums) for role, source in inputs.items()},
                 details={
                     "recipe": {
                         "merge": document.get("merge_method"),
@@ -135,8 +137,23 @@ def _run(command: list[str], folder: str) -> None:
         raise UnmergeableError(f"{COMMAND} failed with exit code {finished.returncode}: {last} (--debug shows more).")
 
 
-def _records(source: TensorSource) -> tuple[FileRecord, ...]:
+def _records(source: TensorSource, *, checksums: bool) -> tuple[FileRecord, ...]:
     """The files of an input that hold tensors or their configuration."""
     index = source.index
-    shards = [shard.path for shard in index.shards.values() if shard.path is not None]
-    return by_name([record_file(path) for path in dict.fromkeys((index.config_file, *shards, *index.other_files))])
+    shards = {shard.path: shard.name for shard in index.shards.values() if shard.path is not None}
+    small = {index.config_file: CONFIG_NAME} | dict(index.other_files)
+    record = record_file if checksums else record_header
+    return by_name(
+        [record(path, name) for path, name in shards.items()]
+        + [record_file(path, name) for path, name in small.items() if path not in shards]
+    )
+
+
+def _written(folder: Path, *, checksums: bool) -> tuple[FileRecord, ...]:
+    """The files of the result."""
+    return by_name(
+        [
+            record_file(path) if checksums or path.suffix != ".safetensors" else record_header(path)
+            for path in folder.iterdir()
+        ]
+    )
