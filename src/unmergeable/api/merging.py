@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from unmergeable.api.data_merges import informed_by_data
 from unmergeable.api.named_models import absolute_paths, models_named, open_model
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.open import open_checkpoint
@@ -28,7 +29,10 @@ Backend = Literal["own", "mergekit"]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was merged, with which coefficients: None where they differ from tensor to tensor."""
+    """What was merged, with which coefficients: None where they differ from tensor to tensor.
+
+    ``learnt`` is what a merge found out from data, None where it took none.
+    """
 
     out: Path
     method: str
@@ -36,6 +40,7 @@ class MergeResult:
     experts: tuple[tuple[str, float | None], ...]
     tensors: int
     backend: Backend = "own"
+    learnt: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -45,6 +50,7 @@ class MergeResult:
             "settings": dict(self.settings),
             "experts": [{"path": path, "coefficient": coefficient} for path, coefficient in self.experts],
             "tensors": self.tensors,
+            "learnt": None if self.learnt is None else dict(self.learnt),
         }
 
 
@@ -55,9 +61,11 @@ def merge(
     out: Path,
     base: Path | None = None,
     settings: Mapping[str, object] | None = None,
+    data: Sequence[Path] = (),
     config: Path | None = None,
     backend: Backend = "own",
     seed: int = 0,
+    checksums: bool = False,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> MergeResult:
@@ -69,15 +77,18 @@ def merge(
         out: folder to create.
         base: the common base; not needed by ``linear`` and ``slerp``.
         settings: of the method; with ``backend="mergekit"``, parameters of mergekit's method of that name.
+        data: what ``fisher``, ``regmean``, ``soup`` and ``adamerging`` learn from: local files or folders (see
+            ``unmergeable.data``), one for each expert and in their order; for ``soup`` any number.
         config: a mergekit configuration instead of all the above but ``out``.
         backend: ``mergekit`` runs the installed mergekit and refuses its result if a tensor is lost.
         seed: of mergekit's random masks. This package's own are drawn from the method's ``seed`` setting.
+        checksums: record the SHA-256 of every file read and written; without, that of their headers, and sizes.
         threads: tensors merged at a time; None for one per processor.
         progress: told of the bytes ranked and written.
 
     Raises:
-        UsageError: unknown method or setting, a coefficient the method cannot use, too few experts.
-        BadInput: a configuration that cannot be read or means nothing here.
+        UsageError: unknown method or setting, a coefficient the method cannot use, too few experts, missing data.
+        BadInput: a configuration that cannot be read or means nothing here, or data that cannot.
         Mismatch: the checkpoints do not belong together, or mergekit lost a tensor; names the tensor.
     """
     if backend not in ("own", "mergekit"):
@@ -85,11 +96,11 @@ def merge(
     if backend == "mergekit":
         find_command()
     if config is not None:
-        if experts or method is not None or base is not None or settings:
-            raise UsageError("give either a configuration file, or experts with --method, --base and --set.")
+        if experts or method is not None or base is not None or settings or data:
+            raise UsageError("give either a configuration file, or experts with --method, --base, --set and --data.")
         if backend == "mergekit":
-            return _run_config(config, out, seed=seed, threads=threads)
-        return _merge_config(config, out, threads=threads, progress=progress)
+            return _run_config(config, out, seed=seed, checksums=checksums, threads=threads)
+        return _merge_config(config, out, checksums=checksums, threads=threads, progress=progress)
     if method is None:
         raise UsageError("name the merge with --method, or give a mergekit configuration file.")
     if method not in MERGES:
@@ -101,17 +112,41 @@ def merge(
     base_source = None if base is None else open_checkpoint(base)
     sources = [(open_checkpoint(path, base=base), coefficient) for path, coefficient in experts]
     if backend == "mergekit":
+        if data:
+            raise UsageError("mergekit merges without data; leave out --data, or --backend.")
         return _run_method(
-            method, base_source, sources, experts, settings or {}, out, base=base, seed=seed, threads=threads
+            method,
+            base_source,
+            sources,
+            experts,
+            settings or {},
+            out,
+            base=base,
+            seed=seed,
+            checksums=checksums,
+            threads=threads,
         )
     configured = configure(MERGES[method], settings or {})
-    engine.merge(base_source, sources, configured, out, threads=threads, progress=progress)
-    coefficients = configured.resolve([coefficient for _, coefficient in experts])
+    with informed_by_data(configured, base_source, sources, data, out=out, progress=progress) as informed:
+        engine.merge(
+            base_source,
+            [(source, value) for (source, _), value in zip(sources, informed.coefficients, strict=True)],
+            informed.method,
+            out,
+            vary=informed.vary,
+            checksums=checksums,
+            threads=threads,
+            progress=progress,
+        )
+    coefficients: Sequence[float | None] = configured.resolve(informed.coefficients)
+    if informed.vary is not None:
+        coefficients = [None] * len(experts)
     used = tuple((str(path), value) for (path, _), value in zip(experts, coefficients, strict=True))
-    return MergeResult(out, method, settings_of(configured), used, len(sources[0][0].names))
+    tensors = len(sources[0][0].names)
+    return MergeResult(out, method, settings_of(configured), used, tensors, learnt=informed.learnt)
 
 
-def _merge_config(config: Path, out: Path, *, threads: int | None, progress: Progress) -> MergeResult:
+def _merge_config(config: Path, out: Path, *, checksums: bool, threads: int | None, progress: Progress) -> MergeResult:
     """Merge as a configuration says, with the merges of this package."""
     parsed = read_config(config)
     try:
@@ -132,6 +167,7 @@ def _merge_config(config: Path, out: Path, *, threads: int | None, progress: Pro
         out,
         vary=vary,
         out_dtype=_torch_dtype(parsed),
+        checksums=checksums,
         threads=threads,
         progress=progress,
     )
@@ -142,7 +178,7 @@ def _merge_config(config: Path, out: Path, *, threads: int | None, progress: Pro
     return MergeResult(out, meaning.method.name, settings_of(meaning.method), tuple(used), len(names))
 
 
-def _run_config(config: Path, out: Path, *, seed: int, threads: int | None) -> MergeResult:
+def _run_config(config: Path, out: Path, *, seed: int, checksums: bool, threads: int | None) -> MergeResult:
     """Have mergekit merge as a configuration says: any that mergekit takes, if it keeps the tensors."""
     document = read_document(config)
     models = models_named(document)
@@ -158,6 +194,7 @@ def _run_config(config: Path, out: Path, *, seed: int, threads: int | None) -> M
         out,
         out_dtype=None if dtype is None else _named_dtype(str(dtype)),
         seed=seed,
+        checksums=checksums,
         threads=threads,
     )
     parameters = document.get("parameters") or {}
@@ -176,6 +213,7 @@ def _run_method(
     *,
     base: Path | None,
     seed: int,
+    checksums: bool,
     threads: int | None,
 ) -> MergeResult:
     """Have mergekit merge experts with its method of this name, in float32 and stored as the models are."""
@@ -204,7 +242,7 @@ def _run_method(
     inputs = {f"expert {number}": source for number, (source, _) in enumerate(sources, start=1)}
     if base_source is not None:
         inputs = {"base": base_source, **inputs}
-    merge_with_mergekit(document, inputs, out, seed=seed, threads=threads)
+    merge_with_mergekit(document, inputs, out, seed=seed, checksums=checksums, threads=threads)
     used = tuple((str(path), value) for (path, _), value in zip(experts, coefficients, strict=True))
     return MergeResult(out, method, document["parameters"], used, len(template.names), "mergekit")
 

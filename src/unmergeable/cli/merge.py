@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from statistics import fmean
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,12 +33,26 @@ def merge(
         typer.Option("--base", metavar="BASE", help="What they were fine-tuned from; `linear` and `slerp` do without."),
     ] = None,
     assignments: SetOption = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="Examples for methods that need data, from local files; repeat it for each --expert, in their order.",
+        ),
+    ] = None,
     backend: Annotated[
         Literal["own", "mergekit"],
         typer.Option(
             "--backend", help="`mergekit` runs the installed mergekit, and refuses a merge that lost tensors."
         ),
     ] = "own",
+    checksums: Annotated[
+        bool,
+        typer.Option(
+            "--checksums", help="Record the SHA-256 of every file read and written, not only of headers; takes longer."
+        ),
+    ] = False,
     threads: ThreadsOption = None,
 ) -> Outcome:
     """Merge fine-tunes of one base, as somebody might who found yours.
@@ -57,8 +73,10 @@ def merge(
             method=method,
             out=out,
             settings=settings,
+            data=data or [],
             config=config,
             backend=backend,
+            checksums=checksums,
             threads=threads,
             progress=progress,
         )
@@ -67,7 +85,20 @@ def merge(
     text += [
         f"  {path}" if coefficient is None else f"  {coefficient:g} of {path}" for path, coefficient in result.experts
     ]
-    return Outcome(result.to_json(), text)
+    return Outcome(result.to_json(), [*text, *describe_learnt(result.learnt or {})])
+
+
+def describe_learnt(learnt: Mapping[str, Any]) -> list[str]:
+    """What a merge found out from data, in a line or none."""
+    if "soup" in learnt:
+        experts = ", ".join(map(str, learnt["soup"]))
+        kept = [trial["score"] for trial in learnt["trials"] if trial["kept"]]
+        return [f"  In the soup: experts {experts} (score {kept[-1]:.4f}; the best alone {kept[0]:.4f})"]
+    if "entropies" in learnt:
+        first, last = (fmean(entropies) for entropies in (learnt["entropies"][0], learnt["entropies"][-1]))
+        means = ", ".join(f"{fmean(values):.3f}" for values in zip(*learnt["coefficients"].values(), strict=True))
+        return [f"  Entropy {first:.3f} -> {last:.3f} nats; mean coefficients {means}"]
+    return []
 
 
 def parse_expert(text: str) -> tuple[Path, float | None]:

@@ -1,0 +1,66 @@
+"""``saved``: a folder that ``datasets`` wrote with ``save_to_disk``. Rows hold ``text`` or ``image``, and ``label``."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from unmergeable.data.example import Content, Example
+from unmergeable.data.images import as_pixels
+from unmergeable.data.records import Fields, Records, make_example, require_field
+from unmergeable.errors import BadInput, UsageError
+
+_SEVERAL = "dataset_dict.json"
+_MARKERS = (_SEVERAL, "state.json")
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder is what ``save_to_disk`` writes."""
+    return any((path / marker).is_file() for marker in _MARKERS)
+
+
+def open_records(path: Path, fields: Fields) -> Records:
+    """The rows of a data set, memory-mapped.
+
+    Raises:
+        UsageError: ``datasets`` is not installed.
+        BadInput: not such a folder; or one that holds several data sets.
+    """
+    if not is_saved(path):
+        raise BadInput(f"{path} was not written by save_to_disk; give such a folder.")
+    if (path / _SEVERAL).is_file():
+        inner = sorted(child.name for child in path.iterdir() if child.is_dir())
+        raise BadInput(f"{path} holds several data sets; give one of them: {', '.join(str(path / n) for n in inner)}.")
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise UsageError("datasets is not installed; pip install datasets") from None
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BadInput(f"{path}: not readable as a data set ({reason}); write it again.") from None
+    return _Rows(path, rows, fields)
+
+
+class _Rows:
+    def __init__(self, path: Path, rows: Any, fields: Fields) -> None:
+        self._path, self._rows, self._fields = path, rows, fields
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Example:
+        origin = f"{self._path}[{number}]"
+        row = self._rows[number]
+        name = require_field(row, self._fields, origin)
+        value = row[name]
+        content: Content
+        if name == self._fields.image and hasattr(value, "convert"):
+            content = as_pixels(value)
+        elif name == self._fields.text and isinstance(value, str):
+            content = value
+        else:
+            raise BadInput(f"{origin}: {name!r} is {type(value).__name__}; it must be text or an image.")
+        return make_example(content, row.get(self._fields.label), origin)

@@ -1,0 +1,131 @@
+"""What a network is asked: examples, and how its output is read as a choice among classes.
+
+A classifier chooses one class per example. A causal language model chooses a token at every place of a text but the
+first, so an example has many choices. Either way the choices are rows of logits, and everything that only needs a
+likelihood, an entropy or an accuracy works on both. Encoders that end in features bring a ``predict`` of their own,
+which holds the head of the task.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from unmergeable.errors import BadInput
+from unmergeable.network.encoding import EncodedBatch
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Choices of a batch: logits, [choices, classes], and the right ones, int64 [choices], where they are known."""
+
+    logits: Tensor
+    targets: Tensor | None
+
+    def require_targets(self) -> Tensor:
+        """The right choices. Raises BadInput when they are not known."""
+        if self.targets is None:
+            raise BadInput("the data have no labels; this use of them needs one for every example.")
+        return self.targets
+
+
+Predict = Callable[[Any, EncodedBatch], Prediction]
+"""A network and a batch, to its choices."""
+
+
+def predict(network: Any, batch: EncodedBatch) -> Prediction:
+    """The choices of a transformers classifier or causal language model.
+
+    Raises:
+        BadInput: the network is neither; the message says what to do.
+    """
+    output = answer(network, batch)
+    logits: Tensor | None = getattr(output, "logits", None)
+    if logits is not None and logits.dim() == 2:
+        return Prediction(logits, batch.labels)
+    if logits is not None and logits.dim() == 3 and is_causal_language_model(network):
+        return _next_tokens(logits, batch)
+    raise BadInput(
+        f"{type(network).__name__} is no classifier and no causal language model; give a checkpoint that is one, or "
+        "from Python a predict function with the head of the task."
+    )
+
+
+def answer(network: Any, batch: EncodedBatch) -> Any:
+    """The network's output.
+
+    Raises:
+        BadInput: the network does not take these inputs: their names, their shapes, or tokens that it does not know.
+    """
+    try:
+        return network(**batch.inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        inputs = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.inputs.items())
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BadInput(
+            f"{type(network).__name__} does not take the inputs {inputs} ({reason}); give data made for this network."
+        ) from error
+
+
+def is_causal_language_model(network: Any) -> bool:
+    """Whether transformers lists the network's class among those that predict the next token."""
+    if not type(network).__module__.startswith("transformers."):
+        return False
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    return type(network).__name__ in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _next_tokens(logits: Tensor, batch: EncodedBatch) -> Prediction:
+    """Each token from those before it; what the mask hides is left out."""
+    ids = batch.inputs["input_ids"]
+    mask = batch.inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    is_seen = mask[:, :-1] & mask[:, 1:]
+    return Prediction(logits[:, :-1][is_seen], ids[:, 1:][is_seen])
+
+
+@dataclass(frozen=True)
+class Task:
+    """``batches`` can be gone through again, and are the same each time."""
+
+    name: str
+    batches: Iterable[EncodedBatch]
+    predict: Predict = predict
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """The mean entropy of the choices, in nats: logits [choices, classes] to a scalar."""
+    log_probabilities = functional.log_softmax(logits, dim=-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean()
+
+
+@torch.no_grad()
+def accuracy(network: Any, task: Task) -> float:
+    """The fraction of right choices, over all examples.
+
+    Raises:
+        BadInput: the data have no labels, or there are none.
+    """
+    right = total = 0
+    device = device_of(network)
+    for batch in task.batches:
+        prediction = task.predict(network, batch.to(device))
+        targets = prediction.require_targets()
+        right += int((prediction.logits.argmax(dim=-1) == targets).sum())
+        total += len(targets)
+    if total == 0:
+        raise BadInput(f"{task.name}: no examples to score; give some.")
+    return right / total
+
+
+def device_of(network: Any) -> torch.device:
+    """Where the network's weights are."""
+    device: torch.device = next(network.parameters()).device
+    return device

@@ -1,0 +1,230 @@
+"""Every format gives the same examples, and what is wrong with one is said in one line that names it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from unmergeable.data import DataSource, Example, Fields, class_number
+from unmergeable.data.formats import FORMATS, find_format
+from unmergeable.errors import BadInput, UsageError
+
+TEXTS = ["a first text", "zweiter Text: ä", "third"]
+LABELS = [2, 0, 1]
+
+
+@pytest.fixture
+def pixels() -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3), dtype=np.uint8))
+
+
+def write_lines(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_images(folder: Path, images: list[np.ndarray], labels: list[int]) -> Path:
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        place = folder / str(label)
+        place.mkdir(parents=True)
+        Image.fromarray(image).save(place / f"{number}.png")
+    return folder
+
+
+def contents(source: DataSource) -> list[object]:
+    return [e.content if isinstance(e.content, str) else np.asarray(e.content).tolist() for e in source]
+
+
+def test_texts_with_labels_are_the_same_in_every_format(tmp_path: Path) -> None:
+    rows = [{"text": text, "label": label} for text, label in zip(TEXTS, LABELS, strict=True)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    np.savez(tmp_path / "texts.npz", text=np.array(TEXTS), labels=np.array(LABELS))
+    paths = {
+        "jsonl": write_lines(tmp_path / "texts.jsonl", rows),
+        "npz": tmp_path / "texts.npz",
+        "saved": tmp_path / "saved",
+    }
+    for name, path in paths.items():
+        assert find_format(path) == name
+        examples = list(DataSource(path))
+        assert [example.content for example in examples] == TEXTS
+        assert [example.label for example in examples] == LABELS
+
+
+def test_plain_text_gives_its_lines_and_skips_blank_ones(tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join([TEXTS[0], "", "   ", *TEXTS[1:]]) + "\r\n", encoding="utf-8")
+    examples = list(DataSource(path))
+    assert [example.content for example in examples] == TEXTS
+    assert [example.label for example in examples] == [None] * 3
+    assert examples[1].origin == f"{path}:4"
+
+
+def test_images_are_the_same_in_every_format(tmp_path: Path, pixels: list[np.ndarray]) -> None:
+    folder = write_images(tmp_path / "images", pixels, LABELS)
+    np.savez(tmp_path / "images.npz", images=np.stack(pixels), label=np.array(LABELS))
+    files = [f"images/{label}/{number}.png" for number, label in enumerate(LABELS)]
+    lines = write_lines(tmp_path / "i.jsonl", [{"image": f, "label": n} for f, n in zip(files, LABELS, strict=True)])
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = [{"image": Image.fromarray(image), "label": label} for image, label in zip(pixels, LABELS, strict=True)]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    for path in (tmp_path / "images.npz", lines, tmp_path / "saved"):
+        examples = list(DataSource(path))
+        assert [example.label for example in examples] == LABELS
+        assert all(np.array_equal(e.content, image) for e, image in zip(examples, pixels, strict=True))  # type: ignore[arg-type]
+    by_class = list(DataSource(folder))  # in the order of the folders
+    assert [example.label for example in by_class] == ["0", "1", "2"]
+    for example in by_class:
+        assert np.array_equal(example.content, pixels[LABELS.index(class_number(example, ["x", "y", "z"]))])  # type: ignore[arg-type]
+
+
+def test_grey_images_get_three_channels(tmp_path: Path) -> None:
+    np.savez(tmp_path / "grey.npz", image=np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
+    (tmp_path / "flat").mkdir()
+    Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).save(tmp_path / "flat" / "grey.png")
+    for example in (*DataSource(tmp_path / "grey.npz"), *DataSource(tmp_path / "flat")):
+        assert isinstance(example.content, np.ndarray)
+        assert example.content.shape == (3, 4, 3)
+        assert (example.content == example.content[..., :1]).all()
+        assert example.label is None
+
+
+def test_an_archive_may_hold_the_inputs_of_a_network(tmp_path: Path) -> None:
+    np.savez(tmp_path / "ids.npz", input_ids=np.arange(6).reshape(2, 3), attention_mask=np.ones((2, 3)), label=[1, 0])
+    first, second = DataSource(tmp_path / "ids.npz")
+    assert isinstance(first.content, dict)
+    assert sorted(first.content) == ["attention_mask", "input_ids"]
+    assert first.content["input_ids"].tolist() == [0, 1, 2]
+    assert second.label == 0
+
+
+def test_fields_may_have_other_names(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", [{"question": "why?", "answer": "because"}])
+    (example,) = DataSource(path, fields=Fields(text="question", label="answer"))
+    assert (example.content, example.label) == ("why?", "because")
+
+
+def lines_of(*rows: object) -> Callable[[Path], Path]:
+    return lambda folder: write_lines(folder / "x.jsonl", list(rows))
+
+
+def raw(name: str, data: bytes) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+        return folder / name
+
+    return write
+
+
+def arrays(**named: np.ndarray) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        np.savez(folder / "x.npz", **named)  # type: ignore[arg-type]
+        return folder / "x.npz"
+
+    return write
+
+
+def image_tree(*names: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        for name in names:
+            place = folder / "tree" / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (2, 2)).save(place)
+        return folder / "tree"
+
+    return write
+
+
+def several(folder: Path) -> Path:
+    rows = datasets.Dataset.from_list([{"text": "a"}])
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(folder / "several"))
+    return folder / "several"
+
+
+REFUSED: list[tuple[str, Callable[[Path], Path], str]] = [
+    ("hub name", lambda folder: Path("stanfordnlp/imdb"), r"imdb does not exist; data are read from local files"),
+    ("suffix", raw("x.csv", b"a,b"), r"x.csv: not a known format of data; use .jsonl, .ndjson"),
+    ("empty", raw("x.jsonl", b"\n \n"), r"x.jsonl: no examples; give data"),
+    ("empty folder", lambda folder: folder, r": no examples; give data"),
+    ("not JSON", raw("x.jsonl", b'{"text": "a"}\n{"text": \n'), r"x.jsonl:2: not JSON"),
+    ("no object", lines_of(["a"]), r"x.jsonl:1: not a JSON object"),
+    ("not UTF-8", raw("x.txt", b"ok\n\xff\xfe\n"), r"x.txt:2: not UTF-8"),
+    ("missing field", lines_of({"text": "a"}, {"body": "b"}), r"x.jsonl:2: no field 'text' or 'image'; it has 'body'"),
+    ("empty text", lines_of({"text": " "}), r"x.jsonl:1: the text is empty"),
+    ("text of numbers", lines_of({"text": 5}), r"x.jsonl:1: 'text' is int, not a string"),
+    ("label of a list", lines_of({"text": "a", "label": [1]}), r"x.jsonl:1: the label is \[1\]; a label is"),
+    ("label of truth", lines_of({"text": "a", "label": True}), r"x.jsonl:1: the label is True"),
+    ("no such image", lines_of({"image": "gone.png"}), r"gone.png does not exist"),
+    ("no image", raw("tree/a.png", b"\x89PNG nonsense"), r"a.png: not a readable image"),
+    ("cut image", raw("tree/a.jpg", b"\xff\xd8\xff\xe0\x00\x10JFIF"), r"a.jpg: not a readable image"),
+    ("some without class", image_tree("a.png", "cats/b.png"), r"a.png lies beside folders of images"),
+    ("no archive", raw("x.npz", b"PK nonsense"), r"x.npz: not a readable archive"),
+    ("objects", arrays(text=np.array([None, 1], dtype=object)), r"x.npz: not a readable archive"),
+    ("lengths", arrays(text=np.array(["a"]), label=np.arange(2)), r"x.npz: arrays of different lengths"),
+    ("a scalar", arrays(text=np.array("a")), r"x.npz: arrays of different lengths"),
+    ("only labels", arrays(label=np.arange(2)), r"x.npz: no array 'text', 'image' or of network inputs"),
+    ("image of floats", arrays(image=np.zeros((1, 2, 2))), r"x.npz\[0\]: an image of float64 \[2, 2\]; it must be"),
+    ("label of fractions", arrays(text=np.array(["a"]), label=np.array([0.5])), r"x.npz\[0\]: the label is 0.5"),
+    ("several sets", several, r"several holds several data sets; give one of them: .*several/test, .*several/train"),
+    ("broken set", raw("set/state.json", b"{}"), r"set: not readable as a data set"),
+]
+
+
+@pytest.mark.parametrize(("write", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_refuses_in_one_line(tmp_path: Path, write: Callable[[Path], Path], message: str) -> None:
+    path = write(tmp_path)
+    path = path.parent if path.parent.name in ("tree", "set") else path
+    with pytest.raises(BadInput, match=message) as caught:
+        list(DataSource(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_that_does_not_fit_the_path_is_refused(tmp_path: Path, name: str) -> None:
+    path = write_lines(tmp_path / "x.bin", [{"wrong": 1}])
+    if name == "text":  # any line is an example: the control
+        assert len(list(DataSource(path, format="text"))) == 1
+        return
+    with pytest.raises(BadInput):
+        list(DataSource(path, format=name))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (3, r"x:1: label 3 is out of range; the network has classes 0 to 2"),
+        (-1, r"label -1 is out of range"),
+        ("7", r"label 7 is out of range"),
+        ("horse", r"'horse' is none of the network's classes \(cat, dog, 2\)"),
+        (None, r"x:1: no label"),
+    ],
+)
+def test_labels_out_of_range_are_refused(label: int | str | None, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        class_number(Example("text", label, "x:1"), ["cat", "dog", "2"])
+
+
+def test_labels_are_names_before_they_are_numbers() -> None:
+    names = ["cat", "dog", "0"]
+    assert [class_number(Example("text", label, "x:1"), names) for label in ("dog", "0", "1", 0)] == [1, 2, 1, 0]
+
+
+def test_a_missing_reader_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = raw("set/state.json", b"{}")(tmp_path).parent
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UsageError, match="datasets is not installed; pip install datasets"):
+        list(DataSource(path))
+    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    with pytest.raises(UsageError, match="Pillow is not installed"):
+        list(DataSource(image_tree_without_pillow(tmp_path)))
+
+
+def image_tree_without_pillow(folder: Path) -> Path:
+    return raw("tree/a.png", b"")(folder).parent
