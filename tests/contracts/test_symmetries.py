@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from memory_source import MemorySource
 from unmergeable.architecture import Architecture, Space, detect
-from unmergeable.gauge.act import transform_all
-from unmergeable.gauge.elements import Dense, Element, Monomial, Rotary
+from unmergeable.gauge.act import origins, transform_all
+from unmergeable.gauge.elements import Dense, Element, Monomial, Orthogonal, Rotary
+from unmergeable.gauge.equivalence import compare
 from unmergeable.gauge.gauge import fixed_gauge, sampled_gauge, undo
 from unmergeable.gauge.groups import contains, haar, sample
+from unmergeable.protections import LargestGauge, Weights
 from unmergeable.randomness import Stream
 from zoo import TOYS, Toy, load_toy, outputs, write_toy
 
 CONDITION = 4.0
-ROLES = ("query_key", "value_output", "heads", "feed_forward")
+ROLES = ("query_key", "value_output", "heads", "feed_forward", "experts", "norm", "residual")
 # RMS norms, softmax and rotary tables of transformers are computed in float32 whatever the dtype of the weights,
 # so that even in float64 two equal functions agree only to some float32 roundings.
 TOLERANCE = 16 * torch.finfo(torch.float32).eps
@@ -79,8 +82,12 @@ def test_every_declared_group_keeps_the_function(name: str, written: Any) -> Non
     found = model.output_with(moved)
     assert float((found - model.expected).norm() / model.expected.norm()) <= TOLERANCE
 
-    touched = model.architecture.symmetry.tensors_of(spaces)
-    assert [key for key in touched if torch.equal(moved[key], model.tensors[key])] == []
+    for role in set(ROLES) - {"heads", "experts"}:  # of those there are so few that some stay where they are
+        own = model.architecture.symmetry.select(role)
+        touched = model.architecture.symmetry.tensors_of(own)
+        alone = sampled_gauge(own, Stream.from_seed(11), CONDITION)
+        after = transform_all(model.tensors, model.architecture.symmetry, [alone])
+        assert [key for key in touched if torch.equal(after[key], model.tensors[key])] == [], role
 
     restored = transform_all(moved, model.architecture.symmetry, undo([gauge]))
     for key, tensor in model.tensors.items():
@@ -92,8 +99,8 @@ def test_every_role_moves_the_function_when_only_one_side_follows(name: str, wri
     """The control: a gauge whose readers do not follow breaks the network, so the test above can fail."""
     model = written(name)
     symmetry = model.architecture.symmetry
-    for role in ("query_key", "value_output"):
-        spaces = symmetry.select(role)
+    for role in ("query_key", "value_output", "norm", "residual"):
+        spaces = symmetry.select(role)  # type: ignore[arg-type]
         gauge = sampled_gauge(spaces, Stream.from_seed(11), CONDITION)
         moved = transform_all(model.tensors, symmetry, [gauge])
         readers = {
@@ -139,7 +146,12 @@ def half_turns(space: Space, pairing: Any) -> Element:
     return Rotary(torch.polar(torch.ones_like(phases), phases), pairing)
 
 
-# What SYMMETRIES of transformers do not allow, each tried on a network that would show it.
+def alternating(space: Space) -> Element:
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(space.size // 2)
+    return Monomial(torch.arange(space.size).expand(space.blocks, -1), signs.expand(space.blocks, -1))
+
+
+# What the symmetries of transformers do not allow, each tried on a network that would show it.
 FORBIDDEN = {
     "any matrix under rotary positions": ("llama", "query_key", None, dense),
     "an orthogonal matrix under rotary positions": (
@@ -168,6 +180,9 @@ FORBIDDEN = {
     "a matrix between rotary and other coordinates": ("gpt_neox", "query_key", "rotary", dense),
     "scales through GELU": ("gpt2", "feed_forward", "permutation", diagonal),
     "scales through a gate": ("llama", "feed_forward", "permutation", diagonal),
+    "signs of single coordinates behind a LayerNorm": ("gpt2", "residual", None, alternating),
+    "signs of single coordinates in CLIP": ("clip", "residual", None, alternating),
+    "signs of single coordinates through the head BERT is tied to": ("bert", "residual", None, alternating),
     "signs through ReLU": (
         "opt", "feed_forward", "positive_diagonal",
         lambda space: Monomial(
@@ -214,3 +229,147 @@ def test_t5_heads_move_together_or_not_at_all(written: Any) -> None:
     gauge = fixed_gauge(alone.symmetry.spaces, {space.name: reversal(space)})
     found = model.output_with(transform_all(model.tensors, alone.symmetry, [gauge]))
     assert float((found - model.expected).norm() / model.expected.norm()) > 1000 * TOLERANCE
+
+
+# ------------------------------------------------------------------------------------------ rotations of the stream
+
+ROTATING = ["llama", "llama-classification", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe", "deepseek_v2",
+            "deepseek_v3"]  # fmt: skip
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", ROTATING)
+def test_rms_streams_rotate_between_gains_that_are_folded_and_moved_back(name: str, written: Any) -> None:
+    model = written(name)
+    symmetry = model.architecture.symmetry
+    gauges = LargestGauge().gauges(model.architecture, Stream.from_seed(3), Weights(MemorySource(model.tensors)))
+    assert [space for gauge in gauges for space in gauge.spaces if space == "residual.rotation"]
+    moved = transform_all(model.tensors, symmetry, gauges)
+    assert relative(model.output_with(moved), model.expected) <= TOLERANCE
+    gains = {norm.gain for stream in model.architecture.residuals for norm in stream.norms}
+    for key, tensor in model.tensors.items():
+        if key in gains:  # g . (1 / g) . g is g but for its last digit
+            assert (moved[key] - tensor).abs().max() <= 4 * torch.finfo(torch.float64).eps * tensor.abs().max()
+    restored = transform_all(moved, symmetry, undo(gauges))
+    spread = max(float(model.tensors[gain].abs().max() / model.tensors[gain].abs().min()) for gain in gains)
+    for key, tensor in model.tensors.items():
+        # A column behind a small gain comes back from among larger ones: their roundings weigh more there.
+        assert (restored[key] - tensor).abs().max() <= 512 * torch.finfo(torch.float64).eps * CONDITION**2 * spread
+
+
+@pytest.mark.parametrize("name", [name for name in TOYS if name not in ROTATING])
+def test_every_other_stream_says_why_it_does_not_rotate(name: str, written: Any) -> None:
+    architecture = written(name).architecture
+    assert not any(space.folded for space in architecture.symmetry.spaces.values())
+    for stream in architecture.residuals:
+        assert architecture.symmetry.missing[f"{stream.name}.rotation"]
+    if not architecture.residuals:
+        assert any(key.endswith("residual") for key in architecture.symmetry.missing)
+
+
+def rotated_without_gains(model: Written, tensors: dict[str, torch.Tensor]) -> float:
+    """A rotation of every stream with gains where they are: what not folding them comes to."""
+    legs = {
+        key: tuple(leg for leg in every if leg.variance != "gain")
+        for key, every in model.architecture.symmetry.legs.items()
+    }
+    symmetry = replace(model.architecture.symmetry, legs=legs)
+    spaces = symmetry.select("residual")
+    turns = {key: Orthogonal(haar(1, space.size, Stream.from_seed(5).child(key))) for key, space in spaces.items()}
+    found = model.output_with(transform_all(tensors, symmetry, [fixed_gauge(symmetry.spaces, dict(turns))]))
+    return relative(found, model.expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "gpt2", "vit", "t5", "bert"])
+def test_rotations_without_folding_break_the_network(name: str, written: Any) -> None:
+    model = written(name)
+    assert rotated_without_gains(model, model.tensors) > 1000 * TOLERANCE
+
+
+def test_layer_norms_do_not_rotate_even_with_all_gains_at_one(written: Any) -> None:
+    """Control and reason: with the same gains an RMS stream does rotate, one behind LayerNorms does not."""
+    for name, allowed in (("llama", True), ("gpt2", False)):
+        model = written(name)
+        gains = {norm.gain for stream in model.architecture.residuals for norm in stream.norms}
+        flat = {key: torch.ones_like(tensor) if key in gains else tensor for key, tensor in model.tensors.items()}
+        plain = Written(model.toy, model.folder, model.tensors, model.architecture, model.output_with(flat))
+        gap = rotated_without_gains(plain, flat)
+        assert gap <= TOLERANCE if allowed else gap > 1000 * TOLERANCE
+
+
+def test_subtracting_the_mean_of_the_embeddings_is_no_symmetry_of_rms_norms(written: Any) -> None:
+    model = written("llama")
+    changed = dict(model.tensors)
+    for axis in model.architecture.residuals[0].axes:
+        if axis.variance == "vector":
+            tensor = changed[axis.tensor]
+            changed[axis.tensor] = tensor - tensor.mean(axis.axis, keepdim=True)
+    assert relative(model.output_with(changed), model.expected) > 1000 * TOLERANCE
+
+
+# ------------------------------------------------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
+def test_experts_move_with_their_router_and_not_without(name: str, written: Any) -> None:
+    model = written(name)
+    symmetry = model.architecture.symmetry
+    spaces = symmetry.select("experts")
+    gauge = fixed_gauge(symmetry.spaces, {key: reversal(space) for key, space in spaces.items()})
+    moved = transform_all(model.tensors, symmetry, [gauge])
+    assert relative(model.output_with(moved), model.expected) <= TOLERANCE
+    assert all(torch.equal(moved[end], model.tensors[start]) for end, start in origins(symmetry, [gauge]).items())
+    for routing in ("gate.weight", "e_score_correction_bias"):
+        left = {key: model.tensors[key] if key.endswith(routing) else tensor for key, tensor in moved.items()}
+        if any(key.endswith(routing) and ".mlp" in key for key in model.tensors):
+            assert relative(model.output_with(left), model.expected) > 100 * TOLERANCE, routing
+
+
+def test_experts_do_not_leave_their_group(written: Any) -> None:
+    model = written("deepseek_v3")
+    free = replace(
+        model.architecture, mixtures=tuple(replace(mixture, groups=1) for mixture in model.architecture.mixtures)
+    )
+    space = next(iter(free.symmetry.select("experts").values()))
+    across = Monomial(torch.tensor([[2, 1, 0, 3]]), torch.ones(1, 4, dtype=torch.float64))
+    gauge = fixed_gauge(free.symmetry.spaces, {space.name: across})
+    found = model.output_with(transform_all(model.tensors, free.symmetry, [gauge]))
+    assert relative(found, model.expected) > 100 * TOLERANCE
+
+
+def fused(model: Written) -> Written:
+    """The same network with all experts of a layer in two tensors, as transformers holds them in memory."""
+    tensors = dict(model.tensors)
+    for mixture in model.architecture.mixtures:
+        gates, ups, downs = ([tensors.pop(name) for name in stack] for stack in mixture.stacks)
+        both = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
+        tensors[f"{mixture.name}.experts.gate_up_proj"] = torch.stack(both)
+        tensors[f"{mixture.name}.experts.down_proj"] = torch.stack(downs)
+    config = json.loads((model.folder / "config.json").read_text())
+    architecture = detect(config, {key: tuple(value.shape) for key, value in tensors.items()})
+    return replace(model, tensors=tensors, architecture=architecture)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_fused_experts_move_with_their_router_and_with_the_stream(name: str, written: Any) -> None:
+    model = fused(written(name))
+    original = written(name).tensors
+    try:
+        assert relative(model.output_with(model.tensors), model.expected) <= TOLERANCE  # transformers reads them
+        assert model.architecture.symmetry.missing
+        gauges = LargestGauge().gauges(model.architecture, Stream.from_seed(3), Weights(MemorySource(model.tensors)))
+        moved = transform_all(model.tensors, model.architecture.symmetry, gauges)
+        assert relative(model.output_with(moved), model.expected) <= TOLERANCE
+        sides = (MemorySource(tensors) for tensors in (model.tensors, moved))
+        assert compare(*sides, model.architecture, condition=CONDITION, threads=1, through_streams=True).is_equal
+        key = next(key for key in moved if key.endswith("experts.down_proj"))
+        swapped = {**moved, key: moved[key].flip(0)}
+        assert relative(model.output_with(swapped), model.expected) > 100 * TOLERANCE
+        sides = (MemorySource(tensors) for tensors in (model.tensors, swapped))
+        assert not compare(*sides, model.architecture, condition=CONDITION, threads=1, through_streams=True).is_equal
+    finally:
+        (file,) = model.folder.glob("*.safetensors")
+        save_file(original, file, metadata={"format": "pt"})

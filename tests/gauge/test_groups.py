@@ -83,20 +83,28 @@ def test_samples_come_close_to_the_condition_asked_for() -> None:
         assert element.condition() > 16**0.9, kind
 
 
+SIGNED = {"signed_permutation", "orthogonal"}
+
 # Subgroups: each kind with every kind that contains it. A quarter turn moves coordinates and flips signs; nothing else
 # that moves coordinates is a matrix of complex numbers.
 CONTAINED_IN: dict[GroupKind, set[str]] = {
     "general_linear": {"general_linear"},
     "rotary": {"rotary", "general_linear"},
-    "quarter_turn": {"quarter_turn", "rotary", "general_linear"},
-    "pair_sign": {"pair_sign", "quarter_turn", "rotary", "diagonal", "general_linear"},
+    "quarter_turn": {"quarter_turn", "rotary", "general_linear", *SIGNED},
+    "pair_sign": {"pair_sign", "quarter_turn", "rotary", "diagonal", "general_linear", *SIGNED},
     "pair_scale": {"pair_scale", "rotary", "positive_diagonal", "diagonal", "general_linear"},
     "block_scale": {"block_scale", "pair_scale", "rotary", "positive_diagonal", "diagonal", "general_linear"},
-    "block_sign": {"block_sign", "pair_sign", "quarter_turn", "rotary", "diagonal", "general_linear"},
-    "permutation": {"permutation", "general_linear"},
+    "block_sign": {
+        "block_sign", "pair_sign", "quarter_turn", "rotary", "diagonal", "general_linear", "common_sign_permutation",
+        *SIGNED,
+    },
+    "permutation": {"permutation", "general_linear", "common_sign_permutation", *SIGNED},
     "positive_diagonal": {"positive_diagonal", "diagonal", "general_linear"},
     "diagonal": {"diagonal", "general_linear"},
-}
+    "signed_permutation": {"general_linear", *SIGNED},
+    "common_sign_permutation": {"common_sign_permutation", "general_linear", *SIGNED},
+    "orthogonal": {"orthogonal", "general_linear"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])

@@ -126,6 +126,33 @@ def test_two_encryptions_of_one_key_share_nothing(tmp_path: Path) -> None:
     assert all(boxes[0][field] != boxes[1][field] for field in ("salt", "nonce", "ciphertext"))
 
 
+# ---------------------------------------------------------------------------------- orders that no secret can redraw
+
+ORDERS = {"0.model.layers.0.mlp.order": [2, 0, 1], "0.model.layers.1.mlp.order": [0, 70000, 3, 1]}
+
+
+@pytest.mark.parametrize("passphrase", [None, PASSPHRASE])
+def test_orders_are_kept_beside_the_secret(path: Path, passphrase: str | None, cheap_scrypt: None) -> None:
+    key = Key(ENTROPY, RECIPE, ORDERS)
+    write_key(path, key, passphrase)
+    assert read_key(path, passphrase) == key
+    assert "70000" not in path.read_text()
+    assert "mlp.order" not in path.read_text()
+
+
+def test_orders_are_part_of_what_a_fingerprint_identifies() -> None:
+    others = [Key(ENTROPY, RECIPE, {**ORDERS, name: [*order[1:], order[0]]}) for name, order in ORDERS.items()]
+    assert len({key.fingerprint for key in (KEY, Key(ENTROPY, RECIPE, ORDERS), *others)}) == 4
+    assert Key(ENTROPY, RECIPE, {}).fingerprint == KEY.fingerprint  # keys without orders are what they were
+
+
+@pytest.mark.parametrize("extra", [b"x", b"[]\n", b"{}\n1234", b'{"a": 2}\n1234', b'{"a": -1}\n', b"\xff\n"])
+def test_damaged_orders_are_refused(path: Path, extra: bytes) -> None:
+    write_key(path, KEY)
+    rewrite(path, secret=base64.b64encode(ENTROPY + extra).decode())
+    assert "damaged" in refusal(path)
+
+
 # -------------------------------------------------------------------------------------------------------- privacy
 
 
@@ -451,3 +478,9 @@ def test_no_descriptor_stays_open(path: Path) -> None:
     path.mkdir()
     refusal(path)
     assert open_descriptors() == before
+
+
+def test_an_empty_passphrase_protects_nothing_and_is_refused(path: Path) -> None:
+    with pytest.raises(KeyFileError, match="passphrase is empty"):
+        write_key(path, KEY, "")
+    assert not path.exists()

@@ -6,9 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from unmergeable.architecture.families import QUERY_KEY_GROUPS
+from unmergeable.api.data_merges import DATA_DRIVEN
+from unmergeable.architecture.families import QUERY_KEY_GROUPS, RESIDUAL_GROUPS
 from unmergeable.merges import MERGES
-from unmergeable.protections import PROTECTIONS
+from unmergeable.polynomials.layout import LAYOUTS
+from unmergeable.protections import CONTROLS, POLYNOMIAL_PROTECTIONS, PROTECTIONS, GaugeProtection, LargestGauge
 from unmergeable.recoveries import RECOVERIES
 
 
@@ -17,6 +19,7 @@ class MethodsResult:
     """``families``: for each family, the group that survives between queries and keys, and why it is no larger."""
 
     protections: tuple[dict[str, Any], ...]
+    controls: tuple[dict[str, Any], ...]
     merges: tuple[dict[str, Any], ...]
     recoveries: tuple[dict[str, Any], ...]
     families: dict[str, str]
@@ -24,6 +27,7 @@ class MethodsResult:
     def to_json(self) -> dict[str, Any]:
         return {
             "protections": list(self.protections),
+            "controls": list(self.controls),
             "merges": list(self.merges),
             "recoveries": list(self.recoveries),
             "families": self.families,
@@ -40,25 +44,66 @@ def methods() -> MethodsResult:
             "exact": cls.exact,
             "needs": list(cls.needs),
             "settings": _settings(cls),
-            "families": {name: {"valid": True, "group": note} for name, note in families.items()},
+            "families": {name: {"valid": True, "group": _group(cls, name)} for name in families},
         }
         for cls in PROTECTIONS.values()
+    )
+    protections += tuple(
+        {
+            "name": cls.name,
+            "summary": cls.summary,
+            "exact": cls.exact,
+            "needs": list(cls.needs),
+            "settings": _settings(cls),
+            "families": {name: _polynomial_validity(name) for name in families},
+        }
+        for cls in POLYNOMIAL_PROTECTIONS.values()
+    )
+    controls = tuple(
+        {
+            "name": cls.name,
+            "summary": cls.summary,
+            "exact": cls.name == "identity",
+            "needs": ["base"] if cls.name == "scale" else [],
+            "settings": _settings(cls),
+            "control": True,
+        }
+        for cls in CONTROLS.values()
     )
     merges = tuple(
         {
             "name": cls.name,
             "summary": _summary(cls),
             "exact": False,
-            "needs": ["base"] if cls.needs_base else [],
+            "needs": [*(["base"] if cls.needs_base else []), *(["data"] if cls.name in DATA_DRIVEN else [])],
             "settings": _settings(cls),
         }
         for cls in MERGES.values()
     )
     recoveries = tuple(
-        {"name": cls.name, "summary": cls.summary, "exact": True, "needs": ["base"], "settings": _settings(cls)}
+        {
+            "name": cls.name,
+            "summary": cls.summary,
+            "exact": cls.exact,
+            "needs": list(cls.needs),
+            "settings": _settings(cls),
+        }
         for cls in RECOVERIES.values()
     )
-    return MethodsResult(protections, merges, recoveries, families)
+    return MethodsResult(protections, controls, merges, recoveries, families)
+
+
+def _group(cls: type[GaugeProtection], family: str) -> str:
+    """What the family leaves to the protection."""
+    attention = QUERY_KEY_GROUPS[family]
+    return f"{attention}; residual stream: {RESIDUAL_GROUPS[family]}" if cls is LargestGauge else attention
+
+
+def _polynomial_validity(family: str) -> dict[str, Any]:
+    """Whether feed-forwards of a family can be polynomials, and the reason why not."""
+    if family in LAYOUTS:
+        return {"valid": True}
+    return {"valid": False, "reason": "no network of polynomials is known for it"}
 
 
 def schema() -> dict[str, Any]:

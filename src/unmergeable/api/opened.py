@@ -87,7 +87,9 @@ def open_base(
             "fine-tuned from."
         )
     names = _common_names(expert, base, architecture)
-    for name in architecture.symmetry.legs:
+    # Embeddings and heads lie along the stream only: a fine-tune may have others.
+    body = architecture.symmetry.select("query_key", "value_output", "heads", "feed_forward", "experts")
+    for name in architecture.symmetry.tensors_of(body):
         other = names.get(name)
         if other is None:
             raise Mismatch(f"base {folder} has no tensor {name}, which {expert.description} has; is it the right base?")

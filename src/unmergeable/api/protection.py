@@ -6,24 +6,38 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from unmergeable.api.logits import LogitGap, logit_gap
-from unmergeable.api.opened import open_base, open_with_architecture
-from unmergeable.api.recipe import condition_bound, configure_protections, gauges_of, recipe_of, spaces_of
+from unmergeable.api.opened import architecture_of, open_base, open_with_architecture
+from unmergeable.api.recipe import (
+    condition_bound,
+    configure_protections,
+    gauges_of,
+    moves_streams,
+    orders_of,
+    recipe_of,
+    spaces_of,
+    unties,
+)
+from unmergeable.api.untied import UNTIED, UntiedSource, untied
 from unmergeable.api.workers import one_thread_per_kernel, worker_threads
-from unmergeable.architecture import Architecture
+from unmergeable.architecture import Architecture, Space
+from unmergeable.architecture.residual import OUTPUT_HEAD
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
 from unmergeable.checkpoint.manifest import Manifest
-from unmergeable.checkpoint.rewrite import output_like, rewrite
+from unmergeable.checkpoint.rewrite import OutputTensor, rewrite
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, KeyFileError, NotEquivalent
 from unmergeable.gauge.act import compute_dtype, edits
-from unmergeable.gauge.equivalence import UNIT_ROUNDOFF, Equivalence, changed_blocks, compare
+from unmergeable.gauge.equivalence import UNIT_ROUNDOFF, Equivalence, changed_blocks, compare, rounded_factors
+from unmergeable.gauge.gauge import Gauge
 from unmergeable.gauge.key import Key, read_key, write_key
+from unmergeable.gauge.plan import transformed
 from unmergeable.progress import Progress, silent
+from unmergeable.protections import GaugeProtection
 from unmergeable.randomness import KEY_BYTES, new_entropy
 from unmergeable.settings import settings_of
 
@@ -118,8 +132,13 @@ def protect(
     protections = configure_protections(method, settings or {})
     key_path = key if key is not None else out.with_name(out.name + ".key")
     source, architecture = open_with_architecture(expert, base=base, allow_pickle=allow_pickle)
-    open_base(base, source, architecture, allow_pickle=allow_pickle)
+    stored = source
+    if unties(protections):
+        source = untied(stored, architecture)
+        architecture = architecture_of(source)
+    base_source = open_base(base, source, architecture, allow_pickle=allow_pickle)
     spaces = spaces_of(protections, architecture)
+    is_streaming = moves_streams(spaces)
     changed = architecture.symmetry.tensors_of(spaces)
     _require_apart(key_path, out)
     if out.exists() or out.is_symlink():
@@ -127,6 +146,8 @@ def protect(
 
     recipe = {**recipe_of(protections, architecture), "source": source.index.headers_digest}
     secret, is_new_key = _key_for(key_path, recipe, seed, passphrase)
+    if is_new_key and not dry_run:
+        secret = replace(secret, orders=orders_of(protections, architecture, source, base_source, progress))
     condition = condition_bound(protections)
     result = ProtectResult(
         out=out,
@@ -137,10 +158,13 @@ def protect(
         tensors=len(source.names),
         changed_tensors=len(changed),
         condition_bound=condition,
-        predicted_error=4 * condition * max(UNIT_ROUNDOFF[source.spec(name).dtype] for name in changed),
-        groups=describe_groups(architecture),
+        predicted_error=rounded_factors(through_streams=is_streaming)
+        * condition
+        * max(UNIT_ROUNDOFF[source.spec(name).dtype] for name in changed),
+        groups=describe_groups(architecture, spaces),
         is_dry_run=dry_run,
         left_out=tuple((item.name, item.reason) for item in source.index.left_out),
+        notes=(*_unchanged_streams(protections, architecture), WARNING),
     )
     if dry_run:
         return result
@@ -158,6 +182,7 @@ def protect(
             condition=condition,
             threads=worker_threads(threads),
             blocks_only=True,
+            through_streams=is_streaming,
             progress=progress,
         )
         if not found.is_equal:
@@ -166,7 +191,7 @@ def protect(
                 "Try a smaller condition number."
             )
         equivalences.append(found)
-        gap = logit_gap(source, written, condition, progress=progress)
+        gap = logit_gap(stored, written, condition, progress=progress)
         if gap.is_beyond_bound:
             raise NotEquivalent(
                 f"{out}: outputs move by {gap.gap:.2e}, rounding explains {gap.bound:.2e}; nothing was written."
@@ -174,13 +199,15 @@ def protect(
         gaps.append(gap)
         return {"measured": _measured(found, gap)}
 
+    gauges = gauges_of(protections, architecture, secret, source)
     if is_new_key:
         write_key(key_path, secret, passphrase)
     try:
         manifest = rewrite(
-            source,
+            stored,
             out,
-            output_like(source, edits(architecture.symmetry, gauges_of(protections, architecture, secret))),
+            transformed(stored, architecture.symmetry, gauges, extra=_heads_apart(source, architecture, gauges)),
+            config_changes=UNTIED if isinstance(source, UntiedSource) else None,
             manifest=_manifest(result, recipe, source, changed, seed),
             resume_token=secret.fingerprint,
             verify=verify,
@@ -194,9 +221,24 @@ def protect(
     return _finished(result, manifest, equivalences[0], gaps[0])
 
 
-def _finished(result: ProtectResult, manifest: Manifest, found: Equivalence, gap: LogitGap) -> ProtectResult:
-    from dataclasses import replace
+def _unchanged_streams(protections: Sequence[GaugeProtection], architecture: Architecture) -> list[str]:
+    """Why a protection that changes residual streams leaves one as it is."""
+    if not any(settings_of(protection).get("residual") for protection in protections):
+        return []
+    streams = {name: why for name, why in architecture.symmetry.missing.items() if name.endswith("residual")}
+    return [f"The {name.replace('.', ' ')} stream stays as it is: {reason}." for name, reason in streams.items()]
 
+
+def _heads_apart(source: TensorSource, architecture: Architecture, gauges: Sequence[Gauge]) -> tuple[OutputTensor, ...]:
+    """The output head of an untied checkpoint, beside the embedding it is made from."""
+    if not isinstance(source, UntiedSource):
+        return ()
+    edit = edits(architecture.symmetry, gauges).get(OUTPUT_HEAD)
+    shard = source.index.entries[source.embedding].shard
+    return (OutputTensor(OUTPUT_HEAD, source.spec(OUTPUT_HEAD), shard, edit=edit, origin=source.embedding),)
+
+
+def _finished(result: ProtectResult, manifest: Manifest, found: Equivalence, gap: LogitGap) -> ProtectResult:
     left_out = tuple((item.name, item.reason) for item in manifest.left_out)
     return replace(result, measured_error=max(block.error for block in found.blocks), logits=gap, left_out=left_out)
 
@@ -261,10 +303,11 @@ def _key_for(path: Path, recipe: Mapping[str, Any], seed: int | None, passphrase
     return Key(entropy, recipe), True
 
 
-def describe_groups(architecture: Architecture) -> dict[str, str]:
-    """For queries-keys and values-output, the group that is used and why it is no larger."""
+def describe_groups(architecture: Architecture, spaces: Mapping[str, Space] | None = None) -> dict[str, str]:
+    """For each role among ``spaces`` (those of attention when None), the group used and why it is no larger."""
     found: dict[str, str] = {}
-    for space in architecture.symmetry.select("query_key", "value_output").values():
+    shown = architecture.symmetry.select("query_key", "value_output") if spaces is None else spaces
+    for space in shown.values():
         reason = f" ({space.limit})" if space.limit else ""
         text = f"{space.group}{reason}"
         earlier = found.get(space.role)

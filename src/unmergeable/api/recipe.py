@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from unmergeable.architecture import Architecture, Space
+from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UsageError
 from unmergeable.gauge.gauge import Gauge
 from unmergeable.gauge.key import Key
-from unmergeable.protections import PROTECTIONS, GaugeProtection
+from unmergeable.progress import Progress
+from unmergeable.protections import CONTROLS, PROTECTIONS, GaugeProtection, Weights
 from unmergeable.settings import configure, nearest, settings_of
 
 
@@ -23,6 +27,10 @@ def configure_protections(method: str | Sequence[str], settings: Mapping[str, ob
     """
     names = [name.strip() for name in method.split(",")] if isinstance(method, str) else list(method)
     for name in names:
+        if name in CONTROLS:
+            raise UsageError(
+                f"{name!r} is a control and protects nothing; `unmergeable methods` lists the protections."
+            )
         if name not in PROTECTIONS:
             raise UsageError(f"no protection is called {name!r}{nearest(name, PROTECTIONS)}")
     if len(set(names)) < len(names):
@@ -61,13 +69,35 @@ def protections_of(recipe: Mapping[str, Any]) -> tuple[GaugeProtection, ...]:
     return tuple(configure(PROTECTIONS[step["method"]], step["settings"]) for step in steps)
 
 
-def gauges_of(protections: Sequence[GaugeProtection], architecture: Architecture, key: Key) -> tuple[Gauge, ...]:
-    """The secret gauges of a recipe, in the order they were applied."""
-    stream = key.stream()
-    return tuple(
-        protection.gauge(architecture, stream.child(f"{index}.{protection.name}"))
+def orders_of(
+    protections: Sequence[GaugeProtection],
+    architecture: Architecture,
+    expert: TensorSource,
+    base: TensorSource,
+    progress: Progress,
+) -> dict[str, list[int]]:
+    """What the key has to keep besides the secret, by step and space: orders found in the expert's weights."""
+    return {
+        f"{index}.{space}": order.tolist()
         for index, protection in enumerate(protections)
-    )
+        for space, order in protection.orders(architecture, expert, base, progress).items()
+    }
+
+
+def gauges_of(
+    protections: Sequence[GaugeProtection], architecture: Architecture, key: Key, source: TensorSource
+) -> tuple[Gauge, ...]:
+    """The secret gauges of a recipe, in the order they were applied; ``source`` as in ``Weights``."""
+    stream = key.stream()
+    gauges: list[Gauge] = []
+    for index, protection in enumerate(protections):
+        step = f"{index}."
+        orders = {
+            name.removeprefix(step): torch.tensor(key.orders[name]) for name in key.orders if name.startswith(step)
+        }
+        weights = Weights(source, orders)
+        gauges += protection.gauges(architecture, stream.child(f"{step}{protection.name}"), weights)
+    return tuple(gauges)
 
 
 def spaces_of(protections: Sequence[GaugeProtection], architecture: Architecture) -> dict[str, Space]:
@@ -75,9 +105,19 @@ def spaces_of(protections: Sequence[GaugeProtection], architecture: Architecture
     return {name: space for protection in protections for name, space in protection.spaces(architecture).items()}
 
 
+def unties(protections: Sequence[GaugeProtection]) -> bool:
+    """Whether the output head is to be stored apart from the embedding."""
+    return any(bool(settings_of(protection).get("untie")) for protection in protections)
+
+
+def moves_streams(spaces: Mapping[str, Space]) -> bool:
+    """Whether residual streams, or the gains of their norms, are among what changes."""
+    return any(space.role in ("norm", "residual") for space in spaces.values())
+
+
 def condition_bound(protections: Sequence[GaugeProtection]) -> float:
     """Bound on the condition number of all protections applied one after another."""
     bound = 1.0
     for protection in protections:
-        bound *= protection.condition
+        bound *= protection.bound
     return bound

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmergeable.api.opened import open_with_architecture
-from unmergeable.api.recipe import condition_bound, gauges_of, protections_of, spaces_of
+from unmergeable.api.opened import architecture_of, open_with_architecture
+from unmergeable.api.recipe import condition_bound, gauges_of, moves_streams, protections_of, spaces_of, unties
+from unmergeable.api.untied import TIED, untied
 from unmergeable.api.workers import one_thread_per_kernel, worker_threads
+from unmergeable.architecture.residual import OUTPUT_HEAD
 from unmergeable.checkpoint.manifest import read_manifest
-from unmergeable.checkpoint.rewrite import output_like, rewrite
+from unmergeable.checkpoint.rewrite import rewrite
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, KeyFileError, NotEquivalent
-from unmergeable.gauge.act import edits
 from unmergeable.gauge.equivalence import changed_blocks, compare
 from unmergeable.gauge.gauge import undo
 from unmergeable.gauge.key import read_key
+from unmergeable.gauge.plan import transformed
 from unmergeable.progress import Progress, silent
 
 
@@ -71,16 +73,18 @@ def restore(
     spaces = spaces_of(protections, architecture)
     condition = condition_bound(protections)
     errors: list[float] = []
+    is_untied = unties(protections)
 
     def verify(written: TensorSource) -> dict[str, Any]:
         touched = changed_blocks(architecture, list(spaces))
         found = compare(
             source,
-            written,
+            untied(written, architecture_of(written)) if is_untied else written,
             touched,
             condition=condition,
             threads=worker_threads(threads),
             blocks_only=True,
+            through_streams=moves_streams(spaces),
             progress=progress,
         )
         if not found.is_equal:
@@ -90,11 +94,12 @@ def restore(
         errors.append(max(block.error for block in found.blocks))
         return {"measured": {"largest_block_error": errors[0]}}
 
-    gauges = undo(gauges_of(protections, architecture, secret))
+    gauges = undo(gauges_of(protections, architecture, secret, source))
     rewrite(
         source,
         out,
-        output_like(source, edits(architecture.symmetry, gauges)),
+        transformed(source, architecture.symmetry, gauges, drop=[OUTPUT_HEAD] if is_untied else []),
+        config_changes=TIED if is_untied else None,
         manifest={"kind": "restored", "key_fingerprint": secret.fingerprint, "architecture": architecture.family},
         resume_token=f"restore {secret.fingerprint}",
         verify=verify,

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.api.logits import LogitGap, logit_gap
-from unmergeable.api.opened import open_with_architecture
+from unmergeable.api.opened import architecture_of, open_with_architecture
+from unmergeable.api.untied import untied
 from unmergeable.api.workers import one_thread_per_kernel, worker_threads
+from unmergeable.architecture import Architecture
+from unmergeable.architecture.residual import OUTPUT_HEAD
 from unmergeable.checkpoint.manifest import read_manifest
-from unmergeable.checkpoint.source import require_same_tensors
+from unmergeable.checkpoint.source import TensorSource, require_same_tensors
 from unmergeable.gauge.equivalence import Equivalence, compare
 from unmergeable.progress import Progress, silent
 
@@ -64,6 +67,9 @@ def verify(
 ) -> VerifyResult:
     """Compare two checkpoints block by block, and their outputs where the networks fit in memory.
 
+    Where the same bases do not do, activations are taken from each checkpoint's own embeddings, so that residual
+    streams in different bases compare as what they compute. An output head tied in one and apart in the other is one.
+
     Args:
         expert, other: checkpoint folders; ``expert`` may be a LoRA folder on ``base``.
         probe: JSON lines of ``{"text": …}`` or ``{"input_ids": […]}``, or an ``.npz`` of arrays named like the
@@ -72,16 +78,48 @@ def verify(
     Raises:
         Mismatch: they hold other tensors, so that comparing makes no sense.
     """
-    first, architecture = open_with_architecture(expert, base=base)
-    second, _ = open_with_architecture(other)
+    stored = open_with_architecture(expert, base=base), open_with_architecture(other)
+    (first, architecture), (second, _) = _equally_tied(*stored)
     require_same_tensors(first, second, "comparing two checkpoints")
     condition = max(_condition(expert), _condition(other))
     with one_thread_per_kernel():
         found = compare(
             first, second, architecture, condition=condition, threads=worker_threads(threads), progress=progress
         )
-    gap = logit_gap(first, second, condition, probe=probe, is_requested=True, progress=progress)
+        if not found.is_equal and architecture.residuals:
+            found = compare(
+                first,
+                second,
+                architecture,
+                condition=condition,
+                threads=worker_threads(threads),
+                through_streams=True,
+                progress=progress,
+            )
+    gap = logit_gap(stored[0][0], stored[1][0], condition, probe=probe, is_requested=True, progress=progress)
     return VerifyResult(architecture.family, found, gap, condition)
+
+
+Opened = tuple[TensorSource, Architecture]
+
+
+def _equally_tied(first: Opened, second: Opened) -> tuple[Opened, Opened]:
+    """Both with the output head apart from the embedding, if one of them has it apart."""
+    heads = [OUTPUT_HEAD in source.names for source, _ in (first, second)]
+    if heads == [False, True] and _is_tied(first):
+        return _apart(first), second
+    if heads == [True, False] and _is_tied(second):
+        return first, _apart(second)
+    return first, second
+
+
+def _is_tied(opened: Opened) -> bool:
+    return any(stream.tied is not None for stream in opened[1].residuals)
+
+
+def _apart(opened: Opened) -> Opened:
+    source = untied(*opened)
+    return source, architecture_of(source)
 
 
 def _condition(folder: Path) -> float:

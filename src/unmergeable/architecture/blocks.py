@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from unmergeable.architecture.symmetry import Group, GroupKind, Leg, Pairing, Role, Space, SymmetryMap, Variance
+from unmergeable.architecture.collector import Collector
+from unmergeable.architecture.residual import Residual, StreamAxis, residual_rules
+from unmergeable.architecture.symmetry import GroupKind, Leg, Pairing, Space, Stack, SymmetryMap, Variance
 
 Position = Literal["none", "alibi", "relative_bias", "rotary"]
 Activation = Literal["relu", "other"]
@@ -69,6 +71,21 @@ class QueryKeyNorm:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """A narrow vector between the stream and a projection: ``expand`` reads the RMS norm of ``compress`` of the stream.
+
+    The latent are the first ``size`` rows of ``compress``; ``gain`` is that of the norm.
+    """
+
+    expand: str
+    compress: str
+    bias: str | None
+    gain: str
+    size: int
+    epsilon: float
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention block. ``value_size`` is the value head dimension; ``groups`` counts key-value heads.
     ``heads_limit`` says why heads cannot be reordered, empty where they can.
@@ -85,6 +102,7 @@ class Attention:
     norm: QueryKeyNorm | None = None
     is_cross: bool = False
     heads_limit: str = ""
+    latents: tuple[Latent, ...] = ()
 
     @property
     def num_heads(self) -> int:
@@ -103,6 +121,39 @@ class FeedForward:
     activation: Activation = "other"
 
 
+def output_bias(block: Attention | FeedForward) -> str:
+    """Name of the bias of what a block adds, where there is one: in no head's basis, but part of the block."""
+    weight = block.output.weight if isinstance(block, Attention) else block.down.weight
+    return weight.removesuffix("weight") + "bias"
+
+
+def stream_readers(block: Attention | FeedForward) -> tuple[StreamAxis, ...]:
+    """The weights through which a block reads the stream. Cross-attention reads it only for its queries."""
+    if isinstance(block, FeedForward):
+        return _axes((heads.weight, 1 - heads.axis) for heads in (block.gate, block.up) if heads is not None)
+    projections = [part.query for part in block.parts]
+    if not block.is_cross:
+        projections += [*(part.key for part in block.parts), block.value]
+    compressed = {latent.expand: latent.compress for latent in block.latents}
+    return _axes((compressed.get(heads.weight, heads.weight), 1 - heads.axis) for heads in projections)
+
+
+def mixture_readers(mixture: Mixture) -> tuple[StreamAxis, ...]:
+    """The weights through which a mixture reads the stream besides those of its experts' own blocks."""
+    router = StreamAxis(mixture.router, 1, "covector")
+    return (router, StreamAxis(mixture.fused.up, 2, "covector")) if mixture.fused else (router,)
+
+
+def memory_readers(block: Attention) -> tuple[StreamAxis, ...]:
+    """The weights through which cross-attention reads another stream."""
+    return _axes((heads.weight, 1 - heads.axis) for heads in (*(part.key for part in block.parts), block.value))
+
+
+def _axes(places: Iterable[tuple[str, int]]) -> tuple[StreamAxis, ...]:
+    # A fused weight is named by several projections, and lies along the stream once.
+    return tuple(StreamAxis(tensor, axis, "covector") for tensor, axis in dict.fromkeys(places))
+
+
 @dataclass(frozen=True)
 class SharedHeads:
     """Attention blocks whose heads can only be permuted together, with the columns of ``bias_tensor``."""
@@ -113,17 +164,58 @@ class SharedHeads:
 
 
 @dataclass(frozen=True)
+class FusedExperts:
+    """All experts in two tensors: ``up`` [experts, 2 * units, hidden], gate above up, and ``down`` [experts, hidden,
+    units]. Hidden units lie along two axes at once here, and their order is not declared.
+    """
+
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Experts behind a router, each a feed-forward among the blocks, or all of them ``fused`` in two tensors.
+
+    ``router`` [experts, hidden] scores them, ``router_bias`` [experts] is added for choosing. ``groups``: how many
+    equal runs of experts the router chooses among first. ``stacks``: for every kind of tensor an expert has, the names
+    in the order of the experts.
+    """
+
+    name: str
+    router: str
+    router_bias: str | None
+    experts: tuple[str, ...]
+    stacks: tuple[tuple[str, ...], ...]
+    groups: int = 1
+    fused: FusedExperts | None = None
+
+    @property
+    def indexed(self) -> tuple[str, ...]:
+        """Tensors with one entry for each expert along their first axis."""
+        fused = (self.fused.up, self.fused.down) if self.fused else ()
+        return tuple(name for name in (self.router, self.router_bias, *fused) if name)
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """A network as its blocks. ``untouched`` are tensors the map knows and no block owns (norms, embeddings, heads)."""
+    """A network as its blocks. ``untouched`` are tensors the map knows and no block owns (norms, embeddings, heads).
+
+    ``missing`` says why a symmetry one might look for is not declared.
+    """
 
     family: str
     blocks: tuple[Attention | FeedForward, ...]
     untouched: tuple[str, ...] = ()
     shared_heads: tuple[SharedHeads, ...] = ()
+    mixtures: tuple[Mixture, ...] = ()
+    residuals: tuple[Residual, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
     symmetry: SymmetryMap = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "symmetry", symmetry_map(self.blocks, self.shared_heads))
+        symmetry = symmetry_map(self.blocks, self.shared_heads, self.mixtures, self.residuals, self.missing)
+        object.__setattr__(self, "symmetry", symmetry)
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
@@ -134,73 +226,15 @@ class Architecture:
         return tuple(block for block in self.blocks if isinstance(block, FeedForward))
 
 
-class _Collector:
-    """Gathers spaces and legs while the rules below walk the blocks."""
-
-    def __init__(self) -> None:
-        self.spaces: dict[str, Space] = {}
-        self.inner: dict[str, list[Leg]] = {}
-        self.outer: dict[str, list[Leg]] = {}
-        self.gain_offset: dict[str, float] = {}
-
-    def space(
-        self,
-        name: str,
-        role: Role,
-        kind: GroupKind,
-        *,
-        blocks: int,
-        size: int,
-        pairing: Pairing | None = None,
-        limit: str = "",
-        is_cross: bool = False,
-        epsilon: float = 0.0,
-    ) -> Space:
-        space = Space(name, role, Group(kind, pairing), blocks, size, limit, is_cross, epsilon)
-        self.spaces[name] = space
-        return space
-
-    def leg(
-        self,
-        space: Space,
-        tensor: str | None,
-        variance: Variance,
-        *,
-        axis: int = 0,
-        offset: int = 0,
-        block_stride: int = 0,
-        element_stride: int = 1,
-        spectators: Iterable[tuple[int, int]] = (),
-        is_outer: bool = False,
-    ) -> None:
-        if tensor is None:
-            return
-        kept = tuple((count, stride) for count, stride in spectators if count > 1)
-        leg = Leg(space.name, axis, variance, offset, block_stride, element_stride, kept)
-        (self.outer if is_outer else self.inner).setdefault(tensor, []).append(leg)
-
-    def heads_leg(self, space: Space, heads: Heads, variance: Variance, *, members: int = 1) -> None:
-        """A leg on the rows (and the bias) of ``heads``, one block per key-value head."""
-        for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
-            self.leg(
-                space,
-                tensor,
-                variance,
-                axis=axis,
-                offset=heads.offset,
-                block_stride=heads.group_stride,
-                spectators=((members, heads.member_stride),),
-            )
-
-    def finish(self) -> SymmetryMap:
-        order = dict.fromkeys([*self.inner, *self.outer])
-        legs = {name: tuple(self.inner.get(name, []) + self.outer.get(name, [])) for name in order}
-        return SymmetryMap(self.spaces, legs, self.gain_offset)
-
-
-def symmetry_map(blocks: Iterable[Attention | FeedForward], shared: Iterable[SharedHeads] = ()) -> SymmetryMap:
-    """Derive every space and leg from the declared blocks."""
-    collector = _Collector()
+def symmetry_map(
+    blocks: Iterable[Attention | FeedForward],
+    shared: Iterable[SharedHeads] = (),
+    mixtures: Iterable[Mixture] = (),
+    residuals: Iterable[Residual] = (),
+    missing: Mapping[str, str] | None = None,
+) -> SymmetryMap:
+    """Derive every space and leg from the declared blocks and streams."""
+    collector = Collector()
     shared = tuple(shared)
     shared_by_block = {block: group for group in shared for block in group.blocks}
     shared_spaces: dict[str, Space] = {}
@@ -214,10 +248,29 @@ def symmetry_map(blocks: Iterable[Attention | FeedForward], shared: Iterable[Sha
     for group in shared:
         if group.name in shared_spaces:
             collector.leg(shared_spaces[group.name], group.bias_tensor, "vector", axis=1, is_outer=True)
+    for mixture in mixtures:
+        _expert_rules(collector, mixture)
+    for residual in residuals:
+        residual_rules(collector, residual)
+    collector.missing.update(missing or {})
     return collector.finish()
 
 
-def _score_rules(collector: _Collector, block: Attention) -> None:
+def _heads_leg(collector: Collector, space: Space, heads: Heads, variance: Variance, *, members: int = 1) -> None:
+    """A leg on the rows (and the bias) of ``heads``, one block per key-value head."""
+    for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
+        collector.leg(
+            space,
+            tensor,
+            variance,
+            axis=axis,
+            offset=heads.offset,
+            block_stride=heads.group_stride,
+            spectators=((members, heads.member_stride),),
+        )
+
+
+def _score_rules(collector: Collector, block: Attention) -> None:
     """Queries and keys: Q' = A Q, K' = A^-T K, for every A that commutes with what lies between them."""
     if block.norm is not None:
         _normed_score_rules(collector, block, block.norm)
@@ -248,11 +301,11 @@ def _score_rules(collector: _Collector, block: Attention) -> None:
             for tensor, axis in ((part.query.weight, part.query.axis), (part.query.bias, 0)):
                 collector.leg(space, tensor, "vector", axis=axis, offset=part.query.offset, spectators=spectators)
         else:
-            collector.heads_leg(space, part.query, "vector", members=block.members)
-        collector.heads_leg(space, part.key, "covector")
+            _heads_leg(collector, space, part.query, "vector", members=block.members)
+        _heads_leg(collector, space, part.key, "covector")
 
 
-def _normed_score_rules(collector: _Collector, block: Attention, norm: QueryKeyNorm) -> None:
+def _normed_score_rules(collector: Collector, block: Attention, norm: QueryKeyNorm) -> None:
     """Queries and keys behind a norm: the norm swallows scales and keeps signs; its gains trade scales.
 
     The scales are exact only where the norm's epsilon is negligible, and are marked so.
@@ -290,7 +343,7 @@ def _normed_score_rules(collector: _Collector, block: Attention, norm: QueryKeyN
 
 
 def _normed_space(
-    collector: _Collector,
+    collector: Collector,
     block: Attention,
     label: str,
     kind: GroupKind,
@@ -315,7 +368,7 @@ def _normed_space(
 
 
 def _query_key_space(
-    collector: _Collector,
+    collector: Collector,
     block: Attention,
     label: str,
     kind: GroupKind,
@@ -327,11 +380,11 @@ def _query_key_space(
 ) -> None:
     """A group of signs, the same on the queries and the key of each key-value head."""
     space = _normed_space(collector, block, label, kind, blocks, size, reason)
-    collector.heads_leg(space, query, "vector", members=block.members)
-    collector.heads_leg(space, key, "vector")
+    _heads_leg(collector, space, query, "vector", members=block.members)
+    _heads_leg(collector, space, key, "vector")
 
 
-def _shared_gain_rules(collector: _Collector, block: Attention, norm: QueryKeyNorm, reason: str) -> None:
+def _shared_gain_rules(collector: Collector, block: Attention, norm: QueryKeyNorm, reason: str) -> None:
     """Gains (and biases) after the norm: queries times t, keys over t, t tied within a rotary pair."""
     start = 0
     for index, part in enumerate(block.parts):
@@ -352,7 +405,7 @@ def _shared_gain_rules(collector: _Collector, block: Attention, norm: QueryKeyNo
 
 
 def _scale_rules(
-    collector: _Collector, block: Attention, norm: QueryKeyNorm, blocks: tuple[int, int], size: int, reason: str
+    collector: Collector, block: Attention, norm: QueryKeyNorm, blocks: tuple[int, int], size: int, reason: str
 ) -> None:
     """A positive scale per norm, on queries and on keys each on its own: the norm after them removes it."""
     query, key, _ = _whole_head(block)
@@ -370,7 +423,7 @@ def _whole_head(block: Attention) -> tuple[Heads, Heads, int]:
     return first.query, first.key, sum(part.size for part in block.parts)
 
 
-def _value_rules(collector: _Collector, block: Attention) -> None:
+def _value_rules(collector: Collector, block: Attention) -> None:
     """Values: V' = B V, O' = O B^-1. The softmax mixes whole value vectors, so any invertible B commutes."""
     space = collector.space(
         f"{block.name}.value_output",
@@ -380,12 +433,12 @@ def _value_rules(collector: _Collector, block: Attention) -> None:
         size=block.value_size,
         is_cross=block.is_cross,
     )
-    collector.heads_leg(space, block.value, "vector")
-    collector.heads_leg(space, block.output, "covector", members=block.members)
+    _heads_leg(collector, space, block.value, "vector")
+    _heads_leg(collector, space, block.output, "covector", members=block.members)
 
 
 def _head_rules(
-    collector: _Collector, block: Attention, shared: SharedHeads | None, shared_spaces: dict[str, Space]
+    collector: Collector, block: Attention, shared: SharedHeads | None, shared_spaces: dict[str, Space]
 ) -> None:
     """Key-value heads in another order, each with its query heads; together where a bias belongs to each head."""
     if block.groups == 1 or (block.heads_limit and shared is None):
@@ -434,7 +487,7 @@ def _head_rules(
             )
 
 
-def _feed_forward_rules(collector: _Collector, block: FeedForward) -> None:
+def _feed_forward_rules(collector: Collector, block: FeedForward) -> None:
     """Hidden units in another order; and a scale per unit between up and down where the activation lets it by."""
     if block.gate is not None:
         scale = collector.space(
@@ -457,14 +510,34 @@ def _feed_forward_rules(collector: _Collector, block: FeedForward) -> None:
     else:
         scale = None
     if scale is not None:
-        collector.heads_leg(scale, block.up, "vector")
-        collector.heads_leg(scale, block.down, "covector")
+        _heads_leg(collector, scale, block.up, "vector")
+        _heads_leg(collector, scale, block.down, "covector")
     limit = "" if scale else "the activation lets only a reordering through"
     order = collector.space(
         f"{block.name}.order", "feed_forward", "permutation", blocks=1, size=block.size, limit=limit
     )
     for heads in filter(None, (block.gate, block.up, block.down)):
-        collector.heads_leg(order, heads, "vector")
+        _heads_leg(collector, order, heads, "vector")
+
+
+def _expert_rules(collector: Collector, mixture: Mixture) -> None:
+    """Experts in another order, with the router's rows; in groups, inside each group, and the groups as wholes."""
+    size = len(mixture.experts) // mixture.groups
+    limit = "the router first chooses groups of experts" if mixture.groups > 1 else ""
+    inside = collector.space(
+        f"{mixture.name}.experts", "experts", "permutation", blocks=mixture.groups, size=size, limit=limit
+    )
+    for tensor in mixture.indexed:
+        collector.leg(inside, tensor, "vector", block_stride=size, is_outer=True)
+    legs = [Leg(inside.name, 0, "vector", 0, size)]
+    if mixture.groups > 1:
+        groups = collector.space(
+            f"{mixture.name}.expert_groups", "experts", "permutation", blocks=1, size=mixture.groups, limit=limit
+        )
+        for tensor in mixture.indexed:
+            collector.leg(groups, tensor, "vector", element_stride=size, spectators=((size, 1),), is_outer=True)
+        legs.append(Leg(groups.name, 0, "vector", 0, 0, size, ((size, 1),)))
+    collector.stacks += [Stack(members, tuple(legs)) for members in mixture.stacks]
 
 
 def tensor_extents(symmetry: SymmetryMap) -> Mapping[str, Mapping[int, int]]:

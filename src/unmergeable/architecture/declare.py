@@ -6,7 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unmergeable.architecture.blocks import Attention, FeedForward, Heads, Position, QueryKeyNorm, ScorePart
+from unmergeable.architecture.blocks import (
+    Attention,
+    FeedForward,
+    FusedExperts,
+    Heads,
+    Mixture,
+    Position,
+    QueryKeyNorm,
+    ScorePart,
+)
 from unmergeable.architecture.symmetry import Pairing
 from unmergeable.errors import UnsupportedArchitecture
 
@@ -156,17 +165,63 @@ def gated(names: Names, module: str, gate: str, up: str, down: str) -> FeedForwa
 
 
 def dense_or_experts(config: Config, names: Names, module: str, gate: str, up: str, down: str) -> list[FeedForward]:
-    """One gated feed-forward, or behind a router one for each expert stored as ``module.experts.E``.
+    """One gated feed-forward, or behind a router one for each expert stored as ``module.experts.E``; none if fused.
 
     As many experts as the config says, so that a missing one is noticed; as are stored where it does not say.
     """
     if f"{module}.gate.weight" not in names:
         return [gated(names, module, gate, up, down)]
-    stored = 0
+    if _fused(names, module) is not None:
+        return []
+    return [gated(names, expert, gate, up, down) for expert in _experts(config, names, module, up)]
+
+
+def _fused(names: Names, module: str) -> FusedExperts | None:
+    """All experts in two tensors, as transformers 5 holds them in memory."""
+    fused = FusedExperts(f"{module}.experts.gate_up_proj", f"{module}.experts.down_proj")
+    return fused if fused.up in names else None
+
+
+def _experts(config: Config, names: Names, module: str, up: str) -> list[str]:
+    fused = _fused(names, module)
+    stored = 0 if fused is None else names.shapes[fused.up][0]
     while f"{module}.experts.{stored}.{up}.weight" in names:
         stored += 1
     count = int(setting(config, "num_local_experts", "num_experts", "n_routed_experts", default=stored))
-    return [gated(names, f"{module}.experts.{expert}", gate, up, down) for expert in range(count)]
+    return [f"{module}.experts.{expert}" for expert in range(count)]
+
+
+def mixtures(
+    config: Config, names: Names, modules: Iterable[str], projections: tuple[str, str, str], groups: int = 1
+) -> tuple[Mixture, ...]:
+    """The routers among ``modules``, each with the experts that :func:`dense_or_experts` finds behind it.
+
+    ``projections`` are gate, up and down. Raises UnsupportedArchitecture when the groups are not equal.
+    """
+    found = []
+    for module in modules:
+        if f"{module}.gate.weight" not in names:
+            continue
+        experts = _experts(config, names, module, projections[1])
+        if len(experts) % groups:
+            raise UnsupportedArchitecture(
+                f"tensor {module}.gate.weight: config.json implies {len(experts)} experts in {groups} groups, which "
+                "are not equal; config.json and weights do not belong together."
+            )
+        parts = [f"{projection}.{kind}" for projection in projections for kind in ("weight", "bias")]
+        stored = [part for part in parts if experts and f"{experts[0]}.{part}" in names]
+        found.append(
+            Mixture(
+                name=module,
+                router=f"{module}.gate.weight",
+                router_bias=names.optional(f"{module}.gate.e_score_correction_bias"),
+                experts=tuple(experts),
+                stacks=tuple(tuple(f"{expert}.{part}" for expert in experts) for part in stored),
+                groups=groups,
+                fused=_fused(names, module),
+            )
+        )
+    return tuple(found)
 
 
 def plain(names: Names, name: str, up: str, down: str, activation: str) -> FeedForward:

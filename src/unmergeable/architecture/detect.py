@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, tensor_extents
+from unmergeable.architecture.blocks import Architecture, output_bias, tensor_extents
 from unmergeable.architecture.declare import Config, Names
 from unmergeable.architecture.families import FAMILIES
 from unmergeable.errors import UnsupportedArchitecture
+
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def detect(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
@@ -29,6 +32,7 @@ def detect(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Architectur
         raise UnsupportedArchitecture(
             f"model type {kind or 'missing from config.json'}: no symmetry map. Known: {known}."
         )
+    _require_possible_counts(config, shapes)
     try:
         architecture = family(config, Names(shapes))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -40,6 +44,22 @@ def detect(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Architectur
     _require_shapes(kind, architecture, shapes)
     _require_all_claimed(kind, architecture, shapes)
     return architecture
+
+
+def _require_possible_counts(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse counts that families would go through one by one, before they do: memory would end first."""
+    most = {
+        **dict.fromkeys(_LAYER_COUNTS, (len(shapes), "tensors")),
+        **dict.fromkeys(_EXPERT_COUNTS, (max((max(shape, default=0) for shape in shapes.values()), default=0), "rows")),
+    }
+    for section in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for name, (limit, what) in most.items():
+            count = section.get(name)
+            if isinstance(count, int) and count > limit:
+                raise UnsupportedArchitecture(
+                    f"config.json: {name} is {count:,}, but the weights have {limit:,} {what}; it is damaged, or not "
+                    "the one these weights came with."
+                )
 
 
 def _require_shapes(kind: str, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -58,7 +78,7 @@ def _require_shapes(kind: str, architecture: Architecture, shapes: Mapping[str, 
 
 
 def _require_all_claimed(kind: str, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    owned = set(architecture.symmetry.legs) | {name for block in architecture.blocks for name in biases(block)}
+    owned = set(architecture.symmetry.legs) | {output_bias(block) for block in architecture.blocks}
     untouched = re.compile("|".join(f"(?:{pattern})" for pattern in architecture.untouched))
     for name in shapes:
         if name not in owned and untouched.fullmatch(name) is None:
@@ -66,9 +86,3 @@ def _require_all_claimed(kind: str, architecture: Architecture, shapes: Mapping[
                 f"tensor {name} has no place in the symmetry map of {kind}; changing the tensors around it could break "
                 "the model, so nothing is done. Please report the model."
             )
-
-
-def biases(block: Attention | FeedForward) -> list[str]:
-    """The output bias of a block: in no head's basis, but part of the block."""
-    weight = block.output.weight if isinstance(block, Attention) else block.down.weight
-    return [weight.removesuffix("weight") + "bias"]

@@ -9,6 +9,9 @@ one space, where its coordinates lie on the axis, and how they transform:
     covector    x' = M^-T x       columns of a reader, or the other factor of a product (W_k, W_o)
     gain        x' = |M| x        an elementwise gain between the two, for signed permutations M
 
+Where whole tensors are the coordinates (one for each expert behind a router) a *stack* lists them in order; its legs
+lie on the axis along which they would be stacked.
+
 Nothing here touches numbers; :mod:`unmergeable.gauge` does, with these tables in hand.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 Pairing = Literal["half", "interleaved"]
@@ -34,9 +38,12 @@ GroupKind = Literal[
     "permutation",
     "positive_diagonal",
     "diagonal",  # nonzero entries, signs allowed
+    "signed_permutation",  # a permutation, and a sign of its own for every coordinate
+    "common_sign_permutation",  # a permutation, and one sign for all coordinates
+    "orthogonal",
 ]
 
-Role = Literal["query_key", "value_output", "heads", "feed_forward"]
+Role = Literal["query_key", "value_output", "heads", "feed_forward", "experts", "norm", "residual"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,9 @@ class Space:
 
     ``limit`` says in words why the group is no larger, empty when it is all of GL. ``is_cross`` marks
     cross-attention. ``epsilon`` is that of a norm which must be negligible beside what it normalises for the
-    group to keep the function: 0 where the symmetry is exact as it stands.
+    group to keep the function: 0 where the symmetry is exact as it stands. ``folded`` names the spaces of norm gains
+    that have to be one while the group acts: each gain is moved into the weights that read it, and may be moved back
+    afterwards; empty where nothing has to move.
     """
 
     name: str
@@ -71,6 +80,7 @@ class Space:
     limit: str = ""
     is_cross: bool = False
     epsilon: float = 0.0
+    folded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,21 +107,43 @@ class Leg:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Tensors of one shape that stand for the slices of a larger one: ``members[i]`` is its slice ``i``.
+
+    A reordering of the slices is a reordering of the names. ``legs`` lie on the axis that is not stored.
+    """
+
+    members: tuple[str, ...]
+    legs: tuple[Leg, ...]
+
+
+@dataclass(frozen=True)
 class SymmetryMap:
     """Every space of a network, and the legs of every tensor that has one.
 
     Legs of one tensor are listed inner first: a change of basis inside a head comes before the permutation
-    of heads. ``gain_offset`` holds tensors stored as ``w`` where the network uses ``offset + w``.
+    of heads, and both before a tensor takes another place in its stack. ``gain_offset`` holds tensors stored as ``w``
+    where the network uses ``offset + w``. ``missing`` says for a space that one might look for why it is not there.
     """
 
     spaces: Mapping[str, Space]
     legs: Mapping[str, tuple[Leg, ...]]
     gain_offset: Mapping[str, float] = field(default_factory=dict)
+    stacks: tuple[Stack, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
 
-    def select(self, *roles: Role, cross_attention: bool = True, negligible_epsilon: bool = False) -> dict[str, Space]:
+    @cached_property
+    def stack_of(self) -> Mapping[str, Stack]:
+        """The stack of every tensor that is in one."""
+        return {member: stack for stack in self.stacks for member in stack.members}
+
+    def select(
+        self, *roles: Role, cross_attention: bool = True, negligible_epsilon: bool = False, folding: bool = False
+    ) -> dict[str, Space]:
         """The spaces of the given roles, in the order of the network.
 
-        ``negligible_epsilon`` adds those that are exact only when a norm's epsilon is.
+        ``negligible_epsilon`` adds those that are exact only when a norm's epsilon is, ``folding`` those that are
+        exact only while norm gains are folded away.
         """
         return {
             name: space
@@ -119,8 +151,19 @@ class SymmetryMap:
             if space.role in roles
             and (cross_attention or not space.is_cross)
             and (negligible_epsilon or space.epsilon == 0)
+            and (folding or not space.folded)
         }
 
     def tensors_of(self, spaces: Container[str]) -> list[str]:
         """Names of the tensors that a change of basis in any of ``spaces`` alters."""
-        return [name for name, legs in self.legs.items() if any(leg.space in spaces for leg in legs)]
+        reordered = (stack for stack in self.stacks if any(leg.space in spaces for leg in stack.legs))
+        moved = {member for stack in reordered for member in stack.members}
+        return [
+            name
+            for name, legs in self.legs.items()
+            if name in moved or any(leg.space in spaces and self._alters(leg) for leg in legs)
+        ]
+
+    def _alters(self, leg: Leg) -> bool:
+        # A rotation needs gains that are one number, and leaves them so.
+        return leg.variance != "gain" or self.spaces[leg.space].group.kind != "orthogonal"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from unmergeable.architecture.symmetry import Leg, Space, SymmetryMap
+from unmergeable.architecture.symmetry import Leg, Space, Stack, SymmetryMap
 from unmergeable.gauge.elements import Element
 from unmergeable.gauge.gauge import Gauge
 
@@ -35,31 +36,81 @@ def edits(symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> dict[str, Callable[
     return {name: edit(name) for name in symmetry.tensors_of(touched)}
 
 
+def origins(symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> dict[str, str]:
+    """For every tensor that takes another one's place in its stack, the name under which that one is stored."""
+    found: dict[str, str] = {}
+    for stack in symmetry.stacks:
+        places = list(range(len(stack.members)))
+        for gauge in gauges:
+            moves = _places_before(stack, symmetry, gauge)
+            places = [places[place] for place in moves]
+        found |= {stack.members[now]: stack.members[then] for now, then in enumerate(places) if now != then}
+    return found
+
+
+def _places_before(stack: Stack, symmetry: SymmetryMap, gauge: Gauge) -> list[int]:
+    """For each place in a stack, the place its tensor had before: the stack of the numbers 0, 1, 2 ... transformed."""
+    places = torch.arange(len(stack.members), dtype=torch.float64)
+    for leg, element in _steps(stack.legs, gauge):
+        coordinates = leg_view(places, leg, symmetry.spaces[leg.space])
+        coordinates.copy_(element.apply(coordinates, leg.variance))
+    return [int(place) for place in places]
+
+
+def _steps(legs: tuple[Leg, ...], gauge: Gauge) -> list[tuple[Leg, Element]]:
+    own = [leg for leg in legs if leg.space in gauge]
+    elements = {leg.space: gauge[leg.space] for leg in own}
+    return [(leg, elements[leg.space]) for leg in (reversed(own) if gauge.is_inverse else own)]
+
+
+def _route(name: str, symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> list[tuple[Leg, Element]]:
+    """What acts in turn on the tensor that ends as ``name``: it has another name before its stack is reordered."""
+    stack = symmetry.stack_of.get(name)
+    steps: list[tuple[Leg, Element]] = []
+    for gauge in reversed(gauges):
+        before = name
+        if stack is not None:
+            before = stack.members[_places_before(stack, symmetry, gauge)[stack.members.index(name)]]
+        # Legs act before the tensor moves, and in an inverse after it has moved back.
+        steps = _steps(symmetry.legs[name if gauge.is_inverse else before], gauge) + steps
+        name = before
+    return steps
+
+
 def act_(tensor: Tensor, name: str, symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> Tensor:
     """Transform ``tensor`` (stored dtype, any shape) in place by each gauge in turn, and return it.
 
+    ``name`` is that of the result; for one that moves in its stack, ``tensor`` is the one :func:`origins` names.
+
     Everything is applied in :func:`compute_dtype` and rounded once. Memory beyond the tensor and the elements is at
-    most three chunks: a piece, its image and one temporary. A tensor with legs on several axes is one piece.
+    most three chunks: a piece, its image and one temporary; for a tensor with legs on several axes, a whole copy in
+    the dtype of computing besides.
     """
-    if tensor.numel() == 0:
+    steps = _route(name, symmetry, gauges)
+    if not steps or tensor.numel() == 0:
         return tensor
-    steps: list[tuple[Leg, Element]] = []
-    for gauge in gauges:
-        legs = [leg for leg in symmetry.legs[name] if leg.space in gauge]
-        elements = {leg.space: gauge[leg.space] for leg in legs}
-        steps += [(leg, elements[leg.space]) for leg in (reversed(legs) if gauge.is_inverse else legs)]
     offset = symmetry.gain_offset.get(name, 0.0)
     for piece in _pieces(tensor, {leg.axis for leg, _ in steps}):
         work = piece.to(compute_dtype(tensor.dtype)).contiguous()
         if offset:
             work += offset
-        for leg, element in steps:
-            coordinates = leg_view(work, leg, symmetry.spaces[leg.space])
-            coordinates.copy_(element.apply(coordinates, leg.variance))
+        for axis, run in groupby(steps, key=lambda step: step[0].axis):
+            _act_along(work, axis, list(run), symmetry)
         if offset:
             work -= offset
         piece.copy_(work)
     return tensor
+
+
+def _act_along(work: Tensor, axis: int, steps: Sequence[tuple[Leg, Element]], symmetry: SymmetryMap) -> None:
+    """Apply steps on one axis to a contiguous tensor, a piece at a time."""
+    for piece in _pieces(work, {axis}):
+        part = piece.contiguous()
+        for leg, element in steps:
+            coordinates = leg_view(part, leg, symmetry.spaces[leg.space])
+            coordinates.copy_(element.apply(coordinates, leg.variance))
+        if part is not piece:
+            piece.copy_(part)
 
 
 def leg_view(tensor: Tensor, leg: Leg, space: Space) -> Tensor:
@@ -100,5 +151,8 @@ def _pieces(tensor: Tensor, axes: set[int]) -> Iterator[Tensor]:
 
 def transform_all(tensors: Mapping[str, Tensor], symmetry: SymmetryMap, gauges: Sequence[Gauge]) -> dict[str, Tensor]:
     """Transformed copies of a whole set of tensors, for tests and small models."""
-    edit = edits(symmetry, gauges)
-    return {name: edit[name](tensor.clone()) if name in edit else tensor for name, tensor in tensors.items()}
+    edit, origin = edits(symmetry, gauges), origins(symmetry, gauges)
+    return {
+        name: edit[name](tensors[origin.get(name, name)].clone()) if name in edit else tensor
+        for name, tensor in tensors.items()
+    }

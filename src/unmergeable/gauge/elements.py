@@ -1,8 +1,9 @@
 """Elements of the gauge groups, and how one acts on coordinates.
 
-Three representations cover every group of :mod:`unmergeable.architecture.symmetry`:
+Four representations cover every group of :mod:`unmergeable.architecture.symmetry`:
 
     Dense      M x                        general linear
+    Orthogonal Q x                        a Dense whose inverse is its transpose
     Monomial   x'_i = scale_i x_index_i   permutations, signs, scales, quarter turns
     Rotary     x'_p = z_p x_p             one complex number per frequency pair
 
@@ -73,6 +74,30 @@ class Dense:
             moved = torch.bmm(rows, matrix.mT).reshape(blocks, outer, -1, size).transpose(0, 1)
             return moved.reshape(coordinates.shape)
         return torch.matmul(matrix[None, :, None], flat).reshape(coordinates.shape)
+
+
+@dataclass(frozen=True)
+class Orthogonal(Dense):
+    """``values`` float64 [blocks, size, size] with orthonormal rows."""
+
+    def inverse(self) -> Orthogonal:
+        return Orthogonal(self.values.mT)
+
+    @property
+    def _contragredient(self) -> Tensor:
+        return self.values
+
+    def condition(self) -> float:
+        return 1.0
+
+    def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
+        if variance != "gain":
+            return super().apply(coordinates, variance)
+        # diag(g) commutes with a rotation where g is one number: after the gain was folded into its readers.
+        first = coordinates.narrow(-2, 0, 1)
+        spread = (coordinates - first).abs().max()
+        assert bool(spread <= 16 * torch.finfo(coordinates.dtype).eps * first.abs().max()), "gain is not folded"
+        return coordinates.clone()
 
 
 @dataclass(frozen=True)

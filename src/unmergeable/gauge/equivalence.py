@@ -3,37 +3,44 @@
 Every attention and feed-forward block is evaluated on random activations from both checkpoints, from the same
 declarations the symmetry maps are made of: projections, norms on queries and keys, a random rotation in place of the
 rotary embedding (any rotation commutes with what is allowed), a random or the stored bias per head, softmax, output
-projection. All tensors outside these blocks must be equal. Two checkpoints that pass on random inputs are equal as
-functions up to rounding; the inputs are drawn after the weights are fixed, so nothing can be tuned to them.
+projection. The experts behind a router are one block. All tensors outside these blocks must be equal. Two checkpoints
+that pass on random inputs are equal as functions up to rounding; the inputs are drawn after the weights are fixed, so
+nothing can be tuned to them.
+
+Where the residual stream itself may be in another basis (``through_streams``), activations must be given in each
+checkpoint's own: :mod:`unmergeable.gauge.activations` makes them from its embeddings.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from unmergeable.architecture import Architecture, Attention, FeedForward
-from unmergeable.architecture.blocks import Heads, QueryKeyNorm, ScorePart
+from unmergeable.architecture import Architecture, Attention, FeedForward, Mixture
+from unmergeable.architecture.blocks import FusedExperts, Heads, QueryKeyNorm, ScorePart
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UnsupportedArchitecture
+from unmergeable.gauge.activations import TOKENS, Activations, RandomActivations, StreamActivations, product
 from unmergeable.gauge.elements import split_pairs
 from unmergeable.progress import Progress, silent
 from unmergeable.randomness import Stream
 
-TOKENS = 8
+Block = Attention | FeedForward | Mixture
+
 ROUNDED_FACTORS = 4
 """Queries, keys, values, output: each stored with relative error u, amplified at most by the condition number."""
+
+STREAM_FACTORS = 3
+"""More of them through streams: the embeddings an input is made of, those an output is read by, the gain between."""
 
 UNIT_ROUNDOFF = {"F64": 2.0**-44, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 """Largest relative error of rounding to nearest, by stored dtype. Everything is computed in float64 at best, so for
 weights stored in it the error is that of sums over thousands of terms: 2^9 roundings of 2^-53."""
-
-CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,11 @@ class Equivalence:
         return f"block {worst.name} is off by {worst.error:.2e} relative, rounding explains {worst.bound:.2e}"
 
 
+def rounded_factors(*, through_streams: bool) -> int:
+    """How many stored numbers lie on the way through a block: the factor of the bound on its error."""
+    return ROUNDED_FACTORS + (STREAM_FACTORS if through_streams else 0)
+
+
 def compare(
     first: TensorSource,
     second: TensorSource,
@@ -94,6 +106,7 @@ def compare(
     seed: int = 0,
     threads: int = 2,
     blocks_only: bool = False,
+    through_streams: bool = False,
     progress: Progress = silent,
 ) -> Equivalence:
     """Compare two checkpoints of one architecture.
@@ -103,46 +116,83 @@ def compare(
         condition: condition number up to which one may be a rounded transform of the other; bounds grow with it.
         seed: of the random activations.
         threads: blocks evaluated at a time.
-        blocks_only: leave out the tensors outside blocks, when they are known to be copies.
+        blocks_only: leave out the tensors outside blocks (and streams), when they are known to be copies.
+        through_streams: the bases of residual streams and the gains of their norms may differ too.
 
     Raises:
         UnsupportedArchitecture: for weights that are not floating point, naming the tensor.
     """
     stream = Stream.from_seed(seed)
 
-    def block_error(block: Attention | FeedForward) -> BlockError:
-        scale, expected = _evaluate(block, first, architecture, stream.child(block.name), None)
-        _, found = _evaluate(block, second, architecture, stream.child(block.name), scale)
-        return BlockError(block.name, _relative_error(found, expected), _bound(block, first, second, condition))
+    both = (first, second)
+    kind = StreamActivations if through_streams else RandomActivations
+    sides = [kind.of(source, architecture, stream.child("activations")) for source in (first, second)]
+    factors = rounded_factors(through_streams=through_streams)
+    by_name = {block.name: block for block in architecture.blocks}
 
-    owned = set(architecture.symmetry.legs)
-    outside = [] if blocks_only else [name for name in first.names if name not in owned]
+    def block_error(block: Block) -> BlockError:
+        scale, expected = _evaluate(block, by_name, first, sides[0], architecture, stream.child(block.name), None)
+        _, found = _evaluate(block, by_name, second, sides[1], architecture, stream.child(block.name), scale)
+        tensors = _tensors(block, by_name)
+        return BlockError(block.name, _relative_error(found, expected), factors * condition * _unit(tensors, *both))
+
+    def tensor_error(name: str) -> BlockError:
+        expected, found = (side.contracted(name) for side in sides)
+        return BlockError(name, _relative_error(found, expected), factors * condition * _unit([name], *both))
+
+    # A router with other rows may stand for experts in other places; with the same ones each expert is compared alone.
+    moved = [
+        item
+        for item in architecture.mixtures
+        if item.fused or not _same_values(*(side.tensor(item.router) for side in both))
+    ]
+    blocks = _units(architecture, moved)
+    evaluated = {name for block in blocks for name in _tensors(block, by_name)}
+    evaluated |= {shared.bias_tensor for shared in architecture.shared_heads}
+    along = [name for name in first.names if name not in evaluated and name in sides[0].along]
+    seen = evaluated | set(along) | sides[0].seen_through_readers
+    outside = [] if blocks_only else [name for name in first.names if name not in seen]
 
     def is_altered(name: str) -> bool:
         return not _same_values(first.tensor(name), second.tensor(name))
 
-    total = len(architecture.blocks) + len(outside)
+    total = len(blocks) + len(along) + len(outside)
     with ThreadPoolExecutor(threads) as pool:
         errors, altered = [], []
-        for block_result in pool.map(block_error, architecture.blocks):
-            errors.append(block_result)
-            progress("verifying", len(errors), total, "tensors")
+        for results in (pool.map(block_error, blocks), pool.map(tensor_error, along)):
+            for error in results:
+                errors.append(error)
+                progress("verifying", len(errors), total, "tensors")
         for done, (name, differs) in enumerate(zip(outside, pool.map(is_altered, outside), strict=True), 1):
             altered += [name] if differs else []
             progress("verifying", len(errors) + done, total, "tensors")
     return Equivalence(tuple(errors), tuple(altered))
 
 
+def _units(architecture: Architecture, mixtures: Sequence[Mixture]) -> tuple[Block, ...]:
+    """What is evaluated as one: blocks, and in place of the experts of ``mixtures`` these."""
+    experts = {expert for mixture in mixtures for expert in mixture.experts}
+    return (*(block for block in architecture.blocks if block.name not in experts), *mixtures)
+
+
 def changed_blocks(architecture: Architecture, spaces: Sequence[str]) -> Architecture:
     """The architecture reduced to the blocks with a tensor in one of ``spaces``: the only ones worth comparing
     when every other tensor was copied byte for byte."""
     touched = set(architecture.symmetry.tensors_of(set(spaces)))
-    kept = tuple(block for block in architecture.blocks if touched & set(_tensors(block)))
-    return Architecture(architecture.family, kept, architecture.untouched, architecture.shared_heads)
+    by_name = {block.name: block for block in architecture.blocks}
+    mixtures = tuple(item for item in architecture.mixtures if touched & set(_tensors(item, by_name)))
+    experts = {expert for mixture in mixtures for expert in mixture.experts}
+    kept = tuple(
+        block for block in architecture.blocks if block.name in experts or touched & set(_tensors(block, by_name))
+    )
+    return replace(architecture, blocks=kept, mixtures=mixtures)
 
 
-def _tensors(block: Attention | FeedForward) -> list[str]:
+def _tensors(block: Block, by_name: Mapping[str, Attention | FeedForward]) -> list[str]:
     """Every tensor that evaluating a block reads: weights, biases, gains."""
+    if isinstance(block, Mixture):
+        apart = () if block.fused else block.experts
+        return [*block.indexed, *(name for expert in apart for name in _tensors(by_name[expert], by_name))]
     if isinstance(block, FeedForward):
         every = [heads for heads in (block.gate, block.up, block.down) if heads is not None]
         around: list[str | None] = []
@@ -153,14 +203,14 @@ def _tensors(block: Attention | FeedForward) -> list[str]:
     return [name for name in (*(name for heads in every for name in (heads.weight, heads.bias)), *around) if name]
 
 
-def _bound(block: Attention | FeedForward, first: TensorSource, second: TensorSource, condition: float) -> float:
-    """How far rounding may move a block whose tensors are stored as they are.
+def _unit(tensors: Iterable[str], first: TensorSource, second: TensorSource) -> float:
+    """The coarsest unit roundoff among tensors as they are stored.
 
     Raises:
         UnsupportedArchitecture: for weights that are not floating point, naming the tensor.
     """
     coarsest = 0.0
-    for name in _tensors(block):
+    for name in tensors:
         for source in (first, second):
             dtype = source.spec(name).dtype
             if dtype not in UNIT_ROUNDOFF:
@@ -169,7 +219,7 @@ def _bound(block: Attention | FeedForward, first: TensorSource, second: TensorSo
                     f"{', '.join(UNIT_ROUNDOFF)}."
                 )
             coarsest = max(coarsest, UNIT_ROUNDOFF[dtype])
-    return ROUNDED_FACTORS * coarsest * condition
+    return coarsest
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:
@@ -188,26 +238,31 @@ def _same_values(first: Tensor, second: Tensor) -> bool:
 
 
 def _evaluate(
-    block: Attention | FeedForward,
+    block: Block,
+    by_name: Mapping[str, Attention | FeedForward],
     source: TensorSource,
+    activations: Activations,
     architecture: Architecture,
     stream: Stream,
     scale: float | None,
 ) -> tuple[float, Tensor]:
-    """Output of a block on random activations, and the scale its scores were divided by."""
-    reader = _Projections(source, stream)
+    """Output of a block on given activations, and the scale its scores were divided by."""
+    reader = _Projections(source, activations)
     if isinstance(block, FeedForward):
-        return 1.0, _feed_forward(block, reader)
+        return 1.0, activations.readout(block.down.weight, _feed_forward(block, reader))
+    if isinstance(block, Mixture):
+        return _mixture(block, by_name, source, activations, scale)
     bias = _head_bias(block, source, architecture, stream)
-    return _attention(block, reader, bias, source, stream, scale)
+    scale, output = _attention(block, reader, bias, source, stream, scale)
+    return scale, activations.readout(block.output.weight, output)
 
 
 class _Projections:
-    """Weights of one block applied to random inputs, each weight read once however many heads share it."""
+    """Weights of one block applied to activations, each weight read once however many heads share it."""
 
-    def __init__(self, source: TensorSource, stream: Stream) -> None:
+    def __init__(self, source: TensorSource, activations: Activations) -> None:
         self._source = source
-        self._stream = stream
+        self._activations = activations
         self._outputs: dict[str, Tensor] = {}
 
     def heads(self, heads: Heads, groups: int, members: int, size: int) -> Tensor:
@@ -220,32 +275,54 @@ class _Projections:
 
     def read(self, heads: Heads, hidden: Tensor) -> Tensor:
         """A reader (output or down projection) applied to [features, tokens]."""
-        return _product(self._source.tensor(heads.weight), hidden, is_transposed=heads.axis == 0)
+        return product(self._source.tensor(heads.weight), hidden, is_transposed=heads.axis == 0)
 
     def _project(self, heads: Heads) -> Tensor:
         weight = self._source.tensor(heads.weight)
         is_transposed = heads.axis == 1  # [in, out] storage
         features = weight.shape[0] if is_transposed else weight.shape[1]
-        inputs = torch.from_numpy(self._stream.child(f"input.{features}").normal(features, TOKENS))
-        output = _product(weight, inputs, is_transposed=is_transposed)
+        output = product(weight, self._activations.inputs(heads.weight, features), is_transposed=is_transposed)
         if heads.bias is not None:
             output += self._source.tensor(heads.bias).to(output.dtype)[:, None]
         return output.contiguous()
 
 
-def _product(weight: Tensor, inputs: Tensor, *, is_transposed: bool) -> Tensor:
-    """``weight @ inputs`` (or ``weight.T @ inputs``) in float64, converting the weight a chunk at a time.
+def _mixture(
+    block: Mixture,
+    by_name: Mapping[str, Attention | FeedForward],
+    source: TensorSource,
+    activations: Activations,
+    scale: float | None,
+) -> tuple[float, Tensor]:
+    """All experts, weighted by what a router of this kind may look at: scores, choosing bias, best of the group."""
+    router = source.tensor(block.router)
+    scores = product(router, activations.inputs(block.router, router.shape[1]), is_transposed=False)
+    scale = scale or max(float(scores.std()), 1e-30)
+    scores = scores / scale
+    choice = scores
+    if block.router_bias is not None:
+        choice = scores + source.tensor(block.router_bias).double()[:, None]
+    best = choice.view(block.groups, -1, TOKENS).amax(1, keepdim=True).expand(-1, len(scores) // block.groups, -1)
+    weights = scores.softmax(0) * torch.sigmoid(choice) * torch.sigmoid(best.reshape(choice.shape))
+    if block.fused is not None:
+        outputs, down = _fused_experts(block.fused, source, activations), block.fused.down
+    else:
+        experts = [expert for name in block.experts if isinstance(expert := by_name[name], FeedForward)]
+        outputs = (_feed_forward(expert, _Projections(source, activations)) for expert in experts)
+        down = experts[0].down.weight
+    total = torch.zeros(())
+    for weight, output in zip(weights, outputs, strict=True):
+        total = total + weight * output
+    return scale, activations.readout(down, total)
 
-    Half-precision weights are converted to float32, whose error is far below theirs; others to float64.
-    """
-    compute = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else torch.float64
-    # With few inputs, (x^T W^T)^T streams the weight three times as fast as W x.
-    rows = inputs.to(compute).T.contiguous()
-    step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
-    if not is_transposed:
-        return torch.cat([rows @ chunk.to(compute).T for chunk in weight.split(step)], dim=1).double().T
-    pieces = zip(weight.split(step), rows.split(step, dim=1), strict=True)
-    return torch.stack([part @ chunk.to(compute) for chunk, part in pieces]).sum(0).double().T
+
+def _fused_experts(fused: FusedExperts, source: TensorSource, activations: Activations) -> Iterator[Tensor]:
+    """The output of every expert in turn, [hidden, tokens]."""
+    above, below = source.tensor(fused.up), source.tensor(fused.down)
+    inputs = activations.inputs(fused.up, above.shape[2])
+    for up, down in zip(above, below, strict=True):
+        gate, value = product(up, inputs, is_transposed=False).chunk(2)
+        yield product(down, torch.nn.functional.gelu(gate) * value, is_transposed=False)
 
 
 def _feed_forward(block: FeedForward, reader: _Projections) -> Tensor:

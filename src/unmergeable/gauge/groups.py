@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.architecture.symmetry import GroupKind, Pairing, Space
-from unmergeable.gauge.elements import Dense, Element, Monomial, Rotary, pair_indices
+from unmergeable.gauge.elements import Dense, Element, Monomial, Orthogonal, Rotary, pair_indices
 from unmergeable.randomness import Stream
 
 
@@ -33,6 +33,8 @@ def identity(space: Space) -> Element:
     """The neutral element."""
     if space.group.kind == "general_linear":
         return Dense(torch.eye(space.size, dtype=torch.float64).expand(space.blocks, -1, -1).clone())
+    if space.group.kind == "orthogonal":
+        return Orthogonal(torch.eye(space.size, dtype=torch.float64).expand(space.blocks, -1, -1).clone())
     if space.group.kind == "rotary":
         pairing = _pairing(space)
         return Rotary(torch.ones(space.blocks, space.size // 2, dtype=torch.complex128), pairing)
@@ -140,6 +142,21 @@ def _sample_diagonal(space: Space, stream: Stream, condition: float) -> Element:
     return Monomial(_no_move(space), scales * signs)
 
 
+def _sample_signed_permutation(space: Space, stream: Stream, condition: float) -> Element:
+    order = torch.from_numpy(stream.child("permutation").permutations(space.blocks, space.size))
+    return Monomial(order, torch.from_numpy(stream.child("sign").signs(space.blocks, space.size)))
+
+
+def _sample_common_sign_permutation(space: Space, stream: Stream, condition: float) -> Element:
+    order = torch.from_numpy(stream.child("permutation").permutations(space.blocks, space.size))
+    sign = torch.from_numpy(stream.child("sign").signs(space.blocks, 1))
+    return Monomial(order, sign.expand(-1, space.size).contiguous())
+
+
+def _sample_orthogonal(space: Space, stream: Stream, condition: float) -> Element:
+    return Orthogonal(haar(space.blocks, space.size, stream))
+
+
 _SAMPLERS: dict[GroupKind, Callable[[Space, Stream, float], Element]] = {
     "general_linear": _sample_general_linear,
     "rotary": _sample_rotary,
@@ -151,6 +168,9 @@ _SAMPLERS: dict[GroupKind, Callable[[Space, Stream, float], Element]] = {
     "permutation": _sample_permutation,
     "positive_diagonal": _sample_positive_diagonal,
     "diagonal": _sample_diagonal,
+    "signed_permutation": _sample_signed_permutation,
+    "common_sign_permutation": _sample_common_sign_permutation,
+    "orthogonal": _sample_orthogonal,
 }
 
 
@@ -201,6 +221,15 @@ def _is_permutation(space: Space, matrix: Tensor, tolerance: float) -> bool:
     return is_binary and _near(rounded.sum(1), ones, 0) and _near(rounded.sum(2), ones, 0)
 
 
+def _is_common_sign_permutation(space: Space, matrix: Tensor, tolerance: float) -> bool:
+    sign = torch.where(matrix.sum((1, 2), keepdim=True) < 0, -1.0, 1.0).double()
+    return _is_permutation(space, sign * matrix, tolerance)
+
+
+def _is_orthogonal(space: Space, matrix: Tensor, tolerance: float) -> bool:
+    return _near(matrix @ matrix.mT, torch.eye(space.size, dtype=matrix.dtype), tolerance)
+
+
 def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool(((a - b).abs() <= tolerance).all())
 
@@ -216,4 +245,7 @@ _CONTAINS: dict[GroupKind, Callable[[Space, Tensor, float], bool]] = {
     "permutation": _is_permutation,
     "positive_diagonal": _is_positive_diagonal,
     "diagonal": _is_diagonal,
+    "signed_permutation": lambda s, m, t: _is_permutation(s, m.abs(), t),
+    "common_sign_permutation": _is_common_sign_permutation,
+    "orthogonal": _is_orthogonal,
 }

@@ -12,10 +12,12 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from unmergeable.checkpoint.partial import sync_folder
 from unmergeable.errors import KeyFileError
@@ -26,15 +28,20 @@ KDF, CIPHER = "scrypt", "AES-256-GCM"
 SCRYPT = {"n": 1 << 15, "r": 8, "p": 1}
 MAX_SCRYPT_WORK = 1 << 28
 """Bytes of memory times passes: eight times what SCRYPT asks for, so that a damaged file cannot ask for hours."""
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 28
+"""Key files are small but for the orders some methods keep there: 4 bytes for each hidden unit of each layer."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """A secret and what it was used for. ``recipe`` is JSON-able and holds nothing secret."""
+    """A secret and what it was used for. ``recipe`` is JSON-able and holds nothing secret.
+
+    ``orders`` are permutations that were found in the weights and cannot be drawn again from the secret.
+    """
 
     entropy: bytes = field(repr=False)
     recipe: Mapping[str, Any]
+    orders: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False)
 
     def stream(self) -> Stream:
         """The secret random stream that every gauge of the recipe is drawn from."""
@@ -44,6 +51,7 @@ class Key:
     def fingerprint(self) -> str:
         """32 hex digits that identify this key and recipe, and say nothing about the secret."""
         digest = hashlib.blake2b(_canonical(self.recipe), key=self.entropy, digest_size=16, person=b"unmergeable-id")
+        digest.update(_pack(self.orders))
         return digest.hexdigest()
 
 
@@ -51,11 +59,14 @@ def write_key(path: Path, key: Key, passphrase: str | None = None) -> None:
     """Create the key file, readable by its owner only; it is on disk when this returns.
 
     Raises:
-        KeyFileError: something is already at ``path``, or it cannot be written; then nothing is left there.
+        KeyFileError: something is already at ``path``, it cannot be written, or the passphrase is empty; then nothing
+            is left there.
     """
+    if passphrase == "":
+        raise KeyFileError(f"key file {path}: the passphrase is empty and would protect nothing; give one, or None.")
     document: dict[str, Any] = {"format": FORMAT, "fingerprint": key.fingerprint, "recipe": dict(key.recipe)}
     if passphrase is None:
-        document["secret"] = base64.b64encode(key.entropy).decode()
+        document["secret"] = base64.b64encode(key.entropy + _pack(key.orders)).decode()
     else:
         document["encrypted_secret"] = _encrypt(key, passphrase)
     text = json.dumps(document, indent=2) + "\n"
@@ -90,13 +101,13 @@ def read_key(path: Path, passphrase: str | None = None) -> Key:
         raise _foreign(path)
     try:
         if "encrypted_secret" in document:
-            entropy = _decrypt(document, passphrase, path)
+            secret = _decrypt(document, passphrase, path)
         else:
-            entropy = base64.b64decode(str(document.get("secret")), validate=True)
-    except (ValueError, KeyError, TypeError, OverflowError):
+            secret = base64.b64decode(str(document.get("secret")), validate=True)
+        key = Key(secret[:KEY_BYTES], recipe, _unpack(secret[KEY_BYTES:]))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise KeyFileError(f"key file {path} is damaged; restore it from your backup.") from None
-    key = Key(entropy, recipe)
-    if len(entropy) != KEY_BYTES or key.fingerprint != document.get("fingerprint"):
+    if len(key.entropy) != KEY_BYTES or key.fingerprint != document.get("fingerprint"):
         raise KeyFileError(f"key file {path} was altered or is damaged; restore it from your backup.")
     return key
 
@@ -142,6 +153,27 @@ def _canonical(recipe: Mapping[str, Any]) -> bytes:
     return json.dumps(recipe, sort_keys=True, separators=(",", ":")).encode()
 
 
+def _pack(orders: Mapping[str, Sequence[int]]) -> bytes:
+    """A line of JSON with names and lengths, then the numbers, 4 bytes each; nothing for no orders."""
+    if not orders:
+        return b""
+    lengths = {name: len(order) for name, order in orders.items()}
+    numbers = np.concatenate([np.asarray(order, dtype="<u4") for order in orders.values()])
+    return json.dumps(lengths).encode() + b"\n" + numbers.tobytes()
+
+
+def _unpack(packed: bytes) -> dict[str, list[int]]:
+    if not packed:
+        return {}
+    head, _, body = packed.partition(b"\n")
+    lengths = {str(name): int(length) for name, length in json.loads(head).items()}
+    numbers = np.frombuffer(body, dtype="<u4")
+    if sum(lengths.values()) != len(numbers):
+        raise ValueError("lengths do not add up")
+    ends = np.cumsum(list(lengths.values()))
+    return {name: part.tolist() for name, part in zip(lengths, np.split(numbers, ends[:-1]), strict=True)}
+
+
 def _derive(passphrase: str, salt: bytes, cost: Mapping[str, int]) -> bytes:
     from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
@@ -152,7 +184,9 @@ def _encrypt(key: Key, passphrase: str) -> dict[str, Any]:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
     salt, nonce = os.urandom(16), os.urandom(12)
-    secret = AESGCM(_derive(passphrase, salt, SCRYPT)).encrypt(nonce, key.entropy, _canonical(key.recipe))
+    secret = AESGCM(_derive(passphrase, salt, SCRYPT)).encrypt(
+        nonce, key.entropy + _pack(key.orders), _canonical(key.recipe)
+    )
     encoded = {
         name: base64.b64encode(value).decode()
         for name, value in (("salt", salt), ("nonce", nonce), ("ciphertext", secret))

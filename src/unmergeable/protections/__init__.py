@@ -1,33 +1,32 @@
-"""Protections, one file each. A protection here is a dataclass that draws a gauge (see :class:`GaugeProtection`)."""
+"""Protections, one file each: dataclasses that draw a gauge (see :mod:`.protection`), or plan another structure."""
 
-from __future__ import annotations
+from collections.abc import Mapping
 
-from typing import ClassVar, Protocol
-
-from unmergeable.architecture import Architecture, Space
-from unmergeable.gauge.gauge import Gauge
+from unmergeable.protections.controls import CONTROLS, Control
+from unmergeable.protections.gauge import LargestGauge
+from unmergeable.protections.mergebarrier import MergeBarrier
 from unmergeable.protections.mergelock import MergeLock
-from unmergeable.randomness import Stream
+from unmergeable.protections.params import PaRaMS
+from unmergeable.protections.protection import GaugeProtection, Weights
+from unmergeable.protections.taylor_mlp import TaylorMLP
 
+__all__ = [
+    "CONTROLS",
+    "POLYNOMIAL_PROTECTIONS",
+    "PROTECTIONS",
+    "Control",
+    "GaugeProtection",
+    "LargestGauge",
+    "MergeBarrier",
+    "MergeLock",
+    "PaRaMS",
+    "TaylorMLP",
+    "Weights",
+]
 
-class GaugeProtection(Protocol):
-    """An exact, keyed protection: a change of basis that the network cannot see."""
+PROTECTIONS: dict[str, type[GaugeProtection]] = {cls.name: cls for cls in (MergeLock, PaRaMS, LargestGauge)}
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    exact: ClassVar[bool]
-    needs: ClassVar[tuple[str, ...]]
-
-    @property
-    def condition(self) -> float:
-        """Bound on the condition number of what is applied."""
-        ...
-
-    def validate(self) -> None: ...
-
-    def spaces(self, architecture: Architecture) -> dict[str, Space]: ...
-
-    def gauge(self, architecture: Architecture, stream: Stream) -> Gauge: ...
-
-
-PROTECTIONS: dict[str, type[GaugeProtection]] = {cls.name: cls for cls in (MergeLock,)}
+POLYNOMIAL_PROTECTIONS: Mapping[str, type[TaylorMLP | MergeBarrier]] = {
+    cls.name: cls for cls in (TaylorMLP, MergeBarrier)
+}
+"""Those that change the structure of the network: calibrated on data, without a key."""

@@ -23,9 +23,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from unmergeable.architecture import Architecture, Space
+from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UsageError
 from unmergeable.gauge.gauge import Gauge, sampled_gauge
+from unmergeable.progress import Progress
+from unmergeable.protections.protection import Weights
 from unmergeable.randomness import Stream
 
 
@@ -53,6 +58,18 @@ class MergeLock:
         """The bases this protection changes."""
         return architecture.symmetry.select("query_key", "value_output", cross_attention=self.cross_attention)
 
+    @property
+    def bound(self) -> float:
+        return self.condition
+
     def gauge(self, architecture: Architecture, stream: Stream) -> Gauge:
         """A secret element for every space, drawn from ``stream``."""
         return sampled_gauge(self.spaces(architecture), stream, self.condition)
+
+    def orders(
+        self, architecture: Architecture, expert: TensorSource, base: TensorSource, progress: Progress
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def gauges(self, architecture: Architecture, stream: Stream, weights: Weights) -> tuple[Gauge, ...]:
+        return (self.gauge(architecture, stream),)

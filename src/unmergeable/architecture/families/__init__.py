@@ -10,8 +10,8 @@ FAMILIES: dict[str, Callable[[Config, Names], Architecture]] = {
     "llama": decoders.llama,
     "mistral": decoders.llama,
     "qwen2": decoders.llama,
-    "gemma": decoders.llama,
-    "gemma2": decoders.llama,
+    "gemma": decoders.gemma,
+    "gemma2": decoders.gemma,
     "qwen3": decoders.qwen3,
     "qwen3_moe": decoders.qwen3,
     "gemma3_text": decoders.qwen3,
@@ -87,3 +87,48 @@ QUERY_KEY_GROUPS: dict[str, str] = {
     "UNet2DConditionModel": _ANY,
 }
 """What each family leaves between queries and keys. Between values and output it is any invertible matrix for all."""
+
+_ROTATIONS = "any rotation, with the gains of norms folded into what reads them and out again"
+_TIED = "signed permutations while the output head is the embedding; any rotation once it is stored apart"
+_EITHER = f"{_ROTATIONS}; signed permutations while the output head is the embedding"
+_SIGNED = "signed permutations (norms behind the blocks keep rotations out)"
+_ORDERS = "permutations, and one sign for all coordinates (LayerNorm)"
+
+RESIDUAL_GROUPS: dict[str, str] = {
+    "llama": _EITHER,
+    "mistral": _EITHER,
+    "qwen2": _EITHER,
+    "gemma": _TIED,
+    "gemma2": _SIGNED,
+    "phi3": _EITHER,
+    "mixtral": _EITHER,
+    "qwen3": _EITHER,
+    "qwen3_moe": _EITHER,
+    "gemma3_text": _SIGNED,
+    "stablelm": _ORDERS,
+    "cohere": _ORDERS,
+    "olmo2": _SIGNED,
+    "deepseek_v2": _EITHER,
+    "deepseek_v3": _EITHER,
+    "phi": _ORDERS,
+    "gpt2": _ORDERS,
+    "gptj": _ORDERS,
+    "gpt_neox": _ORDERS,
+    "opt": _ORDERS,
+    "bloom": _ORDERS,
+    "falcon": _ORDERS,
+    "bert": _ORDERS,
+    "roberta": _ORDERS,
+    "xlm-roberta": _ORDERS,
+    "vit": _ORDERS,
+    "dinov2": _ORDERS,
+    "clip": f"{_ORDERS}, in each tower",
+    "clip_text_model": "none: its layers are what others read",
+    "clip_vision_model": "none: its layers are what others read",
+    "siglip": "none: the vectors of both towers are the output",
+    "siglip_text_model": "none: the vectors are the output",
+    "siglip_vision_model": "none: the vectors are the output",
+    "t5": "signed permutations, one for both stacks; any rotation in files that store the output head apart",
+    "UNet2DConditionModel": f"{_ORDERS}, in each transformer",
+}
+"""What each family leaves to its residual stream, in models with an output head: without one the stream goes out."""

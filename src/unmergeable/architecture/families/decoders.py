@@ -5,7 +5,10 @@ Llama, Mistral, Qwen2, Qwen3, Gemma 1-3, StableLM, Cohere, OLMo 2, Phi-3, Mixtra
 
 from __future__ import annotations
 
-from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, Heads, QueryKeyNorm
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, Heads, Mixture, QueryKeyNorm
 from unmergeable.architecture.declare import (
     HEADS_ON_TOP,
     Config,
@@ -13,6 +16,7 @@ from unmergeable.architecture.declare import (
     columns,
     dense_or_experts,
     gated,
+    mixtures,
     rope_setting,
     score_parts,
     separate_attention,
@@ -20,9 +24,12 @@ from unmergeable.architecture.declare import (
     unit_columns,
     units,
 )
+from unmergeable.architecture.streams import language_model_streams, norm, readers_in, with_residuals
 from unmergeable.architecture.symmetry import Pairing
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_MIXTRAL = ("w1", "w3", "w2")
 _UNTOUCHED = (
     HEADS_ON_TOP,
     r"{prefix}embed_tokens\.weight",
@@ -49,12 +56,81 @@ def _untouched(prefix: str) -> tuple[str, ...]:
     return tuple(pattern.format(prefix=prefix.replace(".", r"\.")) for pattern in _UNTOUCHED)
 
 
+_PRE_NORM: Mapping[str, tuple[str, ...]] = {"input_layernorm": ("self_attn",), "post_attention_layernorm": ("mlp",)}
+_AROUND: Mapping[str, tuple[str, ...]] = {
+    "input_layernorm": ("self_attn",),
+    "post_attention_layernorm": (),
+    "pre_feedforward_layernorm": ("mlp",),
+    "post_feedforward_layernorm": (),
+}
+_POST_NORM: Mapping[str, tuple[str, ...]] = {"post_attention_layernorm": (), "post_feedforward_layernorm": ()}
+_PARALLEL: Mapping[str, tuple[str, ...]] = {"input_layernorm": ("self_attn", "mlp")}
+
+
+def _finished(
+    config: Config,
+    names: Names,
+    prefix: str,
+    layers: Sequence[str],
+    blocks: Sequence[Attention | FeedForward],
+    *,
+    layer_norms: Mapping[str, tuple[str, ...]] = _PRE_NORM,
+    kind: Literal["rms", "layer"] = "rms",
+    offset: float = 0.0,
+    is_tied_by_default: bool = False,
+    routers: tuple[Mixture, ...] = (),
+    untouched: tuple[str, ...] = (),
+) -> Architecture:
+    """With its stream: ``layer_norms`` names the norms of a layer, and the modules that alone see each one's output."""
+    norms = [
+        norm(
+            names, f"{layer}.{module}", readers_in(blocks, [f"{layer}.{reader}" for reader in readers], routers), offset
+        )
+        for layer in layers
+        for module, readers in layer_norms.items()
+    ]
+    streams, missing = language_model_streams(
+        config,
+        names,
+        blocks,
+        kind,
+        embedding=f"{prefix}embed_tokens.weight",
+        final=f"{prefix}norm",
+        norms=norms,
+        mixtures=routers,
+        is_tied_by_default=is_tied_by_default,
+        offset=offset,
+    )
+    return with_residuals(
+        names,
+        str(config["model_type"]),
+        blocks,
+        (*_untouched(prefix), *untouched),
+        streams,
+        mixtures=routers,
+        missing=missing,
+    )
+
+
 def llama(config: Config, names: Names) -> Architecture:
-    """Llama, Mistral, Qwen2, Gemma, Gemma 2: rotary positions, grouped keys, gated feed-forward."""
-    return _decoder(config, names)
+    """Llama, Mistral, Qwen2: rotary positions, grouped keys, gated feed-forward."""
+    blocks, prefix, layers = _rotary_layers(config, names)
+    return _finished(config, names, prefix, layers, blocks)
 
 
-def _decoder(config: Config, names: Names, *, pairing: Pairing = "half") -> Architecture:
+def gemma(config: Config, names: Names) -> Architecture:
+    """Gemma and Gemma 2 (which adds norms behind its blocks): gains stored as ``gain - 1``, tied embeddings."""
+    blocks, prefix, layers = _rotary_layers(config, names)
+    layer_norms = _AROUND if config["model_type"] == "gemma2" else _PRE_NORM
+    return _finished(
+        config, names, prefix, layers, blocks, layer_norms=layer_norms, offset=1.0, is_tied_by_default=True
+    )
+
+
+def _rotary_layers(
+    config: Config, names: Names, pairing: Pairing = "half"
+) -> tuple[list[Attention | FeedForward], str, list[str]]:
+    """Blocks with rotary positions on whole heads, the prefix of their names, the layers."""
     groups, members, size = _sizes(config)
     prefix, layers = _layers(config, names)
     blocks: list[Attention | FeedForward] = []
@@ -72,7 +148,7 @@ def _decoder(config: Config, names: Names, *, pairing: Pairing = "half") -> Arch
             )
         )
         blocks.append(gated(names, f"{layer}.mlp", "gate_proj", "up_proj", "down_proj"))
-    return Architecture(str(config["model_type"]), tuple(blocks), _untouched(prefix))
+    return blocks, prefix, layers
 
 
 def _rms_per_head(config: Config, module: str, offset: float) -> QueryKeyNorm:
@@ -90,19 +166,30 @@ def qwen3(config: Config, names: Names) -> Architecture:
     """Qwen3 and Gemma 3: an RMS norm on every query and key head. Gemma stores gains as ``gain - 1``."""
     groups, members, size = _sizes(config)
     prefix, layers = _layers(config, names)
-    offset = 1.0 if str(config["model_type"]).startswith("gemma") else 0.0
+    is_gemma = str(config["model_type"]).startswith("gemma")
+    offset = 1.0 if is_gemma else 0.0
     blocks: list[Attention | FeedForward] = []
     for layer in layers:
         module = f"{layer}.self_attn"
-        norm = _rms_per_head(config, module, offset)
+        head_norm = _rms_per_head(config, module, offset)
         blocks.append(
             separate_attention(
-                names, module, QKVO, groups=groups, members=members, size=size, rotary_size=size, norm=norm
+                names, module, QKVO, groups=groups, members=members, size=size, rotary_size=size, norm=head_norm
             )
         )
-        blocks.extend(dense_or_experts(config, names, f"{layer}.mlp", "gate_proj", "up_proj", "down_proj"))
-    untouched = (*_untouched(prefix), r".*\.mlp\.gate\.weight")
-    return Architecture(str(config["model_type"]), tuple(blocks), untouched)
+        blocks.extend(dense_or_experts(config, names, f"{layer}.mlp", *_GATED))
+    return _finished(
+        config,
+        names,
+        prefix,
+        layers,
+        blocks,
+        layer_norms=_AROUND if is_gemma else _PRE_NORM,
+        offset=offset,
+        is_tied_by_default=is_gemma,
+        routers=mixtures(config, names, [f"{layer}.mlp" for layer in layers], _GATED),
+        untouched=(r".*\.mlp\.gate\.weight",),
+    )
 
 
 def mixtral(config: Config, names: Names) -> Architecture:
@@ -116,19 +203,28 @@ def mixtral(config: Config, names: Names) -> Architecture:
                 names, f"{layer}.self_attn", QKVO, groups=groups, members=members, size=size, rotary_size=size
             )
         )
-        blocks.extend(dense_or_experts(config, names, f"{layer}.block_sparse_moe", "w1", "w3", "w2"))
-    untouched = (*_untouched(prefix), r".*\.block_sparse_moe\.gate\.weight")
-    return Architecture("mixtral", tuple(blocks), untouched)
+        blocks.extend(dense_or_experts(config, names, f"{layer}.block_sparse_moe", *_MIXTRAL))
+    return _finished(
+        config,
+        names,
+        prefix,
+        layers,
+        blocks,
+        layer_norms={"input_layernorm": ("self_attn",), "post_attention_layernorm": ("block_sparse_moe",)},
+        routers=mixtures(config, names, [f"{layer}.block_sparse_moe" for layer in layers], _MIXTRAL),
+        untouched=(r".*\.block_sparse_moe\.gate\.weight",),
+    )
 
 
 def olmo2(config: Config, names: Names) -> Architecture:
     """OLMo 2: an RMS norm over the full width of queries and of keys, norms after the blocks."""
     groups, members, size = _sizes(config)
     prefix = names.prefix("layers.0.self_attn.q_proj.weight", ("model.", ""))
+    layers = [f"{prefix}layers.{index}" for index in range(int(setting(config, "num_hidden_layers")))]
     blocks: list[Attention | FeedForward] = []
-    for index in range(int(setting(config, "num_hidden_layers"))):
-        module = f"{prefix}layers.{index}.self_attn"
-        norm = QueryKeyNorm(
+    for layer in layers:
+        module = f"{layer}.self_attn"
+        full_norm = QueryKeyNorm(
             "rms",
             "full",
             float(setting(config, "rms_norm_eps", default=1e-5)),
@@ -137,23 +233,24 @@ def olmo2(config: Config, names: Names) -> Architecture:
         )
         blocks.append(
             separate_attention(
-                names, module, QKVO, groups=groups, members=members, size=size, rotary_size=size, norm=norm
+                names, module, QKVO, groups=groups, members=members, size=size, rotary_size=size, norm=full_norm
             )
         )
-        blocks.append(gated(names, f"{prefix}layers.{index}.mlp", "gate_proj", "up_proj", "down_proj"))
-    return Architecture("olmo2", tuple(blocks), _untouched(prefix))
+        blocks.append(gated(names, f"{layer}.mlp", "gate_proj", "up_proj", "down_proj"))
+    return _finished(config, names, prefix, layers, blocks, layer_norms=_POST_NORM)
 
 
 def cohere(config: Config, names: Names) -> Architecture:
     """Command R: interleaved rotary pairs; the larger models put a LayerNorm on every query and key head."""
     if not config.get("use_qk_norm"):
-        return _decoder(config, names, pairing="interleaved")
+        blocks, prefix, layers = _rotary_layers(config, names, "interleaved")
+        return _cohere_finished(config, names, prefix, layers, blocks)
     groups, members, size = _sizes(config)
     prefix, layers = _layers(config, names)
-    blocks: list[Attention | FeedForward] = []
+    blocks = []
     for layer in layers:
         module = f"{layer}.self_attn"
-        norm = QueryKeyNorm(
+        head_norm = QueryKeyNorm(
             "layer",
             "head",
             float(setting(config, "layer_norm_eps", default=1e-5)),
@@ -171,12 +268,20 @@ def cohere(config: Config, names: Names) -> Architecture:
                 size=size,
                 rotary_size=size,
                 pairing="interleaved",
-                norm=norm,
+                norm=head_norm,
                 heads_limit="every head has a norm gain of its own",
             )
         )
         blocks.append(gated(names, f"{layer}.mlp", "gate_proj", "up_proj", "down_proj"))
-    return Architecture("cohere", tuple(blocks), _untouched(prefix))
+    return _cohere_finished(config, names, prefix, layers, blocks)
+
+
+def _cohere_finished(
+    config: Config, names: Names, prefix: str, layers: Sequence[str], blocks: Sequence[Attention | FeedForward]
+) -> Architecture:
+    return _finished(
+        config, names, prefix, layers, blocks, layer_norms=_PARALLEL, kind="layer", is_tied_by_default=True
+    )
 
 
 def stablelm(config: Config, names: Names) -> Architecture:
@@ -192,7 +297,7 @@ def stablelm(config: Config, names: Names) -> Architecture:
             for side, count in (("q", groups * members), ("k", groups))
         )
         epsilon = float(setting(config, "layer_norm_eps", default=1e-5))
-        norm = QueryKeyNorm("layer", "head", epsilon, query_gains, key_gains)
+        head_norm = QueryKeyNorm("layer", "head", epsilon, query_gains, key_gains)
         blocks.append(
             separate_attention(
                 names,
@@ -202,12 +307,13 @@ def stablelm(config: Config, names: Names) -> Architecture:
                 members=members,
                 size=size,
                 rotary_size=rotary_size,
-                norm=norm if has_norm else None,
+                norm=head_norm if has_norm else None,
                 heads_limit="every head has a norm gain of its own" if has_norm else "",
             )
         )
         blocks.append(gated(names, f"{layer}.mlp", "gate_proj", "up_proj", "down_proj"))
-    return Architecture("stablelm", tuple(blocks), _untouched(prefix))
+    layer_norms = _PARALLEL if config.get("use_parallel_residual") else _PRE_NORM
+    return _finished(config, names, prefix, layers, blocks, layer_norms=layer_norms, kind="layer")
 
 
 def phi3(config: Config, names: Names) -> Architecture:
@@ -245,4 +351,4 @@ def phi3(config: Config, names: Names) -> Architecture:
                 down=unit_columns(f"{layer}.mlp.down_proj"),
             )
         )
-    return Architecture("phi3", tuple(blocks), _untouched(prefix))
+    return _finished(config, names, prefix, layers, blocks)

@@ -10,9 +10,16 @@ import re
 
 from unmergeable.architecture.blocks import Architecture, Attention, FeedForward
 from unmergeable.architecture.declare import Config, Names, separate_attention, setting, unit_columns, units
+from unmergeable.architecture.residual import Residual
+from unmergeable.architecture.streams import linear, norm, readers_in, reads, residual, with_residuals
 from unmergeable.errors import UnsupportedArchitecture
 
 _BLOCK = re.compile(r"((?:down|up)_blocks\.(\d+)|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+")
+_TRANSFORMER = re.compile(r"\.transformer_blocks\.\d+$")
+_CONVOLUTIONS = (
+    r".*\battentions\.\d+\.(norm\.(weight|bias)|proj_out\.bias)|.*\b(resnets|downsamplers|upsamplers)\..*|"
+    r"(conv_in|conv_out|conv_norm_out|time_embedding|add_embedding|class_embedding|encoder_hid_proj)\b.*"
+)
 
 
 def unet(config: Config, names: Names) -> Architecture:
@@ -59,4 +66,27 @@ def unet(config: Config, names: Names) -> Architecture:
         r".*\b(resnets|downsamplers|upsamplers)\..*",
         r"(conv_in|conv_out|conv_norm_out|time_embedding|add_embedding|class_embedding|encoder_hid_proj)\b.*",
     )
-    return Architecture("UNet2DConditionModel", tuple(blocks), untouched)
+    streams = [
+        _stream(names, module, blocks) for module in dict.fromkeys(_TRANSFORMER.sub("", name) for name in modules)
+    ]
+    return with_residuals(names, "UNet2DConditionModel", blocks, untouched, streams, aside=(_CONVOLUTIONS,))
+
+
+def _stream(names: Names, module: str, blocks: list[Attention | FeedForward]) -> Residual:
+    """The stream of one transformer, between the projections from and to the channels of the convolutions."""
+    own = [block for block in blocks if block.name.startswith(f"{module}.")]
+    norms = []
+    for layer in dict.fromkeys(block.name.rpartition(".")[0] for block in own):
+        for place, reader in enumerate(("attn1", "attn2", "ff"), 1):
+            if f"{layer}.norm{place}.weight" in names:
+                norms.append(norm(names, f"{layer}.norm{place}", readers_in(own, [f"{layer}.{reader}"])))
+    return residual(
+        names,
+        f"{module}.residual",
+        names.shapes[f"{module}.proj_in.weight"][0],
+        "layer",
+        embeddings=linear(names, f"{module}.proj_in"),
+        blocks=own,
+        norms=norms,
+        others=reads(names, f"{module}.proj_out.weight"),
+    )

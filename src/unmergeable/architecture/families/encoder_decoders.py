@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, SharedHeads
 from unmergeable.architecture.declare import Config, Names, gated, plain, separate_attention, setting
+from unmergeable.architecture.residual import Norm
+from unmergeable.architecture.streams import (
+    EXPOSED,
+    cross_readers,
+    norm,
+    readers_in,
+    reads,
+    residual,
+    with_residuals,
+    writes,
+)
 from unmergeable.errors import UnsupportedArchitecture
 
 
@@ -15,6 +26,7 @@ def t5(config: Config, names: Names) -> Architecture:
     depth = {"encoder": layers, "decoder": int(setting(config, "num_decoder_layers", default=layers))}
     blocks: list[Attention | FeedForward] = []
     shared: list[SharedHeads] = []
+    norms: list[Norm] = []
     for stack in ("encoder", "decoder"):
         if f"{stack}.block.0.layer.0.SelfAttention.q.weight" not in names:
             if stack == "encoder":
@@ -33,6 +45,7 @@ def t5(config: Config, names: Names) -> Architecture:
             )
             blocks.append(attention)
             members.append(attention.name)
+            inside = [f"{layer}.0.SelfAttention"]
             last = 1
             if stack == "decoder":
                 blocks.append(
@@ -45,12 +58,17 @@ def t5(config: Config, names: Names) -> Architecture:
                         is_cross=True,
                     )
                 )
+                inside.append(f"{layer}.1.EncDecAttention")
                 last = 2
             module = f"{layer}.{last}.DenseReluDense"
             if feed_forward.startswith("gated"):
                 blocks.append(gated(names, module, "wi_0", "wi_1", "wo"))
             else:
                 blocks.append(plain(names, module, f"{module}.wi", f"{module}.wo", feed_forward))
+            norms += [
+                norm(names, f"{layer}.{place}.layer_norm", readers_in(blocks, [reader]))
+                for place, reader in enumerate([*inside, module])
+            ]
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         shared.append(SharedHeads(f"{stack}.relative_bias", tuple(members), bias))
     untouched = (
@@ -61,4 +79,26 @@ def t5(config: Config, names: Names) -> Architecture:
         r".*relative_attention_bias\.weight",
         r"(classification_head|classifier|qa_outputs)\..*",
     )
-    return Architecture("t5", tuple(blocks), untouched, tuple(shared))
+    if "decoder.final_layer_norm.weight" not in names:
+        return with_residuals(
+            names, "t5", blocks, untouched, (), shared_heads=tuple(shared), missing={"residual": EXPOSED}
+        )
+    # One embedding feeds both stacks, so that they share one stream.
+    head = reads(names, "lm_head.weight")
+    is_tied = bool(setting(config, "tie_word_embeddings", default=True)) or not head
+    norms.append(norm(names, "encoder.final_layer_norm", cross_readers(blocks)))
+    norms.append(norm(names, "decoder.final_layer_norm", () if is_tied else head))
+    embeddings = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    stream = residual(
+        names,
+        "residual",
+        names.shapes["encoder.final_layer_norm.weight"][0],
+        "rms",
+        embeddings=writes(names, *embeddings),
+        blocks=blocks,
+        norms=norms,
+        others=[*head, *cross_readers(blocks)],
+        tied="shared.weight" if is_tied else None,
+    )
+    aside = (r"(classification_head|classifier|qa_outputs)\.bias",)
+    return with_residuals(names, "t5", blocks, untouched, [stream], shared_heads=tuple(shared), aside=aside)

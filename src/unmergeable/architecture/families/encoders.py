@@ -17,6 +17,18 @@ from unmergeable.architecture.declare import (
     unit_columns,
     units,
 )
+from unmergeable.architecture.residual import Norm, Residual, StreamAxis
+from unmergeable.architecture.streams import (
+    EXPOSED,
+    linear,
+    norm,
+    readers_in,
+    reads,
+    residual,
+    scales,
+    with_residuals,
+    writes,
+)
 
 _EMBEDDINGS = r"(.*\.)?embeddings\..*"
 _NORMS = r".*\b\w*(norm\w*|LayerNorm|layernorm\w*|layrnorm)\.(weight|bias|gamma|beta)"
@@ -41,7 +53,52 @@ def bert(config: Config, names: Names) -> Architecture:
         blocks.append(plain(names, layer, f"{layer}.intermediate.dense", f"{layer}.output.dense", activation))
     # A cross-encoder or decoder variant has weights no block above owns: they stay unclaimed, and are refused.
     untouched = (HEADS_ON_TOP, _EMBEDDINGS, _NORMS, r".*\bpooler\.dense\.(weight|bias)")
-    return Architecture(str(config["model_type"]), tuple(blocks), untouched)
+    readers, aside = _bert_heads(names, prefix)
+    if not readers:
+        return with_residuals(names, str(config["model_type"]), blocks, untouched, (), missing={"residual": EXPOSED})
+    embeddings = [f"{prefix}embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")]
+    after = [f"{prefix}embeddings.LayerNorm"]
+    for index in range(int(setting(config, "num_hidden_layers", default=12))):
+        layer = f"{prefix}encoder.layer.{index}"
+        after += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+    stream = residual(
+        names,
+        "residual",
+        names.shapes[embeddings[0]][1],
+        "layer",
+        embeddings=writes(names, *embeddings),
+        blocks=blocks,
+        norms=[norm(names, module) for module in after],
+        others=readers,
+    )
+    return with_residuals(names, str(config["model_type"]), blocks, untouched, [stream], aside=aside)
+
+
+def _bert_heads(names: Names, prefix: str) -> tuple[list[StreamAxis], tuple[str, ...]]:
+    """What reads the stream of a BERT or RoBERTa model, and the tensors behind that; nothing for a bare encoder.
+
+    The masked language model's head maps the stream through a GELU to the coordinates of the embedding it is tied to:
+    its rows take the order of the stream but not the sign, which its LayerNorm adds.
+    """
+    aside: tuple[str, ...] = (r"cls\.predictions\.(decoder\.)?bias", r"lm_head\.(decoder\.)?bias", r".*\.dense\.bias")
+    pooler = f"{prefix}pooler.dense.weight"
+    for module, layer_norm in (
+        ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
+        ("lm_head.dense", "lm_head.layer_norm"),
+    ):
+        if f"{module}.weight" in names:
+            decoder = f"{module.split('.')[0]}{'.predictions' if module.startswith('cls') else ''}.decoder.weight"
+            rows = scales(names, f"{module}.weight", f"{module}.bias")
+            signed = writes(names, *(f"{layer_norm}.{kind}" for kind in ("weight", "bias", "gamma", "beta")))
+            # A model for pretraining has the pooler and its next-sentence head as well.
+            heads = reads(names, f"{module}.weight", decoder, pooler)
+            return [*heads, *rows, *signed], (*aside, r"cls\.seq_relationship\.(weight|bias)")
+    if pooler in names:
+        on_top = [name for name in names.shapes if name.startswith(("classifier.", "cls."))]
+        return (reads(names, pooler) if on_top else []), (*aside, r"(classifier|cls)\..*")
+    if "classifier.dense.weight" in names:
+        return reads(names, "classifier.dense.weight"), (*aside, r"classifier\.out_proj\.(weight|bias)")
+    return reads(names, "classifier.weight", "qa_outputs.weight"), aside
 
 
 def vit(config: Config, names: Names) -> Architecture:
@@ -54,7 +111,49 @@ def vit(config: Config, names: Names) -> Architecture:
         layer = f"{prefix}encoder.layer.{index}"
         blocks.append(_vit_attention(names, layer, heads, size))
         blocks.append(plain(names, layer, f"{layer}.intermediate.dense", f"{layer}.output.dense", activation))
-    return Architecture("vit", tuple(blocks), (HEADS_ON_TOP, _EMBEDDINGS, _NORMS, r".*\bdecoder\.0\..*"))
+    untouched = (HEADS_ON_TOP, _EMBEDDINGS, _NORMS, r".*\bdecoder\.0\..*")
+    return _vision_architecture(config, names, prefix, blocks, untouched, ("layernorm_before", "layernorm_after"))
+
+
+def _vision_architecture(
+    config: Config,
+    names: Names,
+    prefix: str,
+    blocks: list[Attention | FeedForward],
+    untouched: tuple[str, ...],
+    layer_norms: tuple[str, str],
+) -> Architecture:
+    """ViT or DINOv2 with its stream, if a classifier reads it; DINOv2's reads [class token | mean of the patches]."""
+    family = str(config["model_type"])
+    size = names.shapes.get(f"{prefix}layernorm.weight", (0,))[0]
+    if "classifier.weight" not in names or not size:
+        return with_residuals(names, family, blocks, untouched, (), missing={"residual": EXPOSED})
+    head = reads(names, "classifier.weight", copies=names.shapes["classifier.weight"][1] // size)
+    norms = []
+    layers = [
+        f"{prefix}encoder.layer.{index}" for index in range(int(setting(config, "num_hidden_layers", default=12)))
+    ]
+    for layer in layers:
+        feed_forward = layer if any(block.name == layer for block in blocks) else f"{layer}.mlp"
+        for module, reader in zip(layer_norms, (f"{layer}.attention", feed_forward), strict=True):
+            norms.append(norm(names, f"{layer}.{module}", readers_in(blocks, [reader])))
+    tokens = (
+        f"{prefix}embeddings.{name}" for name in ("cls_token", "mask_token", "register_tokens", "position_embeddings")
+    )
+    stream = residual(
+        names,
+        "residual",
+        size,
+        "layer",
+        embeddings=linear(names, f"{prefix}embeddings.patch_embeddings.projection"),
+        blocks=blocks,
+        norms=[*norms, norm(names, f"{prefix}layernorm", head)],
+        others=[
+            *writes(names, *tokens),
+            *scales(names, *(f"{layer}.layer_scale{i}.lambda1" for layer in layers for i in (1, 2))),
+        ],
+    )
+    return with_residuals(names, family, blocks, untouched, [stream])
 
 
 def _vit_attention(names: Names, layer: str, heads: int, size: int) -> Attention:
@@ -86,7 +185,7 @@ def dinov2(config: Config, names: Names) -> Architecture:
         else:
             blocks.append(plain(names, module, f"{module}.fc1", f"{module}.fc2", activation))
     untouched = (HEADS_ON_TOP, _EMBEDDINGS, _NORMS, r".*\.layer_scale[12]\.lambda1")
-    return Architecture("dinov2", tuple(blocks), untouched)
+    return _vision_architecture(config, names, prefix, blocks, untouched, ("norm1", "norm2"))
 
 
 def _tower(
@@ -112,6 +211,8 @@ def clip(config: Config, names: Names) -> Architecture:
     model_type = str(config["model_type"])
     kind = "siglip" if model_type.startswith("siglip") else "clip"
     blocks: list[Attention | FeedForward] = []
+    streams: list[Residual] = []
+    missing: dict[str, str] = {}
     for tower in ("text", "vision"):
         if model_type.endswith(f"{tower}_model"):
             section: Config = config
@@ -128,7 +229,15 @@ def clip(config: Config, names: Names) -> Architecture:
         heads, size = _heads(section, default_heads, default_hidden)
         layers = int(setting(section, "num_hidden_layers", default=12))
         activation = str(setting(section, "hidden_act", default=default_activation))
-        blocks.extend(_tower(names, prefix, layers, heads, size, activation))
+        own = _tower(names, prefix, layers, heads, size, activation)
+        blocks.extend(own)
+        projection = f"{'visual' if tower == 'vision' else 'text'}_projection.weight"
+        # A tower on its own is made to have its layers read (diffusion, vision-language models); SigLIP gives its
+        # vectors away as they are.
+        if model_type == "clip" and projection in names:
+            streams.append(_tower_stream(names, prefix, tower, own, layers, heads * size, projection))
+        else:
+            missing[f"{tower}.residual"] = EXPOSED
         pooling = f"{prefix}head"
         if f"{pooling}.attention.in_proj_weight" in names:
             blocks.extend(_pooling_head(names, pooling, heads, size, activation))
@@ -140,7 +249,37 @@ def clip(config: Config, names: Names) -> Architecture:
         r"(text|visual)_projection\.weight",
         r".*\bhead\.(probe|weight|bias)",
     )
-    return Architecture(model_type, tuple(blocks), untouched)
+    aside = (r"logit_(scale|bias)",)
+    return with_residuals(names, model_type, blocks, untouched, streams, aside=aside, missing=missing)
+
+
+def _tower_stream(
+    names: Names,
+    prefix: str,
+    tower: str,
+    blocks: list[Attention | FeedForward],
+    layers: int,
+    size: int,
+    projection: str,
+) -> Residual:
+    """The stream of one CLIP tower, from its embeddings to its projection."""
+    embeddings = f"{prefix}embeddings"
+    norms: list[Norm] = [norm(names, f"{prefix}pre_layrnorm")] if tower == "vision" else []
+    for index in range(layers):
+        layer = f"{prefix}encoder.layers.{index}"
+        norms.append(norm(names, f"{layer}.layer_norm1", readers_in(blocks, [f"{layer}.self_attn"])))
+        norms.append(norm(names, f"{layer}.layer_norm2", readers_in(blocks, [f"{layer}.mlp"])))
+    final = f"{prefix}post_layernorm" if tower == "vision" else f"{prefix}final_layer_norm"
+    norms.append(norm(names, final, reads(names, projection)))
+    first = (
+        linear(names, f"{embeddings}.patch_embedding")
+        if tower == "vision"
+        else writes(names, f"{embeddings}.token_embedding.weight")
+    )
+    places = writes(names, f"{embeddings}.class_embedding", f"{embeddings}.position_embedding.weight")
+    return residual(
+        names, f"{tower}.residual", size, "layer", embeddings=first, blocks=blocks, norms=norms, others=places
+    )
 
 
 def _pooling_head(names: Names, module: str, heads: int, size: int, activation: str) -> list[Attention | FeedForward]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, Heads, Position, QueryKeyNorm
 from unmergeable.architecture.declare import (
@@ -16,9 +16,43 @@ from unmergeable.architecture.declare import (
     separate_attention,
     setting,
 )
+from unmergeable.architecture.residual import StreamAxis
+from unmergeable.architecture.streams import language_model_streams, norm, readers_in, reads, with_residuals, writes
 
 _NORMS = r".*\b\w*(ln_\w+|norm|layernorm|layer_norm)\.(weight|bias)"
 _BUFFERS = r".*\.attn\.(bias|masked_bias)|.*\.attention\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
+
+
+def _finished(
+    config: Config,
+    names: Names,
+    blocks: Sequence[Attention | FeedForward],
+    untouched: tuple[str, ...],
+    *,
+    embedding: str,
+    final: str | None,
+    norms: Mapping[str, Sequence[str]],
+    embedding_axis: int = -1,
+    others: Sequence[StreamAxis] = (),
+    heads: Sequence[StreamAxis] | None = None,
+    aside: Sequence[str] = (),
+    is_tied_by_default: bool = True,
+) -> Architecture:
+    """With its stream under LayerNorms: ``norms`` gives for each the blocks that alone see its output."""
+    streams, missing = language_model_streams(
+        config,
+        names,
+        blocks,
+        "layer",
+        embedding=embedding,
+        final=final,
+        norms=[norm(names, module, readers_in(blocks, readers)) for module, readers in norms.items()],
+        embedding_axis=embedding_axis,
+        others=others,
+        heads=heads,
+        is_tied_by_default=is_tied_by_default,
+    )
+    return with_residuals(names, str(config["model_type"]), blocks, untouched, streams, aside=aside, missing=missing)
 
 
 def gpt2(config: Config, names: Names) -> Architecture:
@@ -53,7 +87,20 @@ def gpt2(config: Config, names: Names) -> Architecture:
                 activation="relu" if config.get("activation_function") == "relu" else "other",
             )
         )
-    return Architecture("gpt2", tuple(blocks), (HEADS_ON_TOP, _NORMS, _BUFFERS, r".*\bw[tp]e\.weight"))
+    norms: dict[str, list[str]] = {}
+    for index in range(int(setting(config, "n_layer"))):
+        layer = f"{prefix}h.{index}"
+        norms |= {f"{layer}.ln_1": [f"{layer}.attn"], f"{layer}.ln_2": [f"{layer}.mlp"]}
+    return _finished(
+        config,
+        names,
+        blocks,
+        (HEADS_ON_TOP, _NORMS, _BUFFERS, r".*\bw[tp]e\.weight"),
+        embedding=f"{prefix}wte.weight",
+        final=f"{prefix}ln_f",
+        norms=norms,
+        others=writes(names, f"{prefix}wpe.weight"),
+    )
 
 
 def gptj(config: Config, names: Names) -> Architecture:
@@ -77,7 +124,17 @@ def gptj(config: Config, names: Names) -> Architecture:
             )
         )
         blocks.append(plain(names, f"{layer}.mlp", f"{layer}.mlp.fc_in", f"{layer}.mlp.fc_out", activation))
-    return Architecture("gptj", tuple(blocks), (HEADS_ON_TOP, _NORMS, _BUFFERS, r".*\bwte\.weight"))
+    layers = [f"{prefix}h.{index}" for index in range(int(setting(config, "n_layer")))]
+    return _finished(
+        config,
+        names,
+        blocks,
+        (HEADS_ON_TOP, _NORMS, _BUFFERS, r".*\bwte\.weight"),
+        embedding=f"{prefix}wte.weight",
+        final=f"{prefix}ln_f",
+        norms={f"{layer}.ln_1": [f"{layer}.attn", f"{layer}.mlp"] for layer in layers},
+        is_tied_by_default=False,
+    )
 
 
 def _fused_per_head(
@@ -122,8 +179,24 @@ def gpt_neox(config: Config, names: Names) -> Architecture:
             _fused_per_head(names, module, f"{module}.dense", heads=heads, size=size, rotary_size=int(size * share))
         )
         blocks.append(_dense_4h(names, layer, activation))
-    untouched = (HEADS_ON_TOP, _NORMS, _BUFFERS, r"embed_out\.weight", r".*\bembed_in\.weight")
-    return Architecture("gpt_neox", tuple(blocks), untouched)
+    norms: dict[str, list[str]] = {}
+    for index in range(int(setting(config, "num_hidden_layers"))):
+        layer = f"{prefix}layers.{index}"
+        # In parallel or one after the other, each has a norm of its own.
+        norms |= {
+            f"{layer}.input_layernorm": [f"{layer}.attention"],
+            f"{layer}.post_attention_layernorm": [f"{layer}.mlp"],
+        }
+    return _finished(
+        config,
+        names,
+        blocks,
+        (HEADS_ON_TOP, _NORMS, _BUFFERS, r"embed_out\.weight", r".*\bembed_in\.weight"),
+        embedding=f"{prefix}embed_in.weight",
+        final=f"{prefix}final_layer_norm",
+        norms=norms,
+        is_tied_by_default=False,
+    )
 
 
 def _dense_4h(names: Names, layer: str, activation: str) -> FeedForward:
@@ -149,8 +222,32 @@ def bloom(config: Config, names: Names) -> Architecture:
             )
         )
         blocks.append(_dense_4h(names, layer, "gelu"))
-    untouched = (HEADS_ON_TOP, _NORMS, _BUFFERS, r".*word_embeddings(_layernorm)?\.(weight|bias)")
-    return Architecture("bloom", tuple(blocks), untouched)
+    norms: dict[str, list[str]] = {f"{prefix}word_embeddings_layernorm": []}
+    for index in range(int(setting(config, "n_layer", "num_hidden_layers"))):
+        layer = f"{prefix}h.{index}"
+        norms |= _layer_norms(config, names, layer)
+    return _finished(
+        config,
+        names,
+        blocks,
+        (HEADS_ON_TOP, _NORMS, _BUFFERS, r".*word_embeddings(_layernorm)?\.(weight|bias)"),
+        embedding=f"{prefix}word_embeddings.weight",
+        final=f"{prefix}ln_f",
+        norms=norms,
+    )
+
+
+def _layer_norms(config: Config, names: Names, layer: str) -> dict[str, list[str]]:
+    """The norms of a BLOOM or Falcon layer and who reads each; none reads one whose output is added to the stream."""
+    attention, feed_forward = f"{layer}.self_attention", f"{layer}.mlp"
+    if f"{layer}.ln_attn.weight" in names:
+        return {f"{layer}.ln_attn": [attention], f"{layer}.ln_mlp": [feed_forward]}
+    if f"{layer}.post_attention_layernorm.weight" not in names:
+        return {f"{layer}.input_layernorm": [attention, feed_forward]}
+    # With this setting BLOOM adds a norm's output, not its input, to what the block computes.
+    from_norm = bool(config.get("apply_residual_connection_post_layernorm"))
+    readers = ([], []) if from_norm else ([attention], [feed_forward])
+    return {f"{layer}.input_layernorm": readers[0], f"{layer}.post_attention_layernorm": readers[1]}
 
 
 def falcon(config: Config, names: Names) -> Architecture:
@@ -186,8 +283,19 @@ def falcon(config: Config, names: Names) -> Architecture:
             )
         )
         blocks.append(_dense_4h(names, layer, str(setting(config, "activation", default="gelu"))))
-    untouched = (HEADS_ON_TOP, _NORMS, r".*\bln_(attn|mlp|f)\.(weight|bias)", r".*word_embeddings\.weight")
-    return Architecture("falcon", tuple(blocks), (*untouched, _BUFFERS))
+    untouched = (HEADS_ON_TOP, _NORMS, r".*\bln_(attn|mlp|f)\.(weight|bias)", r".*word_embeddings\.weight", _BUFFERS)
+    norms: dict[str, list[str]] = {}
+    for index in range(int(setting(config, "num_hidden_layers", "n_layer"))):
+        norms |= _layer_norms(config, names, f"{prefix}h.{index}")
+    return _finished(
+        config,
+        names,
+        blocks,
+        untouched,
+        embedding=f"{prefix}word_embeddings.weight",
+        final=f"{prefix}ln_f",
+        norms=norms,
+    )
 
 
 def opt(config: Config, names: Names) -> Architecture:
@@ -205,8 +313,28 @@ def opt(config: Config, names: Names) -> Architecture:
             )
         )
         blocks.append(plain(names, layer, f"{layer}.fc1", f"{layer}.fc2", activation))
-    untouched = (HEADS_ON_TOP, _NORMS, r".*embed_(tokens|positions)\.weight", r".*project_(in|out)\.weight")
-    return Architecture("opt", tuple(blocks), untouched)
+    is_pre_norm = bool(setting(config, "do_layer_norm_before", default=True))
+    norms: dict[str, list[str]] = {}
+    for index in range(int(setting(config, "num_hidden_layers"))):
+        layer = f"{prefix}layers.{index}"
+        readers = ([f"{layer}.self_attn"], [layer]) if is_pre_norm else ([], [])
+        norms |= {f"{layer}.self_attn_layer_norm": readers[0], f"{layer}.final_layer_norm": readers[1]}
+    # The 350M model embeds in a narrower space and projects into the stream and out of it.
+    is_narrow = f"{prefix}project_in.weight" in names
+    has_final = f"{prefix}final_layer_norm.weight" in names
+    return _finished(
+        config,
+        names,
+        blocks,
+        (HEADS_ON_TOP, _NORMS, r".*embed_(tokens|positions)\.weight", r".*project_(in|out)\.weight"),
+        embedding=f"{prefix}project_in.weight" if is_narrow else f"{prefix}embed_tokens.weight",
+        final=f"{prefix}final_layer_norm" if has_final else None,
+        norms=norms,
+        embedding_axis=0 if is_narrow else -1,
+        others=writes(names, f"{prefix}embed_positions.weight"),
+        heads=reads(names, f"{prefix}project_out.weight") if is_narrow else None,
+        aside=(r".*embed_tokens\.weight", r"lm_head\.weight") if is_narrow else (),
+    )
 
 
 def phi(config: Config, names: Names) -> Architecture:
@@ -221,9 +349,9 @@ def phi(config: Config, names: Names) -> Architecture:
     for index in range(int(setting(config, "num_hidden_layers"))):
         layer = f"{prefix}layers.{index}"
         module = f"{layer}.self_attn"
-        norm = None
+        head_norm = None
         if config.get("qk_layernorm"):
-            norm = QueryKeyNorm(
+            head_norm = QueryKeyNorm(
                 "layer",
                 "head",
                 float(setting(config, "layer_norm_eps", default=1e-5)),
@@ -241,9 +369,18 @@ def phi(config: Config, names: Names) -> Architecture:
                 members=heads // groups,
                 size=size,
                 rotary_size=rotary_size,
-                norm=norm,
+                norm=head_norm,
             )
         )
         blocks.append(plain(names, f"{layer}.mlp", f"{layer}.mlp.fc1", f"{layer}.mlp.fc2", activation))
-    untouched: Iterable[str] = (HEADS_ON_TOP, _NORMS, _BUFFERS, r".*embed_tokens\.weight")
-    return Architecture("phi", tuple(blocks), tuple(untouched))
+    layers = [f"{prefix}layers.{index}" for index in range(int(setting(config, "num_hidden_layers")))]
+    return _finished(
+        config,
+        names,
+        blocks,
+        (HEADS_ON_TOP, _NORMS, _BUFFERS, r".*embed_tokens\.weight"),
+        embedding=f"{prefix}embed_tokens.weight",
+        final=f"{prefix}final_layernorm",
+        norms={f"{layer}.input_layernorm": [f"{layer}.self_attn", f"{layer}.mlp"] for layer in layers},
+        is_tied_by_default=False,
+    )

@@ -1,7 +1,8 @@
-"""The owner's job on every family, through files: protect, load, compare, merge, restore."""
+"""The owner's job, every exact protection on every family, through files: protect, load, compare, merge, restore."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import unmergeable
 from unmergeable.errors import NotEquivalent
+from unmergeable.protections import PROTECTIONS
 from zoo import TOYS, Toy, load_toy, outputs, write_toy
 
 CONDITION = 4.0
+EXACT = [name for name, method in PROTECTIONS.items() if method.exact]
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -43,13 +46,14 @@ def gap(folder: Path, expected: torch.Tensor, toy: Toy, dtype: torch.dtype = tor
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_protects_loads_collapses_and_restores(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", EXACT)
+def test_protects_loads_collapses_and_restores(method: str, name: str, tmp_path: Path) -> None:
     toy = TOYS[name]
     base = write_toy(toy, tmp_path / "base")
     expert = write_sibling(base, tmp_path / "expert", seed=1)
     sibling = write_sibling(base, tmp_path / "sibling", seed=2)
     expected = outputs(load_toy(expert, toy), toy)
-    result = unmergeable.protect(expert, base=base, out=tmp_path / "out", key=tmp_path / "key", seed=7)
+    result = unmergeable.protect(expert, base=base, method=method, out=tmp_path / "out", key=tmp_path / "key", seed=7)
 
     # The function: float32 within 2e-5, loaded by plain from_pretrained.
     assert gap(tmp_path / "out", expected, toy) <= 2e-5
@@ -74,13 +78,66 @@ def test_protects_loads_collapses_and_restores(name: str, tmp_path: Path) -> Non
         assert (restored[key] - tensor).norm() <= 1e-5 * tensor.norm()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "deepseek_v3", "vit", "t5", "unet-sd15"])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("method", ["params,gauge", "gauge,params", "mergelock,params,gauge"])
+def test_exact_protections_compose_and_are_rounded_once(method: str, name: str, tmp_path: Path) -> None:
+    toy = TOYS[name]
+    expert = write_toy(toy, tmp_path / "expert", dtype=torch.float32)
+    unmergeable.protect(expert, base=expert, method=method, out=tmp_path / "out", key=tmp_path / "key", seed=7)
+    assert gap(tmp_path / "out", outputs(load_toy(expert, toy), toy), toy) <= 2e-5
+    unmergeable.restore(tmp_path / "out", key=tmp_path / "key", out=tmp_path / "restored")
+    original, restored = tensors_in(expert), tensors_in(tmp_path / "restored")
+    for key, tensor in original.items():
+        assert (restored[key] - tensor).norm() <= 1e-5 * tensor.norm()
+
+
+@pytest.mark.parametrize("untie", [False, True])
+@pytest.mark.parametrize("name", ["llama-bias-tied-mqa", "gemma"])
+def test_tied_embeddings_stay_tied_or_are_stored_apart_and_come_back(name: str, untie: bool, tmp_path: Path) -> None:
+    toy = TOYS[name]
+    expert = write_toy(toy, tmp_path / "expert")
+    settings = {"untie": untie}
+    out, restored = tmp_path / "out", tmp_path / "restored"
+    result = unmergeable.protect(
+        expert, base=expert, method="gauge", settings=settings, out=out, key=tmp_path / "key", seed=7
+    )
+    assert gap(out, outputs(load_toy(expert, toy), toy), toy) <= 2e-5
+    assert ("any rotation" in result.groups["residual"]) == (not untie)  # what it says it could do, or does
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is not untie
+    assert ("lm_head.weight" in tensors_in(out)) == untie
+    assert unmergeable.verify(expert, out).is_equal
+    unmergeable.restore(out, key=tmp_path / "key", out=restored)
+    assert json.loads((restored / "config.json").read_text())["tie_word_embeddings"] is True
+    original = tensors_in(expert)
+    assert tensors_in(restored).keys() == original.keys()
+    for key, tensor in tensors_in(restored).items():
+        assert (original[key] - tensor).norm() <= 1e-5 * tensor.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek_v3", "gpt2", "clip", "bert", "t5"])
+def test_verify_sees_through_streams_and_experts_without_the_key(name: str, tmp_path: Path) -> None:
+    toy = TOYS[name]
+    expert = write_toy(toy, tmp_path / "expert")
+    unmergeable.protect(expert, base=expert, method="gauge", out=tmp_path / "out", key=tmp_path / "key", seed=7)
+    assert unmergeable.verify(expert, tmp_path / "out").is_equal
+    # The control: one small change, in an embedding, a norm or an expert, and the two are not equal.
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    tensors = load_file(file)
+    for part in ("embed", "norm", "expert"):
+        changed = next((key for key in tensors if part in key.lower() and key.endswith("weight")), None)
+        if changed is not None:
+            save_file({**tensors, changed: tensors[changed] * 1.001}, file, metadata={"format": "pt"})
+            assert not unmergeable.verify(expert, tmp_path / "out").equivalence.is_equal, changed
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "deepseek_v3", "vit", "t5", "unet-sd15"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_stays_within_its_bound(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", EXACT)
+def test_half_precision_stays_within_its_bound(method: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     toy = TOYS[name]
     expert = write_toy(toy, tmp_path / "expert", dtype=dtype)
     expected = outputs(load_toy(expert, toy), toy)
-    unmergeable.protect(expert, base=expert, out=tmp_path / "out", key=tmp_path / "key", seed=7)
+    unmergeable.protect(expert, base=expert, method=method, out=tmp_path / "out", key=tmp_path / "key", seed=7)
     assert {tensor.dtype for tensor in tensors_in(tmp_path / "out").values()} >= {dtype}
     unit = torch.finfo(dtype).eps / 2
     assert gap(tmp_path / "out", expected, toy) <= 64 * unit * CONDITION

@@ -1,0 +1,125 @@
+"""The residual stream: the basis that every block reads from and adds to.
+
+Pre-norm blocks see a stream x only through norms, and add to it. With R on everything that writes and R^-T on
+everything that reads, x' = R x; what R may be is decided by the norms in between:
+
+    RMS    x / |x| . g      signed permutations, the gains g permuted with them; every rotation while g is one number,
+                            which it becomes when diag(g) is moved into the weights that read the norm
+    layer  subtracts the mean: permutations, and one sign
+
+A gain whose norm is read only by weights is free by itself: D g there, and D^-1 on the columns that read it. That is
+the space by which a gain is moved into its readers, and out again. A gain that acts on what a block adds (Gemma 2,
+OLMo 2, BERT), a layer scale, or an output head that is the embedding, stays where it is and keeps rotations out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unmergeable.architecture.collector import Collector
+from unmergeable.architecture.symmetry import GroupKind, Variance
+
+OUTPUT_HEAD = "lm_head.weight"
+"""What transformers calls the output head where it is stored apart from the embedding."""
+
+
+@dataclass(frozen=True)
+class StreamAxis:
+    """``axis`` of ``tensor`` lies along the stream; ``copies`` times for a head that reads [class token | mean].
+
+    Vectors write to the stream (embeddings, output projections), covectors read it, gains multiply it. More
+    coordinates may follow on the axis.
+    """
+
+    tensor: str
+    axis: int
+    variance: Variance
+    copies: int = 1
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm on the stream. ``readers`` are all that see its output; none where the output is the stream itself.
+
+    ``offset``: 1 where a gain is stored as ``gain - 1``.
+    """
+
+    gain: str
+    bias: str | None
+    readers: tuple[StreamAxis, ...]
+    offset: float = 0.0
+
+    @property
+    def space(self) -> str:
+        """Name of the basis between the gain and its readers."""
+        return f"{self.gain.removesuffix('.weight')}.gain"
+
+
+@dataclass(frozen=True)
+class Residual:
+    """One stream. ``axes`` are all that lie along it but norms; the first is an embedding, a matrix of many vectors.
+
+    ``tied`` names the embedding that is the output head too, which keeps rotations out until OUTPUT_HEAD is stored
+    apart from it.
+    """
+
+    name: str
+    size: int
+    kind: Literal["rms", "layer"]
+    axes: tuple[StreamAxis, ...]
+    norms: tuple[Norm, ...]
+    tied: str | None = None
+
+    @property
+    def rotation_limit(self) -> str:
+        """Why not every rotation is a symmetry after folding, empty where it is."""
+        if self.kind == "layer":
+            return "a LayerNorm subtracts the mean of the coordinates"
+        if any(axis.variance == "gain" for axis in self.axes):
+            return "a layer scale multiplies what a block adds"
+        if self.tied is not None and all(norm.readers for norm in self.norms[:-1]):
+            return "the output head is the embedding; stored apart (untied), any rotation would do"
+        if not all(norm.readers for norm in self.norms):
+            return "the gain of a norm multiplies what a block adds, and cannot be moved into weights"
+        return ""
+
+
+def residual_rules(collector: Collector, residual: Residual) -> None:
+    """The spaces of one stream: the gains of its norms, the stream as it stands, its rotations."""
+    for norm in residual.norms:
+        _norm_rules(collector, norm, residual.size)
+    kind: GroupKind = "signed_permutation" if residual.kind == "rms" else "common_sign_permutation"
+    limit = residual.rotation_limit
+    _stream_space(collector, residual, residual.name, kind, limit or "any rotation once norm gains are folded away")
+    if limit:
+        collector.missing[f"{residual.name}.rotation"] = limit
+        return
+    folded = tuple(norm.space for norm in residual.norms)
+    _stream_space(collector, residual, f"{residual.name}.rotation", "orthogonal", "an RMS norm keeps lengths", folded)
+
+
+def _norm_rules(collector: Collector, norm: Norm, size: int) -> None:
+    if norm.offset:
+        collector.gain_offset[norm.gain] = norm.offset
+    if not norm.readers:
+        return
+    space = collector.space(
+        norm.space, "norm", "diagonal", blocks=1, size=size, limit="a gain acts on every coordinate by itself"
+    )
+    collector.leg(space, norm.gain, "vector")
+    collector.leg(space, norm.bias, "vector")
+    for reader in norm.readers:
+        collector.leg(space, reader.tensor, "covector", axis=reader.axis, spectators=((reader.copies, size),))
+
+
+def _stream_space(
+    collector: Collector, residual: Residual, name: str, kind: GroupKind, limit: str, folded: tuple[str, ...] = ()
+) -> None:
+    size = residual.size
+    space = collector.space(name, "residual", kind, blocks=1, size=size, limit=limit, folded=folded)
+    for axis in residual.axes:
+        collector.leg(space, axis.tensor, axis.variance, axis=axis.axis, spectators=((axis.copies, size),))
+    for norm in residual.norms:
+        collector.leg(space, norm.gain, "gain")
+        collector.leg(space, norm.bias, "vector")

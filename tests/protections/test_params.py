@@ -1,0 +1,157 @@
+"""PaRaMS: the order furthest from the base, exactly; scales in their range, tied where positions tie them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from memory_source import MemorySource
+from toy_checkpoints import ToyCheckpoint, toy_checkpoint
+from unmergeable.errors import BadInput, UsageError
+from unmergeable.gauge.act import transform_all
+from unmergeable.gauge.elements import pair_indices
+from unmergeable.gauge.gauge import Gauge, undo
+from unmergeable.progress import silent
+from unmergeable.protections import PaRaMS, Weights
+from unmergeable.protections.params import furthest_order
+from unmergeable.randomness import Stream
+from unmergeable.settings import configure
+
+BLOCK = "model.layers.0.mlp"
+
+
+def fine_tuned(toy: ToyCheckpoint, size: float = 0.05) -> dict[str, Tensor]:
+    return {
+        name: tensor + size * tensor.std() * torch.from_numpy(Stream.from_seed(9).child(name).normal(*tensor.shape))
+        for name, tensor in toy.tensors.items()
+    }
+
+
+def orders(toy: ToyCheckpoint, expert: dict[str, Tensor]) -> dict[str, Tensor]:
+    return PaRaMS().orders(toy.architecture, MemorySource(expert), MemorySource(toy.tensors), silent)
+
+
+def gauge(toy: ToyCheckpoint, expert: dict[str, Tensor], protection: PaRaMS) -> Gauge:
+    weights = Weights(MemorySource(expert), orders(toy, expert))
+    (found,) = protection.gauges(toy.architecture, Stream.from_seed(1), weights)
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"smallest": 0},
+        {"smallest": 2, "largest": 1},
+        {"largest": math.inf},
+        {"smallest": math.nan},
+        {"attention": False, "feed_forward": False},
+    ],
+)
+def test_settings_without_sense_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=r"^params: .*\.$"):
+        configure(PaRaMS, settings)
+
+
+def test_no_order_is_further() -> None:
+    cost = torch.from_numpy(Stream.from_seed(0).normal(6, 6)).float()
+    best = min(
+        sum(float(cost[i, place]) for i, place in enumerate(order)) for order in itertools.permutations(range(6))
+    )
+    found = furthest_order(cost.clone())
+    assert sorted(found.tolist()) == list(range(6))
+    assert float(cost.gather(1, found[:, None]).sum()) == pytest.approx(
+        best, abs=36 * torch.finfo(torch.float32).eps * 6
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "opt", "mixtral"])
+def test_the_distance_to_the_base_is_as_large_as_an_order_can_make_it(name: str) -> None:
+    toy = toy_checkpoint(name)
+    expert = {key: tensor.float() for key, tensor in fine_tuned(toy).items()}
+    symmetry = toy.architecture.symmetry
+    alone = PaRaMS(attention=False)
+    spaces = alone.spaces(toy.architecture)
+    assert spaces
+    tensors = symmetry.tensors_of(spaces)
+
+    def distance(after: dict[str, Tensor]) -> float:
+        return math.sqrt(sum(float((after[key] - toy.tensors[key]).square().sum()) for key in tensors))
+
+    furthest = distance(transform_all(expert, symmetry, [gauge(toy, expert, alone)]))
+    assert furthest > 10 * distance(expert)
+    for seed in range(5):  # the control: orders at random lie nearer
+        drawn = Weights(
+            MemorySource(expert),
+            {key: torch.from_numpy(Stream.from_seed(seed).permutations(1, s.size))[0] for key, s in spaces.items()},
+        )
+        (random,) = alone.gauges(toy.architecture, Stream.from_seed(1), drawn)
+        assert distance(transform_all(expert, symmetry, [random])) < furthest
+
+
+def test_orders_look_at_all_that_belongs_to_a_unit() -> None:
+    """Rows of gate and up with their biases, and columns of down: the cost the order minimises, from its definition."""
+    toy = toy_checkpoint("llama-bias-tied-mqa")
+    expert = fine_tuned(toy)
+
+    def units(tensors: dict[str, Tensor]) -> Tensor:
+        columns = [tensors[f"{BLOCK}.{part}_proj.{kind}"] for part in ("gate", "up") for kind in ("weight", "bias")]
+        parts = [column.reshape(len(column), -1) for column in columns]
+        return torch.cat([*parts, tensors[f"{BLOCK}.down_proj.weight"].T], dim=1).double()
+
+    cost = units(dict(toy.tensors)) @ units(expert).T
+    expected = furthest_order(cost.clone())
+    found = orders(toy, expert)[f"{BLOCK}.order"]
+    total = [float(cost.gather(1, order[:, None]).sum()) for order in (found, expected)]
+    assert total[0] == pytest.approx(total[1], rel=1e-5)
+
+
+def test_scales_lie_in_their_range_and_pairs_share_one() -> None:
+    toy = toy_checkpoint("llama")
+    found = gauge(toy, dict(toy.tensors), PaRaMS(smallest=0.5, largest=2.0))
+    for space in found:
+        if found.spaces[space].role == "feed_forward":
+            continue
+        matrix = found[space].matrix()
+        entries = torch.diagonal(matrix, dim1=1, dim2=2)
+        assert torch.equal(matrix, torch.diag_embed(entries))
+        assert float(entries.min()) >= 0.5
+        assert float(entries.max()) <= 2.0
+        assert float(entries.max() / entries.min()) > 2
+        if found.spaces[space].role == "query_key":
+            first, second = pair_indices(found.spaces[space].size, "half")
+            assert torch.equal(entries[:, first], entries[:, second])
+        else:
+            assert len(torch.unique(entries)) == entries.numel()
+
+
+def test_gains_stored_less_one_stay() -> None:
+    """A gain of 0.05 stored as -0.95 has lost its digits in bfloat16."""
+    toy = toy_checkpoint("gemma3")
+    moved = toy.architecture.symmetry.tensors_of(PaRaMS().spaces(toy.architecture))
+    assert not set(moved) & set(toy.architecture.symmetry.gain_offset)
+    assert set(toy_checkpoint("qwen3").architecture.symmetry.tensors_of(
+        PaRaMS().spaces(toy_checkpoint("qwen3").architecture)
+    )) & {"model.layers.0.self_attn.q_norm.weight"}  # fmt: skip
+
+
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    toy = toy_checkpoint("llama")
+    broken = fine_tuned(toy)
+    broken[f"{BLOCK}.down_proj.weight"][1, 2] = math.nan
+    with pytest.raises(BadInput, match=rf"tensor {BLOCK}\..* holds NaN or infinity"):
+        orders(toy, broken)
+
+
+def test_undoing_restores() -> None:
+    toy = toy_checkpoint("qwen2")
+    expert = fine_tuned(toy)
+    symmetry = toy.architecture.symmetry
+    found = gauge(toy, expert, PaRaMS())
+    restored = transform_all(transform_all(expert, symmetry, [found]), symmetry, undo([found]))
+    for name, tensor in expert.items():
+        # Scales of 400 to 1 and back, each rounded once.
+        assert (restored[name] - tensor).abs().max() <= 8 * torch.finfo(torch.float64).eps * tensor.abs().max()
