@@ -34,7 +34,8 @@ def test_counts_every_number_once(name: str, network: Build) -> None:
     expert = toy.expert(0.1)
     distances = block_distances(expert, toy.base, toy.architecture)
 
-    owned = toy.architecture.symmetry.legs
+    symmetry = toy.architecture.symmetry
+    owned = symmetry.tensors_of(symmetry.select("query_key", "value_output", "feed_forward"))
     squares = [float((expert.tensors[key] - toy.base.tensors[key]).double().square().sum()) for key in owned]
     assert math.hypot(*(distance.difference for distance in distances)) == pytest.approx(
         math.sqrt(sum(squares)), rel=1e-6

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,52 +15,51 @@ from unmergeable.api.opened import open_base, open_with_architecture
 from unmergeable.api.protection import describe_groups
 from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.manifest import Manifest, read_manifest
+from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import TensorSource
+from unmergeable.errors import UnsupportedArchitecture, UsageError
 from unmergeable.gauge.equivalence import UNIT_ROUNDOFF
 from unmergeable.progress import Progress, silent
 from unmergeable.recoveries import Fit, NearestOrbit
-from unmergeable.recoveries.distance import Distance, block_distances, relative_distance
-
-UNRELATED = 0.7
-"""Relative distance from which a base is not believed: independent weights of equal norm are sqrt(2) apart."""
-
-REBASED = 3.0
-"""How many times nearer the base the best change of basis must bring the attention weights to be called a sign."""
+from unmergeable.recoveries.distance import relative_distance
+from unmergeable.recoveries.signs import Sign, find_signs, halves, is_near, structure_signs
 
 GROUP = 128
 """Weights that share a scale in the usual 4-bit formats."""
 
+Half = Literal["attention", "feed_forward"]
+
 
 @dataclass(frozen=True)
 class BaseComparison:
-    """Distances to the base, per part of a block: ``raw`` as stored, ``canonical`` after the best change of basis.
+    """What the base tells: distances of every part of a block, and signs of a protection.
 
-    ``feed_forward``: relative distance of the tensors no attention symmetry touches.
+    ``fits`` is empty where the structure differs, and nothing can be compared.
     """
 
     folder: Path
     fits: tuple[Fit, ...]
-    feed_forward: float
-    raw: float
-    canonical: float
+    signs: tuple[Sign, ...]
 
     @property
     def is_plausible(self) -> bool:
         """Whether this can be the base: near it in some basis."""
-        return self.canonical < UNRELATED and not self.feed_forward >= UNRELATED
+        return bool(self.signs) or is_near(self.fits)
 
-    @property
-    def is_rebased(self) -> bool:
-        """Whether the attention weights are in another basis than the base's."""
-        return self.is_plausible and self.raw > REBASED * self.canonical and self.raw > 0.1
+    def distance(self, half: Half, side: Literal["before", "after"]) -> float | None:
+        """Relative distance over all attention or all feed-forwards; None where there are none."""
+        fits = halves(self.fits)[half == "feed_forward"]
+        return relative_distance(getattr(fit, side) for fit in fits) if fits else None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "base": str(self.folder),
             "plausible_fine_tune": self.is_plausible,
-            "attention_distance_raw": self.raw,
-            "attention_distance_canonical": self.canonical,
-            "feed_forward_distance": None if math.isnan(self.feed_forward) else self.feed_forward,
+            "attention_distance_raw": self.distance("attention", "before"),
+            "attention_distance_canonical": self.distance("attention", "after"),
+            "feed_forward_distance_raw": self.distance("feed_forward", "before"),
+            "feed_forward_distance_canonical": self.distance("feed_forward", "after"),
+            "signs": [{"name": sign.name, "evidence": sign.evidence, "recovery": sign.recovery} for sign in self.signs],
             "blocks": [
                 {
                     "block": fit.before.block,
@@ -103,13 +102,12 @@ class InspectResult:
             return "no unmergeable.json; give --base to look for the signs of a protection in the weights."
         if not self.comparison.is_plausible:
             return "it is not near this base in any basis: another base, or trained far away from it."
-        if self.comparison.is_rebased:
-            return (
-                f"attention weights are in another basis than the base's: distance {self.comparison.raw:.2f} as "
-                f"stored, {self.comparison.canonical:.2f} after the best change of basis. It looks protected, and can "
-                "be undone."
-            )
-        return "no sign of a protection: its attention weights are in the base's own basis."
+        if not self.comparison.signs:
+            return "no sign of a protection: its weights are in the base's own basis, and none looks edited."
+        names = ", ".join(dict.fromkeys(sign.name for sign in self.comparison.signs))
+        recoveries = [sign.recovery for sign in self.comparison.signs if sign.recovery]
+        undone = f"`recover --method {recoveries[0]}` undoes it" if recoveries else "no recovery here undoes it"
+        return f"it looks protected ({names}); {undone}."
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -130,29 +128,48 @@ class InspectResult:
         }
 
 
-def inspect(checkpoint: Path, *, base: Path | None = None, progress: Progress = silent) -> InspectResult:
-    """Describe a checkpoint from its weights; with a base, compare the two.
+def inspect(
+    checkpoint: Path, *, base: Path | None = None, sources: Sequence[Path] = (), progress: Progress = silent
+) -> InspectResult:
+    """Describe a checkpoint from its weights; with a base, compare the two and look for signs of a protection.
+
+    Args:
+        checkpoint: a folder, or a LoRA folder with its base.
+        base: what it may have been fine-tuned from.
+        sources: public fine-tunes of the base that may be mixed into it.
+        progress: told of parts and tensors looked at.
 
     Raises:
-        CheckpointError, UnsupportedArchitecture: it cannot be read, or there is no map for it.
+        CheckpointError, UnsupportedArchitecture: it cannot be read, or there is no map for it (a protection that
+            replaced feed-forwards is recognised with the base).
         Mismatch: ``base`` is another network.
+        UsageError: sources without a base.
     """
-    source, architecture = open_with_architecture(checkpoint, base=base)
-    comparison = None
-    if base is not None:
-        comparison = _compare(source, open_base(base, source, architecture), architecture, base, progress)
+    if sources and base is None:
+        raise UsageError("inspect: a source is compared with the base; give --base too.")
+    try:
+        source, architecture = open_with_architecture(checkpoint, base=base)
+    except UnsupportedArchitecture as error:
+        if base is None:
+            raise
+        source, architecture, signs = _restructured(checkpoint, base, error)
+        comparison: BaseComparison | None = BaseComparison(base, (), signs)
+        groups, errors = {}, {}
+    else:
+        comparison = None if base is None else _compare(source, architecture, base, sources, progress)
+        groups, errors = describe_groups(architecture), storage_errors(source, architecture)
     specs = [source.spec(name) for name in source.names]
     return InspectResult(
         checkpoint=checkpoint,
-        model_type=architecture.family,
+        model_type=str(source.config.get("model_type") or architecture.family),
         tensors=len(specs),
         parameters=sum(spec.numel for spec in specs),
         nbytes=sum(spec.nbytes for spec in specs),
         shards=len(source.index.shards),
         dtypes={dtype: sum(spec.dtype == dtype for spec in specs) for dtype in sorted({spec.dtype for spec in specs})},
         blocks=len(architecture.blocks),
-        groups=describe_groups(architecture),
-        errors=storage_errors(source, architecture),
+        groups=groups,
+        errors=errors,
         manifest=read_manifest(checkpoint),
         comparison=comparison,
         left_out=tuple((item.name, item.reason) for item in source.index.left_out),
@@ -160,18 +177,25 @@ def inspect(checkpoint: Path, *, base: Path | None = None, progress: Progress = 
 
 
 def _compare(
-    source: TensorSource, base: TensorSource, architecture: Architecture, folder: Path, progress: Progress
+    source: TensorSource, architecture: Architecture, base: Path, sources: Sequence[Path], progress: Progress
 ) -> BaseComparison:
-    estimate = NearestOrbit().estimate(source, base, architecture, progress=progress)
-    distances = block_distances(source, base, architecture, progress=progress)
-    feed_forward: list[Distance] = [distance for distance in distances if distance.part == "feed_forward"]
-    return BaseComparison(
-        folder=folder,
-        fits=estimate.fits,
-        feed_forward=relative_distance(feed_forward) if feed_forward else math.nan,
-        raw=estimate.before,
-        canonical=estimate.after,
-    )
+    base_source = open_base(base, source, architecture)
+    estimate = NearestOrbit().estimate(source, base_source, architecture, progress=progress)
+    tuned = [open_checkpoint(folder, base=base) for folder in sources]
+    signs = find_signs(source, base_source, architecture, estimate, tuned, progress)
+    return BaseComparison(base, estimate.fits, signs)
+
+
+def _restructured(
+    checkpoint: Path, base: Path, error: UnsupportedArchitecture
+) -> tuple[TensorSource, Architecture, tuple[Sign, ...]]:
+    """A checkpoint of no known family whose feed-forwards are not the base's; ``error`` where that is not it."""
+    source = open_checkpoint(checkpoint)
+    base_source, architecture = open_with_architecture(base)
+    signs = structure_signs(source, base_source, architecture)
+    if not signs:
+        raise error
+    return source, architecture, tuple(signs)
 
 
 def storage_errors(source: TensorSource, architecture: Architecture) -> dict[str, float]:

@@ -11,7 +11,7 @@ from unmergeable.cli.command import Outcome, working
 from unmergeable.cli.quantity import BYTES, COUNT, describe_quantity
 
 if TYPE_CHECKING:
-    from unmergeable.api.inspection import BaseComparison, InspectResult
+    from unmergeable.api.inspection import BaseComparison, Half, InspectResult
 
 
 def inspect(
@@ -22,11 +22,17 @@ def inspect(
     base: Annotated[
         Path | None, typer.Option("--base", metavar="BASE", help="Compare the weights with this checkpoint.")
     ] = None,
+    sources: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--source", metavar="PATH", help="A public fine-tune of BASE that may be mixed in; repeat it for more."
+        ),
+    ] = None,
 ) -> Outcome:
     """Say what a checkpoint is and whether it looks protected.
 
     Also which changes of basis it allows and how much it suffers from rounding. With --base, whether it is a fine-tune
-    of it, and how far each block is from it.
+    of it, how far each block is from it, and which protection the weights show signs of.
 
     Example:
       unmergeable inspect ./release --base ./Llama-3.1-8B
@@ -34,7 +40,7 @@ def inspect(
     with working(context) as progress:
         from unmergeable import api
 
-        result = api.inspect(checkpoint, base=base, progress=progress)
+        result = api.inspect(checkpoint, base=base, sources=sources or (), progress=progress)
     return Outcome(result.to_json(), describe(result))
 
 
@@ -45,7 +51,7 @@ def describe(result: InspectResult) -> list[str]:
     parameters = describe_quantity(result.parameters, COUNT)
     size = f"{parameters} parameters, {describe_quantity(result.nbytes, BYTES)} in {shards}"
     lines = [f"{result.checkpoint}: {result.model_type}, {size}", f"Tensors: {result.tensors} ({dtypes})"]
-    lines += ["Changes of basis that keep the function:"]
+    lines += ["Changes of basis that keep the function:"] if result.groups else []
     lines += [f"  {role.replace('_', ' and ')}: {group}" for role, group in result.groups.items()]
     if result.errors:
         lines += ["Relative error of attention weights when stored as:"]
@@ -57,13 +63,18 @@ def describe(result: InspectResult) -> list[str]:
 
 def _comparison(comparison: BaseComparison) -> list[str]:
     """Raw distances depend on the basis; those after the best change of basis do not."""
-    width = max((len(fit.before.block) for fit in comparison.fits), default=0)
-    parts = max((len(fit.before.part) for fit in comparison.fits), default=0)
-    lines = [
-        f"Relative distance to {comparison.folder}, as stored and after the best change of basis:",
-        f"  {'all attention':<{width + parts + 2}}  {comparison.raw:8.4f}  {comparison.canonical:8.4f}",
-    ]
+    signs = [f"Sign of {sign.name}: {sign.evidence}" for sign in comparison.signs]
+    if not comparison.fits:
+        return signs
+    width = max(len(fit.before.block) for fit in comparison.fits)
+    parts = max(len(fit.before.part) for fit in comparison.fits)
+    lines = [f"Relative distance to {comparison.folder}, as stored and after the best change of basis:"]
+    halves: tuple[tuple[str, Half], ...] = (("all attention", "attention"), ("all feed-forwards", "feed_forward"))
+    for name, half in halves:
+        raw, canonical = comparison.distance(half, "before"), comparison.distance(half, "after")
+        if raw is not None:
+            lines += [f"  {name:<{width + parts + 2}}  {raw:8.4f}  {canonical:8.4f}"]
     for fit in comparison.fits:
         name = f"{fit.before.block:<{width}}  {fit.before.part:<{parts}}"
         lines += [f"  {name}  {fit.before.relative:8.4f}  {fit.after.relative:8.4f}"]
-    return lines
+    return lines + signs

@@ -22,7 +22,7 @@ PHASE_TOLERANCE = 1e-14
 def nearest_pair_sign(space: Space, legs: Sequence[LegPair]) -> Monomial:
     """The sign of the summed inner product, per frequency pair."""
     vectors, covectors = _pairs(space, legs)
-    return _scaled(space, _over_pairs(space, _sign((vectors.cross + covectors.cross).real)))
+    return _scaled(space, over_pairs(space, _sign((vectors.cross + covectors.cross).real)))
 
 
 def nearest_block_sign(space: Space, legs: Sequence[LegPair]) -> Monomial:
@@ -89,7 +89,7 @@ def nearest_pair_scale(space: Space, legs: Sequence[LegPair]) -> Monomial:
     """The positive factor nearest to the base, per frequency pair."""
     vectors, covectors = _pairs(space, legs)
     scale = nearest_scale(vectors.protected, vectors.cross.real, covectors.protected, covectors.cross.real)
-    return _scaled(space, _over_pairs(space, scale))
+    return _scaled(space, over_pairs(space, scale))
 
 
 def nearest_block_scale(space: Space, legs: Sequence[LegPair]) -> Monomial:
@@ -112,6 +112,13 @@ def nearest_diagonal(space: Space, legs: Sequence[LegPair]) -> Monomial:
     positive, negative = nearest_scale(*data), nearest_scale(*flipped)
     is_positive = _scale_objective(positive, *data) <= _scale_objective(negative, *flipped)
     return _scaled(space, torch.where(is_positive, positive, -negative))
+
+
+def nearest_orthogonal(cross: Tensor) -> Tensor:
+    """The orthogonal R = U V^T that maximises <R, C> (Procrustes; Kabsch 1976), from C = y x^T = U S V^T, batched."""
+    left, _, right = torch.linalg.svd(cross)
+    rotation: Tensor = left @ right
+    return rotation
 
 
 def nearest_scale(vector_norm: Tensor, vector_cross: Tensor, covector_norm: Tensor, covector_cross: Tensor) -> Tensor:
@@ -137,6 +144,15 @@ def nearest_scale(vector_norm: Tensor, vector_cross: Tensor, covector_norm: Tens
     values = _scale_objective(candidates, *(value[..., None] for value in (g, c, h, d)))
     best = values.nan_to_num(nan=torch.inf).argmin(-1, keepdim=True)
     return torch.gather(candidates, -1, best)[..., 0]
+
+
+def over_pairs(space: Space, per_pair: Tensor) -> Tensor:
+    """[blocks, pairs] values, written to both members of each pair."""
+    assert space.group.pairing is not None
+    full = torch.empty(space.blocks, space.size, dtype=per_pair.dtype)
+    first, second = pair_indices(space.size, space.group.pairing)
+    full[:, first] = full[:, second] = per_pair
+    return full
 
 
 def _scale_objective(a: Tensor, g: Tensor, c: Tensor, h: Tensor, d: Tensor) -> Tensor:
@@ -183,15 +199,6 @@ def _scaled(space: Space, scale: Tensor) -> Monomial:
 
 def _over_block(space: Space, scale: Tensor) -> Monomial:
     return _scaled(space, scale[:, None].expand(-1, space.size).contiguous())
-
-
-def _over_pairs(space: Space, per_pair: Tensor) -> Tensor:
-    """[blocks, pairs] values, written to both members of each pair."""
-    assert space.group.pairing is not None
-    full = torch.empty(space.blocks, space.size, dtype=per_pair.dtype)
-    first, second = pair_indices(space.size, space.group.pairing)
-    full[:, first] = full[:, second] = per_pair
-    return full
 
 
 def _turned(space: Space, is_odd: Tensor, sign: Tensor) -> Monomial:

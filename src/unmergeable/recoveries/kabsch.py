@@ -29,13 +29,14 @@ from unmergeable.progress import Progress, silent
 from unmergeable.recoveries.closed_forms import (
     nearest_block_sign,
     nearest_diagonal_sign,
+    nearest_orthogonal,
     nearest_pair_sign,
     nearest_phase,
     nearest_quarter_turn,
 )
-from unmergeable.recoveries.estimate import Nearest, estimate_gauge
+from unmergeable.recoveries.estimate import Nearest, Solvers, estimate_gauges
 from unmergeable.recoveries.moments import LegPair, dense_moments
-from unmergeable.recoveries.recovery import Estimate
+from unmergeable.recoveries.recovery import Estimate, Inputs, Recovered
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Kabsch:
         spaces = architecture.symmetry.select("query_key", "value_output")
         return {name: space for name, space in spaces.items() if space.group.kind in NEAREST_ISOMETRY}
 
+    def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
+        """See :meth:`estimate`."""
+        estimate = self.estimate(inputs.protected, inputs.base, inputs.architecture, progress)
+        return Recovered(inputs.protected, estimate=estimate)
+
     def estimate(
         self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent
     ) -> Estimate:
@@ -64,7 +70,9 @@ class Kabsch:
             Mismatch: when the checkpoints do not hold the same attention tensors.
             BadInput: when one of them holds NaN or infinity.
         """
-        return estimate_gauge(protected, base, architecture, NEAREST_ISOMETRY, self.spaces(architecture), progress)
+        return estimate_gauges(
+            protected, base, architecture, Solvers(NEAREST_ISOMETRY), self.spaces(architecture), progress
+        )
 
 
 def _nearest_orthogonal(space: Space, legs: Sequence[LegPair]) -> Dense:
@@ -72,8 +80,7 @@ def _nearest_orthogonal(space: Space, legs: Sequence[LegPair]) -> Dense:
         (dense_moments(space, legs, variance).cross for variance in ("vector", "covector")),
         start=torch.zeros(space.blocks, space.size, space.size, dtype=torch.float64),
     )
-    left, _, right = torch.linalg.svd(cross)
-    return Dense(left @ right)
+    return Dense(nearest_orthogonal(cross))
 
 
 NEAREST_ISOMETRY: dict[GroupKind, Nearest] = {

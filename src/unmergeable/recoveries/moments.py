@@ -34,14 +34,14 @@ class LegPair:
     base: Tensor
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Both as [outer, blocks, spectators, size, inner], a bounded piece at a time."""
+        """Both as float64 [outer, blocks, spectators, size, inner], a bounded piece at a time."""
         outer, blocks, *_, size, inner = self.protected.shape
         axis = 0 if outer > inner else self.protected.dim() - 1
         length = self.protected.shape[axis]
         step = max(1, CHUNK_ELEMENTS * length // max(1, self.protected.numel()))
         for start in range(0, length, step):
             pieces = [side.narrow(axis, start, min(step, length - start)) for side in (self.protected, self.base)]
-            x, y = (piece.reshape(piece.shape[0], blocks, -1, size, piece.shape[-1]) for piece in pieces)
+            x, y = (piece.reshape(piece.shape[0], blocks, -1, size, piece.shape[-1]).double() for piece in pieces)
             yield x, y
 
 
@@ -61,7 +61,7 @@ def leg_pairs(
     base: Mapping[str, Tensor],
     gain_offset: Mapping[str, float],
 ) -> list[LegPair]:
-    """The legs of ``space`` on float64 tensors of both checkpoints, as the network sees them (``offset + w``)."""
+    """The legs of ``space`` on tensors of both checkpoints, as the network sees them (``offset + w``)."""
     pairs = []
     for name, leg in legs:
         sides = [tensors[name] for tensors in (protected, base)]
@@ -92,11 +92,20 @@ def dense_moments(space: Space, legs: Sequence[LegPair], variance: Variance) -> 
     """All second moments over the legs of one variance (zero where there is none)."""
     protected, cross, base = torch.zeros(3, space.blocks, space.size, space.size, dtype=torch.float64)
     for x, y in _chunks(legs, variance):
-        x_columns, y_columns = (side.permute(1, 3, 0, 2, 4).reshape(space.blocks, space.size, -1) for side in (x, y))
+        x_columns, y_columns = _columns(x), _columns(y)
         protected += x_columns @ x_columns.mT
         cross += y_columns @ x_columns.mT
         base += y_columns @ y_columns.mT
     return Moments(protected, cross, base)
+
+
+def block_products(space: Space, legs: Sequence[LegPair], variance: Variance) -> Tensor:
+    """``y x^T`` between every block of the base and every protected one: float64 [blocks, size, blocks, size]."""
+    width = space.blocks * space.size
+    products = torch.zeros(width, width, dtype=torch.float64)
+    for x, y in _chunks(legs, variance):
+        products += _columns(y).reshape(width, -1) @ _columns(x).reshape(width, -1).T
+    return products.view(space.blocks, space.size, space.blocks, space.size)
 
 
 def diagonal_moments(space: Space, legs: Sequence[LegPair], variance: Variance) -> Moments:
@@ -130,6 +139,12 @@ def pair_products(space: Space, x: Tensor, y: Tensor) -> Tensor:
 def _pair(space: Space, coordinates: Tensor) -> tuple[Tensor, Tensor]:
     assert space.group.pairing is not None
     return split_pairs(coordinates, space.group.pairing)
+
+
+def _columns(coordinates: Tensor) -> Tensor:
+    """[blocks, size, everything else]."""
+    _, blocks, _, size, _ = coordinates.shape
+    return coordinates.permute(1, 3, 0, 2, 4).reshape(blocks, size, -1)
 
 
 def _chunks(legs: Sequence[LegPair], variance: Variance) -> Iterator[tuple[Tensor, Tensor]]:

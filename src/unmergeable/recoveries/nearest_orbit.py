@@ -5,12 +5,16 @@ base solves
 
     min_g  sum over tensors  || g . theta_protected - theta_base ||^2
 
-one space at a time (see :mod:`~unmergeable.recoveries.general_linear` and
-:mod:`~unmergeable.recoveries.closed_forms`), and applies the answer. The result is the same function. The expert is
-in the orbit too, so the orbit's nearest point is no further from the base than the expert was before it was protected:
-this is why no exact protection stops somebody who holds the base.
+and applies the answer. The result is the same function. The expert is in the orbit too, so the orbit's nearest point
+is no further from the base than the expert was before it was protected: this is why no exact protection stops somebody
+who holds the base.
 
-Covered so far: queries and keys, values and output.
+From the outside in, each compared by what the later ones do not alter: the residual stream and the gains of its norms
+(:mod:`~unmergeable.recoveries.residual_stream`); the order of experts, heads and hidden units
+(:mod:`~unmergeable.recoveries.orders`); the bases of heads (:mod:`~unmergeable.recoveries.general_linear`) and the
+scales of everything (:mod:`~unmergeable.recoveries.closed_forms`). An order is recognised, not optimised: it is the
+planted one as long as a head or unit resembles its origin more than any other, which at real widths it does however far
+a fine-tune goes. The stream is only touched where the embedding or the gains show that it was moved.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from unmergeable.architecture import Architecture, Space
-from unmergeable.architecture.symmetry import GroupKind
+from unmergeable.architecture.symmetry import GroupKind, Role
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.gauge.elements import Dense
 from unmergeable.progress import Progress, silent
@@ -34,10 +38,12 @@ from unmergeable.recoveries.closed_forms import (
     nearest_quarter_turn,
     nearest_rotary,
 )
-from unmergeable.recoveries.estimate import Nearest, estimate_gauge
+from unmergeable.recoveries.estimate import Nearest, Solvers, estimate_gauges
 from unmergeable.recoveries.general_linear import nearest_general_linear
 from unmergeable.recoveries.moments import LegPair, dense_moments
-from unmergeable.recoveries.recovery import Estimate
+from unmergeable.recoveries.recovery import Estimate, Inputs, Recovered
+
+ROLES: tuple[Role, ...] = ("query_key", "value_output", "heads", "feed_forward", "experts", "norm", "residual")
 
 
 @dataclass(frozen=True)
@@ -58,19 +64,24 @@ class NearestOrbit:
         """Every combination of settings is valid."""
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
-        """The bases it estimates: all those of attention."""
-        return architecture.symmetry.select("query_key", "value_output", negligible_epsilon=self.negligible_epsilon)
+        """What it estimates: every order and every basis that the architecture's map declares."""
+        return architecture.symmetry.select(*ROLES, negligible_epsilon=self.negligible_epsilon, folding=True)
+
+    def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
+        """See :meth:`estimate`."""
+        estimate = self.estimate(inputs.protected, inputs.base, inputs.architecture, progress)
+        return Recovered(inputs.protected, estimate=estimate)
 
     def estimate(
         self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent
     ) -> Estimate:
-        """The gauge that brings ``protected`` nearest to ``base``, and the distances it leaves.
+        """The gauges that bring ``protected`` nearest to ``base``, and the distances they leave.
 
         Raises:
-            Mismatch: when the checkpoints do not hold the same attention tensors.
+            Mismatch: when the checkpoints do not hold the same tensors in attention and feed-forward.
             BadInput: when one of them holds NaN or infinity.
         """
-        return estimate_gauge(protected, base, architecture, NEAREST, self.spaces(architecture), progress)
+        return estimate_gauges(protected, base, architecture, Solvers(NEAREST), self.spaces(architecture), progress)
 
 
 def _nearest_dense(space: Space, legs: Sequence[LegPair]) -> Dense:

@@ -1,11 +1,18 @@
-"""What a recovery is: it estimates, from a protected checkpoint and its base, the gauge that undoes the protection."""
+"""What a recovery is: from a protected checkpoint, its base and perhaps more, a checkpoint that merges again.
+
+Most estimate gauges and keep the function (:class:`Estimate`); some change weights (:class:`Recovered` without one).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
-from unmergeable.architecture import Architecture, Space
+from torch import Tensor
+
+from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.gauge.gauge import Gauge
 from unmergeable.progress import Progress
@@ -14,14 +21,16 @@ from unmergeable.recoveries.distance import Distance, relative_distance
 
 @dataclass(frozen=True)
 class Fit:
-    """How well one part of a block was brought back: its distance to the base as found and after the gauge.
+    """How well one part of a block was brought back: its distance to the base as found and after the gauges.
 
-    ``freedoms`` counts the numbers that were fitted.
+    ``freedoms`` counts the numbers that were fitted. ``margin`` says how clear the order of its heads or hidden units
+    was (:class:`~unmergeable.recoveries.orders.Match`), None where no order was looked for.
     """
 
     before: Distance
     after: Distance
     freedoms: int
+    margin: float | None = None
 
     @property
     def confidence(self) -> float:
@@ -44,22 +53,27 @@ def confidence(fits: tuple[Fit, ...] | list[Fit]) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The gauge that brings a checkpoint nearest to its base, and what it achieves part by part.
+    """The gauges that bring a checkpoint nearest to its base, and what they achieve part by part.
 
-    ``unmergeable.gauge.act.edits(architecture.symmetry, [gauge])`` applies it; the network stays the same function.
+    ``unmergeable.gauge.plan.transformed`` applies them, left to right: the residual stream, experts, heads and hidden
+    units in order, the bases inside them. The network stays the same function.
     """
 
-    gauge: Gauge
+    gauges: tuple[Gauge, ...]
     fits: tuple[Fit, ...]
+
+    def condition(self) -> float:
+        """A bound on the condition number of what is applied: the product over the gauges."""
+        return math.prod(gauge.condition() for gauge in self.gauges)
 
     @property
     def before(self) -> float:
-        """Relative distance to the base over all attention weights, as found."""
+        """Relative distance to the base over all parts that were fitted, as found."""
         return relative_distance(fit.before for fit in self.fits)
 
     @property
     def after(self) -> float:
-        """Relative distance to the base over all attention weights, with the gauge applied."""
+        """Relative distance to the base over all parts that were fitted, with the gauges applied."""
         return relative_distance(fit.after for fit in self.fits)
 
     @property
@@ -68,8 +82,41 @@ class Estimate:
         return confidence(self.fits)
 
 
+Finding = float | int | str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recovery may look at: ``sources`` are public fine-tunes of the base.
+
+    The base comes under the tensor names of the protected checkpoint. ``architecture`` is that of the result.
+    """
+
+    protected: TensorSource
+    base: TensorSource
+    architecture: Architecture
+    sources: tuple[TensorSource, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A checkpoint with the layout of ``template``, some of its tensors changed.
+
+    Either by the gauges of ``estimate``, or one by one by ``edits`` (each may work in place). ``findings``: what was
+    found out on the way, by name.
+    """
+
+    template: TensorSource
+    edits: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    findings: Mapping[str, Finding] = field(default_factory=dict)
+    estimate: Estimate | None = None
+
+
 class Recovery(Protocol):
-    """Undoes an exact protection as far as its group reaches. ``exact``: the result is the same function."""
+    """One attack. ``exact``: the result computes what the protected checkpoint computes.
+
+    ``needs`` names what it reads besides the protected checkpoint: "base", "sources".
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -78,10 +125,6 @@ class Recovery(Protocol):
 
     def validate(self) -> None: ...
 
-    def spaces(self, architecture: Architecture) -> dict[str, Space]:
-        """The bases it can estimate in this network."""
+    def recover(self, inputs: Inputs, progress: Progress) -> Recovered:
+        """Find out what to change; writes nothing."""
         ...
-
-    def estimate(
-        self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress
-    ) -> Estimate: ...
