@@ -130,16 +130,18 @@ def test_merge(api: RecordingApi, run: Runner) -> None:
         "method": "ties",
         "out": Path("o"),
         "settings": {"density": "0.4"},
+        "data": [],
         "config": None,
         "backend": "own",
+        "checksums": False,
         "threads": None,
     }
 
 
 def test_merge_by_configuration(api: RecordingApi, run: Runner) -> None:
-    _, options = asked(api, run, "merge", "c.yaml", "--out", "o", "--backend", "mergekit")
+    _, options = asked(api, run, "merge", "c.yaml", "--out", "o", "--backend", "mergekit", "--checksums")
 
-    assert (options["config"], options["backend"]) == (Path("c.yaml"), "mergekit")
+    assert (options["config"], options["backend"], options["checksums"]) == (Path("c.yaml"), "mergekit", True)
     assert (options["experts"], options["method"], options["settings"]) == ([], None, {})
 
 
@@ -161,18 +163,25 @@ def test_a_coefficient_is_a_number_after_the_last_equals_sign(text: str, expecte
 
 
 def test_recover(api: RecordingApi, run: Runner) -> None:
-    words = "p --base b --method kabsch --set x=1 --out o --threads 1"
+    words = "p --base b --method source_subtraction --set x=1 --out o --source s --source t --threads 1"
 
     positional, options = asked(api, run, "recover", *words.split())
 
     assert positional == (Path("p"),)
-    assert options == {"base": Path("b"), "method": "kabsch", "out": Path("o"), "settings": {"x": "1"}, "threads": 1}
+    assert options == {
+        "base": Path("b"),
+        "method": "source_subtraction",
+        "out": Path("o"),
+        "sources": [Path("s"), Path("t")],
+        "settings": {"x": "1"},
+        "threads": 1,
+    }
 
 
 def test_inspect(api: RecordingApi, run: Runner) -> None:
-    positional, options = asked(api, run, "inspect", "c", "--base", "b")
+    positional, options = asked(api, run, "inspect", "c", "--base", "b", "--source", "s")
 
-    assert (positional, options) == ((Path("c"),), {"base": Path("b")})
+    assert (positional, options) == ((Path("c"),), {"base": Path("b"), "sources": [Path("s")]})
 
 
 @pytest.mark.parametrize("command", ["methods", "schema"])

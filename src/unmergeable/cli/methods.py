@@ -35,6 +35,7 @@ def describe(result: MethodsResult) -> list[str]:
     lines = []
     for title, entries in (
         ("Protections", result.protections),
+        ("Controls (they protect nothing, and an audit must find that out)", result.controls),
         ("Merges", result.merges),
         ("Recoveries", result.recoveries),
     ):

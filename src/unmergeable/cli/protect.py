@@ -12,6 +12,8 @@ import typer
 from unmergeable.cli.command import Outcome, working
 from unmergeable.cli.options import OutOption, PassphraseSwitch, SetOption, ThreadsOption
 from unmergeable.cli.passphrase import read_passphrase
+from unmergeable.cli.protect_polynomials import describe as describe_polynomials
+from unmergeable.cli.protect_polynomials import is_polynomial
 from unmergeable.cli.recipe import read_recipe
 from unmergeable.errors import UsageError
 from unmergeable.settings import parse_assignments
@@ -34,6 +36,10 @@ def protect(
         ),
     ] = None,
     assignments: SetOption = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="PATH", help="Examples of its use, for taylor_mlp and mergebarrier."),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", metavar="FILE", help="Methods and settings from a JSON or YAML file.")
     ] = None,
@@ -65,6 +71,22 @@ def protect(
       unmergeable protect ./my-llama-8b-medical --base ./Llama-3.1-8B --out ./release
     """
     methods, settings = _requested(method, assignments, recipe)
+    key_options = {"--key": key, "--passphrase": passphrase, "--seed": seed is not None, "--dry-run": dry_run}
+    if is_polynomial(methods, data, key_options | {"--allow-pickle": allow_pickle}):
+        with working(context) as progress:
+            from unmergeable.api.polynomials import protect_with_polynomials
+
+            written = protect_with_polynomials(
+                expert,
+                base=base,
+                out=out,
+                method=methods[0],
+                data=data,
+                settings=settings,
+                threads=threads,
+                progress=progress,
+            )
+        return Outcome(written.to_json(), describe_polynomials(written, base))
     secret = read_passphrase(is_asked_for=passphrase, is_new=True)
     with working(context, can_resume=not dry_run) as progress:
         from unmergeable import api
@@ -96,13 +118,24 @@ def _requested(
     return read_recipe(recipe)
 
 
+_ROLES = {
+    "query_key": "query and key",
+    "value_output": "value and output",
+    "heads": "order of heads",
+    "feed_forward": "feed-forward",
+    "experts": "order of experts",
+    "norm": "gains of norms",
+    "residual": "residual stream",
+}
+
+
 def describe(result: ProtectResult, base: Path) -> list[str]:
     """What the owner has to know after (or, in a dry run, before) protecting."""
     steps = ", ".join(str(step["method"]) for step in result.protections)
     changed = f"{result.changed_tensors} of {result.tensors} tensors"
     verb = "Would protect" if result.is_dry_run else "Protected"
     lines = [f"{verb}: {result.out} ({steps}; {changed}; {result.architecture})"]
-    lines += [f"  {role.replace('_', ' and ')}: {group}" for role, group in result.groups.items()]
+    lines += [f"  {_ROLES.get(role, role)}: {group}" for role, group in result.groups.items()]
     if result.is_dry_run:
         lines += [f"Key: {result.key}, not made yet"]
         lines += [f"Largest error that rounding may cause in a block: {result.predicted_error:.1e} relative"]
