@@ -1,4 +1,4 @@
-"""The façade: seven verbs and a schema, nothing heavy at import, and what an installer needs to know."""
+"""The façade: eight verbs and a schema, nothing heavy at import, and what an installer needs to know."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 
 import unmergeable
-from unmergeable import api
+import unmergeable.auditing.run
+from unmergeable import api, auditing
 from unmergeable.progress import Progress, silent
 
 PACKAGE = Path(unmergeable.__file__).parent
 ROOT = PACKAGE.parent.parent
 
 
-def test_the_public_names_are_those_of_the_api() -> None:
-    assert sorted(unmergeable.__all__) == sorted(api.__all__)
+def test_the_public_names_are_those_of_the_api_and_audit() -> None:
+    assert sorted(unmergeable.__all__) == sorted([*api.__all__, "audit"])
     for name in unmergeable.__all__:
         function = getattr(unmergeable, name)
-        assert function is getattr(api, name)
+        assert function is getattr(auditing.run if name == "audit" else api, name)
         assert inspect.isfunction(function)
         assert inspect.getdoc(function)
 

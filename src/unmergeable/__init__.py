@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unmergeable.api import inspect, merge, methods, protect, recover, restore, schema, verify
+    from unmergeable.auditing.run import audit
 
-__all__ = ["inspect", "merge", "methods", "protect", "recover", "restore", "schema", "verify"]
+__all__ = ["audit", "inspect", "merge", "methods", "protect", "recover", "restore", "schema", "verify"]
 
 
 def __getattr__(name: str) -> Any:
     # torch takes a second to import, and `unmergeable --help` does not need it.
+    if name == "audit":
+        from unmergeable.auditing.run import audit
+
+        return audit
     if name in __all__:
         from unmergeable import api
 

@@ -10,19 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unmergeable.demo.data import ImageTask, Sizes, load_animals, load_mnist
-from unmergeable.demo.train import (
-    Expert,
-    PrototypeHead,
-    evaluate,
-    extract_features,
-    finetune_experts,
-    fit_prototypes,
-    prepare_pixels,
-    read_head,
-    write_head,
-)
-from unmergeable.errors import BadInput
+from unmergeable.demo.train import Expert, evaluate, extract_features, finetune_experts, fit_prototypes, prepare_pixels
 from unmergeable.network.load import load_network
+from unmergeable.tasks import FeatureHead
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +21,12 @@ def task() -> ImageTask:
 
 
 @pytest.fixture(scope="module")
-def head(base: Path, task: ImageTask) -> PrototypeHead:
+def head(base: Path, task: ImageTask) -> FeatureHead:
     return fit_prototypes(load_network(base), task)
 
 
 @pytest.fixture(scope="module")
-def expert(base: Path, task: ImageTask, head: PrototypeHead, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def expert(base: Path, task: ImageTask, head: FeatureHead, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("expert")
     finetune_experts(base, [Expert(task, head, folder)])
     return folder
@@ -79,43 +69,20 @@ def test_features_do_not_depend_on_the_batch_they_are_in(base: Path, task: Image
     assert gap < 64 * torch.finfo(torch.float32).eps * together.abs().max()
 
 
-def test_a_prototype_is_the_mean_direction_of_its_class(base: Path, task: ImageTask, head: PrototypeHead) -> None:
+def test_a_prototype_is_the_mean_direction_of_its_class(base: Path, task: ImageTask, head: FeatureHead) -> None:
     features = extract_features(load_network(base), task.train.images).numpy()
     directions = features / np.linalg.norm(features, axis=1, keepdims=True)
     mean = directions[task.train.labels == 7].mean(axis=0)
 
-    np.testing.assert_allclose(head.prototypes[7].numpy(), mean / np.linalg.norm(mean), atol=1e-5)
+    np.testing.assert_allclose(head.weight[7].numpy(), mean / np.linalg.norm(mean), atol=1e-5)
 
 
-def test_a_prototype_is_its_own_best_class(head: PrototypeHead) -> None:
+def test_a_prototype_is_its_own_best_class(head: FeatureHead) -> None:
     for scale in (0.1, 30.0):  # lengths of features do not count
-        assert head.logits(scale * head.prototypes).argmax(dim=1).tolist() == list(range(10))
+        assert head.logits(scale * head.weight).argmax(dim=1).tolist() == list(range(10))
 
 
-def test_a_head_is_read_as_it_was_written(head: PrototypeHead, tmp_path: Path) -> None:
-    write_head(head, tmp_path / "head.safetensors")
-
-    assert torch.equal(read_head(tmp_path / "head.safetensors").prototypes, head.prototypes)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\x00" * 64])
-def test_something_else_is_not_a_head(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "head.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-
-    with pytest.raises(BadInput, match="not a head"):
-        read_head(path)
-
-
-def test_another_tensor_is_not_a_head(tmp_path: Path) -> None:
-    save_file({"weights": torch.zeros(2)}, tmp_path / "other.safetensors")
-
-    with pytest.raises(BadInput, match="not a head"):
-        read_head(tmp_path / "other.safetensors")
-
-
-def test_the_expert_is_far_better_at_its_task(base: Path, expert: Path, task: ImageTask, head: PrototypeHead) -> None:
+def test_the_expert_is_far_better_at_its_task(base: Path, expert: Path, task: ImageTask, head: FeatureHead) -> None:
     before, after = (evaluate(folder, task.test, head) for folder in (base, expert))
 
     # 100 images: a deviation of 0.05 for one score, 0.07 for the difference of two.
@@ -123,9 +90,9 @@ def test_the_expert_is_far_better_at_its_task(base: Path, expert: Path, task: Im
     assert before > 0.10 + 3 * 0.03  # the base is no guess either, so the prototypes mean something
 
 
-def test_accuracy_counts_right_answers(base: Path, task: ImageTask, head: PrototypeHead) -> None:
+def test_accuracy_counts_right_answers(base: Path, task: ImageTask, head: FeatureHead) -> None:
     network = load_network(base)
-    shifted = PrototypeHead(head.prototypes.roll(1, dims=0))  # every class gets its neighbour's prototype
+    shifted = replace(head, weight=head.weight.roll(1, dims=0))  # every class gets its neighbour's prototype
     answers = head.logits(extract_features(network, task.test.images)).argmax(dim=1).numpy()
 
     assert evaluate(network, task.test, head) == np.mean(answers == task.test.labels)
@@ -149,7 +116,7 @@ def test_attention_and_mlp_of_every_block_learn_and_nothing_else(base: Path, exp
     assert len(changed) == 12 * 12
 
 
-def test_the_seed_decides_the_expert(base: Path, task: ImageTask, head: PrototypeHead, tmp_path: Path) -> None:
+def test_the_seed_decides_the_expert(base: Path, task: ImageTask, head: FeatureHead, tmp_path: Path) -> None:
     few = first_images(task, 32)
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
         finetune_experts(base, [Expert(few, head, tmp_path / name)], seed=seed)
@@ -160,7 +127,7 @@ def test_the_seed_decides_the_expert(base: Path, task: ImageTask, head: Prototyp
 
 
 def test_experts_made_side_by_side_are_those_made_alone(
-    base: Path, task: ImageTask, head: PrototypeHead, tmp_path: Path
+    base: Path, task: ImageTask, head: FeatureHead, tmp_path: Path
 ) -> None:
     few, other = first_images(task, 32), replace(first_images(task, 48), title="other digits")
     reports: list[tuple[str, int, int, str]] = []
@@ -184,7 +151,7 @@ def test_experts_made_side_by_side_are_those_made_alone(
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_an_interruption_ends_every_run(base: Path, task: ImageTask, head: PrototypeHead, tmp_path: Path) -> None:
+def test_an_interruption_ends_every_run(base: Path, task: ImageTask, head: FeatureHead, tmp_path: Path) -> None:
     seen: list[int] = []
 
     def interrupt(stage: str, done: int, total: int, unit: str) -> None:
@@ -201,7 +168,7 @@ def test_an_interruption_ends_every_run(base: Path, task: ImageTask, head: Proto
     assert not list(tmp_path.iterdir())
 
 
-def test_reports_its_progress(base: Path, task: ImageTask, head: PrototypeHead, tmp_path: Path) -> None:
+def test_reports_its_progress(base: Path, task: ImageTask, head: FeatureHead, tmp_path: Path) -> None:
     reports: list[tuple[str, int, int, str]] = []
 
     finetune_experts(

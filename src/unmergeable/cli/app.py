@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from unmergeable.cli.audit import audit, report
 from unmergeable.cli.command import DebugSwitch, JsonSwitch, Outcome, QuietSwitch, Switches, with_switches
 from unmergeable.cli.demo import demo
 from unmergeable.cli.failure import INTERRUPTED, failure_of
@@ -35,6 +36,8 @@ COMMANDS: dict[str, Callable[..., Outcome]] = {
     "merge": merge,
     "recover": recover,
     "inspect": inspect,
+    "audit": audit,
+    "report": report,
     "methods": methods,
     "schema": schema,
     "demo": demo,

@@ -12,12 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unmergeable.errors import UsageError
+from unmergeable.page import COLOURS, new_figure, plain, render, svg
 
 Images = npt.NDArray[np.uint8]
-
-COLOURS = ("#3b6fb6", "#d9822b")
-"""One for each task; told apart in grey and by the colour-blind, and readable on light and dark paper."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +53,8 @@ def write_page(
         curves: distances to the base.
         facts: numbers the sentences quote (see ``page.html.j2``).
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise UsageError("jinja2 is not installed; pip install 'unmergeable[demo]'") from None
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("unmergeable.demo", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    text = environment.get_template("page.html.j2").render(
+    text = render(
+        "demo/page.html.j2",
         rows=rows,
         tasks=tasks,
         samples={name: [_picture(image) for image in images] for name, images in samples.items()},
@@ -84,34 +75,9 @@ def _picture(image: Images) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("matplotlib is not installed; pip install 'unmergeable[demo]'") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _svg(figure: Any) -> str:
-    """The figure as an inline SVG that takes its ink from the page, so that it works on light and dark paper."""
-    import matplotlib as mpl
-
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "unmergeable", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :].replace("#000000", "currentColor")
-
-
-def _plain(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
 def _bars(rows: Sequence[Row], tasks: Mapping[str, str]) -> str:
     """Accuracy of each model on each task, as pairs of horizontal bars."""
-    figure, axes = _figure(8.2, 0.55 * len(rows) + 0.9)
+    figure, axes = new_figure(8.2, 0.55 * len(rows) + 0.9)
     places = np.arange(len(rows))
     for number, (task, title) in enumerate(tasks.items()):
         offset = (number - (len(tasks) - 1) / 2) * 0.38
@@ -124,13 +90,13 @@ def _bars(rows: Sequence[Row], tasks: Mapping[str, str]) -> str:
     axes.set_xlim(0, 105)
     axes.set_xlabel("accuracy on images never trained on, in per cent")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=len(tasks), frameon=False)
-    _plain(axes)
-    return _svg(figure)
+    plain(axes)
+    return svg(figure)
 
 
 def _distances(curves: Sequence[DistanceCurve]) -> str:
     """Distance to the base for each block, on a logarithmic scale."""
-    figure, axes = _figure(8.2, 3.2)
+    figure, axes = new_figure(8.2, 3.2)
     for curve, (marker, style) in zip(curves, (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-.")), strict=False):
         numbers = range(1, len(curve.values) + 1)
         axes.plot(numbers, curve.values, marker=marker, linestyle=style, markersize=4, label=curve.label)
@@ -138,5 +104,5 @@ def _distances(curves: Sequence[DistanceCurve]) -> str:
     axes.set_xlabel("attention block")
     axes.set_ylabel("relative distance to the base")
     axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.28))
-    _plain(axes)
-    return _svg(figure)
+    plain(axes)
+    return svg(figure)

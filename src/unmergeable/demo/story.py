@@ -26,19 +26,12 @@ from unmergeable.checkpoint.source import TensorSource
 from unmergeable.demo.data import ImageTask, load_animals, load_mnist
 from unmergeable.demo.model import write_base_checkpoint
 from unmergeable.demo.page import DistanceCurve, Row, write_page
-from unmergeable.demo.train import (
-    Expert,
-    PrototypeHead,
-    evaluate,
-    extract_features,
-    finetune_experts,
-    fit_prototypes,
-    write_head,
-)
+from unmergeable.demo.train import Expert, evaluate, extract_features, finetune_experts, fit_prototypes
 from unmergeable.errors import BadInput
 from unmergeable.network.load import load_network
 from unmergeable.progress import Progress, silent
 from unmergeable.recoveries.distance import block_distances, relative_distance
+from unmergeable.tasks import FeatureHead, write_head
 
 COEFFICIENTS = (0.5, 0.6, 0.7, 0.8)
 """What is tried for both experts of the unprotected merge; every other merge uses the one that did best."""
@@ -73,7 +66,7 @@ class _Stage:
 
     folder: Path
     tasks: tuple[ImageTask, ...]
-    heads: Mapping[str, PrototypeHead]
+    heads: Mapping[str, FeatureHead]
     progress: Progress
 
     def scores(self, folder: Path, *, split: str = "test") -> dict[str, float]:

@@ -22,18 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from unmergeable.api.workers import one_thread_per_kernel, worker_threads
 from unmergeable.demo.data import Examples, Images, ImageTask
-from unmergeable.errors import BadInput
 from unmergeable.network.load import load_network
 from unmergeable.network.save import write_network
 from unmergeable.network.train import Batch, Schedule, shuffled_batches, train
 from unmergeable.progress import Progress, silent
+from unmergeable.tasks import FeatureHead
 
 PIXELS = 42
 """Side of the image the network sees: 3 x 3 patches. Nearly twice as fast as 4 x 4, and experts merge no worse."""
@@ -48,18 +46,6 @@ TEMPERATURE = 0.02
 BATCH_SIZE = 16
 LEARNING_RATE = 2e-5
 EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class PrototypeHead:
-    """One unit vector for each class, float32 [classes, hidden_size]."""
-
-    prototypes: Tensor
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Features [count, hidden_size] to logits [count, classes]."""
-        cosines = functional.normalize(features, dim=-1) @ self.prototypes.to(features).T
-        return cosines / TEMPERATURE
 
 
 def prepare_pixels(images: Images) -> Tensor:
@@ -97,7 +83,7 @@ def extract_features(
     return torch.cat(parts)
 
 
-def fit_prototypes(backbone: nn.Module, task: ImageTask, *, progress: Progress = silent) -> PrototypeHead:
+def fit_prototypes(backbone: nn.Module, task: ImageTask, *, progress: Progress = silent) -> FeatureHead:
     """The mean direction of each class over the training images."""
     stage = f"prototypes of {task.title}"
     directions = functional.normalize(
@@ -105,24 +91,8 @@ def fit_prototypes(backbone: nn.Module, task: ImageTask, *, progress: Progress =
     )
     labels = torch.from_numpy(task.train.labels)
     means = [directions[labels == number].mean(dim=0) for number in range(len(task.class_names))]
-    return PrototypeHead(functional.normalize(torch.stack(means), dim=-1))
-
-
-def write_head(head: PrototypeHead, path: Path | str) -> None:
-    """Keep a head beside the checkpoints it scores; a safetensors file of one tensor."""
-    save_file({"prototypes": head.prototypes}, path)
-
-
-def read_head(path: Path | str) -> PrototypeHead:
-    """The head :func:`write_head` wrote.
-
-    Raises:
-        BadInput: there is no such file, or it is not a head.
-    """
-    try:
-        return PrototypeHead(load_file(path)["prototypes"])
-    except (OSError, SafetensorError, KeyError):
-        raise BadInput(f"{path} is not a head of prototypes; run the demo again.") from None
+    weight = functional.normalize(torch.stack(means), dim=-1)
+    return FeatureHead(weight, pooling="rest", temperature=TEMPERATURE)
 
 
 @dataclass(frozen=True)
@@ -130,7 +100,7 @@ class Expert:
     """An expert to be made: what it learns, how that is scored, and the folder it is written to."""
 
     task: ImageTask
-    head: PrototypeHead
+    head: FeatureHead
     out: Path
 
 
@@ -188,7 +158,7 @@ def _is_in_attention_or_mlp(name: str) -> bool:
 
 
 def evaluate(
-    network: Any, examples: Examples, head: PrototypeHead, *, stage: str = "scoring", progress: Progress = silent
+    network: Any, examples: Examples, head: FeatureHead, *, stage: str = "scoring", progress: Progress = silent
 ) -> float:
     """Fraction of the examples put in the right class, by a live backbone or the one in a checkpoint folder."""
     backbone = load_network(network) if isinstance(network, (str, Path)) else network

@@ -1,0 +1,107 @@
+"""Reading a YAML document entry by entry, so that every complaint says where, what and what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from unmergeable.errors import BadInput
+from unmergeable.settings import nearest
+
+Value = TypeVar("Value")
+
+
+class Entry:
+    """A mapping in a document whose keys are all known; ``where`` names it in messages.
+
+    Raises:
+        BadInput: not a mapping, or a key that is not in ``known`` (the nearest one is given).
+    """
+
+    def __init__(self, document: object, known: Sequence[str], where: str) -> None:
+        self.where = where
+        if not isinstance(document, Mapping):
+            raise BadInput(f"{where}: a mapping is wanted, with {', '.join(known)}.")
+        for key in document:
+            if key not in known:
+                raise BadInput(f"{where} has no entry {key!r}{nearest(str(key), dict.fromkeys(known))}")
+        self._document = document
+
+    def __contains__(self, key: str) -> bool:
+        return self._document.get(key) is not None
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A string; BadInput when it is missing without a default, or something else."""
+        value = self._get(key, default)
+        if not isinstance(value, str) or not value:
+            raise self.wrong(key, "must be a text", value)
+        return value
+
+    def path(self, key: str, folder: Path) -> Path:
+        """A path, relative to ``folder``, at which there is something."""
+        path = folder / self.text(key)
+        if not path.exists():
+            raise BadInput(f"{self.where}, {key}: {path} does not exist; paths are relative to the plan.")
+        return path
+
+    def whole(self, key: str, default: int, *, least: int = 1) -> int:
+        """A whole number of at least ``least``."""
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.wrong(key, f"must be a whole number of at least {least}", value)
+        return value
+
+    def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
+        """Different numbers in rising order."""
+        value = self._get(key, list(default))
+        is_numbers = isinstance(value, list) and all(
+            isinstance(v, int | float) and not isinstance(v, bool) for v in value
+        )
+        if not is_numbers or not value or any(v != v or abs(v) == float("inf") for v in value):
+            raise self.wrong(key, "must be a list of numbers", value)
+        return tuple(sorted({float(v) for v in value}))
+
+    def texts(self, key: str, default: Sequence[str] = ()) -> tuple[str, ...]:
+        """A list of strings."""
+        value = self._get(key, list(default))
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(key, "must be a list of names", value)
+        return tuple(value)
+
+    def listed(
+        self, key: str, read: Callable[[object, str], Value], *, default: Sequence[object] | None = None
+    ) -> tuple[Value, ...]:
+        """A list, each item read by ``read(item, where)``; empty only if that is the default."""
+        value = self._get(key, default)
+        if not isinstance(value, list | tuple) or (not value and default is None):
+            raise self.wrong(key, "must be a list of at least one", value)
+        return tuple(read(item, f"{self.where}, {key} {number}") for number, item in enumerate(value, start=1))
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """A mapping of names, empty when it is missing."""
+        value = self._get(key, {})
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise self.wrong(key, "must be a mapping of names to values", value)
+        return value
+
+    def document(self, key: str, default: object = None) -> object:
+        """What stands there, unread."""
+        return self._get(key, default)
+
+    def wrong(self, key: str, what: str, value: object) -> BadInput:
+        """The error for a value that cannot be used."""
+        if value is None:
+            return BadInput(f"{self.where}: {key} is missing.")
+        return BadInput(f"{self.where}, {key}: {what}, not {value!r}.")
+
+    def _get(self, key: str, default: object) -> Any:
+        value = self._document.get(key)
+        return default if value is None else value
+
+
+def require_unique(names: Sequence[str], where: str) -> None:
+    """Raises BadInput naming the first name that is there twice."""
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise BadInput(f"{where}: {name!r} is there twice; names must differ.")

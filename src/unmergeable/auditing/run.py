@@ -1,0 +1,334 @@
+"""The road of an audit: check the plan, make the models, sweep the attacks, test the contenders, judge.
+
+    plan ── models: protected, recovered ── sweeps on validation examples ── contenders on test examples ── D*
+
+Everything computed lies in the audit's folder under content-addressed names, so that the same command goes on after
+whatever stopped it:
+
+    DIR/models/    protected and recovered checkpoints
+    DIR/cells/     scores
+    DIR/audit.json the result
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unmergeable.api.opened import open_base, open_with_architecture
+from unmergeable.auditing.cells import Cell, digest_of
+from unmergeable.auditing.judge import Attack, Contest, judge
+from unmergeable.auditing.models import Variant, make_variants
+from unmergeable.auditing.plan import ExpertEntry, MethodEntry, Plan, read_plan
+from unmergeable.auditing.pool import Call, WorkerPool
+from unmergeable.auditing.scoring import Checkpoint, Outcome, Part, ScoredTask, Sweep, score_points, search, task_digest
+from unmergeable.auditing.search import Point
+from unmergeable.auditing.worst_case import KEPT_SHARE, Menu, contenders
+from unmergeable.checkpoint.disk import write_file
+from unmergeable.errors import BadInput
+from unmergeable.progress import Progress, silent
+
+RESULT = "audit.json"
+
+CONNECTION = tuple(number / 10 for number in range(11))
+"""The line between two models on which linear mode connectivity is measured."""
+
+_ADDED = MethodEntry("task_arithmetic", "task_arithmetic", {})
+
+
+def audit(plan: Path, *, out: Path, workers: int | None = None, progress: Progress = silent) -> dict[str, Any]:
+    """Audit protections against an attacker who knows about them.
+
+    Interrupted or killed, the same call goes on: nothing that was computed is computed again.
+
+    Args:
+        plan: a YAML file (:mod:`unmergeable.auditing.plan`).
+        out: folder of the audit; created, or that of an earlier run.
+        workers: processes; None for as many as there are processors. The result does not depend on it.
+        progress: told of models made and sweeps done.
+
+    Returns:
+        What is written to ``out/audit.json``; docs/audit.md explains every entry.
+
+    Raises:
+        BadInput, UsageError: the plan, a checkpoint or the data cannot be used; before any compute where possible.
+        NotEquivalent: a protection changed the function.
+        CheckpointError: the disk is full or fails; what was done is kept.
+    """
+    parsed = read_plan(plan)
+    _require_relatives(parsed)
+    folder = _prepared(out)
+    digests = _digests(parsed, progress)
+    with WorkerPool(workers or os.cpu_count() or 1) as pool:
+        document = _Auditor(parsed, folder, digests, pool, progress).run()
+    replacement = folder / f"{RESULT}.tmp"
+    replacement.unlink(missing_ok=True)
+    write_file(replacement, (json.dumps(document, indent=1) + "\n").encode())
+    replacement.replace(folder / RESULT)
+    return document
+
+
+def _require_relatives(plan: Plan) -> None:
+    """Every expert must be a fine-tune of the base. Raises Mismatch naming the tensor that tells."""
+    for expert in plan.experts:
+        source, architecture = open_with_architecture(expert.path, base=plan.base)
+        open_base(plan.base, source, architecture)
+
+
+def _prepared(out: Path) -> Path:
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out} is a file; name a folder for the audit.")
+    if out.is_dir() and any(out.iterdir()) and not (out / "cells").is_dir():
+        raise BadInput(f"{out} is not empty and not the folder of an earlier audit; name another.")
+    for name in ("cells", "models"):
+        try:
+            (out / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{out} cannot be created ({error.strerror}); name another folder.") from None
+    return out
+
+
+def _digests(plan: Plan, progress: Progress) -> dict[Path, str]:
+    paths = [plan.base, *(expert.path for expert in plan.experts)]
+    for task in plan.tasks:
+        paths += [task.validation, task.test, *([] if task.head is None else [task.head])]
+    distinct = list(dict.fromkeys(paths))
+    digests = {}
+    for number, path in enumerate(distinct, start=1):
+        digests[path] = digest_of(path)
+        progress("hashing inputs", number, len(distinct), "files")
+    return digests
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A sweep and whose it is; ``variant`` is None where the victim is left alone."""
+
+    variant: Variant | None
+    rider: ExpertEntry
+    sweep: Sweep
+
+
+@dataclass(frozen=True)
+class _Auditor:
+    plan: Plan
+    folder: Path
+    digests: Mapping[Path, str]
+    pool: WorkerPool
+    progress: Progress
+
+    def run(self) -> dict[str, Any]:
+        variants = make_variants(self.plan, self.folder / "models", self.digests, self.progress)
+        alone = self._alone(variants)
+        jobs = [job for rider in self.plan.riders for job in self._jobs(variants, rider)]
+        kept = {
+            rider.name: KEPT_SHARE * float(alone["validation"][rider.name].credits[rider.task].mean())
+            for rider in self.plan.riders
+        }
+        found = self._done(
+            "sweeping",
+            [(search, (job.sweep, self.plan.coefficients, kept[job.rider.name], self._cells)) for job in jobs],
+        )
+        attacks = self._tested(jobs, found, alone)
+        lines = self._connections(variants)
+        contests = [self._contest(rider, attacks, alone) for rider in self.plan.riders]
+        document = judge(self.plan, contests, variants, alone_scores=self._alone_scores(alone), lines=lines)
+        refusals = [
+            {**_describe(job), "reason": outcome.refusal}
+            for job, outcome in zip(jobs, found, strict=True)
+            if outcome.refusal
+        ]
+        refusals += [
+            {
+                "protection": variant.protection,
+                "seed": variant.seed,
+                "recovery": variant.recovery,
+                "reason": variant.refusal,
+            }
+            for variant in variants
+            if variant.refusal
+        ]
+        return {
+            "plan": self.plan.document,
+            "environment": _environment(),
+            "digests": {path.name: digest for path, digest in self.digests.items()},
+            **document,
+            "refused": refusals,
+        }
+
+    @property
+    def _cells(self) -> Path:
+        return self.folder / "cells"
+
+    def _done(self, stage: str, calls: Sequence[Call]) -> list[Outcome]:
+        """The outcomes of all calls, in their order."""
+        outcomes: dict[int, Outcome] = {}
+        self.progress(stage, 0, len(calls), "sweeps")
+        for number, outcome in self.pool.run(calls):
+            outcomes[number] = outcome
+            self.progress(stage, len(outcomes), len(calls), "sweeps")
+        return [outcomes[number] for number in range(len(calls))]
+
+    def _checkpoint(self, path: Path) -> Checkpoint:
+        return Checkpoint(path, self.digests[path])
+
+    def _tasks(self, rider: ExpertEntry) -> tuple[ScoredTask, ScoredTask]:
+        defended, other = (self.plan.task(name) for name in (self.plan.victim.task, rider.task))
+        parts: tuple[Part, Part] = ("validation", "test")
+        first, second = (
+            ScoredTask(entry, {part: task_digest(entry, self.digests, part) for part in parts})
+            for entry in (defended, other)
+        )
+        return first, second
+
+    def _sweep(self, victim: Checkpoint | None, rider: ExpertEntry, merge: MethodEntry | None) -> Sweep:
+        return Sweep(self._checkpoint(self.plan.base), victim, self._checkpoint(rider.path), merge, self._tasks(rider))
+
+    def _alone(self, variants: Iterable[Variant]) -> dict[str, dict[str, Cell]]:
+        """Validation and test of models that are not merged: base, experts, and everything released."""
+        first, *_ = self.plan.riders
+        models: dict[str, Sweep] = {"base": self._sweep(self._checkpoint(self.plan.base), first, None)}
+        for rider in self.plan.riders:
+            models[rider.name] = self._sweep(None, rider, None)
+        for variant in variants:
+            if variant.recovery is None and variant.checkpoint is not None:
+                models[_released(variant)] = self._sweep(variant.checkpoint, first, None)
+        parts: tuple[Part, Part] = ("validation", "test")
+        scored: dict[str, dict[str, Cell]] = {}
+        for part in parts:
+            calls: list[Call] = [(score_points, (sweep, [None], part, self._cells)) for sweep in models.values()]
+            outcomes = self._done(f"scoring models alone, {part}", calls)
+            for name, outcome in zip(models, outcomes, strict=True):
+                if None not in outcome.cells:
+                    raise BadInput(f"{name} cannot be scored: {outcome.refusal}")
+            scored[part] = {name: outcome.cells[None] for name, outcome in zip(models, outcomes, strict=True)}
+        return scored
+
+    def _alone_scores(self, alone: Mapping[str, Mapping[str, Cell]]) -> dict[str, dict[str, float]]:
+        """Mean test credit of models that are not merged, by model and task."""
+        return {
+            name: {task: float(found.mean()) for task, found in cell.credits.items()}
+            for name, cell in alone["test"].items()
+        }
+
+    def _jobs(self, variants: Iterable[Variant], rider: ExpertEntry) -> list[_Job]:
+        jobs = [_Job(None, rider, self._sweep(None, rider, _ADDED))]
+        for variant in variants:
+            if variant.checkpoint is not None:
+                jobs += [
+                    _Job(variant, rider, self._sweep(variant.checkpoint, rider, merge)) for merge in self.plan.merges
+                ]
+        return jobs
+
+    def _tested(
+        self, jobs: Sequence[_Job], found: Sequence[Outcome], alone: Mapping[str, Mapping[str, Cell]]
+    ) -> list[Attack]:
+        """All attacks; those that a selection may pick with their test."""
+        without = {
+            job.rider.name: _menu(job, outcome.cells)
+            for job, outcome in zip(jobs, found, strict=True)
+            if job.variant is None
+        }
+        wanted: list[list[Point | None]] = []
+        for job, outcome in zip(jobs, found, strict=True):
+            points = list(outcome.cells)
+            rider_alone = alone["validation"][job.rider.name].credits[job.rider.task]
+            if not points:
+                wanted.append([])
+                continue
+            if job.variant is None:
+                wanted.append(points)
+                continue
+            numbers = contenders(_menu(job, outcome.cells), without[job.rider.name], rider_alone)
+            wanted.append([points[number] for number in numbers])
+        tested = self._done(
+            "testing contenders",
+            [
+                (score_points, (job.sweep, points, "test", self._cells))
+                for job, points in zip(jobs, wanted, strict=True)
+            ],
+        )
+        return [
+            Attack(job.variant, job.rider.name, job.sweep.merge, point, cell, test.cells.get(point))
+            for job, outcome, test in zip(jobs, found, tested, strict=True)
+            for point, cell in outcome.cells.items()
+        ]
+
+    def _contest(
+        self, rider: ExpertEntry, attacks: Sequence[Attack], alone: Mapping[str, Mapping[str, Cell]]
+    ) -> Contest:
+        return Contest(
+            rider=rider.name,
+            defended_task=self.plan.victim.task,
+            rider_task=rider.task,
+            rider_alone=alone["validation"][rider.name].credits[rider.task],
+            attacks=tuple(attack for attack in attacks if attack.rider == rider.name),
+        )
+
+    def _connections(self, variants: Iterable[Variant]) -> list[dict[str, Any]]:
+        """Scores on the line from each free-rider's model to each variant, on test examples."""
+        chosen = [
+            (variant, rider) for rider in self.plan.riders for variant in variants if variant.checkpoint is not None
+        ]
+        points = [(share, 1 - share) for share in CONNECTION]
+        calls: list[Call] = [
+            (score_points, (self._sweep(variant.checkpoint, rider, _ADDED), points, "test", self._cells))
+            for variant, rider in chosen
+        ]
+        return [
+            {
+                "protection": variant.protection,
+                "seed": variant.seed,
+                "recovery": variant.recovery,
+                "rider": rider.name,
+                "share": [point[0] for point in outcome.cells if point is not None],
+                "scores": {
+                    task: [float(cell.credits[task].mean()) for cell in outcome.cells.values()]
+                    for task in (self.plan.victim.task, rider.task)
+                },
+            }
+            for (variant, rider), outcome in zip(chosen, self._done("measuring connectivity", calls), strict=True)
+            if outcome.cells
+        ]
+
+
+def _menu(job: _Job, cells: Mapping[Point | None, Cell]) -> Menu:
+    """A menu whose attacks have no test yet."""
+    defended, rider = (np.array([cell.credits[task.entry.name] for cell in cells.values()]) for task in job.sweep.tasks)
+    return Menu(defended, rider, np.full((len(cells), 1), np.nan))
+
+
+def _released(variant: Variant) -> str:
+    """What the released model is called beside base and experts."""
+    return f"{variant.protection} (seed {variant.seed})"
+
+
+def _describe(job: _Job) -> dict[str, Any]:
+    merge = None if job.sweep.merge is None else job.sweep.merge.name
+    if job.variant is None:
+        return {"protection": None, "rider": job.rider.name, "merge": merge}
+    return {
+        "protection": job.variant.protection,
+        "seed": job.variant.seed,
+        "recovery": job.variant.recovery,
+        "rider": job.rider.name,
+        "merge": merge,
+    }
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "unmergeable": version("unmergeable"),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processors": os.cpu_count(),
+    }

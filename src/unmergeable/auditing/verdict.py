@@ -1,0 +1,108 @@
+"""What an audit found, in sentences: for the terminal, for a model card, for the top of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from unmergeable.auditing.models import IDENTITY, SCALE
+
+TIERS = {"T0": "ordinary merging", "T1": "an attacker who knows base and method, without data"}
+"""What the attacker of a tier is called in sentences."""
+
+STOPS, HINDERS = 0.8, 0.2
+"""D* from which a protection is said to stop an attacker, and to hinder one. The whole interval must lie above."""
+
+
+def judgement(tier: Mapping[str, Any]) -> str:
+    """``stops``, ``hinders``, ``does not stop``, or that nothing can be said: from the lower end of the interval."""
+    worst = tier["worst"]
+    if worst is None or worst["is_denominator_small"]:
+        return "cannot be judged"
+    low = worst["interval"][0]
+    if low is not None and low >= STOPS:
+        return "stops"
+    return "hinders" if low is not None and low >= HINDERS else "does not stop"
+
+
+def verdict(name: str, protection: Mapping[str, Any]) -> str:
+    """One protection in a few sentences."""
+    loss = 100 * protection["utility"]["loss"]
+    cost = "costs nothing that was measured" if loss <= 0.05 else f"costs {loss:.1f} points on its own task"
+    parts = [f"{name} {cost}."]
+    for tier, found in protection["tiers"].items():
+        worst = found["worst"]
+        who = TIERS[tier]
+        if worst is None or worst["is_denominator_small"]:
+            parts.append(f"Against {who} nothing can be said: the expert adds too little to a merge as it is.")
+            continue
+        parts.append(
+            f"It {judgement(found)} {who}: the best merge gets {_percent(worst['protected'])}, against "
+            f"{_percent(worst['unprotected'])} unprotected and {_percent(worst['without_victim'])} without the expert "
+            f"(D* = {star(worst)})."
+        )
+    return " ".join(parts)
+
+
+def star(worst: Mapping[str, Any] | None) -> str:
+    """D* with its interval."""
+    if worst is None or worst["d_star"] is None:
+        return "–"
+    low, high = worst["interval"]
+    return f"{worst['d_star']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
+
+
+def attack(best: Mapping[str, Any]) -> str:
+    """What the attacker did."""
+    if not best["uses_victim"]:
+        return "leave the expert alone"
+    merge = best["merge"]
+    if best["coefficients"] is not None:
+        merge += " with " + " and ".join(f"{value:g}" for value in best["coefficients"])
+    return merge if best["recovery"] is None else f"{best['recovery']}, then {merge}"
+
+
+def summary(document: Mapping[str, Any]) -> list[str]:
+    """The audit for a terminal."""
+    lines = [] if document["passed"] else [f"INVALID: {failed_controls(document)}. The figures below mean nothing."]
+    lines += [verdict(name, found) for name, found in protections(document).items()]
+    return lines
+
+
+def model_card(document: Mapping[str, Any]) -> str:
+    """The audit as a block of Markdown for a model card."""
+    tiers = list(next(iter(protections(document).values()))["tiers"])
+    rows = [
+        "| protection | points lost alone | " + " | ".join(f"D* against {TIERS[tier]}" for tier in tiers) + " |",
+        "|---|---|" + "---|" * len(tiers),
+    ]
+    for name, found in protections(document).items():
+        stars = " | ".join(star(found["tiers"][tier]["worst"]) for tier in tiers)
+        rows.append(f"| {name} | {100 * found['utility']['loss']:.1f} | {stars} |")
+    note = (
+        "D* is 0 where the best attack found gets as much of the skill as from the unprotected model, 1 where it gets "
+        "no more than without it. Worst case over the attacks that were tried; others may do better."
+    )
+    invalid = [] if document["passed"] else ["", f"**Invalid audit:** {failed_controls(document)}."]
+    return "\n".join([*rows, *invalid, "", note]) + "\n"
+
+
+def protections(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The protections of the plan, without the controls unless there is nothing else."""
+    found: dict[str, Mapping[str, Any]] = dict(document["protections"])
+    real = {name: entry for name, entry in found.items() if name not in (IDENTITY, SCALE)}
+    return real or found
+
+
+def failed_controls(document: Mapping[str, Any]) -> str:
+    """Which controls failed, and by how much."""
+    failed: Sequence[Mapping[str, Any]] = [control for control in document["controls"] if not control["passed"]]
+    return "; ".join(
+        f"control {control['name']} is {'unknown' if control['value'] is None else format(control['value'], '.2f')}, "
+        f"allowed {control['bound']}"
+        for control in failed
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

@@ -1,0 +1,6 @@
+"""What models are scored on: the head that turns features into an answer, and credit example by example."""
+
+from unmergeable.tasks.credits import example_credits
+from unmergeable.tasks.heads import FeatureHead, read_head, write_head
+
+__all__ = ["FeatureHead", "example_credits", "read_head", "write_head"]

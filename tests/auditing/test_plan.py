@@ -1,0 +1,67 @@
+"""Plans: read, and refused in one line that says where and what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unmergeable.auditing.plan import parse_plan, read_plan
+from unmergeable.errors import BadInput, UnmergeableError
+
+
+def test_a_plan(workshop: Path, document: dict[str, Any]) -> None:
+    plan = parse_plan(document, workshop)
+    assert (plan.victim.name, [rider.name for rider in plan.riders]) == ("mine", ["theirs"])
+    assert plan.coefficients.defended == (0.3, 0.65, 1.0, 1.5)
+    assert plan.tiers == ("T0", "T1")
+    assert plan.task("mine-task").validation == workshop / "mine-validation.npz"
+
+
+BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
+    ("misspelt", lambda d: d.update(recoverys=[]), "no entry 'recoverys'; did you mean 'recoveries'"),
+    ("misspelt inside", lambda d: d["tasks"][0].update(haed="x"), "tasks 1 has no entry 'haed'; did you mean 'head'"),
+    ("missing", lambda d: d.pop("base"), "base is missing"),
+    ("no file", lambda d: d["experts"][1].update(path="nowhere"), "nowhere does not exist"),
+    ("no data", lambda d: d["tasks"][1].update(test="x.npz"), "x.npz does not exist"),
+    ("same task", lambda d: d["tasks"][1].update(name="mine-task"), "'mine-task' is there twice"),
+    ("same expert", lambda d: d["experts"][1].update(name="mine"), "'mine' is there twice"),
+    ("no such merge", lambda d: d.update(merges=["tise"]), "no merge is called 'tise'; did you mean 'ties'"),
+    ("no such recovery", lambda d: d.update(recoveries=["kabsh"]), "did you mean 'kabsch'"),
+    ("no such protection", lambda d: d["protect"].update(methods=["mergelok"]), "did you mean 'mergelock'"),
+    ("no such setting", lambda d: d.update(merges=[{"method": "ties", "settings": {"desnity": 1}}]), "'desnity'"),
+    ("no such expert", lambda d: d["protect"].update(expert="mien"), "no expert is called 'mien'"),
+    ("no such task", lambda d: d["experts"][0].update(task="mine"), "no task is called 'mine'"),
+    ("no rider", lambda d: d["experts"].pop(), "nobody to merge with"),
+    ("rider has the skill", lambda d: d["experts"][1].update(task="mine-task"), "it has the defended task"),
+    ("no full use", lambda d: d["coefficients"].update(defended=[0.3, 0.9]), "defended must contain 1.0"),
+    ("text for a number", lambda d: d["coefficients"].update(rider=["much"]), "must be a list of numbers"),
+    ("tier", lambda d: d.update(tiers=["T0", "T7"]), "'T7' is not known"),
+    ("both kinds of data", lambda d: d["tasks"][0].update(data="mine-test.npz"), "either data, which is split, or"),
+    ("needs data", lambda d: d.update(merges=["fisher"]), "fisher needs"),
+    ("a list", lambda d: d.update(protect=[]), "protect: a mapping is wanted"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
+def test_what_is_wrong_is_said(
+    workshop: Path, document: dict[str, Any], change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    parse_plan(document, workshop)
+    change(document)
+    with pytest.raises(UnmergeableError) as error:
+        parse_plan(document, workshop)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"base: [", b"\xff\xfe", b"- 1", b"", None])
+def test_what_is_no_plan(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "plan.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadInput) as error:
+        read_plan(path)
+    assert "\n" not in str(error.value)
