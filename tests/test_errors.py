@@ -71,6 +71,8 @@ def test_an_error_is_its_message(kind: type[UnmergeableError]) -> None:
 BUILTIN_ON_PURPOSE = {
     "__init__.py": {"AttributeError"},
     "settings.py": {"ValueError"},
+    "polynomials/modeling_polynomial.py": {"AttributeError"},  # runs where this package is not installed
+    "gauge/activations.py": {"KeyError"},  # of a table that is empty for networks without a stream
     "gauge/key.py": {"ValueError"},
     "cli/app.py": {"KeyboardInterrupt"},
 }

@@ -63,6 +63,7 @@ def test_by_method(tmp_path: Path, models: tuple[State, list[State]]) -> None:
             {"path": str(tmp_path / "b"), "coefficient": 0.3},
         ],
         "tensors": len(base),
+        "learnt": None,
     }
 
 
