@@ -11,12 +11,13 @@ from torch import Tensor
 
 from memory_source import MemorySource
 from toy_checkpoints import ToyCheckpoint, toy_checkpoint
+from unmergeable.api.recipe import condition_bound
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.elements import pair_indices
 from unmergeable.gauge.gauge import Gauge, undo
 from unmergeable.progress import silent
-from unmergeable.protections import PaRaMS, Weights
+from unmergeable.protections import LargestGauge, MergeLock, PaRaMS, Weights
 from unmergeable.protections.params import furthest_order
 from unmergeable.randomness import Stream
 from unmergeable.settings import configure
@@ -155,3 +156,11 @@ def test_undoing_restores() -> None:
     for name, tensor in expert.items():
         # Scales of 400 to 1 and back, each rounded once.
         assert (restored[name] - tensor).abs().max() <= 8 * torch.finfo(torch.float64).eps * tensor.abs().max()
+
+
+def test_a_diagonal_counts_once_something_mixes_what_it_scaled() -> None:
+    """Alone each weight is rounded once; next to a dense matrix rounding grows with both condition numbers."""
+    assert condition_bound([PaRaMS()]) == 1
+    assert condition_bound([PaRaMS(), MergeLock()]) == condition_bound([MergeLock(), PaRaMS()]) == 20 / 0.05 * 4
+    assert condition_bound([PaRaMS(attention=False), LargestGauge(condition=3)]) == 3
+    assert condition_bound([PaRaMS(), LargestGauge(quantisation_friendly=True)]) == 20 / 0.05

@@ -48,6 +48,11 @@ WARNING = (
     "weights started in, and a least-squares fit per head undoes the protection in seconds."
 )
 
+VACUOUS = (
+    "The bound on rounding is 1 or more: at this precision the check of the result says nothing. Measure the result on "
+    "your task, or use smaller conditions, a narrower range for params, or float32."
+)
+
 
 @dataclass(frozen=True)
 class ProtectResult:
@@ -149,6 +154,8 @@ def protect(
     if is_new_key and not dry_run:
         secret = replace(secret, orders=orders_of(protections, architecture, source, base_source, progress))
     condition = condition_bound(protections)
+    roundoff = max(UNIT_ROUNDOFF[source.spec(name).dtype] for name in changed)
+    predicted = rounded_factors(through_streams=is_streaming) * condition * roundoff
     result = ProtectResult(
         out=out,
         key=key_path,
@@ -158,13 +165,11 @@ def protect(
         tensors=len(source.names),
         changed_tensors=len(changed),
         condition_bound=condition,
-        predicted_error=rounded_factors(through_streams=is_streaming)
-        * condition
-        * max(UNIT_ROUNDOFF[source.spec(name).dtype] for name in changed),
+        predicted_error=predicted,
         groups=describe_groups(architecture, spaces),
         is_dry_run=dry_run,
         left_out=tuple((item.name, item.reason) for item in source.index.left_out),
-        notes=(*_unchanged_streams(protections, architecture), WARNING),
+        notes=(*([VACUOUS] if predicted >= 1 else []), *_unchanged_streams(protections, architecture), WARNING),
     )
     if dry_run:
         return result

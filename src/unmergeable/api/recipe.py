@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,8 +117,7 @@ def moves_streams(spaces: Mapping[str, Space]) -> bool:
 
 
 def condition_bound(protections: Sequence[GaugeProtection]) -> float:
-    """Bound on the condition number of all protections applied one after another."""
-    bound = 1.0
-    for protection in protections:
-        bound *= protection.bound
-    return bound
+    """Bound on how much more than once a rounding error counts after all protections, applied one after another."""
+    if len(protections) == 1:
+        return protections[0].bound
+    return math.prod(protection.stretch for protection in protections)

@@ -89,6 +89,10 @@ class LargestGauge:
         return 1.0 if self.quantisation_friendly else self.condition
 
     @property
+    def stretch(self) -> float:
+        return self.bound
+
+    @property
     def _roles(self) -> tuple[Role, ...]:
         parts: tuple[tuple[bool, tuple[Role, ...]], ...] = (
             (self.attention, ("query_key", "value_output")),

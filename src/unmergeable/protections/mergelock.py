@@ -62,6 +62,10 @@ class MergeLock:
     def bound(self) -> float:
         return self.condition
 
+    @property
+    def stretch(self) -> float:
+        return self.condition
+
     def gauge(self, architecture: Architecture, stream: Stream) -> Gauge:
         """A secret element for every space, drawn from ``stream``."""
         return sampled_gauge(self.spaces(architecture), stream, self.condition)

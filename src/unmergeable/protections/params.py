@@ -80,6 +80,10 @@ class PaRaMS:
     def bound(self) -> float:
         return 1.0
 
+    @property
+    def stretch(self) -> float:
+        return self.largest / self.smallest if self.attention else 1.0
+
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
         """The bases it changes.
 

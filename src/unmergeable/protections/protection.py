@@ -41,6 +41,12 @@ class GaugeProtection(Protocol):
         """Bound on how much more than once a rounding error counts: the condition number of what mixes coordinates."""
         ...
 
+    @property
+    def stretch(self) -> float:
+        """Bound on the condition number of its matrices, diagonals included. Alone a diagonal rounds each weight once;
+        before or after something that mixes coordinates its condition counts as well."""
+        ...
+
     def validate(self) -> None: ...
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
