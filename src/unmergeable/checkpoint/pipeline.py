@@ -61,14 +61,16 @@ class Job:
 class Piece:
     """Bytes of the current tensor; ``last`` ends it. The consumer calls ``release`` when it needs them no more.
 
-    It may do so later and from another thread, but in the order in which it got the pieces. ``origin`` says where the
-    bytes were copied from; None where they were computed.
+    It may do so later and from another thread. ``origin`` says where the bytes were copied from; None where they were
+    computed. Pieces ``of_ring`` lie as a direct write needs them, and are released in the order in which they came;
+    all others are best released at once, while their memory is in the cache.
     """
 
     data: memoryview
     last: bool
     release: Callable[[], None]
     origin: Origin | None = None
+    of_ring: bool = False
 
 
 class InputHashes:
@@ -146,10 +148,10 @@ def stream(
                 give_back = partial(channel.give_back, item.buffer)
                 yield Piece(item.buffer[: item.nbytes], item.last, give_back, item.hashed.result())
             else:
-                view = tensor_bytes(item.result.result())
-                release = partial(_release, view, channel, item.reserved, item.of_ring)
+                view, of_ring = tensor_bytes(item.result.result()), item.of_ring
+                release = partial(_release, view, channel, item.reserved, of_ring)
                 del item
-                yield Piece(view, True, release)
+                yield Piece(view, True, release, of_ring=of_ring)
                 del view, release
     finally:
         channel.cancel()

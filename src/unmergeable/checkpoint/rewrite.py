@@ -301,9 +301,12 @@ def _write_shard(
             for piece in pieces:
                 nbytes = len(piece.data)
                 try:
-                    file.write(piece.data, piece.origin, lent=True)
+                    file.write(piece.data, piece.origin, lent=piece.of_ring)
                 finally:
-                    disk.submit_always(piece.release)
+                    if piece.of_ring:
+                        disk.submit_always(piece.release)
+                    else:
+                        piece.release()
                 report.advance(nbytes)
                 if piece.last:
                     break
