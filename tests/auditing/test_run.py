@@ -142,6 +142,6 @@ def test_a_full_disk_stops_the_audit(plan_file: Path, tmp_path: Path, monkeypatc
     def full(path: Path, data: bytes) -> None:
         raise CheckpointError("disk full while writing")
 
-    monkeypatch.setattr(cells, "write_file", full)
+    monkeypatch.setattr(cells, "replace_file", full)
     with pytest.raises(CheckpointError, match="disk full"):
         audit(plan_file, out=tmp_path / "out", workers=1)

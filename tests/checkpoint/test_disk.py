@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from unmergeable.checkpoint.disk import BLOCK_BYTES, Disk, open_again, open_new, write_file
+from unmergeable.checkpoint.disk import BLOCK_BYTES, Disk, open_again, open_new, replace_file, write_file
 from unmergeable.errors import CheckpointError
 
 
@@ -136,3 +136,18 @@ def test_files_are_created_afresh_with_the_umask_and_never_through_a_link(tmp_pa
     finally:
         os.umask(umask)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o640, 0o640]
+
+
+def test_a_file_is_replaced_or_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    replace_file(path, b"old")
+    replace_file(path, b"new")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x.json", b"new")]
+
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(CheckpointError, match="disk full"):
+        replace_file(path, b"newer")
+    assert path.read_bytes() == b"new"

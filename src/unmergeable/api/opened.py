@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from unmergeable.architecture import Architecture, detect
-from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec
+from unmergeable.checkpoint.index import TensorSpec
 from unmergeable.checkpoint.open import open_checkpoint
-from unmergeable.checkpoint.source import TensorSource
+from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, Mismatch
 
 
@@ -30,27 +29,10 @@ def architecture_of(source: TensorSource) -> Architecture:
 
 
 @dataclass(frozen=True)
-class RenamedSource:
+class RenamedSource(DerivedSource):
     """A checkpoint under other tensor names: a base saved without the ``bert.`` prefix its fine-tune carries."""
 
-    original: TensorSource
     original_name: Mapping[str, str]
-
-    @property
-    def folder(self) -> Path:
-        return self.original.folder
-
-    @property
-    def description(self) -> str:
-        return self.original.description
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.original.config
-
-    @property
-    def index(self) -> CheckpointIndex:
-        return self.original.index
 
     @property
     def names(self) -> Sequence[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from unmergeable.architecture import Architecture
 from unmergeable.architecture.residual import OUTPUT_HEAD
 from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec
-from unmergeable.checkpoint.source import TensorSource
+from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import UsageError
 
 UNTIED = {"tie_word_embeddings": False}
@@ -21,19 +20,10 @@ TIED = {"tie_word_embeddings": True}
 
 
 @dataclass(frozen=True)
-class UntiedSource:
+class UntiedSource(DerivedSource):
     """``original`` with an output head of its own, equal to its ``embedding``, and a config that says so."""
 
-    original: TensorSource
     embedding: str
-
-    @property
-    def folder(self) -> Path:
-        return self.original.folder
-
-    @property
-    def description(self) -> str:
-        return self.original.description
 
     @property
     def config(self) -> Mapping[str, Any]:

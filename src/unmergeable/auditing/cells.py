@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unmergeable.checkpoint.disk import write_file
+from unmergeable.checkpoint.disk import replace_file
 from unmergeable.checkpoint.manifest import record_file
 from unmergeable.errors import CheckpointError
 
@@ -64,11 +63,7 @@ class CellStore:
             "credits": {task: [round(value, 12) for value in values] for task, values in cell.credits.items()},
             "cpu_seconds": cell.cpu_seconds,
         }
-        path = self._path(cell.recipe)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
-        write_file(temporary, json.dumps(document).encode())
-        temporary.replace(path)
+        replace_file(self._path(cell.recipe), json.dumps(document).encode())
 
     def _path(self, recipe: Mapping[str, Any]) -> Path:
         return self._folder / f"{identity(recipe)}.json"

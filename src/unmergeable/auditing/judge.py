@@ -117,8 +117,8 @@ def judge(
     released = [variant for variant in variants if variant.recovery is None]
     protections = {}
     for name in dict.fromkeys(variant.protection for variant in released):
-        seeds = [variant.seed for variant in released if variant.protection == name]
-        protections[name] = _protection(plan, contests, name, seeds, alone_scores)
+        its = [variant for variant in released if variant.protection == name]
+        protections[name] = _protection(plan, contests, its, released[0], alone_scores)
     controls = _controls(protections, variants)
     return {
         "task": plan.victim.task,
@@ -134,21 +134,27 @@ def judge(
 
 
 def _protection(
-    plan: Plan, contests: Sequence[Contest], name: str, seeds: Sequence[int], alone: Mapping[str, Mapping[str, float]]
+    plan: Plan,
+    contests: Sequence[Contest],
+    released: Sequence[Variant],
+    unprotected: Variant,
+    alone: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
-    task = plan.victim.task
-    expert = alone[f"{IDENTITY} (seed 0)"][task]
-    utility = [alone[f"{name} (seed {seed})"][task] for seed in seeds]
+    """One protection, ``released`` with each key."""
+    task, name, seeds = plan.victim.task, released[0].protection, [variant.seed for variant in released]
+    expert, base = alone[unprotected.label][task], alone["base"][task]
+    protected = min(alone[variant.label][task] for variant in released)
     per_tier: dict[str, Any] = {}
     for tier in plan.tiers:
         trials = [_trial(contest, name, seed, tier) for contest in contests for seed in seeds]
         per_tier[tier] = {"worst": _worst(trials), "trials": trials}
+    matrix = _matrix(plan, contests, name, seeds)
     return {
         "is_control": name in (IDENTITY, SCALE),
-        "utility": {"expert": expert, "protected": min(utility), "loss": expert - min(utility)},
+        "utility": {"expert": expert, "protected": protected, "loss": expert - protected},
         "tiers": per_tier,
-        "matrix": _matrix(plan, contests, name, seeds),
-        "drop_ratio": _drop_ratios(plan, contests, name, seeds, expert, alone["base"][task]),
+        "matrix": matrix,
+        "drop_ratio": _drop_ratios(matrix, expert, base),
         "fronts": [_fronts(contest, name, seeds[0], plan.tiers[-1]) for contest in contests],
     }
 
@@ -218,21 +224,13 @@ def _matrix(plan: Plan, contests: Sequence[Contest], name: str, seeds: Sequence[
     return rows
 
 
-def _drop_ratios(
-    plan: Plan, contests: Sequence[Contest], name: str, seeds: Sequence[int], expert: float, base: float
-) -> dict[str, float | None]:
+def _drop_ratios(matrix: Sequence[Mapping[str, Any]], expert: float, base: float) -> dict[str, float | None]:
     """The published measure, per merge without recovery: (expert - merge) / (expert - base), the lowest found."""
-    ratios: dict[str, float | None] = {}
-    for merge in plan.merges:
-        found = []
-        for contest in contests:
-            for seed in seeds:
-                best = _best(contest, [a for a in contest.attacks_on(name, seed, "T0") if a.merge == merge])
-                if best is not None and best.test is not None and expert > base:
-                    merged = float(best.test.credits[contest.defended_task].mean())
-                    found.append((expert - merged) / (expert - base))
-        ratios[merge.name] = min(found, default=None)
-    return ratios
+    return {
+        cell["merge"]: None if cell["score"] is None or expert <= base else (expert - cell["score"]) / (expert - base)
+        for cell in matrix
+        if cell["recovery"] is None
+    }
 
 
 def _fronts(contest: Contest, name: str, seed: int, tier: Tier) -> dict[str, Any]:
@@ -281,7 +279,7 @@ def _planted_key(variant: Variant, variants: Sequence[Variant]) -> dict[str, Any
         return None
     bound = PLANTED_BOUND if variant.facts.get("method") == "nearest_orbit" else None
     return {
-        "name": f"{variant.recovery} on {variant.protection} (seed {variant.seed})",
+        "name": f"{variant.recovery} on {variant.label}",
         "what": "distance to the base after the recovery, in units of the unprotected expert's",
         "value": after / origin,
         "bound": bound,

@@ -50,6 +50,11 @@ class Variant:
     facts: Mapping[str, Any]
     refusal: str = ""
 
+    @property
+    def label(self) -> str:
+        """What the released model is called beside base and experts."""
+        return f"{self.protection} (seed {self.seed})"
+
 
 def make_variants(plan: Plan, folder: Path, digests: Mapping[Path, str], progress: Progress) -> list[Variant]:
     """Protect the expert every way of the plan, and recover each result every way. Controls come first.

@@ -22,7 +22,7 @@ from unmergeable.auditing.verdict import (
     star,
     verdict,
 )
-from unmergeable.checkpoint.disk import write_file
+from unmergeable.checkpoint.disk import replace_file
 from unmergeable.errors import BadInput
 from unmergeable.page import COLOURS, new_figure, plain, render, svg
 
@@ -55,12 +55,8 @@ def write_report(folder: Path) -> Path:
         UsageError: jinja2 or matplotlib is not installed.
         CheckpointError: the page cannot be written.
     """
-    text = render_report(read_audit(folder))
     page = folder / PAGE
-    replacement = folder / f"{PAGE}.tmp"
-    replacement.unlink(missing_ok=True)
-    write_file(replacement, text.encode())
-    replacement.replace(page)
+    replace_file(page, render_report(read_audit(folder)).encode())
     return page
 
 

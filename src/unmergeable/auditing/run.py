@@ -32,7 +32,7 @@ from unmergeable.auditing.pool import Call, WorkerPool
 from unmergeable.auditing.scoring import Checkpoint, Outcome, Part, ScoredTask, Sweep, score_points, search, task_digest
 from unmergeable.auditing.search import Point
 from unmergeable.auditing.worst_case import KEPT_SHARE, Menu, contenders
-from unmergeable.checkpoint.disk import write_file
+from unmergeable.checkpoint.disk import replace_file
 from unmergeable.errors import BadInput
 from unmergeable.progress import Progress, silent
 
@@ -69,10 +69,7 @@ def audit(plan: Path, *, out: Path, workers: int | None = None, progress: Progre
     digests = _digests(parsed, progress)
     with WorkerPool(workers or os.cpu_count() or 1) as pool:
         document = _Auditor(parsed, folder, digests, pool, progress).run()
-    replacement = folder / f"{RESULT}.tmp"
-    replacement.unlink(missing_ok=True)
-    write_file(replacement, (json.dumps(document, indent=1) + "\n").encode())
-    replacement.replace(folder / RESULT)
+    replace_file(folder / RESULT, (json.dumps(document, indent=1) + "\n").encode())
     return document
 
 
@@ -200,7 +197,7 @@ class _Auditor:
             models[rider.name] = self._sweep(None, rider, None)
         for variant in variants:
             if variant.recovery is None and variant.checkpoint is not None:
-                models[_released(variant)] = self._sweep(variant.checkpoint, first, None)
+                models[variant.label] = self._sweep(variant.checkpoint, first, None)
         parts: tuple[Part, Part] = ("validation", "test")
         scored: dict[str, dict[str, Cell]] = {}
         for part in parts:
@@ -304,11 +301,6 @@ def _menu(job: _Job, cells: Mapping[Point | None, Cell]) -> Menu:
     """A menu whose attacks have no test yet."""
     defended, rider = (np.array([cell.credits[task.entry.name] for cell in cells.values()]) for task in job.sweep.tasks)
     return Menu(defended, rider, np.full((len(cells), 1), np.nan))
-
-
-def _released(variant: Variant) -> str:
-    """What the released model is called beside base and experts."""
-    return f"{variant.protection} (seed {variant.seed})"
 
 
 def _describe(job: _Job) -> dict[str, Any]:

@@ -163,6 +163,18 @@ def write_file(path: Path, data: bytes) -> None:
         raise write_error(path, error) from error
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Put these bytes at ``path``, in place of a file that may be there: whoever reads sees the old one or the new one.
+
+    Raises:
+        CheckpointError: when it cannot be written; what was there stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    write_file(temporary, data)
+    temporary.replace(path)
+
+
 def sync_file(path: Path, descriptor: int) -> None:
     """Wait until what is written is on the disk; ``path`` names it in messages."""
     try:

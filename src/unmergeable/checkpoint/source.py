@@ -54,6 +54,39 @@ class TensorSource(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class DerivedSource:
+    """A source that is ``original`` but for what a subclass says differently."""
+
+    original: TensorSource
+
+    @property
+    def folder(self) -> Path:
+        return self.original.folder
+
+    @property
+    def description(self) -> str:
+        return self.original.description
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.original.config
+
+    @property
+    def index(self) -> CheckpointIndex:
+        return self.original.index
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.original.names
+
+    def spec(self, name: str) -> TensorSpec:
+        return self.original.spec(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.original.tensor(name)
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """Bytes ``begin`` to ``end`` of a file."""

@@ -25,7 +25,7 @@ from unmergeable.architecture.blocks import output_bias
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec
 from unmergeable.checkpoint.plan import OutputTensor, output_like
-from unmergeable.checkpoint.source import Extent, StoredSource, TensorSource
+from unmergeable.checkpoint.source import DerivedSource, Extent, StoredSource, TensorSource
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.gauge.act import compute_dtype
 from unmergeable.polynomials.activations import (
@@ -151,38 +151,15 @@ def expand(
 
 
 @dataclass(frozen=True)
-class SourceWithFile:
+class SourceWithFile(DerivedSource):
     """A checkpoint with one more file to be copied beside its weights."""
 
-    original: TensorSource
     extra_file: Path
-
-    @property
-    def folder(self) -> Path:
-        return self.original.folder
-
-    @property
-    def description(self) -> str:
-        return self.original.description
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.original.config
 
     @property
     def index(self) -> CheckpointIndex:
         index = self.original.index
         return replace(index, side_files=(*index.side_files, self.extra_file))
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self.original.names
-
-    def spec(self, name: str) -> TensorSpec:
-        return self.original.spec(name)
-
-    def tensor(self, name: str) -> Tensor:
-        return self.original.tensor(name)
 
     def stored(self, name: str) -> Extent | None:
         """Where the tensor's bytes lie, if in a file."""

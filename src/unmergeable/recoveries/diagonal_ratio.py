@@ -30,11 +30,11 @@ from unmergeable.progress import Progress, silent
 from unmergeable.recoveries.closed_forms import over_pairs
 from unmergeable.recoveries.estimate import Nearest, Solvers, estimate_gauges
 from unmergeable.recoveries.moments import LegPair, diagonal_moments
-from unmergeable.recoveries.recovery import Estimate, Inputs, Recovered
+from unmergeable.recoveries.recovery import Estimate, GaugeRecovery
 
 
 @dataclass(frozen=True)
-class DiagonalRatio:
+class DiagonalRatio(GaugeRecovery):
     """The ratios alone; no settings."""
 
     name: ClassVar[str] = "diagonal_ratio"
@@ -49,11 +49,6 @@ class DiagonalRatio:
         """The bases in which a coordinate, or a frequency pair, may have a scale of its own."""
         spaces = architecture.symmetry.select("query_key", "value_output", "feed_forward")
         return {name: space for name, space in spaces.items() if space.group.kind in RATIOS}
-
-    def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
-        """See :meth:`estimate`."""
-        estimate = self.estimate(inputs.protected, inputs.base, inputs.architecture, progress)
-        return Recovered(inputs.protected, estimate=estimate)
 
     def estimate(
         self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent

@@ -36,11 +36,11 @@ from unmergeable.recoveries.closed_forms import (
 )
 from unmergeable.recoveries.estimate import Nearest, Solvers, estimate_gauges
 from unmergeable.recoveries.moments import LegPair, dense_moments
-from unmergeable.recoveries.recovery import Estimate, Inputs, Recovered
+from unmergeable.recoveries.recovery import Estimate, GaugeRecovery
 
 
 @dataclass(frozen=True)
-class Kabsch:
+class Kabsch(GaugeRecovery):
     """The published attack; no settings."""
 
     name: ClassVar[str] = "kabsch"
@@ -55,11 +55,6 @@ class Kabsch:
         """The bases it rotates: those of attention whose group has isometries beyond the identity."""
         spaces = architecture.symmetry.select("query_key", "value_output")
         return {name: space for name, space in spaces.items() if space.group.kind in NEAREST_ISOMETRY}
-
-    def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
-        """See :meth:`estimate`."""
-        estimate = self.estimate(inputs.protected, inputs.base, inputs.architecture, progress)
-        return Recovered(inputs.protected, estimate=estimate)
 
     def estimate(
         self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent

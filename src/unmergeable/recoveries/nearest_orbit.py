@@ -41,13 +41,13 @@ from unmergeable.recoveries.closed_forms import (
 from unmergeable.recoveries.estimate import Nearest, Solvers, estimate_gauges
 from unmergeable.recoveries.general_linear import nearest_general_linear
 from unmergeable.recoveries.moments import LegPair, dense_moments
-from unmergeable.recoveries.recovery import Estimate, Inputs, Recovered
+from unmergeable.recoveries.recovery import Estimate, GaugeRecovery
 
 ROLES: tuple[Role, ...] = ("query_key", "value_output", "heads", "feed_forward", "experts", "norm", "residual")
 
 
 @dataclass(frozen=True)
-class NearestOrbit:
+class NearestOrbit(GaugeRecovery):
     """``negligible_epsilon``: also estimate the scales that a norm on queries and keys removes up to its epsilon.
 
     They bring a checkpoint nearer, and change its function by about the epsilon.
@@ -66,11 +66,6 @@ class NearestOrbit:
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
         """What it estimates: every order and every basis that the architecture's map declares."""
         return architecture.symmetry.select(*ROLES, negligible_epsilon=self.negligible_epsilon, folding=True)
-
-    def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
-        """See :meth:`estimate`."""
-        estimate = self.estimate(inputs.protected, inputs.base, inputs.architecture, progress)
-        return Recovered(inputs.protected, estimate=estimate)
 
     def estimate(
         self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent

@@ -19,11 +19,11 @@ from unmergeable.checkpoint.source import TensorSource
 from unmergeable.progress import Progress, silent
 from unmergeable.recoveries.estimate import Solvers, estimate_gauges
 from unmergeable.recoveries.orders import reordered_similarity
-from unmergeable.recoveries.recovery import Estimate, Inputs, Recovered
+from unmergeable.recoveries.recovery import Estimate, GaugeRecovery
 
 
 @dataclass(frozen=True)
-class NeuronMatching:
+class NeuronMatching(GaugeRecovery):
     """The Hungarian step alone; no settings."""
 
     name: ClassVar[str] = "neuron_matching"
@@ -38,11 +38,6 @@ class NeuronMatching:
         """The orders of hidden units."""
         spaces = architecture.symmetry.select("feed_forward")
         return {name: space for name, space in spaces.items() if space.group.kind == "permutation"}
-
-    def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
-        """See :meth:`estimate`."""
-        estimate = self.estimate(inputs.protected, inputs.base, inputs.architecture, progress)
-        return Recovered(inputs.protected, estimate=estimate)
 
     def estimate(
         self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent

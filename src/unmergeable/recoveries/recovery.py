@@ -15,7 +15,7 @@ from torch import Tensor
 from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.gauge.gauge import Gauge
-from unmergeable.progress import Progress
+from unmergeable.progress import Progress, silent
 from unmergeable.recoveries.distance import Distance, relative_distance
 
 
@@ -128,3 +128,18 @@ class Recovery(Protocol):
     def recover(self, inputs: Inputs, progress: Progress) -> Recovered:
         """Find out what to change; writes nothing."""
         ...
+
+
+class GaugeRecovery(Protocol):
+    """A recovery that estimates gauges, and keeps the function."""
+
+    def estimate(
+        self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent
+    ) -> Estimate:
+        """The gauges that bring ``protected`` nearest to ``base``, and the distances they leave."""
+        ...
+
+    def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
+        """See :meth:`estimate`."""
+        estimate = self.estimate(inputs.protected, inputs.base, inputs.architecture, progress)
+        return Recovered(inputs.protected, estimate=estimate)
