@@ -26,12 +26,11 @@ from unmergeable.data import DataSource
 from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.merges import MERGES, TaskArithmetic, merge_state_dicts
 from unmergeable.network.disk_weights import swapped
-from unmergeable.network.encoding import EncodedBatch, EncodedData, Encoder, class_names_of
 from unmergeable.network.load import load_network
 from unmergeable.network.task_vectors import TaskVectors
-from unmergeable.network.tasks import Task, predict
+from unmergeable.network.tasks import Task
 from unmergeable.settings import configure
-from unmergeable.tasks import example_credits, read_head
+from unmergeable.tasks import LabelledData, example_credits
 
 Part = Literal["validation", "test"]
 
@@ -237,10 +236,8 @@ def _task(entry: TaskEntry, digest: str, part: Part) -> Task:
         seed=0,
         limit=size,
     )
-    head = None if entry.head is None else read_head(entry.head)
-    names = class_names_of(_network(entry.encoder)) if head is None else [str(n) for n in range(len(head.weight))]
-    batches: list[EncodedBatch] = list(EncodedData(source, Encoder(entry.encoder), entry.batch_size, names))
-    return Task(entry.name, batches, predict if head is None else head.predict)
+    data = LabelledData(source, entry.encoder, entry.head)
+    return data.task(_network(entry.encoder), entry.name, batch_size=entry.batch_size)
 
 
 def task_digest(entry: TaskEntry, digests: Mapping[Path, str], part: Part) -> str:

@@ -1,7 +1,7 @@
 """Exact magnitudes of given ranks in task vectors that are streamed: what trimming by magnitude needs to know.
 
 Several ranks of several task vectors are searched in the same passes. Over the whole model, digit by digit
-(:mod:`unmergeable.merges.quantile`): two passes, and counts that add up over tensors and threads. Over one tensor, a
+(:mod:`unmergeable.quantile`): two passes, and counts that add up over tensors and threads. Over one tensor, a
 sample saves one of the two (:mod:`unmergeable.merges.bracket`).
 """
 
@@ -16,7 +16,7 @@ from unmergeable.errors import UsageError
 from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, widened_blocks
 from unmergeable.merges.bracket import bracketed_magnitudes
 from unmergeable.merges.method import Inputs, TermsOf
-from unmergeable.merges.quantile import DIGITS, KthLargest
+from unmergeable.quantile import DIGITS, KthLargest
 
 Ranks = Sequence[Sequence[int]]
 """Per expert, the ranks to look up: 1 is the largest magnitude."""

@@ -2,5 +2,6 @@
 
 from unmergeable.tasks.credits import example_credits
 from unmergeable.tasks.heads import FeatureHead, read_head, write_head
+from unmergeable.tasks.labelled import LabelledData
 
-__all__ = ["FeatureHead", "example_credits", "read_head", "write_head"]
+__all__ = ["FeatureHead", "LabelledData", "example_credits", "read_head", "write_head"]

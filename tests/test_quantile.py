@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unmergeable.merges.quantile import DIGITS, KthLargest, magnitude_bits
+from unmergeable.quantile import DIGITS, KthLargest, magnitude_bits
 
 
 def kth_largest(values: Tensor, rank: int, dtype: torch.dtype, *, pieces: int = 1) -> float:

@@ -1,0 +1,1 @@
+"""What weights look like from outside: connectivity, sensitivity, sharpness, distances, planes of weights."""
