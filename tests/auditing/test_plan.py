@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from unmergeable.auditing.plan import parse_plan, read_plan
+from unmergeable.auditing.plan import downloaded, parse_plan, read_plan
 from unmergeable.errors import BadInput, UnmergeableError
 
 
@@ -65,3 +65,23 @@ def test_what_is_no_plan(tmp_path: Path, content: bytes | None) -> None:
     with pytest.raises(BadInput) as error:
         read_plan(path)
     assert "\n" not in str(error.value)
+
+
+def test_checkpoints_on_the_hub_are_downloaded_once_the_plan_is_right(
+    workshop: Path, document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def download(name: str) -> Path:
+        asked.append(name)
+        return tmp_path / name.rpartition("/")[2]
+
+    monkeypatch.setattr("unmergeable.auditing.plan.download", download)
+    document["base"] = "hub:owner/base"
+    document["experts"][0]["path"] = "hub:owner/mine@v1"
+    plan = parse_plan(document, workshop)
+    assert asked == []
+    local = downloaded(plan)
+    assert (local.base, local.victim.path) == (tmp_path / "base", tmp_path / "mine@v1")
+    assert {task.encoder for task in local.tasks} == {tmp_path / "base"}
+    assert local.riders == plan.riders

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from unmergeable.checkpoint.hub import is_on_hub
 from unmergeable.errors import BadInput
 from unmergeable.settings import nearest
 
@@ -44,6 +45,11 @@ class Entry:
         if not path.exists():
             raise BadInput(f"{self.where}, {key}: {path} does not exist; paths are relative to the plan.")
         return path
+
+    def checkpoint(self, key: str, folder: Path) -> Path:
+        """A path as :meth:`path`, or the name of a checkpoint on the hub as it stands."""
+        text = self.text(key)
+        return Path(text) if is_on_hub(text) else self.path(key, folder)
 
     def whole(self, key: str, default: int, *, least: int = 1) -> int:
         """A whole number of at least ``least``."""

@@ -13,14 +13,14 @@
       - {name: digits, data: digits.npz, head: digits-head.safetensors}
       - {name: animals, data: animals.npz, head: animals-head.safetensors}
 
-Every other expert is a free-rider's, of whom each is an attack of its own. Paths are relative to the plan. Everything
-that can be wrong with a plan is found before anything is computed.
+Every other expert is a free-rider's, of whom each is an attack of its own. Paths are relative to the plan; a
+checkpoint may be ``hub:OWNER/NAME`` too. Everything that can be wrong with a plan is found before anything is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 from unmergeable.api.data_merges import DATA_DRIVEN
 from unmergeable.api.recipe import configure_protections
 from unmergeable.auditing.fields import Entry, require_unique
+from unmergeable.checkpoint.hub import download, is_on_hub
 from unmergeable.errors import BadInput
 from unmergeable.merges import MERGES
 from unmergeable.recoveries import RECOVERIES
@@ -148,7 +149,7 @@ def read_plan(path: Path) -> Plan:
 def parse_plan(document: object, folder: Path, where: str = "the plan") -> Plan:
     """A plan from its parsed document; ``folder`` is where its paths start. Raises what :func:`read_plan` does."""
     top = Entry(document, _TOP, where)
-    base = top.path("base", folder)
+    base = top.checkpoint("base", folder)
     protect = Entry(top.document("protect"), ("expert", "methods"), f"{where}, protect")
     grid = Entry(top.document("coefficients", {}), ("defended", "rider", "refinements"), f"{where}, coefficients")
     plan = Plan(
@@ -172,9 +173,27 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Plan:
     return plan
 
 
+def downloaded(plan: Plan) -> Plan:
+    """The plan with the checkpoints that it names on the hub as local folders.
+
+    Raises:
+        UsageError, BadInput: as :func:`unmergeable.checkpoint.hub.download` does.
+    """
+
+    def local(path: Path) -> Path:
+        return download(str(path)) if is_on_hub(str(path)) else path
+
+    return replace(
+        plan,
+        base=local(plan.base),
+        experts=tuple(replace(expert, path=local(expert.path)) for expert in plan.experts),
+        tasks=tuple(replace(task, encoder=local(task.encoder)) for task in plan.tasks),
+    )
+
+
 def _expert(item: object, where: str, folder: Path) -> ExpertEntry:
     entry = Entry(item, ("name", "path", "task"), where)
-    return ExpertEntry(entry.text("name"), entry.path("path", folder), entry.text("task"))
+    return ExpertEntry(entry.text("name"), entry.checkpoint("path", folder), entry.text("task"))
 
 
 def _protection(item: object, where: str) -> MethodEntry:
@@ -213,7 +232,7 @@ def _task(item: object, where: str, folder: Path, base: Path) -> TaskEntry:
         validation=entry.path(validation, folder),
         test=entry.path(test, folder),
         head=entry.path("head", folder) if "head" in entry else None,
-        encoder=entry.path("encoder", folder) if "encoder" in entry else base,
+        encoder=entry.checkpoint("encoder", folder) if "encoder" in entry else base,
         sizes=(sizes.whole("validation", VALIDATION), sizes.whole("test", TEST)),
         batch_size=entry.whole("batch_size", 64),
     )

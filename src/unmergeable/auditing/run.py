@@ -27,7 +27,7 @@ from unmergeable.api.opened import open_base, open_with_architecture
 from unmergeable.auditing.cells import Cell, digest_of
 from unmergeable.auditing.judge import Attack, Contest, judge
 from unmergeable.auditing.models import Variant, make_variants
-from unmergeable.auditing.plan import ExpertEntry, MethodEntry, Plan, read_plan
+from unmergeable.auditing.plan import ExpertEntry, MethodEntry, Plan, downloaded, read_plan
 from unmergeable.auditing.pool import Call, WorkerPool
 from unmergeable.auditing.scoring import Checkpoint, Outcome, Part, ScoredTask, Sweep, score_points, search, task_digest
 from unmergeable.auditing.search import Point
@@ -63,7 +63,7 @@ def audit(plan: Path, *, out: Path, workers: int | None = None, progress: Progre
         NotEquivalent: a protection changed the function.
         CheckpointError: the disk is full or fails; what was done is kept.
     """
-    parsed = read_plan(plan)
+    parsed = downloaded(read_plan(plan))
     _require_relatives(parsed)
     folder = _prepared(out)
     digests = _digests(parsed, progress)

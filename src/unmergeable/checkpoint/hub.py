@@ -1,0 +1,46 @@
+"""Checkpoints by their name on the Hugging Face hub: ``hub:OWNER/NAME`` or ``hub:OWNER/NAME@REVISION``.
+
+What is downloaded is what the library reads: safetensors weights, configurations, tokenizers. Pickled weights and code
+stay where they are. The files lie in the hub's own cache, so that a second run downloads nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+from unmergeable.errors import BadInput, UsageError
+
+PREFIX = "hub:"
+
+READ = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def is_on_hub(text: str) -> bool:
+    """Whether a text names a repository on the hub and not a path."""
+    return text.startswith(PREFIX)
+
+
+def download(text: str) -> Path:
+    """The folder of a checkpoint on the hub, downloaded unless it is in the cache.
+
+    Raises:
+        UsageError: huggingface_hub is not installed.
+        BadInput: the name is none, or the hub cannot be reached, has no such repository, or wants a login.
+    """
+    name, _, revision = text.removeprefix(PREFIX).partition("@")
+    if not _NAME.fullmatch(name):
+        raise BadInput(f"{text}: no name of a repository; write {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME@REVISION.")
+    try:
+        hub = importlib.import_module("huggingface_hub")
+        errors = importlib.import_module("huggingface_hub.errors")
+    except ImportError:
+        raise UsageError(f"{text} lies on the hub: pip install 'unmergeable[hf]', or give a local folder.") from None
+    try:
+        return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=list(READ)))
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise BadInput(f"{text} cannot be downloaded ({reason}); check the name, your login, or download it.") from None
