@@ -44,8 +44,10 @@ def contents(source: DataSource) -> list[object]:
 def test_texts_with_labels_are_the_same_in_every_format(tmp_path: Path) -> None:
     rows = [{"text": text, "label": label} for text, label in zip(TEXTS, LABELS, strict=True)]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "texts.parquet")
     np.savez(tmp_path / "texts.npz", text=np.array(TEXTS), labels=np.array(LABELS))
     paths = {
+        "parquet": tmp_path / "texts.parquet",
         "jsonl": write_lines(tmp_path / "texts.jsonl", rows),
         "npz": tmp_path / "texts.npz",
         "saved": tmp_path / "saved",
@@ -74,7 +76,8 @@ def test_images_are_the_same_in_every_format(tmp_path: Path, pixels: list[np.nda
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     rows = [{"image": Image.fromarray(image), "label": label} for image, label in zip(pixels, LABELS, strict=True)]
     datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
-    for path in (tmp_path / "images.npz", lines, tmp_path / "saved"):
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "i.parquet")
+    for path in (tmp_path / "images.npz", lines, tmp_path / "saved", tmp_path / "i.parquet"):
         examples = list(DataSource(path))
         assert [example.label for example in examples] == LABELS
         assert all(np.array_equal(e.content, image) for e, image in zip(examples, pixels, strict=True))  # type: ignore[arg-type]
@@ -104,6 +107,16 @@ def test_an_archive_may_hold_the_inputs_of_a_network(tmp_path: Path) -> None:
     assert second.label == 0
 
 
+def test_a_record_keeps_what_else_stands_in_it(tmp_path: Path) -> None:
+    rows = [{"text": "why?", "choices": ["a", "b"], "answer": 1}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    for path in (write_lines(tmp_path / "x.jsonl", list(rows)), tmp_path / "saved", tmp_path / "x.parquet"):
+        (example,) = DataSource(path)
+        assert dict(example.record) == rows[0]
+        assert example.label is None
+
+
 def test_fields_may_have_other_names(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", [{"question": "why?", "answer": "because"}])
     (example,) = DataSource(path, fields=Fields(text="question", label="answer"))
@@ -127,6 +140,14 @@ def arrays(**named: np.ndarray) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         np.savez(folder / "x.npz", **named)  # type: ignore[arg-type]
         return folder / "x.npz"
+
+    return write
+
+
+def columns(table: dict[str, list[object]]) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        datasets.Dataset.from_dict(table).to_parquet(folder / "x.parquet")
+        return folder / "x.parquet"
 
     return write
 
@@ -172,6 +193,9 @@ REFUSED: list[tuple[str, Callable[[Path], Path], str]] = [
     ("only labels", arrays(label=np.arange(2)), r"x.npz: no array 'text', 'image' or of network inputs"),
     ("image of floats", arrays(image=np.zeros((1, 2, 2))), r"x.npz\[0\]: an image of float64 \[2, 2\]; it must be"),
     ("label of fractions", arrays(text=np.array(["a"]), label=np.array([0.5])), r"x.npz\[0\]: the label is 0.5"),
+    ("no parquet", raw("x.parquet", b"PAR1 nonsense"), r"x.parquet: not a readable parquet file"),
+    ("parquet of numbers", columns({"text": [5]}), r"x.parquet\[0\]: 'text' is int; it must be text or an image"),
+    ("parquet of other bytes", columns({"image": [{"bytes": b"x"}]}), r"x.parquet\[0\]: not a readable image"),
     ("several sets", several, r"several holds several data sets; give one of them: .*several/test, .*several/train"),
     ("broken set", raw("set/state.json", b"{}"), r"set: not readable as a data set"),
 ]

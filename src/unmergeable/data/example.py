@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,16 @@ Content = str | Image | Prepared
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """``label`` is a class number or a class name, None where there is none. ``origin`` names it in messages."""
+    """``label`` is a class number or a class name, None where there is none. ``origin`` names it in messages.
+
+    ``record`` is the whole object or row it was read from, for what asks for more than content and label; empty where
+    the format has no such thing.
+    """
 
     content: Content
     label: int | str | None
     origin: str
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     def digest(self) -> bytes:
         """16 bytes that depend on the content alone: copies of an example share them, whatever their labels."""

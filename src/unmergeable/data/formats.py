@@ -7,6 +7,7 @@ format      path                                         an example is
 ``text``    ``*.txt``                                    a line that is not blank
 ``images``  a folder of images or of folders of images   an image; the folder it lies in is its label
 ``npz``     ``*.npz``                                    a row of ``text``, ``image`` or network inputs, and ``label``
+``parquet`` ``*.parquet``                                a row, with the columns of ``jsonl``
 ``saved``   a folder written by ``save_to_disk``         a row, with the columns of ``jsonl``
 ==========  ===========================================  ============================================================
 
@@ -19,22 +20,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from unmergeable.data import image_folder, json_lines, numpy_archive, plain_text, saved_dataset
+from unmergeable.data import image_folder, json_lines, numpy_archive, parquet, plain_text, saved_dataset
 from unmergeable.data.records import Fields, Records
 from unmergeable.errors import BadInput
 
-Format = Literal["jsonl", "text", "images", "npz", "saved"]
+Format = Literal["jsonl", "text", "images", "npz", "parquet", "saved"]
 
 FORMATS: dict[Format, Callable[[Path, Fields], Records]] = {
     "jsonl": json_lines.open_records,
     "text": plain_text.open_records,
     "images": image_folder.open_records,
     "npz": numpy_archive.open_records,
+    "parquet": parquet.open_records,
     "saved": saved_dataset.open_records,
 }
 """What opens each format."""
 
-_SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".npz": "npz"}
+_SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "text",
+    ".npz": "npz",
+    ".parquet": "parquet",
+}
 
 
 def find_format(path: Path) -> Format:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +22,27 @@ def read_image(path: Path) -> Image:
         BadInput: there is no such file, or it is no image.
         UsageError: Pillow is not installed.
     """
+    return _decoded(path, str(path))
+
+
+def image_of_bytes(data: bytes, origin: str) -> Image:
+    """The pixels of a file that is held in memory. Raises what :func:`read_image` does."""
+    return _decoded(io.BytesIO(data), origin)
+
+
+def _decoded(file: Path | IO[bytes], origin: str) -> Image:
     try:
         import PIL.Image
     except ImportError:
         raise UsageError("Pillow is not installed; pip install pillow") from None
     try:
-        with PIL.Image.open(path) as image:
+        with PIL.Image.open(file) as image:
             return as_pixels(image)
     except FileNotFoundError:
-        raise BadInput(f"{path} does not exist; correct the path of the image.") from None
+        raise BadInput(f"{origin} does not exist; correct the path of the image.") from None
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadInput(f"{path}: not a readable image ({reason}); remove or repair it.") from None
+        raise BadInput(f"{origin}: not a readable image ({reason}); remove or repair it.") from None
 
 
 def as_pixels(image: Any) -> Image:

@@ -37,4 +37,4 @@ class _Objects:
         if not isinstance(value, str):
             raise BadInput(f"{origin}: {name!r} is {type(value).__name__}, not a string.")
         content: Content = value if name == self._fields.text else read_image(self._lines.path.parent / value)
-        return make_example(content, row.get(self._fields.label), origin)
+        return make_example(content, row.get(self._fields.label), origin, row)

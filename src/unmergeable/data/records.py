@@ -44,8 +44,8 @@ def require_field(row: Mapping[str, Any], fields: Fields, origin: str) -> str:
     )
 
 
-def make_example(content: Content, label: Any, origin: str) -> Example:
-    """An example whose label is what labels may be.
+def make_example(content: Content, label: Any, origin: str, record: Mapping[str, Any] | None = None) -> Example:
+    """An example whose label is what labels may be. ``record`` is what it was read from, where there is more to it.
 
     Raises:
         BadInput: the label is neither a whole number nor a name, or the text is empty.
@@ -54,7 +54,7 @@ def make_example(content: Content, label: Any, origin: str) -> Example:
         raise BadInput(f"{origin}: the text is empty; leave that example out.")
     if label is not None and (isinstance(label, bool) or not isinstance(label, (int, str))):
         raise BadInput(f"{origin}: the label is {label!r}; a label is a class number or a class name.")
-    return Example(content, label, origin)
+    return Example(content, label, origin, record or {})
 
 
 def require_file(path: Path) -> None:

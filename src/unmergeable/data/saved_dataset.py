@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
 
-from unmergeable.data.example import Content, Example
-from unmergeable.data.images import as_pixels
-from unmergeable.data.records import Fields, Records, make_example, require_field
+from unmergeable.data.columns import Columns
+from unmergeable.data.records import Fields, Records
 from unmergeable.errors import BadInput, UsageError
 
 _SEVERAL = "dataset_dict.json"
@@ -41,26 +39,4 @@ def open_records(path: Path, fields: Fields) -> Records:
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BadInput(f"{path}: not readable as a data set ({reason}); write it again.") from None
-    return _Rows(path, rows, fields)
-
-
-class _Rows:
-    def __init__(self, path: Path, rows: Any, fields: Fields) -> None:
-        self._path, self._rows, self._fields = path, rows, fields
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, number: int) -> Example:
-        origin = f"{self._path}[{number}]"
-        row = self._rows[number]
-        name = require_field(row, self._fields, origin)
-        value = row[name]
-        content: Content
-        if name == self._fields.image and hasattr(value, "convert"):
-            content = as_pixels(value)
-        elif name == self._fields.text and isinstance(value, str):
-            content = value
-        else:
-            raise BadInput(f"{origin}: {name!r} is {type(value).__name__}; it must be text or an image.")
-        return make_example(content, row.get(self._fields.label), origin)
+    return Columns(path, rows, fields)

@@ -53,7 +53,16 @@ class DataSource:
             BadInput: the data cannot be read, or there is none to give.
         """
         self._validate()
-        records = FORMATS[self.format or find_format(self.path)](self.path, self.fields)
+        yield from self.select(FORMATS[self.format or find_format(self.path)](self.path, self.fields))
+
+    def select(self, records: Records) -> Iterator[Example]:
+        """What the source would give of these records, for what reads the path in its own way.
+
+        Raises:
+            UsageError: a setting is out of range.
+            BadInput: a record cannot be read, or there is none to give.
+        """
+        self._validate()
         is_empty = True
         for example in islice(self._chosen(records), self.limit):
             is_empty = False

@@ -76,11 +76,12 @@ def answer(network: Any, batch: EncodedBatch) -> Any:
 
 
 def is_causal_language_model(network: Any) -> bool:
-    """Whether transformers lists the network's class among those that predict the next token."""
-    if not type(network).__module__.startswith("transformers."):
+    """Whether transformers lists the network's class, or one it extends, among those that predict the next token."""
+    names = [base.__name__ for base in type(network).__mro__ if base.__module__.startswith("transformers.")]
+    if not names:
         return False
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
-    return type(network).__name__ in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return not set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).isdisjoint(names)
 
 
 def _next_tokens(logits: Tensor, batch: EncodedBatch) -> Prediction:

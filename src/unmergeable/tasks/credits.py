@@ -1,35 +1,85 @@
-"""Credit example by example: what a score is the mean of, and what a bootstrap draws from."""
+"""Credit and loss example by example: what a score is the mean of, and what a bootstrap draws from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
+from torch.nn import functional
 
+from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.tasks import Predict, Task, device_of
+from unmergeable.network.tasks import Predict, Prediction, Task, device_of, predict
+from unmergeable.tasks.task_kind import Scores
 
 
-@torch.no_grad()
-def example_credits(network: Any, task: Task) -> npt.NDArray[np.float64]:
+def example_credits(network: Any, task: Task) -> Scores:
     """For each example the fraction of its choices that are right, float64 [examples] in the order of the batches.
 
     A classifier chooses once per example, and the credit is 0 or 1. A language model chooses each token of a text.
 
     Raises:
-        BadInput: the data have no labels.
+        BadInput: the data have no labels, or a text is too short to choose anything.
     """
+    return _means(network, task, lambda choices: choices.logits.argmax(dim=-1) == choices.require_targets())
+
+
+def example_losses(network: Any, task: Task) -> Scores:
+    """For each example the mean cross-entropy of its choices in nats, float64 [examples]. Raises the same."""
+    return _means(
+        network,
+        task,
+        lambda choices: functional.cross_entropy(choices.logits.double(), choices.require_targets(), reduction="none"),
+    )
+
+
+@dataclass(frozen=True)
+class ChoiceScorer:
+    """Scores the choices of a task that is a :class:`unmergeable.network.tasks.Task`."""
+
+    task: Task
+
+    def credits(self, network: Any) -> Scores:
+        """See :func:`example_credits`."""
+        return example_credits(network, self.task)
+
+    def losses(self, network: Any) -> Scores:
+        """See :func:`example_losses`."""
+        return example_losses(network, self.task)
+
+
+_Measure = Callable[[Prediction], Tensor]
+"""Of choices, one number each: [choices]."""
+
+
+@torch.no_grad()
+def _means(network: Any, task: Task, measure: _Measure) -> Scores:
     device = device_of(network)
-    return np.concatenate([_credits(network, batch.to(device), task.predict) for batch in task.batches])
+    return np.concatenate([_of_batch(network, batch.to(device), task, measure) for batch in task.batches])
 
 
-def _credits(network: Any, batch: EncodedBatch, predict: Predict) -> npt.NDArray[np.float64]:
-    prediction = predict(network, batch)
-    is_right = prediction.logits.argmax(dim=-1) == prediction.require_targets()
-    if len(is_right) == len(batch):
-        return is_right.double().cpu().numpy()
+def _of_batch(network: Any, batch: EncodedBatch, task: Task, measure: _Measure) -> Scores:
+    prediction = task.predict(network, batch)
+    values = measure(prediction).double()
+    counts = _choices_of_each(batch, len(values), task.predict)
+    if counts is None:
+        return np.concatenate([_of_batch(network, single, task, measure) for single in batch.singles()])
+    if min(counts) == 0:
+        raise BadInput(f"{task.name}: a text of one token leaves nothing to predict; leave it out.")
+    return np.array([float(part.mean()) for part in values.split(counts)])
+
+
+def _choices_of_each(batch: EncodedBatch, choices: int, how: Predict) -> list[int] | None:
+    """How many choices each example has; None when that is not known from a batch of several."""
+    if choices == len(batch):
+        return [1] * choices
     if len(batch) == 1:
-        return np.array([float(is_right.double().mean())])
-    return np.concatenate([_credits(network, single, predict) for single in batch.singles()])
+        return [choices]
+    mask = batch.inputs.get("attention_mask")
+    if how is predict and mask is not None:  # a language model: each token that follows a token
+        return [int(count) for count in (mask[:, :-1] * mask[:, 1:]).sum(dim=1)]
+    return None

@@ -23,9 +23,9 @@ from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.tasks import Prediction
 
-Pooling = Literal["first", "rest", "mean", "pooler"]
+Pooling = Literal["first", "rest", "mean", "pooler", "projected"]
 """Of the last hidden states: the first token (a class token), the mean of the rest (the patches of an image), the mean
-over all tokens that the mask shows; or the network's own pooler."""
+over all tokens that the mask shows; the network's own pooler; or the image features that CLIP compares with texts."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ class FeatureHead:
         return functional.normalize(features, dim=-1) @ functional.normalize(weight, dim=-1).T / self.temperature
 
     def features(self, network: Any, batch: EncodedBatch) -> Tensor:
-        """Pooled last hidden states, [examples, hidden_size].
+        """Pooled last hidden states, [examples, hidden_size]; projected ones are [examples, projection_dim].
 
         Raises:
             BadInput: the network has no hidden states, or no pooler where one is wanted.
         """
+        if self.pooling == "projected":
+            return image_features(network, batch)
         output = network(**batch.inputs)
         name = "pooler_output" if self.pooling == "pooler" else "last_hidden_state"
         found: Tensor | None = getattr(output, name, None)
@@ -78,6 +80,23 @@ class FeatureHead:
                 f"{features.shape[-1]}; give the head that was made for it."
             )
         return Prediction(self.logits(features), batch.labels)
+
+
+def image_features(network: Any, batch: EncodedBatch) -> Tensor:
+    """The features by which CLIP compares images with texts, [examples, projection_dim].
+
+    Raises:
+        BadInput: the network is neither a CLIP model nor the image tower of one with its projection.
+    """
+    if hasattr(network, "get_image_features"):
+        output = network.get_image_features(**batch.inputs)
+        # transformers 5 hands the projected features over as the pooled output
+        features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+        return features
+    found: Tensor | None = getattr(network(**batch.inputs), "image_embeds", None)
+    if found is None:
+        raise BadInput(f"{type(network).__name__} gives no image_embeds; a zero-shot head needs a CLIP image tower.")
+    return found
 
 
 def write_head(head: FeatureHead, path: Path | str) -> None:

@@ -1,0 +1,43 @@
+"""``perplexity``: how well a causal language model predicts every token of a text from those before it.
+
+    loss   = mean over the tokens of -log p(token | those before), in nats; the perplexity of a text is its exponential
+    credit = share of the tokens that the model ranks first
+
+A perplexity has no upper end, so it cannot be a credit. The share of right guesses lies between 0 and 1, orders models
+much the same way, and is coarser: report the loss beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from unmergeable.data import Fields
+from unmergeable.errors import BadInput
+from unmergeable.network.encoding import EncodedData, Encoder
+from unmergeable.network.tasks import Task, is_causal_language_model
+from unmergeable.tasks.credits import ChoiceScorer
+from unmergeable.tasks.task_kind import TaskData, TaskScorer
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Settings: what the field with the text is called in the data, and after how many tokens a text is cut."""
+
+    name: ClassVar[str] = "perplexity"
+    paths: ClassVar[tuple[str, ...]] = ()
+    text: str = "text"
+    max_length: int = 512
+
+    def scorer(self, data: TaskData, network: Any) -> TaskScorer:
+        """Raises BadInput for a network that is no causal language model, or examples that are no texts."""
+        if not is_causal_language_model(network):
+            raise BadInput(f"{data.name}: {type(network).__name__} is no causal language model; perplexity needs one.")
+        source = replace(data.source, fields=Fields(text=self.text))
+        encoder = Encoder(data.encoder, self.max_length)
+        return ChoiceScorer(Task(data.name, list(EncodedData(source, encoder, data.batch_size))))
+
+    def facts(self) -> Mapping[str, Any]:
+        """Nothing but the settings."""
+        return {}
