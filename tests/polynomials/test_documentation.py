@@ -55,6 +55,6 @@ def test_figures_are_the_committed_ones() -> None:
 
 def test_families_are_named() -> None:
     families = PAGE.split("## The file")[1]
-    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "GPT-2", "OPT", "BERT", "ViT", "T5"):
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "GPT-2", "OPT", "BERT", "ViT", "DINOv2", "T5"):
         assert family in families
-    assert len(LAYOUTS) == 12
+    assert len(LAYOUTS) == 13

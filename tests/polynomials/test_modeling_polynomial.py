@@ -33,7 +33,7 @@ def test_generates_with_the_cache_as_without(name: str, toy: Build, tmp_path: Pa
     assert torch.equal(with_cache, without)
 
 
-@pytest.mark.parametrize("name", ["llama", "vit", "flan-t5"])
+@pytest.mark.parametrize("name", ["llama", "vit", "dinov2", "flan-t5"])
 def test_saves_and_reloads(name: str, toy: Build, tmp_path: Path) -> None:
     original = toy(name)
     network = load_written(original.write(tmp_path / "out", Polynomials("taylor", 6, 0.7)))
@@ -44,7 +44,7 @@ def test_saves_and_reloads(name: str, toy: Build, tmp_path: Path) -> None:
     assert torch.equal(outputs(again, original.toy), outputs(network, original.toy))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gpt2", "bert-classification", "vit", "t5"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gpt2", "bert-classification", "vit", "dinov2", "t5"])
 def test_refuses_to_load_as_the_original(name: str, toy: Build, tmp_path: Path) -> None:
     import transformers
 

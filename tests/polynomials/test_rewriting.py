@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from polynomials.conftest import Build
 from polynomials.written import FAMILIES, Original, basis_for, load_written, relative
+from toy_checkpoints import toy_checkpoint
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import BadInput, UnsupportedArchitecture, UsageError
 from unmergeable.polynomials.activations import evaluate, require_activation
@@ -91,7 +92,7 @@ def test_higher_orders_come_nearer_to_the_expert(name: str, toy: Build, tmp_path
     assert errors[-1] < errors[0] / 20
 
 
-@pytest.mark.parametrize("name", ["llama-bias-tied-mqa", "gpt2", "vit"])
+@pytest.mark.parametrize("name", ["llama-bias-tied-mqa", "gpt2", "vit", "dinov2"])
 def test_neither_the_projection_nor_hidden_biases_are_in_the_file(name: str, toy: Build, tmp_path: Path) -> None:
     original = toy(name)
     written = Checkpoint.open(original.write(tmp_path / "out", Polynomials("taylor", 6)))
@@ -183,6 +184,8 @@ def test_refuses_what_it_cannot_do(toy: Build) -> None:
         rewriting(original.source, original.architecture, broken, Polynomials("taylor", 8))
     with pytest.raises(UnsupportedArchitecture, match="model type bloom: no network of polynomials"):
         layout_of(replace(original.architecture, family="bloom"))
+    with pytest.raises(UnsupportedArchitecture, match=r"0\.mlp\.weights_in\.weight holds gate and up-branch in one"):
+        layout_of(toy_checkpoint("dinov2-swiglu").architecture)
     with pytest.raises(UsageError, match="relu has no Taylor series"):
         toy("opt").rewriting(Polynomials("taylor", 8))
     for wrong in (Polynomials("taylor", 0), Polynomials("taylor", 8, 0.0), Polynomials("taylor", 8, mask_order=0)):

@@ -31,7 +31,7 @@ GATED = (
     "gemma3",
     "flan-t5",
 )
-PLAIN = ("gpt2", "opt", "bert", "bert-embedding", "bert-classification", "vit", "t5")
+PLAIN = ("gpt2", "opt", "bert", "bert-embedding", "bert-classification", "vit", "dinov2", "t5")
 FAMILIES = GATED + PLAIN
 
 

@@ -16,7 +16,11 @@ from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.load import quiet
 from unmergeable.network.tasks import device_of
-from unmergeable.polynomials import modeling_polynomial
+
+
+def _modeling() -> Any:
+    """The module that is copied beside the weights. It imports transformers, which most commands do without."""
+    return importlib.import_module("unmergeable.polynomials.modeling_polynomial")
 
 
 def load_polynomial_network(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Any:
@@ -27,7 +31,7 @@ def load_polynomial_network(folder: Path | str, *, dtype: torch.dtype = torch.fl
     """
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     name = str(next(iter(config.get("architectures") or ()), ""))
-    network_class: Any = getattr(modeling_polynomial, name, None) if name.startswith("Polynomial") else None
+    network_class: Any = getattr(_modeling(), name, None) if name.startswith("Polynomial") else None
     if network_class is None:
         raise BadInput(f"{folder}/config.json names the network class {name!r}, which is none of polynomials.")
     with quiet(importlib.import_module("transformers")):
@@ -58,7 +62,7 @@ class Approximation:
 def approximation(original: Any, polynomials: Any, batch: EncodedBatch) -> Approximation:
     """Run both networks on one batch; padding does not count."""
     moved = batch.to(device_of(original))
-    with modeling_polynomial.guard_counted(polynomials) as counts:
+    with _modeling().guard_counted(polynomials) as counts:
         found = _output(polynomials, moved)
     expected = _output(original, moved)
     outside = {name: acted / max(1, seen) for name, (acted, seen) in counts.items()}

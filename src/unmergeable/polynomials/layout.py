@@ -1,8 +1,8 @@
 """Where the feed-forwards of a family lie in its network, and what config.json says of a network of polynomials.
 
 The network is the class of transformers with some of its modules exchanged, so that tensors carry the names of
-modules; of the families here only ViT's files use others (``renames``). Paths of modules are relative to the base
-model, which the classes with heads on top wrap.
+modules; of the families here only the files of ViT and DINOv2 use others (``renames``). Paths of modules are relative
+to the base model, which the classes with heads on top wrap.
 """
 
 from __future__ import annotations
@@ -53,12 +53,15 @@ class Layout:
         return name
 
 
-_VIT_RENAMES = (
-    ("encoder.layer.", "layers."),
+_DINOV2_RENAMES = (
     (".attention.attention.query.", ".attention.q_proj."),
     (".attention.attention.key.", ".attention.k_proj."),
     (".attention.attention.value.", ".attention.v_proj."),
     (".attention.output.dense.", ".attention.o_proj."),
+)
+_VIT_RENAMES = (
+    ("encoder.layer.", "layers."),
+    *_DINOV2_RENAMES,
     (".intermediate.dense.", ".mlp.fc1."),
     (".output.dense.", ".mlp.fc2."),
 )
@@ -75,6 +78,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "opt": Layout("OPT", "model.", "activation_fn", "activation_function", "relu"),
     "bert": Layout("Bert", "bert.", "intermediate.intermediate_act_fn", default="gelu"),
     "vit": Layout("ViT", "vit.", "mlp.activation_fn", default="gelu", renames=_VIT_RENAMES),
+    "dinov2": Layout("Dinov2", "dinov2.", "activation_fn", default="gelu", renames=_DINOV2_RENAMES),
     "t5": Layout("T5", "", "act", "feed_forward_proj", "relu"),
 }
 
@@ -178,10 +182,10 @@ class Section:
 
 
 def layout_of(architecture: Architecture) -> Layout:
-    """The layout of a family.
+    """The layout of a network's family.
 
     Raises:
-        UnsupportedArchitecture: the family has none.
+        UnsupportedArchitecture: the family has none, or a feed-forward stores gate and up-branch as one tensor.
     """
     layout = LAYOUTS.get(architecture.family)
     if layout is None:
@@ -189,6 +193,12 @@ def layout_of(architecture: Architecture) -> Layout:
             f"model type {architecture.family}: no network of polynomials is known for it; "
             f"known: {', '.join(sorted(LAYOUTS))}."
         )
+    for block in architecture.feed_forwards:
+        if block.gate is not None and block.gate.weight == block.up.weight:
+            raise UnsupportedArchitecture(
+                f"tensor {block.up.weight} holds gate and up-branch in one; networks of polynomials are known for "
+                "separate projections only."
+            )
     return layout
 
 

@@ -11,6 +11,7 @@ coefficients a_n are computed, so that their rounding costs nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,6 +83,8 @@ class UnitRanges:
 class Polynomials:
     """How units are expanded: in which ``basis``, up to which ``order``, which ``share`` of them (narrowest first).
 
+    Of these, units whose polynomial is off by more than ``tolerance`` within the range seen stay as they are.
+
     ``guard`` says what happens to inputs outside what was seen: "clamp" moves them to its edge, "mask" leaves out the
     terms from ``mask_order`` on where |z - z0| > ``mask_radius`` (as published), "none" does nothing.
     """
@@ -92,6 +95,7 @@ class Polynomials:
     guard: Guard = "clamp"
     mask_order: int = 8
     mask_radius: float = 2.5
+    tolerance: float = math.inf
 
     def require_valid(self, method: str) -> None:
         """Raises UsageError, naming the method, for a setting out of range."""
@@ -101,6 +105,8 @@ class Polynomials:
             raise UsageError(f"{method}: the share of hidden units must lie in (0, 1], not {self.share}.")
         if self.mask_order < 1 or not self.mask_radius > 0:
             raise UsageError(f"{method}: mask_order must be at least 1 and mask_radius above 0.")
+        if not self.tolerance > 0:  # NaN too
+            raise UsageError(f"{method}: tolerance must be above 0, not {self.tolerance}.")
 
 
 @dataclass(frozen=True)
@@ -129,11 +135,27 @@ def expand(
 
     The Hermite basis is scaled by the root mean square distance from the centre, the Taylor basis by the radius.
     """
-    size = len(ranges.low)
-    kept = max(1, round(polynomials.share * size))
-    order_of_width = torch.argsort(ranges.radius, stable=True)
-    units, rest = order_of_width[:kept].sort().values, order_of_width[kept:].sort().values
-    b = torch.zeros(kept, dtype=torch.float64) if bias is None else bias.to(torch.float64)[units]
+    narrowest = torch.argsort(ranges.radius, stable=True)[: max(1, round(polynomials.share * len(ranges.low)))]
+    found = _expansion(narrowest.sort().values, ranges, bias, activation, polynomials, dtype)
+    is_good = found.error <= polynomials.tolerance
+    if bool(is_good.all()):
+        return found
+    is_good[found.error.argmin()] = True  # a feed-forward without any is no feed-forward of polynomials
+    return _expansion(found.units[is_good], ranges, bias, activation, polynomials, dtype)
+
+
+def _expansion(
+    units: Tensor,
+    ranges: UnitRanges,
+    bias: Tensor | None,
+    activation: Activation,
+    polynomials: Polynomials,
+    dtype: torch.dtype,
+) -> Expansion:
+    """The polynomials of these units."""
+    is_rest = torch.ones(len(ranges.low), dtype=torch.bool)
+    is_rest[units] = False
+    b = torch.zeros(len(units), dtype=torch.float64) if bias is None else bias.to(torch.float64)[units]
     centre = (ranges.centre[units] - b).to(dtype)
     u = centre.to(torch.float64) + b
     radius = torch.maximum(ranges.high[units] - u, u - ranges.low[units]).clamp(min=SMALLEST_RADIUS)
@@ -147,6 +169,7 @@ def expand(
     a = coefficients(activation, polynomials.basis, u, r, polynomials.order)
     error = largest_error(activation, polynomials.basis, a, u, r, radius)
     bound = remainder_bound(activation, u, radius, polynomials.order) if polynomials.basis == "taylor" else None
+    (rest,) = torch.nonzero(is_rest, as_tuple=True)
     return Expansion(units, rest, centre, scale, reach, a, error, bound)
 
 
@@ -170,7 +193,8 @@ class SourceWithFile(DerivedSource):
 class Rewriting:
     """What :func:`~unmergeable.checkpoint.rewrite.rewrite` is given to write a network of polynomials.
 
-    ``errors``: by feed-forward, the largest error of its polynomials, and the median, in units of the activation.
+    ``errors``: by feed-forward, the largest error of its polynomials, and the median, in units of the activation; and
+    the share of its hidden units that became polynomials.
     """
 
     source: TensorSource
@@ -320,6 +344,7 @@ def _error_summary(expansion: Expansion) -> dict[str, float]:
     summary = {"largest": float(expansion.error.max()), "median": float(expansion.error.median())}
     if expansion.bound is not None:
         summary["largest_bound"] = float(expansion.bound.max())
+    summary["expanded"] = len(expansion.units) / (len(expansion.units) + len(expansion.rest))
     return summary | {"largest_radius": float((expansion.scale.double() * expansion.reach.double()).max())}
 
 

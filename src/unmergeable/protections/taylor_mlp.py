@@ -9,14 +9,16 @@ TaylorMLP (arXiv 2410.05331) expands the activation function around the middle z
 slow network that can be tried and not stolen; a merge fails because there is nothing to average W with.
 
 A polynomial is worthless beyond its radius: for SiLU the series diverges pi from zero on the imaginary axis, and the
-units of a real network see inputs far beyond. So the units with the narrowest ranges are taken (``share``), and inputs
-outside the range seen are moved to its edge (``guard=clamp``); ``as_published`` masks instead.
+units of a real network see inputs far beyond. So the units with the narrowest ranges are taken (``share``), of these
+only such as the polynomial fits within the range seen (``tolerance``), and inputs outside that range are moved to its
+edge (``guard=clamp``); ``as_published`` masks instead, and takes units whether they fit or not.
 
 What it does not stop: ``recover --method taylor_inversion``, which solves for W from the file alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,10 +31,12 @@ from unmergeable.polynomials.rewriting import Polynomials, Rewriting, UnitRanges
 
 @dataclass(frozen=True)
 class TaylorMLP:
-    """``order`` N of the polynomials; ``share`` of the hidden units, narrowest ranges first.
+    """``order`` N of the polynomials; ``share`` of the hidden units, narrowest ranges first, at most.
+
+    ``tolerance``: the largest error of a unit's polynomial within the range seen, in units of the activation.
 
     ``guard`` for inputs outside the range seen: clamp, mask (orders from ``mask_order`` where further than
-    ``mask_radius`` from the centre), none. ``as_published``: mask, whatever ``guard`` says.
+    ``mask_radius`` from the centre), none. ``as_published``: mask, and no tolerance, whatever they say.
     """
 
     name: ClassVar[str] = "taylor_mlp"
@@ -42,6 +46,7 @@ class TaylorMLP:
 
     order: int = 8
     share: float = 0.7
+    tolerance: float = 0.3
     guard: Guard = "clamp"
     mask_order: int = 8
     mask_radius: float = 2.5
@@ -54,7 +59,8 @@ class TaylorMLP:
     @property
     def _polynomials(self) -> Polynomials:
         guard: Guard = "mask" if self.as_published else self.guard
-        return Polynomials("taylor", self.order, self.share, guard, self.mask_order, self.mask_radius)
+        tolerance = math.inf if self.as_published else self.tolerance
+        return Polynomials("taylor", self.order, self.share, guard, self.mask_order, self.mask_radius, tolerance)
 
     def rewriting(
         self, source: TensorSource, architecture: Architecture, ranges: Mapping[str, UnitRanges]
