@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,51 +28,75 @@ from unmergeable.recoveries.distance import parts, relative_distance
 from unmergeable.settings import configure
 from zoo import TOYS, load_toy, outputs
 
-SHARES = (0.001, 0.01, 0.1, 0.3)
-"""Norm of the planted task vector beside that of the base."""
+ENDS = (0.001, 0.3)
+"""Norm of the planted task vector beside that of the base: what is between the two is easier than one of them."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An expert, what a planted key made of it, and what was found."""
+
+    expert: MemorySource
+    key: tuple[Gauge, ...]
+    protected: MemorySource
+    estimate: Estimate
+
+
+Attack = Callable[..., Attempt]
+
+
+@pytest.fixture(scope="module")
+def attack(network: Build) -> Attack:
+    """``attack(name, share, condition=4.0)``, each made once; ``whole`` plants a key of streams and norms as well."""
+
+    @cache
+    def planted(name: str, share: float, condition: float = 4.0, *, whole: bool = False) -> Attempt:
+        toy = network(name)
+        expert = toy.expert(share)
+        key = (*(toy.stream_key(expert, condition) if whole else ()), toy.key(condition))
+        protected = toy.transformed(expert, *key)
+        return Attempt(expert, key, protected, NearestOrbit().estimate(protected, toy.base, toy.architecture))
+
+    return planted
 
 
 @pytest.mark.parametrize(
-    ("name", "condition"),
-    [(name, 4.0) for name in TOYS] + [(name, 20.0) for name in ("llama", "qwen3", "gpt2", "deepseek_v3")],
+    ("name", "condition", "shares"),
+    [(name, 4.0, ENDS) for name in TOYS]
+    + [(name, 20.0, (0.001, 0.01, 0.1, 0.3)) for name in ("llama", "qwen3", "gpt2", "deepseek_v3")],
 )
-def test_finds_a_planted_key(name: str, condition: float, network: Build) -> None:
+def test_finds_a_planted_key(
+    name: str, condition: float, shares: Sequence[float], network: Build, attack: Attack
+) -> None:
     toy = network(name)
-    key = toy.key(condition)
-    for share in SHARES:
-        expert = toy.expert(share)
-        unprotected = toy.distance(expert)
-        protected = toy.transformed(expert, key)
+    for share in shares:
+        attempt = attack(name, share, condition)
+        estimate, unprotected = attempt.estimate, toy.distance(attempt.expert)
 
-        estimate = NearestOrbit().estimate(protected, toy.base, toy.architecture)
-
-        assert estimate.before == pytest.approx(toy.distance(protected), rel=1e-9)
+        assert estimate.before == pytest.approx(toy.distance(attempt.protected), rel=1e-9)
         assert estimate.before > 2 * unprotected  # the control: there was something to recover
-        assert wrong_places(toy, [key], estimate) == 0
+        assert wrong_places(toy, attempt.key, estimate) == 0
         # The expert is in the orbit, so its nearest point is no further than the expert.
         assert estimate.after <= unprotected * (1 + 1e-6)
-        assert toy.distance(toy.transformed(protected, *estimate.gauges)) == pytest.approx(estimate.after, rel=1e-3)
+        recovered = toy.transformed(attempt.protected, *estimate.gauges)
+        assert toy.distance(recovered) == pytest.approx(estimate.after, rel=1e-3)
         # What an adjusted R^2 tends to with an unstructured task vector of this size.
         assert estimate.confidence == pytest.approx(1 - share**2, abs=0.02)
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_finds_a_planted_key_of_the_whole_network(name: str, network: Build) -> None:
+def test_finds_a_planted_key_of_the_whole_network(name: str, network: Build, attack: Attack) -> None:
     """The residual stream and norm gains too: rotated where the architecture allows it."""
     toy = network(name)
-    for share in SHARES:
-        expert = toy.expert(share)
-        key = (*toy.stream_key(expert, 4.0), toy.key(4.0))
-        protected = toy.transformed(expert, *key)
+    for share in ENDS:
+        attempt = attack(name, share, whole=True)
+        recovered = toy.transformed(attempt.protected, *attempt.estimate.gauges)
 
-        estimate = NearestOrbit().estimate(protected, toy.base, toy.architecture)
-        recovered = toy.transformed(protected, *estimate.gauges)
-
-        assert toy.whole_distance(protected) > 2 * toy.whole_distance(expert)
-        assert wrong_places(toy, key, estimate) == 0
+        assert toy.whole_distance(attempt.protected) > 2 * toy.whole_distance(attempt.expert)
+        assert wrong_places(toy, attempt.key, attempt.estimate) == 0
         # Rotations and gains are a joint optimum of all weights, found by turns: near the lowest, not at it.
-        assert toy.whole_distance(recovered) <= 1.02 * toy.whole_distance(expert)
-        assert estimate.after <= 1.04 * toy.distance(expert)
+        assert toy.whole_distance(recovered) <= 1.02 * toy.whole_distance(attempt.expert)
+        assert attempt.estimate.after <= 1.04 * toy.distance(attempt.expert)
 
 
 def wrong_places(toy: Network, key: Sequence[Gauge], estimate: Estimate) -> int:
@@ -103,11 +128,8 @@ def test_orders_fail_only_far_from_the_base(name: str, network: Build) -> None:
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_every_element_belongs_to_its_group(name: str, network: Build) -> None:
-    toy = network(name)
-    expert = toy.expert(0.1)
-    protected = toy.transformed(expert, *toy.stream_key(expert, 4.0), toy.key(4.0))
-    estimate = NearestOrbit().estimate(protected, toy.base, toy.architecture)
+def test_every_element_belongs_to_its_group(name: str, network: Build, attack: Attack) -> None:
+    toy, estimate = network(name), attack(name, ENDS[-1], whole=True).estimate
 
     spaces = NearestOrbit().spaces(toy.architecture)
     inside = {name for name, space in spaces.items() if space.role not in ("norm", "residual")}
@@ -116,13 +138,11 @@ def test_every_element_belongs_to_its_group(name: str, network: Build) -> None:
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_blocks_compute_the_same(name: str, network: Build) -> None:
-    toy = network(name)
-    protected = toy.transformed(toy.expert(0.1), toy.key(4.0))
-    estimate = NearestOrbit().estimate(protected, toy.base, toy.architecture)
-    recovered = toy.transformed(protected, *estimate.gauges)
+def test_blocks_compute_the_same(name: str, network: Build, attack: Attack) -> None:
+    toy, attempt = network(name), attack(name, ENDS[-1])
+    recovered = toy.transformed(attempt.protected, *attempt.estimate.gauges)
 
-    assert compare(protected, recovered, toy.architecture, condition=estimate.condition()).is_equal
+    assert compare(attempt.protected, recovered, toy.architecture, condition=attempt.estimate.condition()).is_equal
 
 
 @pytest.mark.parametrize(

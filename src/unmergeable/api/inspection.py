@@ -11,16 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unmergeable.api.opened import open_base, open_with_architecture
-from unmergeable.api.protection import describe_groups
+from unmergeable.api.exact import describe_groups
+from unmergeable.api.opened import RenamedSource, open_base, open_with_architecture
 from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.manifest import Manifest, read_manifest
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UnsupportedArchitecture, UsageError
 from unmergeable.gauge.equivalence import UNIT_ROUNDOFF
+from unmergeable.polynomials.layout import SECTION, Section
 from unmergeable.progress import Progress, silent
-from unmergeable.recoveries import Fit, NearestOrbit
+from unmergeable.recoveries import Estimate, Fit, NearestOrbit
 from unmergeable.recoveries.distance import relative_distance
 from unmergeable.recoveries.signs import Sign, find_signs, halves, is_near, structure_signs
 
@@ -34,12 +35,17 @@ Half = Literal["attention", "feed_forward"]
 class BaseComparison:
     """What the base tells: distances of every part of a block, and signs of a protection.
 
-    ``fits`` is empty where the structure differs, and nothing can be compared.
+    ``estimate`` is that of ``nearest_orbit``; None where the structure differs, and nothing can be compared.
     """
 
     folder: Path
-    fits: tuple[Fit, ...]
+    estimate: Estimate | None
     signs: tuple[Sign, ...]
+
+    @property
+    def fits(self) -> tuple[Fit, ...]:
+        """Of every part of a block; none without an estimate."""
+        return () if self.estimate is None else self.estimate.fits
 
     @property
     def is_plausible(self) -> bool:
@@ -153,7 +159,7 @@ def inspect(
         if base is None:
             raise
         source, architecture, signs = _restructured(checkpoint, base, error)
-        comparison: BaseComparison | None = BaseComparison(base, (), signs)
+        comparison: BaseComparison | None = BaseComparison(base, None, signs)
         groups, errors = {}, {}
     else:
         comparison = None if base is None else _compare(source, architecture, base, sources, progress)
@@ -183,7 +189,7 @@ def _compare(
     estimate = NearestOrbit().estimate(source, base_source, architecture, progress=progress)
     tuned = [open_checkpoint(folder, base=base) for folder in sources]
     signs = find_signs(source, base_source, architecture, estimate, tuned, progress)
-    return BaseComparison(base, estimate.fits, signs)
+    return BaseComparison(base, estimate, signs)
 
 
 def _restructured(
@@ -192,10 +198,18 @@ def _restructured(
     """A checkpoint of no known family whose feed-forwards are not the base's; ``error`` where that is not it."""
     source = open_checkpoint(checkpoint)
     base_source, architecture = open_with_architecture(base)
-    signs = structure_signs(source, base_source, architecture)
+    signs = structure_signs(under_original_names(source), base_source, architecture)
     if not signs:
         raise error
     return source, architecture, tuple(signs)
+
+
+def under_original_names(source: TensorSource) -> TensorSource:
+    """A network of polynomials by the names that the files of its family use; its own are those of the modules."""
+    if SECTION not in source.config:
+        return source
+    layout = Section.from_config(source.config, source.description).layout
+    return RenamedSource(source, {layout.to_disk_name(name): name for name in source.names})
 
 
 def storage_errors(source: TensorSource, architecture: Architecture) -> dict[str, float]:

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
-from typing import Any
+from typing import Any, cast
 
+from unmergeable.api.data_recoveries import DATA_DRIVEN, AttackersData
 from unmergeable.api.inspection import inspect
-from unmergeable.api.opened import architecture_of, open_base, open_with_architecture
+from unmergeable.api.opened import architecture_of, open_base
 from unmergeable.api.workers import one_thread_per_kernel
 from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.open import open_checkpoint
+from unmergeable.checkpoint.partial import require_absent
 from unmergeable.checkpoint.rewrite import OutputTensor, output_like, rewrite
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.gauge.plan import transformed
+from unmergeable.polynomials.layout import SECTION
 from unmergeable.progress import Progress, silent
-from unmergeable.recoveries import OF_ANY_STRUCTURE, RECOVERIES, Estimate, Inputs, Recovered
+from unmergeable.recoveries import (
+    MAY_READ_SOURCES,
+    OF_ANY_STRUCTURE,
+    RECOVERIES,
+    Estimate,
+    Inputs,
+    NearestOrbit,
+    Recovered,
+    Recovery,
+    WeightRecovery,
+)
 from unmergeable.settings import configure, nearest, settings_of
 
 AUTO = "auto"
@@ -28,7 +43,8 @@ class RecoverResult:
     """Distances are relative Frobenius norms over the weights the method fits: ‖W − W_base‖ / ‖W_base‖.
 
     ``confidence``: from 0 (what fitting an unrelated base gives) to 1 (the base itself). All three are None for methods
-    that fit no change of basis. ``findings``: what else the method found out.
+    that fit no change of basis. ``findings``: what else the method found out. ``learnt``: what it found out from data,
+    None where it took none.
     """
 
     out: Path
@@ -41,6 +57,7 @@ class RecoverResult:
     confidence: float | None
     parts: tuple[Mapping[str, Any], ...]
     cpu_seconds: float
+    learnt: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -49,6 +66,7 @@ class RecoverResult:
             "settings": dict(self.settings),
             "exact": self.is_exact,
             "findings": dict(self.findings),
+            "learnt": None if self.learnt is None else dict(self.learnt),
             "distance_before": self.distance_before,
             "distance_after": self.distance_after,
             "confidence": self.confidence,
@@ -64,50 +82,68 @@ def recover(
     method: str,
     out: Path,
     sources: Sequence[Path] = (),
+    data: Path | None = None,
+    head: Path | None = None,
+    encoder: Path | None = None,
     settings: Mapping[str, object] | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> RecoverResult:
-    """Estimate and undo a protection with nothing but the base (and public fine-tunes of it, for one method).
+    """Undo a protection, as far as the method can, with the base and what else an attacker may hold.
 
     Args:
-        protected: the checkpoint to work on.
+        protected: the checkpoint to work on: the release, or for some methods a merge that contains it.
         base: what it was fine-tuned from.
         method: a recovery (``methods`` lists them), or ``auto`` for the one that ``inspect`` finds a sign for. Of those
             marked exact, the result computes what ``protected`` does.
         out: folder to create.
-        sources: public fine-tunes of the base that may be mixed into it.
+        sources: public fine-tunes of the base that may be mixed into it; for ``unmask`` and ``grad_erase`` the release;
+            for ``few_shot`` the model without the victim to compare with.
+        data: the attacker's examples, a local file or folder (see ``unmergeable.data``), for methods that need data.
+        head: file of the task's head (``unmergeable.tasks``), where the network has none of its own.
+        encoder: folder whose tokenizer or image processor prepares the data; ``base`` if None.
         settings: of the method.
         threads: tensors worked on at a time; None for one per processor.
-        progress: told of parts estimated and bytes written.
+        progress: told of parts estimated, steps trained and bytes written.
 
     Raises:
-        UsageError: unknown recovery or setting, sources for a method that reads none, or no sign for ``auto``.
+        UsageError: unknown recovery or setting, sources or data for a method that reads none, none for one that needs
+            them, or no sign for ``auto``.
         Mismatch: ``base`` is not the base of ``protected``'s architecture.
+        BadInput: the data cannot be used.
     """
     started = process_time()
+    known: Estimate | None = None
     if method == AUTO:
-        method = choose(protected, base, sources, progress)
+        method, known = choose(protected, base, sources, progress)
         sources = sources if "sources" in RECOVERIES[method].needs else ()
     if method not in RECOVERIES:
         raise UsageError(f"no recovery is called {method!r}{nearest(method, {**RECOVERIES, AUTO: None})}")
     configured = configure(RECOVERIES[method], settings or {})
-    if sources and "sources" not in configured.needs:
-        raise UsageError(f"{method} reads no sources: leave them out.")
-    inputs = _open(protected, base, sources, of_any_structure=method in OF_ANY_STRUCTURE)
-    recovered = configured.recover(inputs, progress)
+    _require_wanted(configured, sources, data, head, encoder)
+    require_absent(out)
+    inputs = _open(protected, base, sources, configured)
+    learnt: Mapping[str, Any] | None = None
+    if data is not None:
+        found = DATA_DRIVEN[method](configured, inputs, AttackersData(data, encoder or base, head), progress)
+        recovered, learnt = found.recovered, found.facts
+    elif known is not None and configured == NearestOrbit():
+        recovered = Recovered(inputs.protected, estimate=known)
+    else:
+        recovered = cast(WeightRecovery, configured).recover(inputs, progress)
     seconds = process_time() - started
     estimate = recovered.estimate
     details = {"method": method, "settings": settings_of(configured)}
     read = {"protected": inputs.protected, "base": inputs.base}
     read |= {f"source {number}": source for number, source in enumerate(inputs.sources, start=1)}
+    run = hashlib.blake2b(json.dumps(learnt).encode(), digest_size=16).hexdigest()
     with one_thread_per_kernel():
         rewrite(
             recovered.template,
             out,
             _plan(recovered, inputs.architecture),
             manifest={"kind": "recovered", **details, "architecture": inputs.architecture.family},
-            resume_token=f"recover {details} {inputs.base.index.headers_digest}",
+            resume_token=f"recover {details} {inputs.base.index.headers_digest} {run}",
             # Gauges are applied without reading the base again.
             also_read={role: source for role, source in read.items() if source is not recovered.template}
             if estimate is None
@@ -126,11 +162,16 @@ def recover(
         confidence=estimate.confidence if estimate else None,
         parts=_parts(estimate) if estimate else (),
         cpu_seconds=seconds,
+        learnt=learnt,
     )
 
 
-def choose(protected: Path, base: Path, sources: Sequence[Path] = (), progress: Progress = silent) -> str:
+def choose(
+    protected: Path, base: Path, sources: Sequence[Path] = (), progress: Progress = silent
+) -> tuple[str, Estimate | None]:
     """The recovery for the first sign of a protection that ``inspect`` finds and one undoes.
+
+    With it comes the estimate of ``nearest_orbit`` that ``inspect`` made; None where it could not.
 
     Raises:
         UsageError: when there is none.
@@ -140,11 +181,24 @@ def choose(protected: Path, base: Path, sources: Sequence[Path] = (), progress: 
     assert comparison is not None
     for sign in comparison.signs:
         if sign.recovery is not None:
-            return sign.recovery
+            return sign.recovery, comparison.estimate if sign.recovery == NearestOrbit.name else None
     found = f"only of {comparison.signs[0].name}, which none undoes" if comparison.signs else "of none"
     raise UsageError(
         f"auto: {protected} shows signs {found}; `inspect` lists them; name a method to try it all the same."
     )
+
+
+def _require_wanted(
+    method: Recovery, sources: Sequence[Path], data: Path | None, head: Path | None, encoder: Path | None
+) -> None:
+    if sources and "sources" not in method.needs and method.name not in MAY_READ_SOURCES:
+        raise UsageError(f"{method.name} reads no sources: leave them out.")
+    if data is None and "data" in method.needs:
+        raise UsageError(f"{method.name} learns from examples: give them with --data.")
+    if data is not None and "data" not in method.needs:
+        raise UsageError(f"{method.name} reads no data: leave it out.")
+    if data is None and (head is not None or encoder is not None):
+        raise UsageError(f"{method.name}: a head or an encoder is of use with data alone; leave it out.")
 
 
 def _plan(recovered: Recovered, architecture: Architecture) -> tuple[OutputTensor, ...]:
@@ -153,16 +207,18 @@ def _plan(recovered: Recovered, architecture: Architecture) -> tuple[OutputTenso
     return transformed(recovered.template, architecture.symmetry, recovered.estimate.gauges)
 
 
-def _open(protected: Path, base: Path, sources: Sequence[Path], *, of_any_structure: bool) -> Inputs:
-    """Open everything; where ``of_any_structure``, the base alone decides the architecture."""
+def _open(protected: Path, base: Path, sources: Sequence[Path], method: Recovery) -> Inputs:
+    """Open everything. Where the structure may have changed, the base alone decides the architecture."""
     tuned = tuple(open_checkpoint(source, base=base) for source in sources)
-    if not of_any_structure:
-        source, architecture = open_with_architecture(protected)
+    source = open_checkpoint(protected)
+    is_changed = method.name in OF_ANY_STRUCTURE or (method.name in DATA_DRIVEN and SECTION in source.config)
+    if not is_changed:
+        architecture = architecture_of(source)
         return Inputs(source, open_base(base, source, architecture), architecture, tuned)
     if not base.exists():
         raise BadInput(f"base {base} does not exist; give the folder of the checkpoint this model was fine-tuned from.")
     base_source = open_checkpoint(base)
-    return Inputs(open_checkpoint(protected), base_source, architecture_of(base_source), tuned)
+    return Inputs(source, base_source, architecture_of(base_source), tuned)
 
 
 def _parts(estimate: Estimate) -> tuple[Mapping[str, Any], ...]:

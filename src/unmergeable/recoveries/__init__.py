@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from unmergeable.recoveries.diagonal_ratio import DiagonalRatio
+from unmergeable.recoveries.few_shot import FewShot
+from unmergeable.recoveries.grad_erase import GradErase
 from unmergeable.recoveries.kabsch import Kabsch
+from unmergeable.recoveries.layerwise_ridge import LayerwiseRidge
 from unmergeable.recoveries.nearest_orbit import NearestOrbit
 from unmergeable.recoveries.neuron_matching import NeuronMatching
-from unmergeable.recoveries.recovery import Estimate, Fit, Inputs, Recovered, Recovery
+from unmergeable.recoveries.recovery import Estimate, Fit, Inputs, Recovered, Recovery, WeightRecovery
 from unmergeable.recoveries.revert_to_base import RevertToBase
 from unmergeable.recoveries.source_subtraction import SourceSubtraction
 from unmergeable.recoveries.task_vector_rescale import TaskVectorRescale
@@ -18,9 +21,12 @@ __all__ = [
     "RECOVERIES",
     "DiagonalRatio",
     "Estimate",
+    "FewShot",
     "Fit",
+    "GradErase",
     "Inputs",
     "Kabsch",
+    "LayerwiseRidge",
     "NearestOrbit",
     "NeuronMatching",
     "Recovered",
@@ -30,6 +36,7 @@ __all__ = [
     "TaskVectorRescale",
     "TaylorInversion",
     "Unmask",
+    "WeightRecovery",
 ]
 
 RECOVERIES: dict[str, type[Recovery]] = {
@@ -44,8 +51,14 @@ RECOVERIES: dict[str, type[Recovery]] = {
         SourceSubtraction,
         TaylorInversion,
         Unmask,
+        FewShot,
+        LayerwiseRidge,
+        GradErase,
     )
 }
 
 OF_ANY_STRUCTURE = frozenset({RevertToBase.name, TaylorInversion.name})
 """Recoveries of checkpoints whose layers are no longer the base's; the others need a family with a symmetry map."""
+
+MAY_READ_SOURCES = frozenset({FewShot.name})
+"""Recoveries that do without sources and make use of them."""

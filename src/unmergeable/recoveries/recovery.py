@@ -115,7 +115,8 @@ class Recovered:
 class Recovery(Protocol):
     """One attack. ``exact``: the result computes what the protected checkpoint computes.
 
-    ``needs`` names what it reads besides the protected checkpoint: "base", "sources".
+    ``needs`` names what it reads besides the protected checkpoint: "base", "sources", "data". Those that need data are
+    settings; live networks carry them out.
     """
 
     name: ClassVar[str]
@@ -124,6 +125,10 @@ class Recovery(Protocol):
     needs: ClassVar[tuple[str, ...]]
 
     def validate(self) -> None: ...
+
+
+class WeightRecovery(Recovery, Protocol):
+    """A recovery that looks at weights alone."""
 
     def recover(self, inputs: Inputs, progress: Progress) -> Recovered:
         """Find out what to change; writes nothing."""
