@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 from typing import Any
 
@@ -25,15 +26,21 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def svg(figure: Any) -> str:
-    """The figure as text to put into a page; the same figure gives the same text."""
+def svg(figure: Any, title: str = "") -> str:
+    """The figure as text to put into a page; the same figure gives the same text.
+
+    With a ``title``, a screen reader says it and passes over the numbers on the axes: give those as a table.
+    """
     import matplotlib as mpl
 
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "unmergeable", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :].replace("#000000", "currentColor")
+    text = text[text.index("<svg") :].replace("#000000", "currentColor")
+    if not title:
+        return text
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
 
 
 def plain(axes: Any) -> None:
