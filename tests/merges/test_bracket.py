@@ -1,5 +1,6 @@
 """A sample only saves a pass: the magnitude found is exact, or none is."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -81,6 +82,7 @@ def test_few_are_kept() -> None:
         vector = task_vectors()[name]
         samples, _ = bracket._samples([tensor_operand("", torch.zeros(SIZE)), tensor_operand("", vector)])
         its = bracket._bracket(samples[0], SIZE // 5, SIZE)
-        its.sort_in(vector.abs().numpy())
+        its.sort_in(vector.abs().numpy(), np.empty((2, SIZE), dtype=bool))
         assert sum(map(len, its.between)) < 0.03 * SIZE, name
-        assert its.above + its.at_high + its.at_low + sum(map(len, its.between)) <= SIZE
+        assert its.reaching + its.at_low + sum(map(len, its.between)) <= SIZE
+        assert its.at_ends == (name != "normal")

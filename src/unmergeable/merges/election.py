@@ -27,7 +27,7 @@ from unmergeable.merges.method import require_choice
 Average = Literal["count", "weight", "sum"]
 Undecided = Literal["drop", "positive"]
 
-SPARE = 3
+SPARE = 2
 """Buffers that :func:`add_elected` needs."""
 
 
@@ -58,21 +58,22 @@ def add_elected(
         average: what divides the sum.
         undecided: what a mass of 0 elects.
     """
-    elected, total, agreeing = spare
+    elected, total = spare
     _add_up(weighted, out=elected)
     if undecided == "positive":
-        torch.copysign(total.fill_(1), elected.add_(0), out=elected)  # a mass of -0 becomes +0 first
+        elected.ge_(0).mul_(2).sub_(1)
     else:
         elected.sign_()
 
-    # Comparisons and masks are slow on the CPU. Multiplied by the elected sign, those that agree are positive.
+    # Masks and selections are slow on the CPU. Multiplied by the elected sign, those that agree are positive.
     magnitudes = [task_vector.mul_(elected).relu_() for task_vector in weighted]
     _add_up(magnitudes, out=total)
     if average != "sum":
-        votes = [magnitude.sign_() for magnitude in magnitudes]
-        if average == "weight":
-            votes = [vote.mul_(coefficient) for vote, coefficient in zip(votes, coefficients, strict=True)]
-        _add_up(votes, out=agreeing)
+        shares = coefficients if average == "weight" else [1.0] * len(weighted)
+        first, *others = (magnitude.gt_(0) for magnitude in magnitudes)
+        agreeing = first.mul_(shares[0])
+        for vote, share in zip(others, shares[1:], strict=True):
+            agreeing.add_(vote, alpha=share)
         # Where nobody agrees the total is 0 too, and 0 / tiny = 0.
         total.div_(agreeing.clamp_min_(torch.finfo(agreeing.dtype).tiny))
     return base.addcmul_(total, elected, value=scaling_coefficient)

@@ -155,7 +155,8 @@ def _merge_block(
         expert.sub_(base)
         if cut is not None:
             torch.hardshrink(expert, cut, out=expert)
-        expert.mul_(coefficient)
+        if coefficient != 1:
+            expert.mul_(coefficient)
     return add_elected(
         base,
         experts,
