@@ -1,7 +1,11 @@
 """Fine-tuning: AdamW with a linear warm-up and a cosine decay to zero, for a fixed number of steps.
 
 The loop knows nothing of models or data: the caller gives batches in the order they are to be seen and a loss, so
-one seed on the caller's side decides the run.
+one seed on the caller's side decides the run. A penalty on weights is part of the loss, which is given the network.
+
+Why not the Trainer of transformers: it wants data sets and collators of its own, is silent about what it does to
+randomness, and keeps a run by writing whole models and pickled optimizer states into folders. This loop is a page,
+resumes bit by bit from one safetensors file (:mod:`.training_state`), and is the same for every network.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from unmergeable.errors import UnmergeableError, UsageError
+from unmergeable.network.training_state import Kept, restore_state, write_state
 from unmergeable.progress import Progress, silent
 
 Batch = tuple[Tensor, ...]
@@ -47,17 +52,23 @@ def train(
     *,
     is_trained: Callable[[str], bool] = lambda name: True,
     seed: int = 0,
+    kept: Kept | None = None,
+    precision: torch.dtype = torch.float32,
     stage: str = "training",
     progress: Progress = silent,
 ) -> list[float]:
     """Change the network's weights in place; it ends in evaluation mode.
 
+    Killed, the same call with the same ``kept`` goes on from the last state kept, and ends with the same bits.
+
     Args:
         network: on any device; batches are moved there.
-        batches: at least ``schedule.steps`` of them.
+        batches: at least ``schedule.steps`` of them. A resumed run draws those it has seen again, to skip them.
         loss: mean loss of a batch.
         is_trained: which parameters may change, by module name; the others stay bit for bit.
         seed: of the network's own randomness (dropout); the global generator is put back afterwards.
+        kept: where the run keeps its state; None keeps nothing.
+        precision: in which the loss is computed, bfloat16 by automatic mixed precision; weights keep theirs.
 
     Returns:
         The loss of each step, before that step was taken.
@@ -66,19 +77,23 @@ def train(
         UsageError: no parameter to train, or too few batches.
         UnmergeableError: the loss is no longer finite.
     """
-    trained = [parameter for name, parameter in network.named_parameters() if is_trained(name)]
+    named = {name: parameter for name, parameter in network.named_parameters() if is_trained(name)}
+    trained = list(named.values())
     if not trained:
         raise UsageError("no parameter is left to train; widen the choice of parameters.")
     device = trained[0].device
-    losses: list[float] = []
+    is_mixed = precision != torch.float32
     with _only_these_learn(network, trained), _seeded(seed, device):
         optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
         network.train()
-        for step, batch in enumerate(islice(batches, schedule.steps)):
+        state = {**named, **dict(network.named_buffers())}
+        losses = [] if kept is None else restore_state(kept, state, optimizer, device)
+        for step, batch in enumerate(islice(batches, len(losses), schedule.steps), start=len(losses)):
             progress(stage, step, schedule.steps, "steps")
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
-            value = loss(network, tuple(tensor.to(device) for tensor in batch))
+            with torch.autocast(device.type, dtype=precision if is_mixed else None, enabled=is_mixed):
+                value = loss(network, tuple(tensor.to(device) for tensor in batch))
             optimizer.zero_grad()
             value.backward()
             nn.utils.clip_grad_norm_(trained, schedule.max_gradient_norm)
@@ -86,6 +101,8 @@ def train(
             if not math.isfinite(losses[-1]):
                 raise UnmergeableError(f"{stage}: the loss is {losses[-1]} at step {step}; lower the learning rate.")
             optimizer.step()
+            if kept is not None and (step + 1) % kept.every == 0:
+                write_state(kept, state, optimizer, device, losses)
     network.eval()
     if len(losses) < schedule.steps:
         raise UsageError(f"{stage}: batches for {len(losses)} of {schedule.steps} steps; give more of them.")
