@@ -50,6 +50,10 @@ def test_protect_by_default(api: RecordingApi, run: Runner) -> None:
         "key": None,
         "seed": None,
         "passphrase": None,
+        "data": None,
+        "head": None,
+        "encoder": None,
+        "siblings": [],
         "dry_run": False,
         "allow_pickle": False,
         "threads": None,
@@ -164,6 +168,7 @@ def test_a_coefficient_is_a_number_after_the_last_equals_sign(text: str, expecte
 
 def test_recover(api: RecordingApi, run: Runner) -> None:
     words = "p --base b --method source_subtraction --set x=1 --out o --source s --source t --threads 1"
+    words += " --data d --head h --encoder e"
 
     positional, options = asked(api, run, "recover", *words.split())
 
@@ -173,6 +178,9 @@ def test_recover(api: RecordingApi, run: Runner) -> None:
         "method": "source_subtraction",
         "out": Path("o"),
         "sources": [Path("s"), Path("t")],
+        "data": Path("d"),
+        "head": Path("h"),
+        "encoder": Path("e"),
         "settings": {"x": "1"},
         "threads": 1,
     }

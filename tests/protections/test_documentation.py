@@ -1,13 +1,15 @@
-"""docs/protections.md names every protection, control and setting, with its default."""
+"""The pages of protections name every one of them, every control and setting, with its default."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-from unmergeable.protections import CONTROLS, PROTECTIONS
+from unmergeable.protections import CONTROLS, POLYNOMIAL_PROTECTIONS, PROTECTIONS, WEIGHT_PROTECTIONS, SensitivityShield
 
-PAGE = (Path(__file__).parents[2] / "docs" / "protections.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "protections.md").read_text(encoding="utf-8")
+SHIELD = (DOCS / "sensitivity-shield.md").read_text(encoding="utf-8")
 
 
 def test_every_method_and_setting_is_documented() -> None:
@@ -19,3 +21,13 @@ def test_every_method_and_setting_is_documented() -> None:
             shown = str(default).lower() if isinstance(default, bool) else f"{default:g}"
             assert shown in row, (name, setting.name)
     assert all(f"`{name}`" in PAGE for name in CONTROLS)
+    assert all(f"`{name}`" in PAGE for name in (*POLYNOMIAL_PROTECTIONS, *WEIGHT_PROTECTIONS))
+
+
+def test_the_shield_is_documented() -> None:
+    for setting in dataclasses.fields(SensitivityShield):
+        (row,) = (line for line in SHIELD.splitlines() if line.startswith(f"| `{setting.name}` |"))
+        default = setting.default
+        assert row.split("|")[2].strip() == (f"{default:g}" if isinstance(default, float) else str(default)), (
+            setting.name
+        )

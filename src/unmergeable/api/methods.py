@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from unmergeable.api.data_merges import DATA_DRIVEN
+from unmergeable.api.steps import METHODS
 from unmergeable.architecture.families import QUERY_KEY_GROUPS, RESIDUAL_GROUPS
 from unmergeable.merges import MERGES
 from unmergeable.polynomials.layout import LAYOUTS
-from unmergeable.protections import CONTROLS, POLYNOMIAL_PROTECTIONS, PROTECTIONS, GaugeProtection, LargestGauge
+from unmergeable.protections import CONTROLS, POLYNOMIAL_PROTECTIONS, PROTECTIONS, LargestGauge, MergeGuard
 from unmergeable.recoveries import RECOVERIES
+
+DIFFUSION = ("UNet2DConditionModel",)
+"""Families without a task that has right and wrong answers."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +49,9 @@ def methods() -> MethodsResult:
             "exact": cls.exact,
             "needs": list(cls.needs),
             "settings": _settings(cls),
-            "families": {name: {"valid": True, "group": _group(cls, name)} for name in families},
+            "families": {family: _validity(cls, family) for family in families},
         }
-        for cls in PROTECTIONS.values()
-    )
-    protections += tuple(
-        {
-            "name": cls.name,
-            "summary": cls.summary,
-            "exact": cls.exact,
-            "needs": list(cls.needs),
-            "settings": _settings(cls),
-            "families": {name: _polynomial_validity(name) for name in families},
-        }
-        for cls in POLYNOMIAL_PROTECTIONS.values()
+        for cls in METHODS.values()
     )
     controls = tuple(
         {
@@ -93,17 +87,17 @@ def methods() -> MethodsResult:
     return MethodsResult(protections, controls, merges, recoveries, families)
 
 
-def _group(cls: type[GaugeProtection], family: str) -> str:
-    """What the family leaves to the protection."""
-    attention = QUERY_KEY_GROUPS[family]
-    return f"{attention}; residual stream: {RESIDUAL_GROUPS[family]}" if cls is LargestGauge else attention
-
-
-def _polynomial_validity(family: str) -> dict[str, Any]:
-    """Whether feed-forwards of a family can be polynomials, and the reason why not."""
-    if family in LAYOUTS:
-        return {"valid": True}
-    return {"valid": False, "reason": "no network of polynomials is known for it"}
+def _validity(cls: type[Any], family: str) -> dict[str, Any]:
+    """What a family leaves to a protection, or the reason why it leaves nothing."""
+    if cls.name in PROTECTIONS:
+        attention = QUERY_KEY_GROUPS[family]
+        residual = f"{attention}; residual stream: {RESIDUAL_GROUPS[family]}"
+        return {"valid": True, "group": residual if cls is LargestGauge else attention}
+    if cls.name in POLYNOMIAL_PROTECTIONS and family not in LAYOUTS:
+        return {"valid": False, "reason": "no network of polynomials is known for it"}
+    if cls is MergeGuard and family in DIFFUSION:
+        return {"valid": False, "reason": "it is trained on the right answers of a task, and these networks have none"}
+    return {"valid": True}
 
 
 def schema() -> dict[str, Any]:
@@ -115,14 +109,14 @@ def schema() -> dict[str, Any]:
                 "method": {"const": name},
                 "settings": {
                     "type": "object",
-                    "properties": {item["name"]: {"type": _json_type(item["type"])} for item in _settings(cls)},
+                    "properties": {item["name"]: _json_schema(item) for item in _settings(cls)},
                     "additionalProperties": False,
                 },
             },
             "required": ["method"],
             "additionalProperties": False,
         }
-        for name, cls in PROTECTIONS.items()
+        for name, cls in METHODS.items()
     ]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -137,17 +131,21 @@ def schema() -> dict[str, Any]:
 def _settings(cls: Any) -> list[dict[str, Any]]:
     hints = get_type_hints(cls)
     return [
-        {
-            "name": field.name,
-            "type": getattr(hints[field.name], "__name__", str(hints[field.name])),
-            "default": field.default,
-        }
-        for field in dataclasses.fields(cls)
+        {"name": field.name, **_type(hints[field.name]), "default": field.default} for field in dataclasses.fields(cls)
     ]
 
 
-def _json_type(name: str) -> str:
-    return {"float": "number", "int": "integer", "bool": "boolean"}.get(name, "string")
+def _type(hint: Any) -> dict[str, Any]:
+    """The name of a setting's type, and what there is to choose from if it is a choice."""
+    if get_origin(hint) is Literal:
+        return {"type": "str", "choices": list(get_args(hint))}
+    return {"type": getattr(hint, "__name__", str(hint))}
+
+
+def _json_schema(setting: Mapping[str, Any]) -> dict[str, Any]:
+    if "choices" in setting:
+        return {"enum": setting["choices"]}
+    return {"type": {"float": "number", "int": "integer", "bool": "boolean"}.get(setting["type"], "string")}
 
 
 def _summary(cls: Any) -> str:

@@ -40,8 +40,9 @@ ATTENTION_NOTE = (
 
 @dataclass(frozen=True)
 class PolynomialResult:
-    """``errors``: of the polynomials within the calibrated ranges, by feed-forward, in units of the activation.
+    """What was (or, in a dry run, would be) written.
 
+    ``errors``: of the polynomials within the calibrated ranges, by feed-forward, in units of the activation.
     ``approximation``: what the written network does on calibration data; None where only heads were changed.
     """
 
@@ -52,6 +53,7 @@ class PolynomialResult:
     errors: Mapping[str, Mapping[str, float]]
     approximation: Approximation | None
     note: str
+    is_dry_run: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -61,6 +63,7 @@ class PolynomialResult:
             "architecture": self.architecture,
             "polynomial_errors": {name: dict(error) for name, error in self.errors.items()},
             "approximation": self.approximation.to_json() if self.approximation else None,
+            "dry_run": self.is_dry_run,
             "note": self.note,
         }
 
@@ -75,6 +78,7 @@ def protect_with_polynomials(
     data: Path | None = None,
     settings: Mapping[str, object] | None = None,
     examples: int = CALIBRATION_EXAMPLES,
+    dry_run: bool = False,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> PolynomialResult:
@@ -89,6 +93,7 @@ def protect_with_polynomials(
             only heads are changed (mergebarrier with parts=attention).
         settings: of the method.
         examples: how many of the data to look at, at most.
+        dry_run: check everything, write nothing.
 
     Raises:
         UsageError: an unknown method or setting, or no data.
@@ -111,6 +116,9 @@ def protect_with_polynomials(
     token = f"polynomials {recipe} {data}"
     if only_heads:
         assert isinstance(protection, MergeBarrier)
+        protection.spaces(architecture)  # refuses a setting that does not fit
+        if dry_run:
+            return PolynomialResult(out, method, chosen, architecture.family, {}, None, ATTENTION_NOTE, is_dry_run=True)
         flipped = edits(architecture.symmetry, [protection.gauge(source, architecture)])
         plan = output_like(source, flipped)
         rewrite(source, out, plan, manifest={**details, "note": ATTENTION_NOTE}, resume_token=token, threads=threads)
@@ -120,8 +128,10 @@ def protect_with_polynomials(
         protection.spaces(architecture)  # a setting that does not fit is refused before the network is loaded
     layout_of(architecture)
     batches = iter(EncodedData(DataSource(data, limit=examples), Encoder(expert), CALIBRATION_BATCH))
-    network = load_network(expert)
     first = list(islice(batches, 1))
+    if dry_run:
+        return PolynomialResult(out, method, chosen, architecture.family, {}, None, NOTE, is_dry_run=True)
+    network = load_network(expert)
     ranges = activation_ranges(network, architecture, chain(first, batches), progress=progress)
     planned = protection.rewriting(source, architecture, ranges)
     found: list[Approximation] = []

@@ -1,104 +1,76 @@
-"""Protect: an expert goes in, a checkpoint that computes the same and does not merge comes out, with a key."""
+"""Protect: an expert goes in, a checkpoint that works alone but does not merge comes out.
+
+One function for every protection and every composition of them. A single step writes OUT itself. Several write their
+results below ``OUT.steps``, each from the one before; the last becomes OUT by a rename, with what the others did in its
+manifest. Everything that can be refused is refused before the first step begins, by a dry run of all of them.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from unmergeable.api.logits import LogitGap, logit_gap
-from unmergeable.api.opened import architecture_of, open_base, open_with_architecture
-from unmergeable.api.recipe import (
-    condition_bound,
-    configure_protections,
-    gauges_of,
-    moves_streams,
-    orders_of,
-    recipe_of,
-    spaces_of,
-    unties,
-)
-from unmergeable.api.untied import UNTIED, UntiedSource, untied
-from unmergeable.api.workers import one_thread_per_kernel, worker_threads
-from unmergeable.architecture import Architecture, Space
-from unmergeable.architecture.residual import OUTPUT_HEAD
-from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
-from unmergeable.checkpoint.manifest import Manifest
-from unmergeable.checkpoint.rewrite import OutputTensor, rewrite
-from unmergeable.checkpoint.source import TensorSource
-from unmergeable.errors import BadInput, KeyFileError, NotEquivalent
-from unmergeable.gauge.act import compute_dtype, edits
-from unmergeable.gauge.equivalence import UNIT_ROUNDOFF, Equivalence, changed_blocks, compare, rounded_factors
-from unmergeable.gauge.gauge import Gauge
-from unmergeable.gauge.key import Key, read_key, write_key
-from unmergeable.gauge.plan import transformed
+from unmergeable.api.exact import protect_exactly, require_apart
+from unmergeable.api.mergeguard import protect_with_mergeguard
+from unmergeable.api.polynomials import protect_with_polynomials
+from unmergeable.api.sensitivity_shield import protect_with_shield
+from unmergeable.api.steps import Reads, Step, steps_of
+from unmergeable.checkpoint.disk import replace_file
+from unmergeable.checkpoint.index import is_adapter
+from unmergeable.checkpoint.manifest import read_manifest
+from unmergeable.checkpoint.open import open_checkpoint
+from unmergeable.checkpoint.partial import require_absent, sync_folder
+from unmergeable.checkpoint.side_files import MANIFEST_NAME
+from unmergeable.errors import BadInput, UsageError
 from unmergeable.progress import Progress, silent
-from unmergeable.protections import GaugeProtection
-from unmergeable.randomness import KEY_BYTES, new_entropy
-from unmergeable.settings import settings_of
+from unmergeable.protections import POLYNOMIAL_PROTECTIONS, PROTECTIONS, SensitivityShield
+from unmergeable.settings import configure
 
-logger = logging.getLogger(__name__)
+EARLIER_STEPS = "earlier_steps"
+"""What the manifest of a composition says of the steps before the last, a list of their manifests without outputs."""
 
-WARNING = (
-    "Stops off-the-shelf merging. Does not stop somebody who holds the base model: the base shows which basis the "
-    "weights started in, and a least-squares fit per head undoes the protection in seconds."
-)
+_REQUEST = "request.json"
 
-VACUOUS = (
-    "The bound on rounding is 1 or more: at this precision the check of the result says nothing. Measure the result on "
-    "your task, or use smaller conditions, a narrower range for params, or float32."
-)
+
+class Protected(Protocol):
+    """What every protection reports."""
+
+    @property
+    def out(self) -> Path: ...
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
-class ProtectResult:
-    """What was (or, in a dry run, would be) written.
+class ComposedResult:
+    """What several steps, one after another, did (or, in a dry run, would do).
 
-    ``predicted_error`` is the bound on each block's relative output error from rounding; ``measured_error`` the largest
-    one found in the written file; ``logits`` the gap of the whole networks' outputs, or why it was not measured.
+    ``steps``: of each what it reported; of one that an interrupted run had finished, what its manifest says. ``key`` of
+    the exact step, None where there is none.
     """
 
     out: Path
-    key: Path
-    fingerprint: str
-    architecture: str
-    protections: tuple[Mapping[str, Any], ...]
-    tensors: int
-    changed_tensors: int
-    condition_bound: float
-    predicted_error: float
-    groups: Mapping[str, str]
+    key: Path | None
+    methods: tuple[str, ...]
+    steps: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...]
     is_dry_run: bool
-    measured_error: float | None = None
-    logits: LogitGap | None = None
-    left_out: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = field(default=(WARNING,))
 
     def to_json(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
-            "key": str(self.key),
-            "key_fingerprint": self.fingerprint,
-            "architecture": self.architecture,
-            "protections": [dict(step) for step in self.protections],
-            "tensors": self.tensors,
-            "changed_tensors": self.changed_tensors,
-            "condition_bound": self.condition_bound,
-            "predicted_block_error": self.predicted_error,
-            "measured_block_error": self.measured_error,
-            "logits": self.logits.to_json() if self.logits else None,
-            "groups": dict(self.groups),
-            "left_out": [{"name": name, "reason": reason} for name, reason in self.left_out],
+            "key": str(self.key) if self.key else None,
+            "methods": list(self.methods),
+            "steps": [dict(step) for step in self.steps],
             "dry_run": self.is_dry_run,
             "notes": list(self.notes),
         }
 
 
-@one_thread_per_kernel()
 def protect(
     expert: Path,
     *,
@@ -109,212 +81,268 @@ def protect(
     settings: Mapping[str, object] | None = None,
     seed: int | None = None,
     passphrase: str | None = None,
+    data: Path | None = None,
+    head: Path | None = None,
+    encoder: Path | None = None,
+    siblings: Sequence[Path] = (),
     dry_run: bool = False,
     allow_pickle: bool = False,
     threads: int | None = None,
     progress: Progress = silent,
-) -> ProtectResult:
-    """Write a protected copy of ``expert`` to ``out`` and its key to ``key``.
+) -> Protected:
+    """Write a protected copy of ``expert`` to ``out``, and a key where an exact method is among them.
 
-    ``out`` appears complete and verified, or not at all. Killed or out of disk, the same call resumes.
+    ``out`` appears complete, or not at all. Killed or out of disk, the same call resumes.
 
     Args:
         expert: checkpoint folder, or a LoRA folder to be merged into ``base`` first.
         base: the checkpoint it was fine-tuned from.
         out: folder to create.
-        method: protections, applied left to right and rounded once.
-        key: key file to create; ``out`` with ``.key`` appended when None. An existing one is used only if it was
-            made by this very call (the same expert, methods and settings), to resume.
-        settings: of the methods.
-        seed: draw the key from a public number instead of the operating system: for experiments only.
+        method: protections, applied left to right; exact ones that stand next to each other are rounded once.
+        key: key file to create where a method is exact; ``out`` with ``.key`` appended when None. An existing one is
+            used only if it was made by this very call, to resume.
+        settings: of the methods, by name, or by ``method.name`` where several have it.
+        seed: of training and of random choices, 0 when None. Of an exact method it draws the key from a public number
+            instead of the operating system: for experiments only.
         passphrase: encrypts the secret in the key file.
+        data: examples of what the expert is used for, for methods that are calibrated or trained.
+        head: file of the task's head, where the expert ends in features (:mod:`unmergeable.tasks`).
+        encoder: folder whose tokenizer or image processor prepares the data; None for the expert's.
+        siblings: other fine-tunes of the base, for ``sensitivity_shield``.
         dry_run: check everything, write nothing.
+        allow_pickle: read a checkpoint that has no safetensors files; exact methods only.
+
+    Returns:
+        A ``ProtectResult``, ``PolynomialResult``, ``ShieldResult`` or ``MergeGuardResult``; of several steps a
+        :class:`ComposedResult`.
 
     Raises:
         UsageError, BadInput, KeyFileError: before the first byte is written.
-        NotEquivalent: the written file does not compute what the expert computes; it is removed.
+        NotEquivalent: the written file does not compute what it should; it is removed.
     """
-    protections = configure_protections(method, settings or {})
-    key_path = key if key is not None else out.with_name(out.name + ".key")
-    source, architecture = open_with_architecture(expert, base=base, allow_pickle=allow_pickle)
-    stored = source
-    if unties(protections):
-        source = untied(stored, architecture)
-        architecture = architecture_of(source)
-    base_source = open_base(base, source, architecture, allow_pickle=allow_pickle)
-    spaces = spaces_of(protections, architecture)
-    is_streaming = moves_streams(spaces)
-    changed = architecture.symmetry.tensors_of(spaces)
-    _require_apart(key_path, out)
-    if out.exists() or out.is_symlink():
-        raise BadInput(f"{out} exists and is never overwritten; name another folder, or remove it.")
-
-    recipe = {**recipe_of(protections, architecture), "source": source.index.headers_digest}
-    secret, is_new_key = _key_for(key_path, recipe, seed, passphrase)
-    if is_new_key and not dry_run:
-        secret = replace(secret, orders=orders_of(protections, architecture, source, base_source, progress))
-    condition = condition_bound(protections)
-    roundoff = max(UNIT_ROUNDOFF[source.spec(name).dtype] for name in changed)
-    predicted = rounded_factors(through_streams=is_streaming) * condition * roundoff
-    result = ProtectResult(
-        out=out,
-        key=key_path,
-        fingerprint=secret.fingerprint,
-        architecture=architecture.family,
-        protections=tuple({"method": step.name, "settings": settings_of(step)} for step in protections),
-        tensors=len(source.names),
-        changed_tensors=len(changed),
-        condition_bound=condition,
-        predicted_error=predicted,
-        groups=describe_groups(architecture, spaces),
-        is_dry_run=dry_run,
-        left_out=tuple((item.name, item.reason) for item in source.index.left_out),
-        notes=(*([VACUOUS] if predicted >= 1 else []), *_unchanged_streams(protections, architecture), WARNING),
+    steps = steps_of(method, settings or {})
+    request = _Request(
+        expert, base, out, key, seed, passphrase, data, head, encoder, tuple(siblings), allow_pickle, threads, progress
     )
-    if dry_run:
-        return result
+    request.require_use(steps)
+    if not out.parent.is_dir():  # found out by the writer as well, but training comes before it
+        raise BadInput(f"{out} cannot be created: its parent folder {out.parent} does not exist; create it first.")
+    if len(steps) == 1:
+        return request.run(steps[0], expert, out, is_dry_run=dry_run)
+    return _compose(request, steps, is_dry_run=dry_run)
 
-    equivalences: list[Equivalence] = []
-    gaps: list[LogitGap] = []
 
-    def verify(written: TensorSource) -> dict[str, Any]:
-        # Every tensor without a leg was copied byte for byte, so only blocks that changed can differ.
-        touched = changed_blocks(architecture, list(spaces))
-        found = compare(
-            source,
-            written,
-            touched,
-            condition=condition,
-            threads=worker_threads(threads),
-            blocks_only=True,
-            through_streams=is_streaming,
-            progress=progress,
-        )
-        if not found.is_equal:
-            raise NotEquivalent(
-                f"{out} would not compute what {expert} computes: {found.explain()}; nothing was written. "
-                "Try a smaller condition number."
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of :func:`protect` that every step shares."""
+
+    expert: Path
+    base: Path
+    out: Path
+    key: Path | None
+    seed: int | None
+    passphrase: str | None
+    data: Path | None
+    head: Path | None
+    encoder: Path | None
+    siblings: tuple[Path, ...]
+    allow_pickle: bool
+    threads: int | None
+    progress: Progress
+
+    @property
+    def key_path(self) -> Path:
+        return self.key or self.out.with_name(f"{self.out.name}.key")
+
+    @property
+    def given(self) -> Mapping[Reads, object]:
+        """What was given for the methods to read."""
+        return {"data": self.data, "head": self.head, "encoder": self.encoder, "siblings": self.siblings}
+
+    def require_use(self, steps: Sequence[Step]) -> None:
+        """Raises UsageError for something that no step has a use for."""
+        names = ",".join(step.name for step in steps)
+        for what, value in self.given.items():
+            if value and not any(what in step.reads for step in steps):
+                raise UsageError(f"{names} with these settings reads no {what}: leave out {what}.")
+        if self.allow_pickle and not steps[0].is_exact:
+            raise UsageError(
+                f"{steps[0].name} reads safetensors only: convert the checkpoint and leave out allow_pickle."
             )
-        equivalences.append(found)
-        gap = logit_gap(stored, written, condition, progress=progress)
-        if gap.is_beyond_bound:
-            raise NotEquivalent(
-                f"{out}: outputs move by {gap.gap:.2e}, rounding explains {gap.bound:.2e}; nothing was written."
-            )
-        gaps.append(gap)
-        return {"measured": _measured(found, gap)}
 
-    gauges = gauges_of(protections, architecture, secret, source)
-    if is_new_key:
-        write_key(key_path, secret, passphrase)
-    try:
-        manifest = rewrite(
-            stored,
-            out,
-            transformed(stored, architecture.symmetry, gauges, extra=_heads_apart(source, architecture, gauges)),
-            config_changes=UNTIED if isinstance(source, UntiedSource) else None,
-            manifest=_manifest(result, recipe, source, changed, seed),
-            resume_token=secret.fingerprint,
-            verify=verify,
-            threads=threads,
-            progress=progress,
-        )
-    except Exception:
-        if is_new_key and not out.with_name(out.name + ".partial").exists():
-            key_path.unlink(missing_ok=True)  # it opens nothing, and would be in the way of the next try
-        raise
-    return _finished(result, manifest, equivalences[0], gaps[0])
+    def run(self, step: Step, source: Path, out: Path, *, is_dry_run: bool) -> Protected:
+        """One step, from the folder ``source`` to the folder ``out``."""
+        return _runner(step)(self, step, source, out, is_dry_run)
 
 
-def _unchanged_streams(protections: Sequence[GaugeProtection], architecture: Architecture) -> list[str]:
-    """Why a protection that changes residual streams leaves one as it is."""
-    if not any(settings_of(protection).get("residual") for protection in protections):
-        return []
-    streams = {name: why for name, why in architecture.symmetry.missing.items() if name.endswith("residual")}
-    return [f"The {name.replace('.', ' ')} stream stays as it is: {reason}." for name, reason in streams.items()]
+_Run = Callable[[_Request, Step, Path, Path, bool], Protected]
 
 
-def _heads_apart(source: TensorSource, architecture: Architecture, gauges: Sequence[Gauge]) -> tuple[OutputTensor, ...]:
-    """The output head of an untied checkpoint, beside the embedding it is made from."""
-    if not isinstance(source, UntiedSource):
-        return ()
-    edit = edits(architecture.symmetry, gauges).get(OUTPUT_HEAD)
-    shard = source.index.entries[source.embedding].shard
-    return (OutputTensor(OUTPUT_HEAD, source.spec(OUTPUT_HEAD), shard, edit=edit, origin=source.embedding),)
+def _runner(step: Step) -> _Run:
+    if step.is_exact:
+        return _run_exact
+    if step.name in POLYNOMIAL_PROTECTIONS:
+        return _run_polynomials
+    return _run_shield if step.name == SensitivityShield.name else _run_mergeguard
 
 
-def _finished(result: ProtectResult, manifest: Manifest, found: Equivalence, gap: LogitGap) -> ProtectResult:
-    left_out = tuple((item.name, item.reason) for item in manifest.left_out)
-    return replace(result, measured_error=max(block.error for block in found.blocks), logits=gap, left_out=left_out)
+def _run_exact(request: _Request, step: Step, source: Path, out: Path, is_dry_run: bool) -> Protected:
+    return protect_exactly(
+        source,
+        base=request.base,
+        out=out,
+        protections=[configure(PROTECTIONS[name], step.settings[name]) for name in step.methods],
+        key=request.key_path,
+        seed=request.seed,
+        passphrase=request.passphrase,
+        dry_run=is_dry_run,
+        allow_pickle=request.allow_pickle,
+        threads=request.threads,
+        progress=request.progress,
+    )
 
 
-def _measured(found: Equivalence, gap: LogitGap) -> dict[str, Any]:
-    worst = found.worst
-    assert worst is not None
-    return {
-        "blocks": len(found.blocks),
-        "largest_block_error": max(block.error for block in found.blocks),
-        "worst_block": worst.name,
-        # Errors of different blocks are independent: their squares add.
-        "predicted_logit_error": math.sqrt(sum(block.error**2 for block in found.blocks)),
-        "logits": gap.to_json(),
-    }
+def _run_polynomials(request: _Request, step: Step, source: Path, out: Path, is_dry_run: bool) -> Protected:
+    return protect_with_polynomials(
+        source,
+        base=request.base,
+        out=out,
+        method=step.name,
+        data=request.data if "data" in step.reads else None,
+        settings=step.settings[step.name],
+        dry_run=is_dry_run,
+        threads=request.threads,
+        progress=request.progress,
+    )
 
 
-def _manifest(
-    result: ProtectResult, recipe: Mapping[str, Any], source: TensorSource, changed: Sequence[str], seed: int | None
-) -> dict[str, Any]:
-    return {
-        "kind": "protected",
-        "recipe": {name: value for name, value in recipe.items() if name != "source"},
-        "architecture": result.architecture,
-        "groups": dict(result.groups),
-        "key_fingerprint": result.fingerprint,
-        "key_from_public_seed": seed is not None,
-        "condition_bound": result.condition_bound,
-        "predicted_block_error": result.predicted_error,
-        "stored_dtypes": sorted({source.spec(name).dtype for name in source.names}),
-        "compute_dtypes": sorted({_computed_in(source.spec(name).dtype) for name in changed}),
-        "changed_tensors": result.changed_tensors,
-        "note": WARNING,
-    }
+def _run_shield(request: _Request, step: Step, source: Path, out: Path, is_dry_run: bool) -> Protected:
+    return protect_with_shield(
+        source,
+        base=request.base,
+        out=out,
+        siblings=request.siblings if "siblings" in step.reads else (),
+        data=request.data if "data" in step.reads else None,
+        encoder=request.encoder,
+        settings=step.settings[step.name],
+        seed=request.seed or 0,
+        threads=request.threads,
+        dry_run=is_dry_run,
+        progress=request.progress,
+    )
 
 
-def _computed_in(stored: str) -> str:
-    return dtype_code(compute_dtype(torch_dtype(stored)))
+def _run_mergeguard(request: _Request, step: Step, source: Path, out: Path, is_dry_run: bool) -> Protected:
+    return protect_with_mergeguard(
+        source,
+        base=request.base,
+        out=out,
+        data=request.data if "data" in step.reads else None,
+        head=request.head,
+        encoder=request.encoder,
+        settings=step.settings[step.name],
+        seed=request.seed or 0,
+        threads=request.threads,
+        dry_run=is_dry_run,
+        progress=request.progress,
+    )
 
 
-def _require_apart(key: Path, out: Path) -> None:
-    target = key.parent.resolve() / key.name
-    for folder in (out, out.with_name(out.name + ".partial")):
-        place = folder.parent.resolve() / folder.name
-        if target == place or place in target.parents:
-            raise KeyFileError(f"key file {key} would lie inside {out}, which you will publish; keep it elsewhere.")
+def _compose(request: _Request, steps: Sequence[Step], *, is_dry_run: bool) -> ComposedResult:
+    """Check every step, do every step, and give the last one's result its place."""
+    require_absent(request.out)
+    place = request.out.with_name(f"{request.out.name}.steps")
+    identity = _identity(request, steps)
+    _require_ours(place, identity)
+    key = request.key_path if any(step.is_exact for step in steps) else None
+    if key is not None:
+        for folder in (request.out, place):
+            require_apart(key, folder)
+    folders = [place / str(number) for number in range(1, len(steps) + 1)]
+    reports: list[Mapping[str, Any]] = [
+        request.run(step, source, request.out, is_dry_run=True).to_json()
+        for step, source, folder in _inputs(request, steps, folders)
+        if not folder.exists()
+    ]
+    if not is_dry_run:
+        place.mkdir(exist_ok=True)
+        replace_file(place / _REQUEST, identity.encode())
+        reports = _run_all(request, steps, folders)
+        _write_earlier_steps(folders)
+        require_absent(request.out)
+        folders[-1].rename(request.out)
+        sync_folder(request.out.parent)
+        shutil.rmtree(place)
+    notes = dict.fromkeys(note for report in reports for note in _notes_in(report))
+    return ComposedResult(
+        request.out, key, tuple(step.name for step in steps), tuple(reports), tuple(notes), is_dry_run
+    )
 
 
-def _key_for(path: Path, recipe: Mapping[str, Any], seed: int | None, passphrase: str | None) -> tuple[Key, bool]:
-    """The key of an interrupted run of this very call, or a new one; and whether it is new."""
-    if path.exists() or path.is_symlink():
-        existing = read_key(path, passphrase)
-        if existing.recipe != recipe:
-            raise KeyFileError(
-                f"key file {path} belongs to another checkpoint or recipe and is never overwritten; name another."
-            )
-        return existing, False
-    if seed is None:
-        return Key(new_entropy(), recipe), True
-    logger.warning("the key is drawn from the public seed %d: anybody can make it again", seed)
-    entropy = hashlib.blake2b(str(seed).encode(), digest_size=KEY_BYTES, person=b"unmergeable-pub").digest()
-    return Key(entropy, recipe), True
+def _run_all(request: _Request, steps: Sequence[Step], folders: Sequence[Path]) -> list[Mapping[str, Any]]:
+    """Do the steps that are not done yet, each from the folder before it; what each has to report."""
+    reports: list[Mapping[str, Any]] = []
+    source = request.expert
+    for step, folder in zip(steps, folders, strict=True):
+        if folder.exists():
+            report = _manifest_json(folder)
+        else:
+            report = request.run(step, source, folder, is_dry_run=False).to_json()
+        reports.append({**report, "out": str(request.out if folder == folders[-1] else folder)})
+        source = folder
+    return reports
 
 
-def describe_groups(architecture: Architecture, spaces: Mapping[str, Space] | None = None) -> dict[str, str]:
-    """For each role among ``spaces`` (those of attention when None), the group used and why it is no larger."""
-    found: dict[str, str] = {}
-    shown = architecture.symmetry.select("query_key", "value_output") if spaces is None else spaces
-    for space in shown.values():
-        reason = f" ({space.limit})" if space.limit else ""
-        text = f"{space.group}{reason}"
-        earlier = found.get(space.role)
-        found[space.role] = text if earlier is None or text in earlier else f"{earlier}; {text}"
-    return found
+def _notes_in(report: Mapping[str, Any]) -> Sequence[str]:
+    """The sentences of a step that the owner has to read."""
+    notes: Sequence[str] = report["notes"] if "notes" in report else [report["note"]]
+    return notes
+
+
+def _inputs(request: _Request, steps: Sequence[Step], folders: Sequence[Path]) -> Iterator[tuple[Step, Path, Path]]:
+    """What a dry run of each step looks at: what the step before it wrote, or else something of the same shapes."""
+    # A LoRA folder is merged by the first step; for the others the base stands in.
+    stand_in = request.base if request.expert.is_dir() and is_adapter(request.expert) else request.expert
+    for number, (step, folder) in enumerate(zip(steps, folders, strict=True)):
+        before = folders[number - 1]
+        yield step, request.expert if number == 0 else before if before.exists() else stand_in, folder
+
+
+def _identity(request: _Request, steps: Sequence[Step]) -> str:
+    """What the work below ``OUT.steps`` was begun for."""
+    paths = {what: value for what, value in request.given.items() if value}
+    source = open_checkpoint(request.expert, base=request.base, allow_pickle=request.allow_pickle)
+    return json.dumps(
+        {
+            "expert": source.index.headers_digest,
+            "base": request.base.resolve(),
+            "steps": [[step.methods, step.settings] for step in steps],
+            "seed": request.seed,
+            **paths,
+        },
+        default=str,
+        sort_keys=True,
+    )
+
+
+def _require_ours(place: Path, identity: str) -> None:
+    """Raises BadInput when ``place`` holds anything but the unfinished work of this very request."""
+    if not place.is_symlink() and (not place.exists() or (place.is_dir() and not any(place.iterdir()))):
+        return
+    told = place / _REQUEST
+    if place.is_symlink() or not told.is_file() or told.read_text() != identity:
+        raise BadInput(f"{place} holds the unfinished work of another request: remove it, or choose another OUT.")
+
+
+def _manifest_json(folder: Path) -> dict[str, Any]:
+    """What a step's manifest says, but for the files that are gone with it."""
+    document = json.loads((folder / MANIFEST_NAME).read_text())
+    return {name: value for name, value in document.items() if name not in ("format_version", "tool", "outputs")}
+
+
+def _write_earlier_steps(folders: Sequence[Path]) -> None:
+    manifest = read_manifest(folders[-1])
+    assert manifest is not None, "every step writes one"
+    earlier = [_manifest_json(folder) for folder in folders[:-1]]
+    record = replace(manifest, details={**manifest.details, EARLIER_STEPS: earlier})
+    replace_file(folders[-1] / MANIFEST_NAME, record.to_json().encode())

@@ -1,4 +1,4 @@
-"""From ``--method a,b --set name=value`` to a list of configured protections, and back from a key file."""
+"""From exact protections to what is recorded of them, and from a key file back to the same gauges."""
 
 from __future__ import annotations
 
@@ -14,41 +14,8 @@ from unmergeable.errors import UsageError
 from unmergeable.gauge.gauge import Gauge
 from unmergeable.gauge.key import Key
 from unmergeable.progress import Progress
-from unmergeable.protections import CONTROLS, PROTECTIONS, GaugeProtection, Weights
-from unmergeable.settings import configure, nearest, settings_of
-
-
-def configure_protections(method: str | Sequence[str], settings: Mapping[str, object]) -> tuple[GaugeProtection, ...]:
-    """The protections named (a list, or one text with commas), in order.
-
-    With several, a setting is written ``method.name``.
-
-    Raises:
-        UsageError: an unknown method or setting, with the nearest known one.
-    """
-    names = [name.strip() for name in method.split(",")] if isinstance(method, str) else list(method)
-    for name in names:
-        if name in CONTROLS:
-            raise UsageError(
-                f"{name!r} is a control and protects nothing; `unmergeable methods` lists the protections."
-            )
-        if name not in PROTECTIONS:
-            raise UsageError(f"no protection is called {name!r}{nearest(name, PROTECTIONS)}")
-    if len(set(names)) < len(names):
-        raise UsageError(f"method list {','.join(names)!r} names a protection twice; name each once.")
-    values: dict[str, dict[str, object]] = {name: {} for name in names}
-    for key, value in settings.items():
-        owner, _, setting = key.rpartition(".")
-        if not owner and len(names) > 1:
-            raise UsageError(
-                f"setting {key!r}: with several methods, write which one it is for, e.g. {names[0]}.{key}."
-            )
-        if owner and owner not in values:
-            raise UsageError(
-                f"setting {key!r} is for {owner!r}, which is not among the methods{nearest(owner, values)}"
-            )
-        values[owner or names[0]][setting] = value
-    return tuple(configure(PROTECTIONS[name], values[name]) for name in names)
+from unmergeable.protections import PROTECTIONS, GaugeProtection, Weights
+from unmergeable.settings import configure, settings_of
 
 
 def recipe_of(protections: Sequence[GaugeProtection], architecture: Architecture) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unmergeable.api.opened import architecture_of, open_with_architecture
+from unmergeable.api.protection import EARLIER_STEPS
 from unmergeable.api.recipe import condition_bound, gauges_of, moves_streams, protections_of, spaces_of, unties
 from unmergeable.api.untied import TIED, untied
 from unmergeable.api.workers import one_thread_per_kernel, worker_threads
@@ -24,13 +26,17 @@ from unmergeable.progress import Progress, silent
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """``measured_error``: largest relative error of a block against the protected checkpoint."""
+    """``measured_error``: largest relative error of a block against the protected checkpoint.
+
+    ``note`` says what was restored where that is not the expert.
+    """
 
     out: Path
     fingerprint: str
     architecture: str
     changed_tensors: int
     measured_error: float
+    note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -39,6 +45,7 @@ class RestoreResult:
             "architecture": self.architecture,
             "changed_tensors": self.changed_tensors,
             "measured_block_error": self.measured_error,
+            "note": self.note,
         }
 
 
@@ -52,18 +59,24 @@ def restore(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> RestoreResult:
-    """Undo a keyed protection.
+    """Undo a keyed protection. Of a composition that ends with one, the result of the steps before it comes back.
 
     Raises:
         KeyFileError: no key, or not the key of this checkpoint; nothing is written.
-        BadInput: ``protected`` was not made by ``protect``.
+        BadInput: ``protected`` was not made by ``protect``, or its last step has no key.
         NotEquivalent: the result does not compute what the protected checkpoint computes (its weights were altered).
     """
     secret = read_key(key, passphrase)
-    source, architecture = open_with_architecture(protected)
     manifest = read_manifest(protected)
+    earlier = () if manifest is None else manifest.details.get(EARLIER_STEPS, ())
     if manifest is None or "key_fingerprint" not in manifest.details:
+        if any("key_fingerprint" in step for step in earlier):
+            raise BadInput(
+                f"{protected}: what was done after the keyed step has no way back, so that the key opens nothing; keep "
+                "the original."
+            )
         raise BadInput(f"{protected} has no unmergeable.json of a keyed protection; there is nothing to restore.")
+    source, architecture = open_with_architecture(protected)
     if manifest.details["key_fingerprint"] != secret.fingerprint:
         raise KeyFileError(
             f"key file {key} (fingerprint {secret.fingerprint[:8]}) is not the key of {protected} "
@@ -107,4 +120,10 @@ def restore(
         progress=progress,
     )
     changed = architecture.symmetry.tensors_of(spaces)
-    return RestoreResult(out, secret.fingerprint, architecture.family, len(changed), errors[0])
+    note = _note(earlier) if earlier else None
+    return RestoreResult(out, secret.fingerprint, architecture.family, len(changed), errors[0], note)
+
+
+def _note(earlier: Sequence[Mapping[str, Any]]) -> str:
+    methods = ", ".join(str(step["recipe"]["method"]) for step in earlier)
+    return f"This is the result of {methods}, which no key undoes, and not the original."

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from unmergeable.cli.command import Outcome, working
 from unmergeable.cli.options import OutOption, PassphraseSwitch, SetOption, ThreadsOption
 from unmergeable.cli.passphrase import read_passphrase
-from unmergeable.cli.protect_polynomials import describe as describe_polynomials
-from unmergeable.cli.protect_polynomials import is_polynomial
+from unmergeable.cli.protect_results import describe
 from unmergeable.cli.recipe import read_recipe
 from unmergeable.errors import UsageError
 from unmergeable.settings import parse_assignments
 
-if TYPE_CHECKING:
-    from unmergeable.api.protection import ProtectResult
-
 DEFAULT_METHOD = "mergelock"
+
+# Named here and not looked up: the registries lie behind an import of torch.
+KEYLESS_METHODS = ("taylor_mlp", "mergebarrier", "mergeguard", "sensitivity_shield")
 
 
 def protect(
@@ -37,8 +35,24 @@ def protect(
     ] = None,
     assignments: SetOption = None,
     data: Annotated[
+        Path | None, typer.Option("--data", metavar="PATH", help="Examples of its use, for methods that need data.")
+    ] = None,
+    head: Annotated[
+        Path | None, typer.Option("--head", metavar="FILE", help="Head of its task, where EXPERT ends in features.")
+    ] = None,
+    encoder: Annotated[
         Path | None,
-        typer.Option("--data", metavar="PATH", help="Examples of its use, for taylor_mlp and mergebarrier."),
+        typer.Option(
+            "--encoder",
+            metavar="FOLDER",
+            help="Whose tokenizer or image processor prepares the data.  [default: EXPERT]",
+        ),
+    ] = None,
+    siblings: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--sibling", metavar="PATH", help="Another fine-tune of BASE, for sensitivity_shield; repeat it for more."
+        ),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", metavar="FILE", help="Methods and settings from a JSON or YAML file.")
@@ -50,7 +64,9 @@ def protect(
     seed: Annotated[
         int | None,
         typer.Option(
-            "--seed", metavar="N", help="For experiments only: draw the key from N. Anybody can draw it again."
+            "--seed",
+            metavar="N",
+            help="Of training. Draws the key too: anybody can draw it again, so for experiments only.",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
@@ -61,8 +77,8 @@ def protect(
 ) -> Outcome:
     """Write a copy that works alone but does not merge, and its key.
 
-    The copy computes what EXPERT computes, up to rounding, and this is checked before OUT appears. The key gives the
-    original back (see `unmergeable restore`).
+    With an exact method the copy computes what EXPERT computes, up to rounding, and this is checked before OUT appears.
+    The key gives the original back (see `unmergeable restore`). The others have no key and change the function.
 
     Exact protections stop off-the-shelf merging; they do not stop somebody who holds the base model (see `unmergeable
     recover`).
@@ -71,22 +87,7 @@ def protect(
       unmergeable protect ./my-llama-8b-medical --base ./Llama-3.1-8B --out ./release
     """
     methods, settings = _requested(method, assignments, recipe)
-    key_options = {"--key": key, "--passphrase": passphrase, "--seed": seed is not None, "--dry-run": dry_run}
-    if is_polynomial(methods, data, key_options | {"--allow-pickle": allow_pickle}):
-        with working(context) as progress:
-            from unmergeable.api.polynomials import protect_with_polynomials
-
-            written = protect_with_polynomials(
-                expert,
-                base=base,
-                out=out,
-                method=methods[0],
-                data=data,
-                settings=settings,
-                threads=threads,
-                progress=progress,
-            )
-        return Outcome(written.to_json(), describe_polynomials(written, base))
+    _require_key_use(methods, {"--key": key, "--passphrase": passphrase})
     secret = read_passphrase(is_asked_for=passphrase, is_new=True)
     with working(context, can_resume=not dry_run) as progress:
         from unmergeable import api
@@ -100,12 +101,23 @@ def protect(
             settings=settings,
             seed=seed,
             passphrase=secret,
+            data=data,
+            head=head,
+            encoder=encoder,
+            siblings=siblings or [],
             dry_run=dry_run,
             allow_pickle=allow_pickle,
             threads=threads,
             progress=progress,
         )
     return Outcome(result.to_json(), describe(result, base))
+
+
+def _require_key_use(methods: Sequence[str], options: Mapping[str, object]) -> None:
+    """Refuse what is about a key where none is made."""
+    for option, given in options.items():
+        if given and all(name.strip() in KEYLESS_METHODS for name in methods):
+            raise UsageError(f"{','.join(methods)} makes no key: leave out {option}.")
 
 
 def _requested(
@@ -116,48 +128,3 @@ def _requested(
     if method is not None or assignments:
         raise UsageError("--recipe already says which methods and settings; give it without --method and --set.")
     return read_recipe(recipe)
-
-
-_ROLES = {
-    "query_key": "query and key",
-    "value_output": "value and output",
-    "heads": "order of heads",
-    "feed_forward": "feed-forward",
-    "experts": "order of experts",
-    "norm": "gains of norms",
-    "residual": "residual stream",
-}
-
-
-def describe(result: ProtectResult, base: Path) -> list[str]:
-    """What the owner has to know after (or, in a dry run, before) protecting."""
-    steps = ", ".join(str(step["method"]) for step in result.protections)
-    changed = f"{result.changed_tensors} of {result.tensors} tensors"
-    verb = "Would protect" if result.is_dry_run else "Protected"
-    lines = [f"{verb}: {result.out} ({steps}; {changed}; {result.architecture})"]
-    lines += [f"  {_ROLES.get(role, role)}: {group}" for role, group in result.groups.items()]
-    if result.is_dry_run:
-        lines += [f"Key: {result.key}, not made yet"]
-        lines += [f"Largest error that rounding may cause in a block: {result.predicted_error:.1e} relative"]
-        lines += _left_out(result)
-        return [*lines, *result.notes, "Dry run: nothing was written."]
-    lines += [
-        f"Key: {result.key} (fingerprint {result.fingerprint[:8]})",
-        "  Keep this file, with a backup, and never upload it: it gives the original back to whoever holds it.",
-    ]
-    assert result.measured_error is not None, "measured whenever something was written"
-    lines += [f"Largest error of a block: {result.measured_error:.1e} relative; bound {result.predicted_error:.1e}"]
-    if result.logits is not None:
-        gap = result.logits
-        measured = (
-            f"not measured: {gap.reason}" if gap.gap is None else f"{gap.gap:.1e} relative; bound {gap.bound:.1e}"
-        )
-        lines += [f"Error of the network's output: {measured}"]
-    lines += _left_out(result)
-    recovered = result.out.with_name(result.out.name + "-recovered")
-    command = ["unmergeable", "recover", str(result.out), "--base", str(base), "--method", "nearest_orbit"]
-    return [*lines, *result.notes, f"See for yourself: {shlex.join([*command, '--out', str(recovered)])}"]
-
-
-def _left_out(result: ProtectResult) -> list[str]:
-    return [f"Left out: {name} ({reason})" for name, reason in result.left_out]

@@ -1,7 +1,9 @@
 """Recipe files: the methods of a protection and their settings, in JSON or YAML.
 
 {"method": "mergelock", "settings": {"condition": 8}}
-{"steps": [{"method": "mergelock", "settings": {"condition": 8}}]}
+{"steps": [{"method": "sensitivity_shield"}, {"method": "gauge", "settings": {"condition": 8}}]}
+
+Every protection may be a step; the library says which orders make sense.
 """
 
 from __future__ import annotations

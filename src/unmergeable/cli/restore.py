@@ -36,4 +36,4 @@ def restore(
         f"Restored: {result.out} ({result.changed_tensors} tensors; {result.architecture})",
         f"Largest difference of a block from the protected one: {result.measured_error:.1e} relative",
     ]
-    return Outcome(result.to_json(), text)
+    return Outcome(result.to_json(), [*text, result.note] if result.note else text)

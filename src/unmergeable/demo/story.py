@@ -181,7 +181,7 @@ def run_demo(out: Path, *, progress: Progress = silent, seed: int = 0) -> DemoRe
         "output_gap": f"{_output_gap(first, protected, tasks[0]):.0e}",
         "condition": f"{CONDITION:g}",
         "kabsch_by_default": f"{100 * stage.scores(gentle_merge)[tasks[0].name]:.0f} %",
-        "largest_block_error": protection.measured_error,
+        "largest_block_error": protection.to_json()["measured_block_error"],
         "attack_seconds": f"{attacks['nearest_orbit'].cpu_seconds:.1f}",
         "restore_gap": f"{_largest_weight_gap(first, out / 'restored'):.0e}",
         "folder": str(out),
