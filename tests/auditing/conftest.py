@@ -47,7 +47,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _learn(network, head, templates, generator)
         network.save_pretrained(folder / name)
         write_head(head, folder / f"{name}-head.safetensors")
-        for part in ("validation", "test"):
+        for part in ("validation", "test", "train"):
             pixels, labels = _examples(templates, IMAGES, generator)
             np.savez(folder / f"{name}-{part}.npz", pixel_values=pixels.numpy(), label=labels.numpy())
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,24 +76,41 @@ def linger(path: Path) -> None:
     time.sleep(60)
 
 
-def test_workers_do_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
+def start_lingering(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """A parent in a session of its own, and its two workers, all at work."""
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
         "if __name__ == '__main__':\n"
         "    from test_pool import linger, run_all\n"
-        "    run_all([(linger, (Path(sys.argv[2]),))] * 2, 2)\n"
+        "    try:\n"
+        "        run_all([(linger, (Path(sys.argv[2]),))] * 2, 2)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted', file=sys.stderr)\n"
     )
-    script = tmp_path / "parent.py"
+    script, pids = folder / "parent.py", folder / "pids"
     script.write_text(code)
-    pids = tmp_path / "pids"
     pids.mkdir()
-    parent = subprocess.Popen([sys.executable, str(script), str(Path(__file__).parent), str(pids)])
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(pids)]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_until(lambda: len(list(pids.iterdir())) == 2)
     workers = [int(path.name) for path in pids.iterdir()]
     assert all(map(is_running, workers))
+    return parent, workers
+
+
+def test_workers_do_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
+    parent, workers = start_lingering(tmp_path)
     parent.kill()
-    parent.wait()
     wait_until(lambda: not any(map(is_running, workers)))
+    parent.communicate()
+
+
+def test_ctrl_c_ends_everything_at_once_and_without_tracebacks(tmp_path: Path) -> None:
+    parent, workers = start_lingering(tmp_path)
+    os.killpg(parent.pid, signal.SIGINT)
+    wait_until(lambda: not any(map(is_running, workers)))
+    _, said = parent.communicate(timeout=30)
+    assert said == "interrupted\n"
 
 
 def is_running(pid: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shutil
@@ -12,55 +11,10 @@ from typing import Any
 
 import pytest
 
+from auditing.documents import WORST, analysed, document
 from unmergeable.auditing.report import PAGE, read_audit, render_report, write_report
-from unmergeable.auditing.verdict import judgement, model_card, star, summary
+from unmergeable.auditing.verdict import TIERS, judgement, model_card, star, summary
 from unmergeable.errors import BadInput
-
-WORST = {
-    "d_star": 0.9,
-    "interval": [0.85, 0.95],
-    "protected": 0.2,
-    "unprotected": 0.8,
-    "without_victim": 0.15,
-    "is_denominator_small": False,
-}
-
-
-def document(**worst: Any) -> dict[str, Any]:
-    """A small result; ``worst`` changes what was found about the protection."""
-    found = {**WORST, **worst}
-    best = {"recovery": None, "merge": "ties", "coefficients": [1.0, 0.5], "uses_victim": True, "cpu_seconds": 1.5}
-    trial = {**found, "rider": "theirs", "seed": 0, "attacks_tried": 7, "best": {"protected": best}}
-    protection = {
-        "is_control": False,
-        "utility": {"expert": 0.9, "protected": 0.88, "loss": 0.02},
-        "tiers": {"T0": {"worst": found, "trials": [trial]}},
-        "matrix": [{"recovery": None, "merge": "ties", "score": 0.2, "attacks": 7}],
-        "fronts": [
-            {
-                "rider": "theirs",
-                "seed": 0,
-                "unprotected": [[0.8, 0.7], [0.5, 0.9]],
-                "protected": [[0.2, 0.7]],
-                "without_victim": [[0.1, 0.9]],
-            }
-        ],
-    }
-    control = {**copy.deepcopy(protection), "is_control": True}
-    line = {"protection": "identity", "seed": 0, "recovery": None, "rider": "theirs", "share": [0.0, 1.0]}
-    return {
-        "plan": {"base": "<base> & more"},
-        "environment": {"unmergeable": "1"},
-        "task": "mine",
-        "kept_share": 0.95,
-        "protections": {"identity": control, "lock": protection},
-        "models": [{"protection": "lock", "recovery": "kabsch", "cpu_seconds": 2.0, "distance_before": None}],
-        "connectivity": [{**line, "scores": {"mine": [0.1, 0.9]}}],
-        "controls": [{"name": "identity", "what": "x", "value": 0.0, "bound": 0.05, "passed": True}],
-        "passed": True,
-        "refused": [{"protection": "lock", "recovery": "kabsch", "reason": "not that <structure>"}],
-        "cells": [],
-    }
 
 
 @pytest.mark.parametrize(
@@ -124,37 +78,127 @@ def test_there_must_be_a_result(tmp_path: Path, content: str | None) -> None:
         read_audit(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def page() -> str:
+    """A page with everything on it."""
+    return render_report(analysed())
+
+
+def test_every_picture_has_its_table_and_a_name(page: str) -> None:
+    # Fronts, line; of two protections and two forms: distances, directions, barrier, landscapes, map, scaling, noise.
+    assert page.count("<figure>") == page.count("The same as a table") == 1 + 1 + 2 + 2 + 1 + 4 + 1 + 2 + 2
+    assert page.count('<svg role="img" aria-label="') == page.count("<figure>")
+    anchors = re.findall(r'<h2 id="([a-z]+)"', page)
+    assert len(anchors) == len(set(anchors)) > 12
+    assert re.findall(r'<a href="#([a-z]+)">', page) == anchors
+    assert page.count("<nav") == 1
+    assert "parts, line of strange, as released: another &lt;structure&gt;" in page
+
+
+def test_parts_that_are_not_there_leave_no_heading() -> None:
+    found = analysed()
+    for model in found["analyses"]["models"]:
+        model["noise"] = model["landscape"] = None
+    page = render_report(found)
+    for heading, is_there in (("noise", False), ("landscapes", False), ("scaling", True), ("refused", True)):
+        assert (f'id="{heading}"' in page) == is_there
+    assert "so only the first is here" not in page
+    found["analyses"]["models"] = [model for model in found["analyses"]["models"] if model["form"] == "raw"]
+    assert "so only the first is here" in render_report(found)
+    found["refused"] = []
+    assert 'id="refused"' not in render_report(found)
+    assert 'id="analyses"' not in render_report(document())
+
+
+def test_as_many_attackers_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attacker who learns from data gets a column, and the page no longer says that nobody did."""
+    monkeypatch.setitem(TIERS, "T2", "an attacker with data")
+    found = document()
+    assert "Nobody here had labelled" in render_report(found)
+    for entry in found["protections"].values():
+        trial = {**entry["tiers"]["T0"]["worst"], "samples": 16}
+        entry["tiers"]["T2"] = {"worst": trial, "trials": [trial]}
+    page = render_report(found)
+    assert "<td>T2, 16 labelled</td>" in page
+    assert f"{star(WORST)}, 16 labelled</span>" in page
+    assert "T2: D* against an attacker with data" in page
+    assert "Nobody here had labelled" not in page
+
+
+def test_refusals_of_one_model_stand_together() -> None:
+    assert "<li>lock, kabsch, linear, slerp: not that &lt;structure&gt;</li>" in render_report(document())
+
+
+def test_the_best_attack_can_be_done_by_hand() -> None:
+    page = render_report(document())
+    assert "--expert release=1 --expert t=0.5 --method ties --out merged" in page
+
+
+def test_how_tasks_were_scored_is_said() -> None:
+    tasks = {"mine": {"kind": "code", "isolation": "<namespaces>"}, "theirs": {"kind": "classification"}}
+    page = render_report({**document(), "tasks": tasks})
+    assert "Task mine: code, isolation &lt;namespaces&gt;." in page
+    assert "Task theirs: classification." in page
+
+
+def test_without_its_cells_the_result_still_makes_a_page() -> None:
+    """As it is committed."""
+    found = document()
+    del found["cells"]
+    assert "550 sets of weights" in render_report({**found, "scored": 550})
+
+
+PROBE = """
+const box = element => element.getBoundingClientRect();
+const meet = (a, b) => a.right > b.left + 1 && b.right > a.left + 1 && a.bottom > b.top + 1 && b.bottom > a.top + 1;
+const crossing = boxes => boxes.flatMap((a, n) => boxes.slice(n + 1).filter(b => meet(a, b))).length;
+window.onload = () => {
+  document.querySelectorAll('details').forEach(one => { one.open = true; });
+  const pictures = [...document.querySelectorAll('figure svg:not(.key)')];
+  document.title = JSON.stringify({
+    wide: [...document.querySelectorAll('main *')].filter(
+      e => !e.closest('.scroll, svg, .away, .skip') && box(e).right > innerWidth + 1).length,
+    cut: pictures.flatMap(svg => [...svg.querySelectorAll('text')].filter(t =>
+      box(t).left < box(svg).left - 1 || box(t).right > box(svg).right + 1 ||
+      box(t).top < box(svg).top - 1 || box(t).bottom > box(svg).bottom + 1)).length,
+    over: pictures.reduce((count, svg) =>
+      count + crossing([...svg.querySelectorAll('[id^="matplotlib.axis"] text')].map(box)), 0),
+    blocks: crossing([...document.querySelectorAll('main > *:not(.skip), .pictures > div')].filter(
+      e => !e.classList.contains('pictures')).map(box)),
+  });
+};
+"""
+
+CONTROLS = (
+    ("</main>", "<div style='width: 3000px'>wide</div></main>"),
+    ('<g id="figure_1">', '<g id="figure_1"><text x="-90" y="20">cut off</text>'),
+    ('<g id="matplotlib.axis_1">', '<g id="matplotlib.axis_1"><text y="50">one</text><text y="52">two</text>'),
+    ("</main>", "<p style='margin-top: -3rem'>over</p></main>"),
+)
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the chromium browser")
 @pytest.mark.parametrize("width", [420, 1200])
-def test_nothing_sticks_out_in_a_browser(tmp_path: Path, width: int) -> None:
-    """Only what may be scrolled by itself is wider than the window. The control is a page with a wide element."""
-    probe = (
-        "<script>window.onload = () => { document.title = [...document.querySelectorAll('main *')].filter("
-        "e => !e.closest('.scroll, svg') && e.getBoundingClientRect().right > innerWidth + 1).length; }</script>"
-    )
-    page = render_report(document())
+def test_nothing_sticks_out_or_overlaps_in_a_browser(tmp_path: Path, width: int, page: str) -> None:
+    """With all tables open. Only what may be scrolled by itself is wider than the window. Each check has a control."""
 
-    def sticking_out(text: str) -> int:
+    def measured(text: str) -> Any:
         file = tmp_path / "page.html"
-        file.write_text(text.replace("</body>", f"{probe}</body>"))
+        file.write_text(text.replace("</body>", f"<script>{PROBE}</script></body>"))
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-        flags += ["--dump-dom", "--virtual-time-budget=2000"]
+        flags += ["--dump-dom", "--virtual-time-budget=2000", f"--user-data-dir={tmp_path / 'profile'}"]
         shown = subprocess.run(
-            [
-                "chromium",
-                *flags,
-                f"--user-data-dir={tmp_path / 'profile'}",
-                f"--window-size={width},900",
-                file.as_uri(),
-            ],
+            ["chromium", *flags, f"--window-size={width},900", file.as_uri()],
             capture_output=True,
             text=True,
             check=True,
             timeout=60,
         )
-        found = re.search(r"<title>(\d+)</title>", shown.stdout)
+        found = re.search(r"<title>(.*)</title>", shown.stdout)
         assert found is not None
-        return int(found[1])
+        return json.loads(found[1])
 
-    assert sticking_out(page) == 0
-    assert sticking_out(page.replace("</main>", "<div style='width: 3000px'>wide</div></main>")) == 1
+    assert measured(page) == {"wide": 0, "cut": 0, "over": 0, "blocks": 0}
+    for place, broken in CONTROLS:
+        page = page.replace(place, broken, 1)
+    assert min(measured(page).values()) > 0

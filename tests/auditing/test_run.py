@@ -12,8 +12,12 @@ import pytest
 import torch
 import yaml
 
+from auditing.timeless import timeless
 from unmergeable import api
+from unmergeable.auditing.cells import Cell, CellStore
+from unmergeable.auditing.lock import locked
 from unmergeable.auditing.run import audit
+from unmergeable.auditing.verdict import verdict
 from unmergeable.errors import BadInput, CheckpointError
 from unmergeable.network.load import load_network
 from unmergeable.tasks import read_head
@@ -32,13 +36,6 @@ def finished(workshop: Path, whole_plan: dict[str, Any], tmp_path_factory: pytes
 @pytest.fixture(scope="module")
 def audited(finished: Path) -> Any:
     return json.loads((finished / "audit.json").read_text())
-
-
-def timeless(document: Any) -> Any:
-    """Without what differs from run to run by its nature."""
-    if isinstance(document, dict):
-        return {key: timeless(value) for key, value in document.items() if "cpu_seconds" not in key}
-    return [timeless(item) for item in document] if isinstance(document, list) else document
 
 
 def test_it_finds_out_what_is_known(audited: dict[str, Any]) -> None:
@@ -114,6 +111,80 @@ def test_what_was_lost_is_computed_again_and_nothing_else(workshop: Path, finish
     assert json.loads((out / "audit.json").read_text()) == again
 
 
+def test_another_structure_is_no_attack_until_it_is_undone(
+    plan_file: Path, document: dict[str, Any], tmp_path: Path
+) -> None:
+    """Polynomials do not merge: that is no attack, not one that scores nothing. A chain of recoveries undoes them."""
+    data = {"data": "mine-train.npz"}
+    document["protect"]["methods"] = [
+        {"name": "polynomials", "method": "taylor_mlp", **data},
+        {"name": "and heads", "method": "mergebarrier", "settings": {"top_k": 4}, **data},
+    ]
+    document["recoveries"] = ["revert_to_base", "taylor_inversion, nearest_orbit"]
+    few = {"line": [0, 1], "coefficients": [0, 1], "noise": [0], "radii": [0.001]}
+    document["analyses"] = {**few, "examples": 20, "draws": 1, "steps": 1, "points": 2}
+    document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
+    plan_file.write_text(yaml.safe_dump(document))
+    found = audit(plan_file, out=tmp_path / "out", workers=1)
+    for name in ("polynomials", "and heads"):
+        protection = found["protections"][name]
+        ordinary, informed = (protection["tiers"][tier]["worst"] for tier in ("T0", "T1"))
+        assert abs(protection["utility"]["loss"]) <= 0.02
+        assert (ordinary["attacks_tried"], ordinary["d_star"]) == (0, 1.0)
+        assert not ordinary["best"]["protected"]["uses_victim"]
+        assert informed["best"]["protected"]["recovery"] == "taylor_inversion, nearest_orbit"
+        assert abs(informed["d_star"]) <= 0.1
+        refused = [item for item in found["refused"] if item["protection"] == name and item["recovery"] is None]
+        assert [item["merge"] for item in refused] == ["task_arithmetic"]
+        assert "no merge with it is possible" in verdict(name, protection)
+    looked_at = {(model["protection"], model["form"]): model["refused"] for model in found["analyses"]["models"]}
+    assert not looked_at["identity", "raw"]
+    assert "belong to another network" in looked_at["polynomials", "raw"]["noise"]
+    # Control: what can be merged is.
+    unprotected = found["protections"]["identity"]
+    assert unprotected["tiers"]["T0"]["worst"]["attacks_tried"] == 2
+    assert "no merge" not in verdict("identity", unprotected)
+
+
+def test_examples_help_every_attacker_alike(plan_file: Path, document: dict[str, Any], tmp_path: Path) -> None:
+    """Tier T2 has what T0 has and trains besides, with and without the victim; T3 has more merges and recoveries."""
+    document["recoveries"] = ["layerwise_ridge"]
+    document["merges"] = ["task_arithmetic", {"method": "adamerging", "settings": {"steps": 2, "examples": 32}}]
+    document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
+    document["tiers"] = ["T0", "T2", "T3"]
+    document["few_shot"] = {"samples": [20], "starts": 1, "settings": {"learning_rates": "1e-3,3e-3", "steps": 40}}
+    for task in document["tasks"]:
+        task["train"] = f"{task['name'].removesuffix('-task')}-train.npz"
+    plan_file.write_text(yaml.safe_dump(document))
+    found = audit(plan_file, out=tmp_path / "out", workers=1)
+    tiers = found["protections"]["mergelock"]["tiers"]
+    (ordinary,), (trained,), (informed,) = (tiers[tier]["trials"] for tier in ("T0", "T2", "T3"))
+    assert [trial["samples"] for trial in (ordinary, trained, informed)] == [None, 20, 20]
+    for who in ("unprotected", "without_victim"):
+        assert trained[who] >= ordinary[who] + 0.05, who
+    assert trained["best"]["without_victim"]["samples"] == 20
+    assert trained["attacks_tried"] == ordinary["attacks_tried"] + 2, "as many as there are rates"
+    by_tier = {tier: [c for c in found["cells"] if c["tier"] == tier] for tier in ("T0", "T1", "T2", "T3")}
+    assert not by_tier["T1"]
+    assert {cell["samples"] for cell in by_tier["T2"]} == {20}
+    assert {(c["recovery"], c["merge"]) for c in by_tier["T3"]} >= {
+        (None, "adamerging"),
+        ("layerwise_ridge", "task_arithmetic"),
+    }
+    assert found["passed"], found["controls"]
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
+    assert timeless(audit(plan_file, out=tmp_path / "out", workers=1)) == timeless(found)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()} == cells
+    # Control: without training, the examples are worth nothing.
+    document["few_shot"]["settings"]["learning_rates"] = "1e-12"
+    document["tiers"] = ["T0", "T2"]
+    document["merges"], document["recoveries"] = ["task_arithmetic"], []
+    plan_file.write_text(yaml.safe_dump(document))
+    (still,) = audit(plan_file, out=tmp_path / "out", workers=1)["protections"]["mergelock"]["tiers"]["T2"]["trials"]
+    for who in ("unprotected", "protected", "without_victim"):
+        assert still[who] == ordinary[who]
+
+
 def test_an_expert_of_another_base_is_refused_before_any_compute(
     plan_file: Path, document: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -133,6 +204,46 @@ def test_a_folder_of_something_else_is_left_alone(plan_file: Path, tmp_path: Pat
     (tmp_path / "holiday.jpg").write_bytes(b"")
     with pytest.raises(BadInput, match="not the folder of an earlier audit"):
         audit(plan_file, out=tmp_path, workers=1)
+
+
+def test_one_audit_at_a_time(plan_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "cells").mkdir(parents=True)
+    with locked(out), pytest.raises(BadInput, match="an audit that is running") as error:
+        audit(plan_file, out=out, workers=1)
+    assert "\n" not in str(error.value)
+    with locked(out):  # control: it was let go
+        pass
+
+
+def test_ctrl_c_loses_nothing(
+    plan_file: Path, document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after every fourth cell, the same call comes to the result of one that was not."""
+    document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
+    document["tiers"] = ["T0"]
+    plan_file.write_text(yaml.safe_dump(document))
+    expected = audit(plan_file, out=tmp_path / "whole", workers=1)
+    put, written = CellStore.put, []
+
+    def interrupted(store: CellStore, cell: Cell) -> None:
+        put(store, cell)
+        written.append(cell)
+        if len(written) % 4 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CellStore, "put", interrupted)
+    interruptions = 0
+    while True:
+        try:
+            found = audit(plan_file, out=tmp_path / "out", workers=1)
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+            assert not (tmp_path / "out" / "audit.json").exists()
+    assert interruptions >= 3
+    assert timeless(found) == timeless(expected)
+    assert len(written) == len(list((tmp_path / "whole" / "cells").iterdir())), "nothing was computed twice"
 
 
 def test_a_full_disk_stops_the_audit(plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

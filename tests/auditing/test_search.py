@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from unmergeable.auditing.plan import Coefficients
-from unmergeable.auditing.search import Point, coarse_points, next_points
+from unmergeable.auditing.search import Point, best_starts, coarse_points, next_points
 
 
 def scores_at(point: Point, best: Point) -> tuple[float, float]:
@@ -40,3 +40,11 @@ def test_it_ends_where_there_is_nothing_between() -> None:
 def test_without_an_attack_that_counts_it_looks_where_one_nearly_does() -> None:
     scored = {(0.0, 0.0): (0.0, 0.1), (1.0, 0.0): (0.9, 0.2), (0.0, 1.0): (0.1, 0.8), (1.0, 1.0): (0.5, 0.5)}
     assert next_points(scored, 0.95, 2) == [(0.5, 1.0), (0.0, 0.5)]
+
+
+def test_starts_are_the_best_of_every_sweep_first() -> None:
+    a, b, c, d = (0.5, 1.0), (1.0, 1.0), (1.5, 1.0), (0.0, 1.0)
+    sweeps = [{a: (0.9, 0.96), b: (0.8, 0.96), c: (0.99, 0.5)}, {a: (0.5, 0.97), d: (0.6, 0.97)}, {b: (1.0, 0.9)}]
+    assert best_starts(sweeps, 0.95, 4) == [(0, a), (1, d), (2, b), (0, b)]
+    assert best_starts(sweeps, 0.95, 2) == [(0, a), (1, d)]
+    assert best_starts([{}], 0.95, 2) == []

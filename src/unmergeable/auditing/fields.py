@@ -41,15 +41,23 @@ class Entry:
 
     def path(self, key: str, folder: Path) -> Path:
         """A path, relative to ``folder``, at which there is something."""
-        path = folder / self.text(key)
-        if not path.exists():
-            raise BadInput(f"{self.where}, {key}: {path} does not exist; paths are relative to the plan.")
-        return path
+        return self._existing(key, folder / self.text(key))
 
     def checkpoint(self, key: str, folder: Path) -> Path:
         """A path as :meth:`path`, or the name of a checkpoint on the hub as it stands."""
-        text = self.text(key)
-        return Path(text) if is_on_hub(text) else self.path(key, folder)
+        return self._checkpoint(key, self.text(key), folder)
+
+    def checkpoints(self, key: str, folder: Path) -> tuple[Path, ...]:
+        """A list of what :meth:`checkpoint` gives, empty when it is missing."""
+        return tuple(self._checkpoint(key, text, folder) for text in self.texts(key))
+
+    def _checkpoint(self, key: str, text: str, folder: Path) -> Path:
+        return Path(text) if is_on_hub(text) else self._existing(key, folder / text)
+
+    def _existing(self, key: str, path: Path) -> Path:
+        if not path.exists():
+            raise BadInput(f"{self.where}, {key}: {path} does not exist; paths are relative to the plan.")
+        return path
 
     def whole(self, key: str, default: int, *, least: int = 1) -> int:
         """A whole number of at least ``least``."""

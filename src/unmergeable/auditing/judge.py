@@ -18,6 +18,7 @@ from unmergeable.auditing.models import IDENTITY, SCALE, Variant
 from unmergeable.auditing.plan import MethodEntry, Plan, Tier
 from unmergeable.auditing.search import Point
 from unmergeable.auditing.worst_case import KEPT_SHARE, Menu, WorstCase, pareto_front, worst_case
+from unmergeable.recoveries import FewShot
 
 IDENTITY_BOUND, SCALE_BOUND = 0.05, 0.1
 """The largest |D*| the controls may have: neither protects anything."""
@@ -30,7 +31,7 @@ PLANTED_BOUND = 1.02
 class Attack:
     """One set of merged weights, scored. ``variant`` is None where the victim was left alone.
 
-    ``test`` is None for attacks that no selection would pick.
+    ``test`` is None for attacks that no selection would pick. ``training`` is what came after merging.
     """
 
     variant: Variant | None
@@ -39,6 +40,15 @@ class Attack:
     point: Point | None
     validation: Cell
     test: Cell | None
+    training: FewShot | None = None
+
+    @property
+    def tier(self) -> Tier:
+        """The lowest one whose attacker can do it."""
+        merging: Tier = "T0" if self.merge is None else self.merge.tier
+        return max(
+            "T0" if self.variant is None else self.variant.tier, merging, "T0" if self.training is None else "T2"
+        )
 
     def describe(self) -> dict[str, Any]:
         """What was done, for people who want to do it again."""
@@ -47,12 +57,14 @@ class Attack:
             "merge": None if self.merge is None else self.merge.name,
             "coefficients": None if self.point is None else list(self.point),
             "uses_victim": self.variant is not None,
+            "samples": None if self.training is None else self.training.samples,
+            "learning_rate": None if self.training is None else float(self.training.learning_rates),
             "cpu_seconds": round(self.cpu_seconds, 3),
         }
 
     @property
     def cpu_seconds(self) -> float:
-        """Of the recovery and of merging and scoring once; the search for the coefficients is not in it."""
+        """Of the recovery, of merging, training and scoring once; the search for the coefficients is not in it."""
         return self.validation.cpu_seconds + (0.0 if self.variant is None else self.variant.cpu_seconds)
 
 
@@ -66,24 +78,29 @@ class Contest:
     rider_alone: Credits
     attacks: tuple[Attack, ...]
 
-    def attacks_on(self, protection: str, seed: int, tier: Tier) -> list[Attack]:
-        """What an attacker of this tier may do to a protected model. Tiers contain the lower ones."""
+    def attacks_on(self, protection: str, seed: int, tier: Tier, samples: int | None = None) -> list[Attack]:
+        """What an attacker of this tier with so many labelled examples may do to a protected model."""
+        return [
+            attack
+            for attack in self._within(tier, samples)
+            if attack.variant is not None and (attack.variant.protection, attack.variant.seed) == (protection, seed)
+        ]
+
+    def without_victim(self, tier: Tier, samples: int | None = None) -> list[Attack]:
+        """What such an attacker can have without it."""
+        return [attack for attack in self._within(tier, samples) if attack.variant is None]
+
+    def _within(self, tier: Tier, samples: int | None) -> list[Attack]:
+        """Tiers contain the lower ones."""
         return [
             attack
             for attack in self.attacks
-            if attack.variant is not None
-            and (attack.variant.protection, attack.variant.seed) == (protection, seed)
-            and (tier != "T0" or attack.variant.recovery is None)
+            if attack.tier <= tier and (attack.training is None or attack.training.samples == samples)
         ]
-
-    @property
-    def without_victim(self) -> list[Attack]:
-        """What can be had without it."""
-        return [attack for attack in self.attacks if attack.variant is None]
 
     def menu(self, attacks: Sequence[Attack]) -> Menu:
         """Their credits; empty when there are none."""
-        reference = self.without_victim[0]
+        reference = self.without_victim("T0")[0]
         assert reference.test is not None
         examples = len(reference.test.credits[self.defended_task])
         untested = np.full(examples, np.nan)
@@ -146,7 +163,12 @@ def _protection(
     protected = min(alone[variant.label][task] for variant in released)
     per_tier: dict[str, Any] = {}
     for tier in plan.tiers:
-        trials = [_trial(contest, name, seed, tier) for contest in contests for seed in seeds]
+        trials = [
+            _trial(contest, name, seed, tier, samples)
+            for contest in contests
+            for seed in seeds
+            for samples in _samples(plan, tier)
+        ]
         per_tier[tier] = {"worst": _worst(trials), "trials": trials}
     matrix = _matrix(plan, contests, name, seeds)
     return {
@@ -155,21 +177,27 @@ def _protection(
         "tiers": per_tier,
         "matrix": matrix,
         "drop_ratio": _drop_ratios(matrix, expert, base),
-        "fronts": [_fronts(contest, name, seeds[0], plan.tiers[-1]) for contest in contests],
+        "fronts": [_fronts(plan, contest, name, seeds[0]) for contest in contests],
     }
 
 
-def _trial(contest: Contest, name: str, seed: int, tier: Tier) -> dict[str, Any]:
-    """One free-rider, one key."""
-    unprotected = contest.attacks_on(IDENTITY, 0, tier)
-    protected = contest.attacks_on(name, seed, tier)
-    without = contest.without_victim
+def _samples(plan: Plan, tier: Tier) -> Sequence[int | None]:
+    """How many labelled examples the attackers of a tier have."""
+    return plan.few_shot.samples if tier in ("T2", "T3") else (None,)
+
+
+def _trial(contest: Contest, name: str, seed: int, tier: Tier, samples: int | None) -> dict[str, Any]:
+    """One free-rider, one key, one number of labelled examples."""
+    unprotected = contest.attacks_on(IDENTITY, 0, tier, samples)
+    protected = contest.attacks_on(name, seed, tier, samples)
+    without = contest.without_victim(tier, samples)
     found = worst_case(contest.menu(unprotected), contest.menu(protected), contest.menu(without), contest.rider_alone)
     menus = {"unprotected": [*unprotected, *without], "protected": [*protected, *without], "without_victim": without}
     chosen = (found.best_unprotected, found.best_protected, found.best_reference)
     return {
         "rider": contest.rider,
         "seed": seed,
+        "samples": samples,
         **_figures(found),
         "attacks_tried": len(protected),
         "search_cpu_seconds": round(sum(attack.cpu_seconds for attack in protected), 1),
@@ -189,9 +217,13 @@ def _figures(found: WorstCase) -> dict[str, Any]:
 
 
 def _worst(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The trial with the lowest D*; None when the victim adds nothing in any of them."""
+    """The trial with the lowest D*, among those with enough to defend if there are any.
+
+    None when the victim adds nothing in any of them.
+    """
     known = [trial for trial in trials if trial["d_star"] is not None]
-    return min(known, key=lambda trial: trial["d_star"]) if known else None
+    told = [trial for trial in known if not trial["is_denominator_small"]]
+    return min(told or known, key=lambda trial: trial["d_star"], default=None)
 
 
 def _best(contest: Contest, attacks: Sequence[Attack]) -> Attack | None:
@@ -204,14 +236,14 @@ def _best(contest: Contest, attacks: Sequence[Attack]) -> Attack | None:
 def _matrix(plan: Plan, contests: Sequence[Contest], name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The best test score of each recovery with each merge, over free-riders and seeds: where the worst case lies."""
     rows = []
-    for recovery in (None, *(entry.name for entry in plan.recoveries if "T1" in plan.tiers)):
-        for merge in plan.merges:
+    for recovery in (None, *(entry.name for entry in plan.recoveries if plan.reaches(entry.tier))):
+        for merge in (merge for merge in plan.merges if plan.reaches(merge.tier)):
             scores, attempts = [], 0
             for contest in contests:
                 for seed in seeds:
                     attacks = [
                         attack
-                        for attack in contest.attacks_on(name, seed, "T1")
+                        for attack in contest.attacks_on(name, seed, plan.tiers[-1])
                         if attack.variant is not None and attack.variant.recovery == recovery and attack.merge == merge
                     ]
                     attempts += len(attacks)
@@ -233,14 +265,17 @@ def _drop_ratios(matrix: Sequence[Mapping[str, Any]], expert: float, base: float
     }
 
 
-def _fronts(contest: Contest, name: str, seed: int, tier: Tier) -> dict[str, Any]:
-    """Test scores of the attacks that no other beats on both tasks, on validation examples."""
+def _fronts(plan: Plan, contest: Contest, name: str, seed: int) -> dict[str, Any]:
+    """Test scores of the strongest attacker's attacks that no other beats on both tasks, on validation examples."""
+    tier = plan.tiers[-1]
+    samples = _samples(plan, tier)[-1]
     groups = {
-        "unprotected": contest.attacks_on(IDENTITY, 0, tier),
-        "protected": contest.attacks_on(name, seed, tier),
-        "without_victim": contest.without_victim,
+        "unprotected": contest.attacks_on(IDENTITY, 0, tier, samples),
+        "protected": contest.attacks_on(name, seed, tier, samples),
+        "without_victim": contest.without_victim(tier, samples),
     }
-    return {"rider": contest.rider, "seed": seed, **{label: _front(contest, group) for label, group in groups.items()}}
+    about = {"rider": contest.rider, "seed": seed, "tier": tier, "samples": samples}
+    return {**about, **{label: _front(contest, group) for label, group in groups.items()}}
 
 
 def _front(contest: Contest, attacks: Sequence[Attack]) -> list[list[float]]:
@@ -274,8 +309,7 @@ def _planted_key(variant: Variant, variants: Sequence[Variant]) -> dict[str, Any
     """How near a fit of changes of basis came; only the one over the largest group must find every planted key."""
     origin = None if variant.recovery is None else _distance_of_expert(variants, variant.recovery)
     after = variant.facts.get("distance_after")
-    is_planted = variant.protection not in (IDENTITY, SCALE) and variant.recovery is not None
-    if not is_planted or not origin or after is None:
+    if not variant.has_key or variant.recovery is None or not origin or after is None:
         return None
     bound = PLANTED_BOUND if variant.facts.get("method") == "nearest_orbit" else None
     return {
@@ -297,9 +331,12 @@ def _distance_of_expert(variants: Sequence[Variant], recovery: str) -> float | N
 
 
 def _bounded(protections: Mapping[str, Any], name: str, bound: float, what: str) -> dict[str, Any]:
-    values = [trial["d_star"] for tier in protections[name]["tiers"].values() for trial in tier["trials"]]
-    known = [abs(value) for value in values if value is not None]
-    value = max(known, default=None)
+    values = [
+        _distance_from_nothing(tier, trial)
+        for tier, found in protections[name]["tiers"].items()
+        for trial in found["trials"]
+    ]
+    value = max((value for value in values if value is not None), default=None)
     return {
         "name": name,
         "what": f"largest |D*|: {what}",
@@ -307,6 +344,15 @@ def _bounded(protections: Mapping[str, Any], name: str, bound: float, what: str)
         "bound": bound,
         "passed": value is not None and value <= bound,
     }
+
+
+def _distance_from_nothing(tier: Tier, trial: Mapping[str, Any]) -> float | None:
+    """|D*|; of attackers who train, the least |D*| in the interval: two trainings end apart by luck alone."""
+    value: float | None = trial["d_star"]
+    low, high = trial["interval"]
+    if value is None or tier in ("T0", "T1") or low is None:
+        return None if value is None else abs(value)
+    return float(max(0.0, low, -high))
 
 
 def _model(variant: Variant) -> dict[str, Any]:
@@ -327,7 +373,7 @@ def _cell(attack: Attack, contest: Contest) -> dict[str, Any]:
         "protection": None if variant is None else variant.protection,
         "seed": None if variant is None else variant.seed,
         "rider": attack.rider,
-        "tier": "T0" if variant is None or variant.recovery is None else "T1",
+        "tier": attack.tier,
         **attack.describe(),
         "scores": {
             part: None

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 from unmergeable import api
 from unmergeable.api.controls import write_control
 from unmergeable.auditing.cells import digest_of, identity
-from unmergeable.auditing.plan import MethodEntry, Plan
+from unmergeable.auditing.plan import MethodEntry, Plan, ProtectionEntry, RecoveryEntry, Tier
 from unmergeable.auditing.scoring import Checkpoint
 from unmergeable.checkpoint.disk import write_file
 from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.progress import Progress
+from unmergeable.recoveries import RECOVERIES
 
 IDENTITY, SCALE = "identity", "scale"
 """The controls: the expert itself, and base + 0.65 (expert - base). Neither protects: an audit must find that out."""
@@ -37,7 +38,9 @@ class Variant:
         protection: name in the plan, or of a control.
         seed: of the protection's key.
         recovery: name in the plan; None where nothing was undone.
+        tier: the lowest one whose attacker has it.
         checkpoint: the model; None where ``refusal`` says why the recovery gave none.
+        has_key: whether it lies in another basis, which a key leads out of; then a recovery has something to find.
         cpu_seconds: what the recovery cost.
         facts: what protection and recovery reported.
     """
@@ -49,6 +52,8 @@ class Variant:
     cpu_seconds: float
     facts: Mapping[str, Any]
     refusal: str = ""
+    has_key: bool = False
+    tier: Tier = "T0"
 
     @property
     def label(self) -> str:
@@ -69,8 +74,7 @@ def make_variants(plan: Plan, folder: Path, digests: Mapping[Path, str], progres
     found = []
     for variant in released:
         found.append(variant)
-        if "T1" in plan.tiers:
-            found += [maker.recovered(variant, recovery) for recovery in plan.recoveries]
+        found += [maker.recovered(variant, recovery) for recovery in plan.recoveries if plan.reaches(recovery.tier)]
     return found
 
 
@@ -95,7 +99,7 @@ class _Maker:
         checkpoint, facts = self._made({"scale": SCALE_FACTOR, **self._origin}, make)
         return Variant(SCALE, 0, None, checkpoint, 0.0, facts)
 
-    def protected(self, entry: MethodEntry, seed: int) -> Variant:
+    def protected(self, entry: ProtectionEntry, seed: int) -> Variant:
         def make(out: Path) -> Mapping[str, Any]:
             key = out.with_name(f"{out.name}.key")
             key.unlink(missing_ok=True)
@@ -107,39 +111,67 @@ class _Maker:
                 method=entry.method,
                 settings=dict(entry.settings),
                 seed=seed,
+                data=entry.data,
+                head=entry.head,
+                encoder=entry.encoder,
+                siblings=entry.siblings,
                 progress=self.progress,
             )
             return result.to_json()
 
-        recipe = {"protect": entry.method, "settings": dict(entry.settings), "seed": seed, **self._origin}
+        recipe = {
+            "protect": entry.method,
+            "settings": dict(entry.settings),
+            "reads": [self.digests[path] for path in entry.paths],
+            "seed": seed,
+            **self._origin,
+        }
         checkpoint, facts = self._made(recipe, make)
-        return Variant(entry.name, seed, None, checkpoint, 0.0, facts)
+        return Variant(entry.name, seed, None, checkpoint, 0.0, facts, has_key=entry.is_exact)
 
-    def recovered(self, variant: Variant, entry: MethodEntry) -> Variant:
+    def recovered(self, variant: Variant, entry: RecoveryEntry) -> Variant:
         """A recovery that refuses a model (its structure, for one) is no failure of the audit."""
         assert variant.checkpoint is not None
-        start = variant.checkpoint
+        recovered = replace(variant, recovery=entry.name, tier=entry.tier, facts={})
+        found, seconds = variant.checkpoint, 0.0
+        facts: Mapping[str, Any] = {}
+        try:
+            for step in entry.steps:
+                found, facts = self._recovered(found, step, entry.sources)
+                seconds += float(facts["cpu_seconds"])
+        except CheckpointError:
+            raise
+        except (BadInput, UsageError) as error:
+            return replace(recovered, checkpoint=None, refusal=str(error))
+        return replace(recovered, checkpoint=found, cpu_seconds=seconds, facts=facts)
+
+    def _recovered(self, start: Checkpoint, step: MethodEntry, sources: Sequence[Path]) -> tuple[Checkpoint, Any]:
+        needs = RECOVERIES[step.method].needs
+        task = self.plan.task(self.plan.victim.task)
+        examples: dict[str, Any] = {"data": task.train, "encoder": task.encoder} if "data" in needs else {}
+        read = tuple(sources) if "sources" in needs else ()
 
         def make(out: Path) -> Mapping[str, Any]:
             result = api.recover(
                 start.path,
                 base=self.plan.base,
-                method=entry.method,
-                settings=dict(entry.settings),
+                method=step.method,
+                settings=dict(step.settings),
+                sources=read,
                 out=out,
                 progress=self.progress,
+                **examples,
             )
             return result.to_json()
 
-        recipe = {"recover": entry.method, "settings": dict(entry.settings), "from": start.digest, **self._origin}
-        try:
-            checkpoint, facts = self._made(recipe, make)
-        except CheckpointError:
-            raise
-        except (BadInput, UsageError) as error:
-            return Variant(variant.protection, variant.seed, entry.name, None, 0.0, {}, str(error))
-        seconds = float(facts["cpu_seconds"])
-        return Variant(variant.protection, variant.seed, entry.name, checkpoint, seconds, facts)
+        recipe = {
+            "recover": step.method,
+            "settings": dict(step.settings),
+            "reads": [self.digests[path] for path in (*read, *(task.paths if examples else ()))],
+            "from": start.digest,
+            "base": self.digests[self.plan.base],
+        }
+        return self._made(recipe, make)
 
     @property
     def _origin(self) -> Mapping[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Protocol
 
 from unmergeable.errors import UnmergeableError
 
@@ -19,14 +20,28 @@ ATTEMPTS = 3
 """How often work is begun that kills its process."""
 
 
+class Pool(Protocol):
+    """Where calls are run: a context manager, after which nothing of it is left."""
+
+    def __enter__(self) -> Pool: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
+        """Do all calls; yield the number and result of each as it is done, in any order."""
+        ...
+
+
 class WorkerPool:
     """Runs calls in ``workers`` processes, which keep what they have loaded from one batch of calls to the next.
 
-    One worker is the calling process. Use it as a context manager: at the end no process is left.
+    None is one for each GPU, or for each processor where there are no GPUs. One worker is the calling process. Use it
+    as a context manager: at the end no process is left.
     """
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
+    def __init__(self, workers: int | None = None) -> None:
+        self._gpus = _count_gpus()
+        self._workers = workers or self._gpus or os.cpu_count() or 1
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> WorkerPool:
@@ -52,10 +67,7 @@ class WorkerPool:
                 yield number, result
             if not waiting:
                 return
-        raise UnmergeableError(
-            f"a worker died {ATTEMPTS} times over the same work: it may need more memory than there is; use fewer "
-            "--workers."
-        )
+        raise died_too_often()
 
     def _attempt(self, calls: dict[int, Call]) -> Iterator[tuple[int, Any]]:
         """Yield results until all are there or a process dies."""
@@ -85,13 +97,40 @@ class WorkerPool:
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # a fork would inherit the locks of torch's threads
-            self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_die_with_parent)
+            numbers = context.SimpleQueue()
+            for number in range(self._workers):
+                numbers.put(number)
+            self._pool = ProcessPoolExecutor(
+                self._workers, mp_context=context, initializer=_begin, initargs=(numbers, self._gpus)
+            )
         return self._pool
 
     def _stop(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def died_too_often() -> UnmergeableError:
+    """The error for work that kills whoever does it."""
+    return UnmergeableError(
+        f"a worker died {ATTEMPTS} times over the same work: it may need more memory than there is; use fewer "
+        "--workers."
+    )
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _begin(numbers: multiprocessing.SimpleQueue[int], gpus: int) -> None:
+    """What a new process does first: see one GPU, end at Ctrl-C without a word, and watch its parent."""
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(numbers.get() % gpus)
+    _die_with_parent()
 
 
 def _die_with_parent() -> None:

@@ -6,13 +6,16 @@ It is made from ``audit.json`` alone, so it can be made again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unmergeable.auditing.models import IDENTITY, SCALE
+from unmergeable.auditing.commands import attack_commands
+from unmergeable.auditing.pictures import Looks, front_picture, line_pictures, number, percent, shown
 from unmergeable.auditing.run import RESULT
 from unmergeable.auditing.verdict import (
+    HINDERS,
+    STOPS,
     TIERS,
     attack,
     failed_controls,
@@ -24,9 +27,12 @@ from unmergeable.auditing.verdict import (
 )
 from unmergeable.checkpoint.disk import replace_file
 from unmergeable.errors import BadInput
-from unmergeable.page import COLOURS, new_figure, plain, render, svg
+from unmergeable.page import render
 
 PAGE = "report.html"
+
+TONES = {"stops": "good", "hinders": "", "does not stop": "bad", "cannot be judged": ""}
+"""The class of a judgement on the page; the words say the same."""
 
 
 def read_audit(folder: Path) -> dict[str, Any]:
@@ -63,23 +69,36 @@ def write_report(folder: Path) -> Path:
 def render_report(document: Mapping[str, Any]) -> str:
     """The page as text."""
     entries = protections(document)
-    riders = [front["rider"] for front in next(iter(entries.values()))["fronts"]]
+    judgements = {name: {t: judgement(found) for t, found in e["tiers"].items()} for name, e in entries.items()}
+    tiers = {tier: TIERS.get(tier, tier) for tier in next(iter(document["protections"].values()))["tiers"]}
+    analyses = document.get("analyses")
     return render(
         "auditing/report.html.j2",
         document=document,
         entries=entries,
         verdicts={name: verdict(name, found) for name, found in entries.items()},
-        judgements={name: {t: judgement(found) for t, found in e["tiers"].items()} for name, e in entries.items()},
+        judgements=judgements,
+        tones=TONES,
+        worst={name: _worst_tone(found.values()) for name, found in judgements.items()},
         stars={name: {t: star(found["worst"]) for t, found in e["tiers"].items()} for name, e in entries.items()},
+        stops=STOPS,
+        hinders=HINDERS,
         attack=attack,
-        tiers=TIERS,
+        named_tiers=tiers,
+        is_without_data=set(tiers) <= {"T0", "T1"},
         failed="" if document["passed"] else failed_controls(document),
         matrices={name: _heat_map(found) for name, found in document["protections"].items()},
-        fronts={name: [(front, _front_picture(front)) for front in found["fronts"]] for name, found in entries.items()},
-        lines={rider: (lines := _lines(document, rider), _line_picture(lines, document["task"])) for rider in riders},
-        riders=riders,
+        refused=_refusals(document["refused"]),
+        fronts=[front_picture(name, front) for name, found in entries.items() for front in found["fronts"]],
+        lines=line_pictures(document),
+        looks=Looks(analyses) if analyses and analyses["models"] else None,
+        by_hand=_by_hand(document, entries),
+        scored=document["scored"] if "scored" in document else len(document["cells"]),
         card=model_card(document),
         plan=json.dumps(document["plan"], indent=2, ensure_ascii=False),
+        shown=shown,
+        percent=percent,
+        number=number,
     )
 
 
@@ -91,60 +110,30 @@ def _heat_map(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "columns": columns, "cells": cells}
 
 
-def _front_picture(front: Mapping[str, Any]) -> str:
-    figure, axes = new_figure(6.4, 4.0)
-    styles = {
-        "unprotected": ("o", "-", COLOURS[0]),
-        "protected": ("s", "--", COLOURS[1]),
-        "without_victim": ("^", ":", "#7a7a7a"),
-    }
-    for label, (marker, style, colour) in styles.items():
-        points = sorted(front[label], key=lambda point: point[1])
-        axes.plot(
-            [100 * rider for _, rider in points],
-            [100 * defended for defended, _ in points],
-            marker=marker,
-            linestyle=style,
-            color=colour,
-            markersize=5,
-            label=label.replace("_", " "),
-        )
-    axes.set_xlabel(f"task of {front['rider']}, per cent right")
-    axes.set_ylabel("defended task, per cent right")
-    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.14))
-    plain(axes)
-    return svg(figure)
+def _worst_tone(judgements: Iterable[str]) -> str:
+    """Of several judgements the worst, as the page colours it."""
+    tones = {TONES[judgement] for judgement in judgements}
+    return next((tone for tone in ("bad", "", "good") if tone in tones), "")
 
 
-def _lines(document: Mapping[str, Any], rider: str) -> list[Mapping[str, Any]]:
-    """Connectivity of the unprotected expert, and of each protected one, as released and recovered."""
+def _refusals(refused: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What could not be done and why; merges of one model that were refused for one reason stand together."""
+    merges: dict[tuple[str, str], list[str]] = {}
+    for item in refused:
+        name = shown(item["protection"]) if item["protection"] else "without the expert"
+        model = name if not item.get("recovery") else f"{name}, {item['recovery']}"
+        merges.setdefault((model, item["reason"]), []).append(item.get("merge") or "")
     return [
-        line
-        for line in document["connectivity"]
-        if line["rider"] == rider
-        and (line["protection"] not in (IDENTITY, SCALE) or (line["protection"] == IDENTITY and not line["recovery"]))
+        f"{model}{', ' if any(names) else ''}{', '.join(dict.fromkeys(filter(None, names)))}: {reason}"
+        for (model, reason), names in merges.items()
     ]
 
 
-def _line_picture(lines: Sequence[Mapping[str, Any]], task: str) -> str:
-    figure, axes = new_figure(6.4, 4.0)
-    for number, line in enumerate(lines):
-        style = ("-", "--", ":", "-.")[number % 4]
-        axes.plot(
-            line["share"],
-            [100 * (1 - s) for s in line["scores"][task]],
-            linestyle=style,
-            marker=".",
-            label=_label(line),
-        )
-    axes.set_xlabel("share of the defended expert")
-    axes.set_ylabel("defended task, per cent wrong")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    plain(axes)
-    return svg(figure)
-
-
-def _label(line: Mapping[str, Any]) -> str:
-    """What a line is called."""
-    name = "unprotected" if line["protection"] == IDENTITY else line["protection"]
-    return name if line["recovery"] is None else f"{name}, after {line['recovery']}"
+def _by_hand(document: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The commands of the best attack on each protection, by the attacker who knows most."""
+    found = {}
+    for name, entry in entries.items():
+        worst = list(entry["tiers"].values())[-1]["worst"]
+        if worst is not None and "best" in worst and "protect" in document["plan"]:
+            found[name] = attack_commands(document["plan"], name, worst)
+    return {name: commands for name, commands in found.items() if commands}

@@ -1,12 +1,14 @@
 """The road of an audit: check the plan, make the models, sweep the attacks, test the contenders, judge.
 
     plan ── models: protected, recovered ── sweeps on validation examples ── contenders on test examples ── D*
+                                                          └── the best of them, trained ────────────────────┘
 
 Everything computed lies in the audit's folder under content-addressed names, so that the same command goes on after
 whatever stopped it:
 
     DIR/models/    protected and recovered checkpoints
     DIR/cells/     scores
+    DIR/analyses/  what :mod:`unmergeable.auditing.analyses` measures
     DIR/audit.json the result
 """
 
@@ -24,13 +26,18 @@ from typing import Any
 import numpy as np
 
 from unmergeable.api.opened import open_base, open_with_architecture
+from unmergeable.auditing.analyses import Surroundings, analyse, subjects_of
 from unmergeable.auditing.cells import Cell, digest_of
 from unmergeable.auditing.judge import Attack, Contest, judge
+from unmergeable.auditing.lock import locked
 from unmergeable.auditing.models import Variant, make_variants
-from unmergeable.auditing.plan import ExpertEntry, MethodEntry, Plan, downloaded, read_plan
-from unmergeable.auditing.pool import Call, WorkerPool
-from unmergeable.auditing.scoring import Checkpoint, Outcome, Part, ScoredTask, Sweep, score_points, search, task_digest
-from unmergeable.auditing.search import Point
+from unmergeable.auditing.plan import ExpertEntry, MethodEntry, Part, Plan, TaskEntry, Tier
+from unmergeable.auditing.plan_file import downloaded, read_plan
+from unmergeable.auditing.pool import Call, Pool, WorkerPool
+from unmergeable.auditing.ray_pool import RayPool
+from unmergeable.auditing.scoring import Checkpoint, Outcome, ScoredTask, Sweep, score_points, search, task_digest
+from unmergeable.auditing.search import Point, best_starts
+from unmergeable.auditing.tuning import Tuning, tune
 from unmergeable.auditing.worst_case import KEPT_SHARE, Menu, contenders
 from unmergeable.checkpoint.disk import replace_file
 from unmergeable.errors import BadInput
@@ -44,15 +51,19 @@ CONNECTION = tuple(number / 10 for number in range(11))
 _ADDED = MethodEntry("task_arithmetic", "task_arithmetic", {})
 
 
-def audit(plan: Path, *, out: Path, workers: int | None = None, progress: Progress = silent) -> dict[str, Any]:
+def audit(
+    plan: Path, *, out: Path, workers: int | None = None, ray: str | None = None, progress: Progress = silent
+) -> dict[str, Any]:
     """Audit protections against an attacker who knows about them.
 
     Interrupted or killed, the same call goes on: nothing that was computed is computed again.
 
     Args:
-        plan: a YAML file (:mod:`unmergeable.auditing.plan`).
+        plan: a YAML file (:mod:`unmergeable.auditing.plan_file`).
         out: folder of the audit; created, or that of an earlier run.
-        workers: processes; None for as many as there are processors. The result does not depend on it.
+        workers: processes; None for one per GPU, or per processor where there are no GPUs.
+        ray: address of a Ray cluster to work on, or "local"; None for processes of this machine. The result depends on
+            neither.
         progress: told of models made and sweeps done.
 
     Returns:
@@ -63,13 +74,13 @@ def audit(plan: Path, *, out: Path, workers: int | None = None, progress: Progre
         NotEquivalent: a protection changed the function.
         CheckpointError: the disk is full or fails; what was done is kept.
     """
-    parsed = downloaded(read_plan(plan))
+    parsed = downloaded(read_plan(plan.absolute()))  # actors of a cluster start in folders of their own
     _require_relatives(parsed)
-    folder = _prepared(out)
-    digests = _digests(parsed, progress)
-    with WorkerPool(workers or os.cpu_count() or 1) as pool:
-        document = _Auditor(parsed, folder, digests, pool, progress).run()
-    replace_file(folder / RESULT, (json.dumps(document, indent=1) + "\n").encode())
+    with locked(_prepared(out)):
+        digests = _digests(parsed, progress)
+        with WorkerPool(workers) if ray is None else RayPool(ray, workers) as pool:
+            document = _Auditor(parsed, out.resolve(), digests, pool, progress).run()
+        replace_file(out / RESULT, (json.dumps(document, indent=1) + "\n").encode())
     return document
 
 
@@ -94,14 +105,10 @@ def _prepared(out: Path) -> Path:
 
 
 def _digests(plan: Plan, progress: Progress) -> dict[Path, str]:
-    paths = [plan.base, *(expert.path for expert in plan.experts)]
-    for task in plan.tasks:
-        paths += [task.validation, task.test, *([] if task.head is None else [task.head])]
-    distinct = list(dict.fromkeys(paths))
     digests = {}
-    for number, path in enumerate(distinct, start=1):
+    for number, path in enumerate(plan.paths, start=1):
         digests[path] = digest_of(path)
-        progress("hashing inputs", number, len(distinct), "files")
+        progress("hashing inputs", number, len(plan.paths), "files")
     return digests
 
 
@@ -113,13 +120,22 @@ class _Job:
     rider: ExpertEntry
     sweep: Sweep
 
+    @property
+    def tier(self) -> Tier:
+        """The lowest one whose attacker can do it."""
+        tiers: tuple[Tier, Tier] = (
+            "T0" if self.variant is None else self.variant.tier,
+            "T0" if self.sweep.merge is None else self.sweep.merge.tier,
+        )
+        return max(tiers)
+
 
 @dataclass(frozen=True)
 class _Auditor:
     plan: Plan
     folder: Path
     digests: Mapping[Path, str]
-    pool: WorkerPool
+    pool: Pool
     progress: Progress
 
     def run(self) -> dict[str, Any]:
@@ -135,14 +151,17 @@ class _Auditor:
             [(search, (job.sweep, self.plan.coefficients, kept[job.rider.name], self._cells)) for job in jobs],
         )
         attacks = self._tested(jobs, found, alone)
+        trained, failures = self._trained(jobs, found, kept)
         lines = self._connections(variants)
-        contests = [self._contest(rider, attacks, alone) for rider in self.plan.riders]
+        contests = [self._contest(rider, [*attacks, *trained], alone) for rider in self.plan.riders]
         document = judge(self.plan, contests, variants, alone_scores=self._alone_scores(alone), lines=lines)
+        analyses = self._analyses(variants)
         refusals = [
             {**_describe(job), "reason": outcome.refusal}
             for job, outcome in zip(jobs, found, strict=True)
             if outcome.refusal
         ]
+        refusals += failures
         refusals += [
             {
                 "protection": variant.protection,
@@ -157,7 +176,9 @@ class _Auditor:
             "plan": self.plan.document,
             "environment": _environment(),
             "digests": {path.name: digest for path, digest in self.digests.items()},
+            "tasks": {task.name: {"kind": task.kind.name, **task.kind.facts()} for task in self.plan.tasks},
             **document,
+            **({} if analyses is None else {"analyses": analyses}),
             "refused": refusals,
         }
 
@@ -165,13 +186,13 @@ class _Auditor:
     def _cells(self) -> Path:
         return self.folder / "cells"
 
-    def _done(self, stage: str, calls: Sequence[Call]) -> list[Outcome]:
-        """The outcomes of all calls, in their order."""
-        outcomes: dict[int, Outcome] = {}
-        self.progress(stage, 0, len(calls), "sweeps")
+    def _done(self, stage: str, calls: Sequence[Call], unit: str = "sweeps") -> list[Any]:
+        """What all calls give, in their order."""
+        outcomes: dict[int, Any] = {}
+        self.progress(stage, 0, len(calls), unit)
         for number, outcome in self.pool.run(calls):
             outcomes[number] = outcome
-            self.progress(stage, len(outcomes), len(calls), "sweeps")
+            self.progress(stage, len(outcomes), len(calls), unit)
         return [outcomes[number] for number in range(len(calls))]
 
     def _checkpoint(self, path: Path) -> Checkpoint:
@@ -179,12 +200,11 @@ class _Auditor:
 
     def _tasks(self, rider: ExpertEntry) -> tuple[ScoredTask, ScoredTask]:
         defended, other = (self.plan.task(name) for name in (self.plan.victim.task, rider.task))
-        parts: tuple[Part, Part] = ("validation", "test")
-        first, second = (
-            ScoredTask(entry, {part: task_digest(entry, self.digests, part) for part in parts})
-            for entry in (defended, other)
-        )
-        return first, second
+        return self._scored(defended), self._scored(other)
+
+    def _scored(self, entry: TaskEntry) -> ScoredTask:
+        parts: list[Part] = ["validation", "test"] if entry.train is None else ["train", "validation", "test"]
+        return ScoredTask(entry, {part: task_digest(entry, self.digests, part) for part in parts})
 
     def _sweep(self, victim: Checkpoint | None, rider: ExpertEntry, merge: MethodEntry | None) -> Sweep:
         return Sweep(self._checkpoint(self.plan.base), victim, self._checkpoint(rider.path), merge, self._tasks(rider))
@@ -221,7 +241,9 @@ class _Auditor:
         for variant in variants:
             if variant.checkpoint is not None:
                 jobs += [
-                    _Job(variant, rider, self._sweep(variant.checkpoint, rider, merge)) for merge in self.plan.merges
+                    _Job(variant, rider, self._sweep(variant.checkpoint, rider, merge))
+                    for merge in self.plan.merges
+                    if self.plan.reaches(merge.tier)
                 ]
         return jobs
 
@@ -259,6 +281,51 @@ class _Auditor:
             for point, cell in outcome.cells.items()
         ]
 
+    def _trained(
+        self, jobs: Sequence[_Job], found: Sequence[Outcome], kept: Mapping[str, float]
+    ) -> tuple[list[Attack], list[dict[str, Any]]]:
+        """Attacks that train the best merges on labelled examples, and those that came to nothing."""
+        if not self.plan.reaches("T2"):
+            return [], []
+        wanted = [
+            (job, Tuning(job.sweep, point, method))
+            for job, point in self._starts(jobs, found, kept)
+            for samples in self.plan.few_shot.samples
+            for method in self.plan.few_shot.methods(samples)
+        ]
+        calls: list[Call] = [(tune, (tuning, self._cells)) for _, tuning in wanted]
+        attacks, failures = [], []
+        for (job, tuning), tuned in zip(wanted, self._done("training merges", calls, "trainings"), strict=True):
+            if tuned.cells is None:
+                failures.append({**_describe(job), **tuning.describe(), "reason": tuned.refusal})
+                continue
+            cells = tuned.cells["validation"], tuned.cells["test"]
+            attacks.append(
+                Attack(job.variant, job.rider.name, job.sweep.merge, tuning.point, *cells, training=tuning.method)
+            )
+        return attacks, failures
+
+    def _starts(
+        self, jobs: Sequence[_Job], found: Sequence[Outcome], kept: Mapping[str, float]
+    ) -> list[tuple[_Job, Point | None]]:
+        """The merges to train: for each free-rider as many of each model, and of what it has without the victim.
+
+        An attacker of tier T3 starts from the best that it has, and has all that one of tier T2 has besides.
+        """
+        groups: dict[tuple[str, tuple[str, int] | None, Tier], list[int]] = {}
+        tiers: tuple[Tier, ...] = ("T2", "T3")
+        for tier in (tier for tier in tiers if self.plan.reaches(tier)):
+            for number, job in enumerate(jobs):
+                if job.tier <= tier:
+                    owner = None if job.variant is None else (job.variant.protection, job.variant.seed)
+                    groups.setdefault((job.rider.name, owner, tier), []).append(number)
+        chosen: dict[tuple[int, Point | None], None] = {}
+        for (rider, _, _), numbers in groups.items():
+            scores = [_means(jobs[number], found[number].cells) for number in numbers]
+            starts = best_starts(scores, kept[rider], self.plan.few_shot.starts)
+            chosen |= dict.fromkeys((numbers[place], point) for place, point in starts)
+        return [(jobs[number], point) for number, point in chosen]
+
     def _contest(
         self, rider: ExpertEntry, attacks: Sequence[Attack], alone: Mapping[str, Mapping[str, Cell]]
     ) -> Contest:
@@ -269,6 +336,19 @@ class _Auditor:
             rider_alone=alone["validation"][rider.name].credits[rider.task],
             attacks=tuple(attack for attack in attacks if attack.rider == rider.name),
         )
+
+    def _analyses(self, variants: Sequence[Variant]) -> dict[str, Any] | None:
+        """Why the figures are what they are, where the plan asks for it."""
+        if self.plan.analyses is None:
+            return None
+        around = Surroundings(
+            self._checkpoint(self.plan.base),
+            self._checkpoint(self.plan.victim.path),
+            tuple((rider.name, self._checkpoint(rider.path)) for rider in self.plan.riders),
+            self._scored(self.plan.task(self.plan.victim.task)),
+            self.plan.analyses,
+        )
+        return analyse(subjects_of(variants), around, self.folder / "analyses", self.pool, self.progress)
 
     def _connections(self, variants: Iterable[Variant]) -> list[dict[str, Any]]:
         """Scores on the line from each free-rider's model to each variant, on test examples."""
@@ -301,6 +381,15 @@ def _menu(job: _Job, cells: Mapping[Point | None, Cell]) -> Menu:
     """A menu whose attacks have no test yet."""
     defended, rider = (np.array([cell.credits[task.entry.name] for cell in cells.values()]) for task in job.sweep.tasks)
     return Menu(defended, rider, np.full((len(cells), 1), np.nan))
+
+
+def _means(job: _Job, cells: Mapping[Point | None, Cell]) -> dict[Point | None, tuple[float, float]]:
+    """Mean credits on the defended task and on the free-rider's."""
+    defended, rider = (task.entry.name for task in job.sweep.tasks)
+    return {
+        point: (float(cell.credits[defended].mean()), float(cell.credits[rider].mean()))
+        for point, cell in cells.items()
+    }
 
 
 def _describe(job: _Job) -> dict[str, Any]:

@@ -1,41 +1,44 @@
 """What happens inside a worker: networks, state dicts and data stay in memory, weights change, credits come out.
 
-A worker builds one network from the base and never another. Merged weights are put in its place without a copy
-(:mod:`unmergeable.network.disk_weights`), so a merge costs its arithmetic and its forward passes.
+A worker builds one network from the base. Merged weights are put in its place without a copy
+(:mod:`unmergeable.network.disk_weights`), so a merge costs its arithmetic and its forward passes. Only a model of
+another structure (feed-forwards of polynomials) is a network of its own; it is scored as it is, and merging refuses it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from time import thread_time
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unmergeable.api.data_merges import DATA_DRIVEN
 from unmergeable.auditing.cells import Cell, CellStore
-from unmergeable.auditing.plan import Coefficients, MethodEntry, TaskEntry
+from unmergeable.auditing.plan import Coefficients, MethodEntry, Part, TaskEntry
 from unmergeable.auditing.search import Point, coarse_points, next_points
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.data import DataSource
 from unmergeable.errors import BadInput, CheckpointError, UsageError
-from unmergeable.merges import MERGES, TaskArithmetic, merge_state_dicts
+from unmergeable.merges import MERGES, AdaMerging, TaskArithmetic, merge_state_dicts
 from unmergeable.network.disk_weights import swapped
+from unmergeable.network.learn_coefficients import learn_coefficients
 from unmergeable.network.load import load_network
+from unmergeable.network.polynomial_network import load_polynomial_network
 from unmergeable.network.task_vectors import TaskVectors
 from unmergeable.network.tasks import Task
-from unmergeable.settings import configure
-from unmergeable.tasks import LabelledData, example_credits
+from unmergeable.polynomials.layout import SECTION
+from unmergeable.settings import configure, settings_of
+from unmergeable.tasks import ChoiceScorer, TaskData, TaskScorer
 
-Part = Literal["validation", "test"]
-
-SPLIT = (0.0, 0.5, 0.5)
-"""Of data given as one file: nothing is trained here, so half is the attacker's and half the judge's."""
+SPLIT = (0.2, 0.4, 0.4)
+"""Of data given as one file: what an attacker may learn from, what it selects on, and what the judge keeps."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ScoredTask:
-    """A task with the digest of its data and head."""
+    """A task with the digests of its data and head, by part; without ``train`` where the plan gives none."""
 
     entry: TaskEntry
     digests: Mapping[Part, str]
@@ -76,9 +79,11 @@ class Sweep:
         models = [checkpoint and checkpoint.digest for checkpoint in (self.base, self.victim, self.rider)]
         if self.merge is None:
             models = [(self.victim or self.rider).digest]
+        learnt = [task.digests["train"] for task in self.tasks] if _learns(self.merge) else None
         return {
             "models": models,
             "merge": merge,
+            "learns_from": learnt,
             "coefficients": None if point is None else list(point),
             "tasks": [[task.entry.name, task.digests[part], task.entry.sizes] for task in self.tasks],
             "part": part,
@@ -108,20 +113,19 @@ def score_points(sweep: Sweep, points: Sequence[Point | None], part: Part, folde
     missing = [point for point, cell in cells.items() if cell is None]
     refusal = ""
     if missing:
-        network = _network(sweep.base.path)
-        tasks = [_task(task.entry, task.digests[part], part) for task in sweep.tasks]
-        weights_at = _weights_of(sweep)
+        tasks = scorers_of(sweep, part)
+        network_at = _networks_of(sweep)
         for point in missing:
             began = thread_time()
             with ExitStack() as stack:
                 try:
-                    stack.enter_context(swapped(network, weights_at(point)))
+                    network = stack.enter_context(network_at(point))
                 except CheckpointError:
                     raise
                 except BadInput as error:
                     refusal = str(error)
                     continue
-                found = {task.name: example_credits(network, task) for task in tasks}
+                found = {name: scorer.credits(network) for name, scorer in tasks.items()}
             cell = Cell(sweep.recipe(point, part), found, thread_time() - began)
             store.put(cell)
             cells[point] = cell
@@ -166,14 +170,25 @@ def _grid(sweep: Sweep, coefficients: Coefficients) -> Coefficients:
     return replace(coefficients, defended=(0.0,), rider=tuple(sorted({*coefficients.rider, 1.0})))
 
 
-def _weights_of(sweep: Sweep) -> Callable[[Point | None], Mapping[str, Tensor]]:
+def _networks_of(sweep: Sweep) -> Callable[[Point | None], AbstractContextManager[Any]]:
+    """Gives the network at a point, for as long as the context lasts."""
+    alone = sweep.victim or sweep.rider
+    if sweep.merge is None and SECTION in open_checkpoint(alone.path).config:
+        return lambda point: nullcontext(_polynomial_network(alone))
+    weights_at = weights_of(sweep)
+    return lambda point: swapped(network_of(sweep.base.path), weights_at(point))
+
+
+def weights_of(sweep: Sweep) -> Callable[[Point | None], Mapping[str, Tensor]]:
     """Gives the weights at a point; they are valid until it is asked for the next ones."""
     if sweep.merge is None:
-        alone = _state(sweep.victim or sweep.rider)
+        alone = state_of(sweep.victim or sweep.rider)
         return lambda point: alone
-    base, rider = (_state(checkpoint) for checkpoint in (sweep.base, sweep.rider))
-    experts = [rider] if sweep.victim is None else [_state(sweep.victim), rider]
+    base, rider = (state_of(checkpoint) for checkpoint in (sweep.base, sweep.rider))
+    experts = [rider] if sweep.victim is None else [state_of(sweep.victim), rider]
     method = configure(MERGES[sweep.merge.method], sweep.merge.settings)
+    if isinstance(method, AdaMerging):
+        return lambda point: _learnt(sweep, method)
     if not isinstance(method, TaskArithmetic):
         return lambda point: merge_state_dicts(base, experts, _of(point, experts), method)
     buffer: dict[str, Tensor] = {}
@@ -187,6 +202,16 @@ def _weights_of(sweep: Sweep) -> Callable[[Point | None], Mapping[str, Tensor]]:
     return added
 
 
+def _learnt(sweep: Sweep, method: AdaMerging) -> Mapping[str, Tensor]:
+    """The merge whose coefficients unlabelled examples of both tasks decide."""
+    vectors = _vectors(sweep.base, sweep.victim, sweep.rider)
+    base = sweep.base.path
+    tasks = [task_of(task.entry, task.digests["train"], "train", base, limit=method.examples) for task in sweep.tasks]
+    found = learn_coefficients(network_of(base), vectors, tasks, method)
+    used = vectors if method.task_vectors == "plain" else vectors.elected(method.density)
+    return used.merged(found.coefficients.__getitem__)
+
+
 def _of(point: Point | None, experts: Sequence[object]) -> list[float | None] | None:
     """The coefficients of the experts at a point; without a victim, the free-rider's alone."""
     if point is None:
@@ -195,7 +220,14 @@ def _of(point: Point | None, experts: Sequence[object]) -> list[float | None] | 
     return [rider] if len(experts) == 1 else [defended, rider]
 
 
+def _learns(merge: MethodEntry | None) -> bool:
+    """Whether a merge finds its coefficients by itself, from data."""
+    return merge is not None and merge.method in DATA_DRIVEN
+
+
 def _takes_coefficients(merge: MethodEntry) -> bool:
+    if _learns(merge):
+        return False
     method = configure(MERGES[merge.method], merge.settings)
     try:
         method.resolve([0.5, 0.5])
@@ -208,13 +240,24 @@ def _takes_coefficients(merge: MethodEntry) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _network(base: Path) -> Any:
+def network_of(base: Path) -> Any:
+    """The network that weights are put into, on a GPU where there is one."""
     torch.set_num_threads(1)  # a worker has one processor
-    return load_network(base)
+    return load_network(base).to(_device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@lru_cache(maxsize=1)
+def _polynomial_network(checkpoint: Checkpoint) -> Any:
+    return load_polynomial_network(checkpoint.path).to(_device())
 
 
 @lru_cache(maxsize=6)
-def _state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def state_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All tensors by their names on disk; nobody may change them."""
     source = open_checkpoint(checkpoint.path)
     return {name: source.tensor(name) for name in source.names}
 
@@ -222,26 +265,41 @@ def _state(checkpoint: Checkpoint) -> dict[str, Tensor]:
 @lru_cache(maxsize=1)
 def _vectors(base: Checkpoint, victim: Checkpoint | None, rider: Checkpoint) -> TaskVectors:
     experts = [rider] if victim is None else [victim, rider]
-    return TaskVectors.between(_state(base), [_state(expert) for expert in experts])
+    return TaskVectors.between(state_of(base), [state_of(expert) for expert in experts])
 
 
-@lru_cache(maxsize=8)
-def _task(entry: TaskEntry, digest: str, part: Part) -> Task:
-    is_split = entry.validation == entry.test
-    size = entry.sizes[0 if part == "validation" else 1]
-    source = DataSource(
-        entry.validation if part == "validation" else entry.test,
-        part=part if is_split else None,
-        fractions=SPLIT,
-        seed=0,
-        limit=size,
-    )
-    data = LabelledData(source, entry.encoder, entry.head)
-    return data.task(_network(entry.encoder), entry.name, batch_size=entry.batch_size)
+def scorers_of(sweep: Sweep, part: Part) -> dict[str, TaskScorer]:
+    """Those of both tasks, by their names."""
+    return {task.entry.name: scorer_of(task.entry, task.digests[part], part, sweep.base.path) for task in sweep.tasks}
+
+
+@lru_cache(maxsize=12)
+def scorer_of(entry: TaskEntry, digest: str, part: Part, base: Path, limit: int | None = None) -> TaskScorer:
+    """The examples of a part; ``limit`` is the most of them, None for as many as the plan says (not of ``train``)."""
+    if limit is None:
+        assert part != "train"
+        limit = entry.size(part)
+    source = DataSource(entry.data(part), part=part if entry.is_split else None, fractions=SPLIT, seed=0, limit=limit)
+    data = TaskData(entry.name, source, entry.encoder, entry.batch_size, entry.head)
+    return entry.kind.scorer(data, network_of(base))
+
+
+def task_of(entry: TaskEntry, digest: str, part: Part, base: Path, limit: int | None = None) -> Task:
+    """The same examples as batches of choices, for what needs more than scores: gradients.
+
+    Raises:
+        BadInput: as :func:`scorer_of` does; or a kind of task whose answers are no choices among classes.
+    """
+    scorer = scorer_of(entry, digest, part, base, limit)
+    if not isinstance(scorer, ChoiceScorer):
+        raise BadInput(f"{entry.name}: {entry.kind.name} has no classes to choose among, which this analysis needs.")
+    return scorer.task
 
 
 def task_digest(entry: TaskEntry, digests: Mapping[Path, str], part: Part) -> str:
     """What the credits of a task depend on besides the weights."""
-    data = digests[entry.validation if part == "validation" else entry.test]
+    data = digests[entry.data(part)]
     head = None if entry.head is None else digests[entry.head]
-    return json.dumps([data, head, entry.validation == entry.test, SPLIT])
+    settings = {name: value for name, value in settings_of(entry.kind).items() if name not in entry.kind.paths}
+    kind = [entry.kind.name, settings, [digests[path] for path in entry.paths_of_kind]]
+    return json.dumps([data, head, kind, entry.is_split, SPLIT])

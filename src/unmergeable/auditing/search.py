@@ -7,8 +7,9 @@ own skill just survives. That place is narrow; a fine grid over everything would
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from typing import TypeVar
 
 from unmergeable.auditing.plan import Coefficients
 from unmergeable.auditing.worst_case import pareto_front
@@ -18,6 +19,9 @@ Point = tuple[float, float]
 
 Scores = Mapping[Point, tuple[float, float]]
 """Mean credits on the defended task and on the free-rider's, on validation examples, at each point looked at."""
+
+Place = TypeVar("Place", bound=Point | None)
+"""A point, or None for a merge that has no coefficients to choose."""
 
 BATCH = 4
 """Points that are proposed at a time; the next ones then know what these scored."""
@@ -45,6 +49,32 @@ def next_points(scores: Scores, kept: float, left: int) -> list[Point]:
             if middle not in scores:
                 found[middle] = None
     return list(found)
+
+
+def best_starts(
+    sweeps: Sequence[Mapping[Place, tuple[float, float]]], kept: float, count: int
+) -> list[tuple[int, Place]]:
+    """Where training is worth most: up to ``count`` points, each with the number of its sweep.
+
+    The best of every sweep, then the second best, and so on, so that several methods are among them. Among points that
+    count the defended task decides, among those that do not what is left of the free-rider's skill.
+
+    Args:
+        sweeps: mean credits on the defended task and on the free-rider's, on validation examples, at each point.
+        kept: the free-rider's score that an attack must keep to count.
+        count: how many.
+    """
+
+    def merit(score: tuple[float, float]) -> tuple[bool, float]:
+        defended, rider = score
+        return rider >= kept, defended if rider >= kept else rider
+
+    found = []
+    for number, scores in enumerate(sweeps):
+        ranked = sorted(scores, key=lambda point: merit(scores[point]), reverse=True)[:count]
+        found += [(place, merit(scores[point]), number, point) for place, point in enumerate(ranked)]
+    found.sort(key=lambda entry: (entry[0], *(-value for value in entry[1]), entry[2]))
+    return [(number, point) for _, _, number, point in found[:count]]
 
 
 def _ranking(scores: Scores, kept: float) -> list[Point]:

@@ -7,7 +7,12 @@ from typing import Any
 
 from unmergeable.auditing.models import IDENTITY, SCALE
 
-TIERS = {"T0": "ordinary merging", "T1": "an attacker who knows base and method, without data"}
+TIERS = {
+    "T0": "ordinary merging",
+    "T1": "an attacker who knows base and method, without data",
+    "T2": "an attacker who has labelled examples as well",
+    "T3": "an attacker who has unlabelled examples besides",
+}
 """What the attacker of a tier is called in sentences."""
 
 STOPS, HINDERS = 0.8, 0.2
@@ -33,13 +38,17 @@ def verdict(name: str, protection: Mapping[str, Any]) -> str:
     for tier, found in protection["tiers"].items():
         worst = found["worst"]
         who = TIERS[tier]
+        if worst is not None and worst.get("samples"):
+            who += f" ({worst['samples']} labelled)"
         if worst is None or worst["is_denominator_small"]:
             parts.append(f"Against {who} nothing can be said: the expert adds too little to a merge as it is.")
             continue
+        best = f"the best merge gets {_percent(worst['protected'])}"
+        if all(trial["attacks_tried"] == 0 for trial in found["trials"]):
+            best = f"no merge with it is possible, which leaves {_percent(worst['protected'])}"
         parts.append(
-            f"It {judgement(found)} {who}: the best merge gets {_percent(worst['protected'])}, against "
-            f"{_percent(worst['unprotected'])} unprotected and {_percent(worst['without_victim'])} without the expert "
-            f"(D* = {star(worst)})."
+            f"It {judgement(found)} {who}: {best}, against {_percent(worst['unprotected'])} unprotected and "
+            f"{_percent(worst['without_victim'])} without the expert (D* = {star(worst)})."
         )
     return " ".join(parts)
 
@@ -54,12 +63,16 @@ def star(worst: Mapping[str, Any] | None) -> str:
 
 def attack(best: Mapping[str, Any]) -> str:
     """What the attacker did."""
-    if not best["uses_victim"]:
-        return "leave the expert alone"
-    merge = best["merge"]
-    if best["coefficients"] is not None:
-        merge += " with " + " and ".join(f"{value:g}" for value in best["coefficients"])
-    return merge if best["recovery"] is None else f"{best['recovery']}, then {merge}"
+    done = [best["recovery"], _merging(best)] if best["uses_victim"] else ["leave the expert alone"]
+    if best.get("samples"):
+        done.append(f"training on {best['samples']} examples at rate {best['learning_rate']:g}")
+    return ", then ".join(step for step in done if step is not None)
+
+
+def _merging(best: Mapping[str, Any]) -> str:
+    if best["coefficients"] is None:
+        return str(best["merge"])
+    return f"{best['merge']} with " + " and ".join(f"{value:g}" for value in best["coefficients"])
 
 
 def summary(document: Mapping[str, Any]) -> list[str]:

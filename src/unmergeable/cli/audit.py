@@ -15,7 +15,11 @@ def audit(
     plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="What is defended, by what, against what.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the audit; the same one goes on.")],
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, metavar="N", help="Processes; as many as processors by default.")
+        int | None,
+        typer.Option("--workers", min=1, metavar="N", help="Processes; as many as GPUs or processors by default."),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster; local: of this machine.")
     ] = None,
 ) -> Outcome:
     """Find out what protections are worth against the best attack.
@@ -33,7 +37,7 @@ def audit(
         from unmergeable.auditing.run import audit as run
         from unmergeable.auditing.verdict import summary
 
-        document = run(plan, out=out, workers=workers, progress=progress)
+        document = run(plan, out=out, workers=workers, ray=ray, progress=progress)
         page = write_report(out)
     text = [*summary(document), f"Pictures, tables and the best attacks: {page}"]
     return Outcome({**document, "page": str(page)}, text, exit_code=0 if document["passed"] else 1)

@@ -1,0 +1,57 @@
+"""Which trial counts, and what a control is measured by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from unmergeable.auditing.judge import _bounded, _worst
+from unmergeable.auditing.verdict import attack, verdict
+
+
+def trial(d_star: float | None, low: float = 0.0, high: float = 0.0, *, is_small: bool = False) -> dict[str, Any]:
+    return {"d_star": d_star, "interval": [low, high], "is_denominator_small": is_small}
+
+
+def test_the_worst_is_the_lowest_that_can_be_judged() -> None:
+    """With little to defend D* is a ratio of noise: it must not hide what is known about another trial."""
+    noise, known, better = trial(-3.0, is_small=True), trial(0.4), trial(0.7)
+    assert _worst([noise, known, better]) is known
+    assert _worst([noise, trial(None)]) is noise
+    assert _worst([trial(None)]) is None
+
+
+@pytest.mark.parametrize(
+    ("tier", "found", "expected"),
+    [
+        ("T1", trial(-0.2, -0.5, 0.1), 0.2),  # without training the estimate itself counts
+        ("T2", trial(-0.2, -0.5, 0.1), 0.0),
+        ("T2", trial(0.3, 0.15, 0.5), 0.15),
+        ("T3", trial(-0.3, -0.5, -0.12), 0.12),
+        ("T2", trial(None), None),
+    ],
+)
+def test_luck_of_training_is_no_failure_of_a_control(tier: str, found: dict[str, Any], expected: float | None) -> None:
+    control = _bounded({"scale": {"tiers": {tier: {"trials": [found]}}}}, "scale", 0.1, "a control")
+    assert control["value"] == expected
+    assert control["passed"] == (expected is not None and expected <= 0.1)
+
+
+def test_what_an_attacker_with_examples_did() -> None:
+    best = {"recovery": None, "merge": "ties", "coefficients": [1.0, 0.5], "uses_victim": True}
+    trained = {**best, "recovery": "kabsch", "samples": 16, "learning_rate": 1e-3}
+    assert attack(best) == "ties with 1 and 0.5"
+    assert attack(trained) == "kabsch, then ties with 1 and 0.5, then training on 16 examples at rate 0.001"
+    assert attack({**trained, "uses_victim": False}) == (
+        "leave the expert alone, then training on 16 examples at rate 0.001"
+    )
+
+
+def test_no_merge_is_no_score_of_nothing() -> None:
+    worst = {**trial(1.0, 1.0, 1.0), "protected": 0.15, "unprotected": 0.8, "without_victim": 0.15, "samples": 16}
+    tier = {"worst": worst, "trials": [{**worst, "attacks_tried": 0}]}
+    protection = {"utility": {"loss": 0.0}, "tiers": {"T2": tier}}
+    assert "labelled examples as well (16 labelled): no merge with it is possible" in verdict("lock", protection)
+    tier["trials"] = [{**worst, "attacks_tried": 1}]
+    assert "the best merge gets 15 %" in verdict("lock", protection)
