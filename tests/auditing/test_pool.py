@@ -109,7 +109,7 @@ def test_ctrl_c_ends_everything_at_once_and_without_tracebacks(tmp_path: Path) -
     parent, workers = start_lingering(tmp_path)
     os.killpg(parent.pid, signal.SIGINT)
     wait_until(lambda: not any(map(is_running, workers)))
-    _, said = parent.communicate(timeout=30)
+    _, said = parent.communicate(timeout=120)
     assert said == "interrupted\n"
 
 

@@ -24,7 +24,6 @@ MACHINERY = {
     "mergekit_methods",
     "method",
     "models",
-    "quantile",
     "thinning",
     "variation",
 }

@@ -29,9 +29,7 @@ def test_published_settings_and_ours(tmp_path: Path) -> None:
 def test_units_that_no_polynomial_fits_stay_as_they_are(tmp_path: Path) -> None:
     model = original("llama", tmp_path / "llama")
     ends = torch.where(torch.arange(80) < 20, 9.0, 1.0)  # the series of SiLU diverges beyond pi
-    wide = {
-        name: replace(seen, low=-ends.to(seen.low), high=ends.to(seen.high)) for name, seen in model.ranges.items()
-    }
+    wide = {name: replace(seen, low=-ends.to(seen.low), high=ends.to(seen.high)) for name, seen in model.ranges.items()}
 
     def made(**settings: float) -> Rewriting:
         return TaylorMLP(share=1.0, **settings).rewriting(model.source, model.architecture, wide)  # type: ignore[arg-type]
