@@ -11,12 +11,10 @@ from torch import Tensor
 
 from memory_source import MemorySource
 from toy_checkpoints import ToyCheckpoint, toy_checkpoint
-from unmergeable.architecture import Group, Space
 from unmergeable.errors import UsageError
 from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.elements import Dense
 from unmergeable.gauge.equivalence import compare
-from unmergeable.gauge.gauge import sampled_gauge
 from unmergeable.gauge.groups import contains
 from unmergeable.protections import PROTECTIONS, GaugeProtection
 from unmergeable.protections.mergelock import MergeLock
@@ -55,7 +53,7 @@ def test_it_is_registered_as_what_it_is() -> None:
     protection: GaugeProtection = MergeLock()
     assert protection.exact
     assert protection.needs == ("key",)
-    assert settings_of(protection) == {"condition": 4.0, "cross_attention": True}
+    assert settings_of(protection) == {"condition": 4.0, "cross_attention": True, "as_published": False}
     assert "\n" not in protection.summary
 
 
@@ -177,18 +175,24 @@ def test_the_function_stays(name: str) -> None:
     assert found.is_equal, found.explain()
 
 
-def test_the_function_would_not_stay_under_a_larger_group() -> None:
-    """The control: what MergeLock draws on GPT-2 is too much for Llama, whose queries and keys are turned."""
+def test_the_published_form_breaks_rotary_attention() -> None:
+    """The control of the above: what is drawn on GPT-2 is too much for Llama, whose queries and keys are turned."""
     toy = toy_checkpoint("llama")
-    spaces = {
-        name: Space(name, space.role, Group("general_linear"), space.blocks, space.size)
-        for name, space in MergeLock().spaces(toy.architecture).items()
-    }
-    gauge = sampled_gauge(spaces, Stream.from_seed(4), 4.0)
+    gauge = MergeLock(as_published=True).gauge(toy.architecture, Stream.from_seed(4))
     assert all(isinstance(gauge[name], Dense) for name in gauge)
-    changed = transform_all(toy.tensors, toy.architecture.symmetry, [gauge])
-    first, second = MemorySource(toy.tensors, {}), MemorySource(changed, {})
+    assert any("not exact under rotary positions" in space.limit for space in gauge.spaces.values())
+    first, second = (MemorySource(t, {}) for t in (toy.tensors, protected(toy, seed=4, as_published=True)))
     assert not compare(first, second, toy.architecture, condition=4.0, threads=1).is_equal
+    # Without positions inside attention both forms are one.
+    toy = toy_checkpoint("gpt2")
+    ours, published = protected(toy, seed=4), protected(toy, seed=4, as_published=True)
+    assert all(torch.equal(ours[name], published[name]) for name in toy.tensors)
+
+
+def test_the_published_form_leaves_cross_attention_alone() -> None:
+    toy = toy_checkpoint("t5")
+    left, published = protected(toy, cross_attention=False), protected(toy, as_published=True)
+    assert all(torch.equal(left[name], published[name]) for name in toy.tensors)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "t5", "vit"])

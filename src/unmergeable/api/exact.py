@@ -180,7 +180,7 @@ def protect_exactly(
         if not found.is_equal:
             raise NotEquivalent(
                 f"{out} would not compute what {expert} computes: {found.explain()}; nothing was written. "
-                "Try a smaller condition number."
+                + _remedy(protections, architecture)
             )
         equivalences.append(found)
         gap = logit_gap(stored, written, condition, progress=progress)
@@ -211,6 +211,19 @@ def protect_exactly(
             key.unlink(missing_ok=True)  # it opens nothing, and would be in the way of the next try
         raise
     return _finished(result, manifest, equivalences[0], gaps[0])
+
+
+def _remedy(protections: Sequence[GaugeProtection], architecture: Architecture) -> str:
+    """What to try where the result computes something else."""
+    for protection in protections:
+        changed = protection.spaces(architecture)
+        turned = any(architecture.symmetry.spaces[name].group.kind == "rotary" for name in changed)
+        if turned and settings_of(protection).get("as_published"):
+            return (
+                f"{protection.name} as published is not exact under the rotary positions of {architecture.family}; "
+                "leave as_published out."
+            )
+    return "Try a smaller condition number."
 
 
 def _unchanged_streams(protections: Sequence[GaugeProtection], architecture: Architecture) -> list[str]:

@@ -11,7 +11,8 @@ most ``condition``. The network computes the same; a merge averages weights expr
 
 Where the architecture leaves less than GL, the largest group it does leave is drawn from instead: under rotary
 positions one complex number per frequency pair, behind a norm on queries and keys the signs and the gains. Under
-grouped-query attention one A and one B serve a key-value head with all its query heads.
+grouped-query attention one A and one B serve a key-value head with all its query heads. The paper's formulas know no
+positions: ``as_published`` draws an invertible A under rotary positions too, which changes the function.
 
 What it does not stop: somebody who holds the base model. The base says which basis the heads started in, and the
 rotation back is a least-squares problem per head (``recover --method nearest_orbit``), solved in seconds.
@@ -30,7 +31,7 @@ from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UsageError
 from unmergeable.gauge.gauge import Gauge, sampled_gauge
 from unmergeable.progress import Progress
-from unmergeable.protections.protection import Weights
+from unmergeable.protections.protection import Weights, without_positions
 from unmergeable.randomness import Stream
 
 
@@ -39,6 +40,8 @@ class MergeLock:
     """``condition``: bound on the condition number of each matrix; rounding errors grow with it.
 
     ``cross_attention``: also transform encoder-decoder and text-conditioning attention; the paper leaves it alone.
+    ``as_published``: leave it alone whatever ``cross_attention`` says, and take any invertible matrix under rotary
+    positions, where it is not exact.
     """
 
     name: ClassVar[str] = "mergelock"
@@ -48,6 +51,7 @@ class MergeLock:
 
     condition: float = 4.0
     cross_attention: bool = True
+    as_published: bool = False
 
     def validate(self) -> None:
         """Raises UsageError unless 1 <= condition <= 1000."""
@@ -56,7 +60,9 @@ class MergeLock:
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
         """The bases this protection changes."""
-        return architecture.symmetry.select("query_key", "value_output", cross_attention=self.cross_attention)
+        cross_attention = self.cross_attention and not self.as_published
+        found = architecture.symmetry.select("query_key", "value_output", cross_attention=cross_attention)
+        return without_positions(found, "general_linear") if self.as_published else found
 
     @property
     def bound(self) -> float:

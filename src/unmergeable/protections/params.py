@@ -5,7 +5,8 @@ Feed-forward: per layer the permutation pi of hidden units with
     max_pi || theta_0 - pi(theta_d) ||^2  =  min_pi  sum_i < w_0i , w_d,pi(i) >
 
 over all that belongs to a unit: its row of the gate and of the up projection (biases included), its column of the down
-projection. A linear assignment problem, solved exactly. The gate of a gated feed-forward follows the permutation.
+projection. A linear assignment problem, solved to a distance proven to be within :data:`NEAR` of the largest. The gate
+of a gated feed-forward follows the permutation.
 
 Attention: secret diagonals D, E with entries uniform in [smallest, largest] between queries and keys and between
 values and output,
@@ -15,7 +16,9 @@ values and output,
 [0.05, 20] is what the public driver asks for, [0.5, 20] the default of its function. Under rotary positions one number
 serves a frequency pair, behind a norm on queries and keys the gains are scaled. The public code draws from seed 0, so
 that anybody can draw the same again; here entries come from the operating system. Scaling a row leaves the relative
-error of rounding as it is; not so a gain stored as gain - 1 (Gemma 3), which therefore stays.
+error of rounding as it is; not so a gain stored as gain - 1 (Gemma 3), which therefore stays. ``as_published`` gives
+every coordinate a number of its own under rotary positions too, which changes the function; its entries are secret all
+the same.
 
 The permutation depends on the expert's weights, which nobody has after the release but its owner: the key file keeps it
 (4 bytes per hidden unit and layer).
@@ -38,15 +41,19 @@ from torch import Tensor
 from unmergeable.architecture import Architecture, Leg, Space
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, UsageError
-from unmergeable.gauge.assignment import best_assignment
+from unmergeable.gauge.assignment import nearly_best_assignment
 from unmergeable.gauge.elements import Element, Monomial, Rotary, pair_indices
 from unmergeable.gauge.gauge import Gauge
 from unmergeable.progress import Progress
-from unmergeable.protections.protection import Weights
+from unmergeable.protections.protection import Weights, without_positions
 from unmergeable.randomness import Stream
 
 ROWS = 2048
 """Rows of the cost matrix computed at a time: 112 MiB in float32 at 14 336 hidden units."""
+
+NEAR = 1e-6
+"""How far below the largest one a squared distance may be, relative to the squares of all hidden units of both
+checkpoints together: what the squared distance would be if the units were orthogonal."""
 
 _SCALED = ("general_linear", "rotary", "pair_scale", "diagonal")
 """Groups that hold scales of single coordinates or pairs; signs and quarter turns do not."""
@@ -54,7 +61,10 @@ _SCALED = ("general_linear", "rotary", "pair_scale", "diagonal")
 
 @dataclass(frozen=True)
 class PaRaMS:
-    """``smallest``, ``largest``: the range of the entries of the diagonals. The parts may be used alone."""
+    """``smallest``, ``largest``: the range of the entries of the diagonals. The parts may be used alone.
+
+    ``as_published``: a number for every coordinate under rotary positions too, where it is not exact.
+    """
 
     name: ClassVar[str] = "params"
     summary: ClassVar[str] = "hidden units in the order furthest from the base's, attention scaled by secret diagonals"
@@ -65,6 +75,7 @@ class PaRaMS:
     largest: float = 20.0
     attention: bool = True
     feed_forward: bool = True
+    as_published: bool = False
 
     def validate(self) -> None:
         """Raises UsageError unless 0.001 <= smallest <= largest <= 1000, and a part is on."""
@@ -91,6 +102,8 @@ class PaRaMS:
         """
         symmetry = architecture.symmetry
         attention = symmetry.select("query_key", "value_output") if self.attention else {}
+        if self.as_published:
+            attention = without_positions(attention, "diagonal")
         coarse = {leg.space for tensor in symmetry.gain_offset for leg in symmetry.legs[tensor]}
         found = {name: space for name, space in attention.items() if space.group.kind in _SCALED and name not in coarse}
         found |= self._reordered(architecture)
@@ -109,7 +122,8 @@ class PaRaMS:
     ) -> dict[str, Tensor]:
         """The order of hidden units furthest from the base's, by space.
 
-        Memory: one layer of both checkpoints, and twelve bytes for every pair of hidden units.
+        Memory: one layer of both checkpoints, and four bytes for every pair of hidden units; twelve where the auction
+        finds no proof and the exact solver takes over.
 
         Raises:
             BadInput: a feed-forward holds NaN or infinity.
@@ -122,13 +136,14 @@ class PaRaMS:
                     legs[leg.space][tensor] = leg
         found: dict[str, Tensor] = {}
         for done, (name, space) in enumerate(spaces.items(), 1):
-            cost = _cost(expert, base, legs[name], space.size)
-            if not bool(torch.isfinite(cost).all()):
+            cost, squares = _cost(expert, base, legs[name], space.size)
+            if not (math.isfinite(squares) and bool(torch.isfinite(cost).all())):
                 raise BadInput(
                     f"params: tensor {next(iter(legs[name]))} or one beside it holds NaN or infinity, in "
                     f"{expert.description} or {base.description}; get an undamaged copy, or set feed_forward=false."
                 )
-            found[name] = furthest_order(cost)
+            # A squared distance holds inner products twice.
+            found[name] = furthest_order(cost, gap=NEAR * squares / 2)
             progress("assigning hidden units", done, len(spaces), "layers")
         return found
 
@@ -159,20 +174,28 @@ class PaRaMS:
         return Monomial(torch.arange(space.size).expand(space.blocks, -1), scale)
 
 
-def furthest_order(cost: Tensor) -> Tensor:
-    """``index`` int64 [size] with the least total ``cost[i, index[i]]``; ``cost`` [size, size] is overwritten."""
-    return best_assignment(cost.neg_())
+def furthest_order(cost: Tensor, *, gap: float) -> Tensor:
+    """``index`` int64 [size] with a total ``cost[i, index[i]]`` at most ``gap`` above the least one.
+
+    ``cost`` [size, size] is overwritten.
+    """
+    return nearly_best_assignment(cost.neg_(), gap=gap).columns
 
 
-def _cost(expert: TensorSource, base: TensorSource, legs: Mapping[str, Leg], size: int) -> Tensor:
-    """Inner products of the base's hidden units (rows) with the expert's (columns), float32 [size, size]."""
+def _cost(expert: TensorSource, base: TensorSource, legs: Mapping[str, Leg], size: int) -> tuple[Tensor, float]:
+    """Inner products of the base's hidden units (rows) with the expert's (columns), float32 [size, size]; the sum of
+    the squares of both."""
     cost = torch.zeros(size, size)
+    squares = 0.0
     for tensor, leg in legs.items():
         ours, theirs = (_units(source.tensor(tensor), leg, size) for source in (expert, base))
         columns = ours.float().T
+        squares += float(torch.linalg.vector_norm(columns)) ** 2
         for start in range(0, size, ROWS):
-            cost[start : start + ROWS].addmm_(theirs[start : start + ROWS].float(), columns)
-    return cost
+            rows = theirs[start : start + ROWS].float()
+            squares += float(torch.linalg.vector_norm(rows)) ** 2
+            cost[start : start + ROWS].addmm_(rows, columns)
+    return cost, squares
 
 
 def _units(tensor: Tensor, leg: Leg, size: int) -> Tensor:

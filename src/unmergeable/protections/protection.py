@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from unmergeable.architecture import Architecture, Space
+from unmergeable.architecture import Architecture, Group, Space
+from unmergeable.architecture.symmetry import GroupKind
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.gauge.gauge import Gauge
 from unmergeable.progress import Progress
@@ -62,3 +63,15 @@ class GaugeProtection(Protocol):
     def gauges(self, architecture: Architecture, stream: Stream, weights: Weights) -> tuple[Gauge, ...]:
         """What is applied, left to right; ``stream`` is the secret."""
         ...
+
+
+def without_positions(spaces: Mapping[str, Space], kind: GroupKind) -> dict[str, Space]:
+    """The spaces as papers have them that know no rotary positions: ``kind`` where a rotary group acts.
+
+    Not a symmetry of the network: what is drawn there changes its function.
+    """
+    limit = "as published, which is not exact under rotary positions"
+    return {
+        name: replace(space, group=Group(kind), limit=limit) if space.group.kind == "rotary" else space
+        for name, space in spaces.items()
+    }
