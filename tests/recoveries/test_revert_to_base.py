@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from memory_source import MemorySource
+from polynomials.written import original
 from recoveries.planted import Build
+from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import Mismatch, UsageError
+from unmergeable.polynomials.rewriting import Polynomials
 from unmergeable.recoveries import Inputs, RevertToBase
 
 FEED_FORWARD = ".mlp."
@@ -28,6 +33,22 @@ def test_reverts_what_lost_its_structure(network: Build) -> None:
         is_reverted = FEED_FORWARD in name or name == "lm_head.weight"
         assert torch.equal(found, base if is_reverted else expert.tensors[name])
     assert recovered.findings == {"tensors_kept": len(toy.base.tensors) - 7, "tensors_reverted": 7}
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "gpt2"])
+def test_attention_of_a_network_of_polynomials_is_kept_whatever_its_names(family: str, tmp_path: Path) -> None:
+    """Files of ViT and DINOv2 use names of their own; those of polynomials the modules'."""
+    model = original(family, tmp_path / family)
+    out = model.write(tmp_path / "out", Polynomials("taylor", 4))
+    base = MemorySource({name: model.source.tensor(name) + 1 for name in model.source.names})
+    recovered = RevertToBase().recover(Inputs(Checkpoint.open(out), base, model.architecture))
+
+    attention = model.architecture.symmetry.tensors_of(model.architecture.symmetry.select("query_key", "value_output"))
+    assert set(attention) <= set(recovered.edits)
+    for name in attention:
+        assert torch.equal(recovered.edits[name](base.tensor(name)), model.source.tensor(name))
+    projections = {block.down.weight for block in model.architecture.feed_forwards}
+    assert not projections & set(recovered.edits)
 
 
 def test_reverts_what_it_is_told(network: Build) -> None:
