@@ -19,7 +19,7 @@ from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UnsupportedArchitecture, UsageError
 from unmergeable.gauge.equivalence import UNIT_ROUNDOFF
-from unmergeable.polynomials.layout import SECTION, Section
+from unmergeable.polynomials.layout import SECTION, names_on_disk
 from unmergeable.progress import Progress, silent
 from unmergeable.recoveries import Estimate, Fit, NearestOrbit
 from unmergeable.recoveries.distance import relative_distance
@@ -208,8 +208,7 @@ def under_original_names(source: TensorSource) -> TensorSource:
     """A network of polynomials by the names that the files of its family use; its own are those of the modules."""
     if SECTION not in source.config:
         return source
-    layout = Section.from_config(source.config, source.description).layout
-    return RenamedSource(source, {layout.to_disk_name(name): name for name in source.names})
+    return RenamedSource(source, names_on_disk(source.config, source.description, source.names))
 
 
 def storage_errors(source: TensorSource, architecture: Architecture) -> dict[str, float]:

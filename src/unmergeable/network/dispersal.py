@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.network.disk_weights import find_places
-from unmergeable.network.fine_tune import fine_tune, gather_examples
+from unmergeable.network.fine_tune import fine_tune, gather_examples, padding_token
 from unmergeable.network.low_rank import low_rank_updates
 from unmergeable.network.tasks import Task, device_of
 from unmergeable.network.train import Schedule
@@ -54,8 +54,7 @@ def disperse(
         list({id(piece.parameter): piece.parameter for name in names for piece in places[name].pieces}.values())
         for names in layers.values()
     ]
-    pad = getattr(getattr(network, "config", None), "pad_token_id", None) or 0
-    examples = gather_examples(task, sum(map(len, task.batches)), pad=pad)
+    examples = gather_examples(task, sum(map(len, task.batches)), pad=padding_token(network))
     is_on_gpu = device_of(network).type != "cpu"
     with _trained(network, weights, method.low_rank, seed) as is_trained:
         return fine_tune(

@@ -17,7 +17,7 @@ from torch import Tensor
 from unmergeable.errors import BadInput, UnmergeableError, UsageError
 from unmergeable.network.disk_weights import Place, find_places, show, swapped, to_disk_names
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.fine_tune import Judgement, added, fine_tune, gather_examples, judge, select
+from unmergeable.network.fine_tune import Judgement, added, fine_tune, gather_examples, judge, padding_token, select
 from unmergeable.network.low_rank import low_rank_updates
 from unmergeable.network.tasks import Task
 from unmergeable.network.train import Schedule
@@ -85,7 +85,7 @@ def few_shot(
         UnmergeableError: the only rate there is makes the training diverge.
     """
     method.validate()
-    examples = gather_examples(train_task, method.samples, pad=_pad_token(network))
+    examples = gather_examples(train_task, method.samples, pad=padding_token(network))
     training = _Training(network, weights, train_task, method, trained or _trained(method), progress)
     rates = parse_rates(method.learning_rates)
     trials: tuple[Trial, ...] = ()
@@ -177,8 +177,3 @@ def _trained(method: FewShot) -> Trained:
 @contextmanager
 def _all_weights(network: Any) -> Iterator[Callable[[str], bool]]:
     yield lambda name: True
-
-
-def _pad_token(network: Any) -> int:
-    """What fills short texts: hidden by the mask, but some heads look for it."""
-    return getattr(getattr(network, "config", None), "pad_token_id", None) or 0

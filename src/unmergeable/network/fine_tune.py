@@ -40,6 +40,11 @@ def gather_examples(task: Task, count: int, *, pad: int = 0) -> EncodedBatch:
     return EncodedBatch(inputs, torch.cat(labels) if labels else None)
 
 
+def padding_token(network: Any) -> int:
+    """What fills short texts: hidden by the mask, but some heads look for it."""
+    return getattr(getattr(network, "config", None), "pad_token_id", None) or 0
+
+
 def select(examples: EncodedBatch, numbers: Tensor) -> EncodedBatch:
     """The examples of these numbers, int64 [chosen]. Places that are padding in all of them are left out."""
     inputs = {name: tensor[numbers] for name, tensor in examples.inputs.items()}

@@ -7,7 +7,7 @@ to the base model, which the classes with heads on top wrap.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -244,3 +244,14 @@ def place_of(block: FeedForward, layout: Layout, prefix: str, *, expanded: int, 
         activation=f"{module}.{layout.activation}" if gated is None else None,
         gated=gated,
     )
+
+
+def names_on_disk(config: Mapping[str, Any], description: str, names: Iterable[str]) -> dict[str, str]:
+    """The names of a checkpoint's tensors, by those that the files of its family use.
+
+    They differ in networks of polynomials, whose tensors carry the names of modules.
+    """
+    if SECTION not in config:
+        return {name: name for name in names}
+    layout = Section.from_config(config, description).layout
+    return {layout.to_disk_name(name): name for name in names}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import Mismatch, UsageError
-from unmergeable.polynomials.layout import SECTION, Section
+from unmergeable.polynomials.layout import names_on_disk
 from unmergeable.progress import Progress, silent
 from unmergeable.recoveries.recovery import Inputs, Recovered
 
@@ -50,7 +50,7 @@ class RevertToBase:
             UsageError: when none is to be reverted.
         """
         protected, base = inputs.protected, inputs.base
-        held = _names_on_disk(protected)
+        held = names_on_disk(protected.config, protected.description, protected.names)
         same = [name for name in base.names if name in held and protected.spec(held[name]) == base.spec(name)]
         kept = [name for name in same if not self.tensors or re.search(self.tensors, name) is None]
         if not kept:
@@ -62,14 +62,6 @@ class RevertToBase:
             )
         edits = {name: partial(_taken_from, protected, held[name]) for name in kept}
         return Recovered(base, edits, {"tensors_kept": len(kept), "tensors_reverted": len(base.names) - len(kept)})
-
-
-def _names_on_disk(protected: TensorSource) -> dict[str, str]:
-    """The names of a checkpoint's tensors by those the base's files use; networks of polynomials have other ones."""
-    if SECTION not in protected.config:
-        return {name: name for name in protected.names}
-    layout = Section.from_config(protected.config, protected.description).layout
-    return {layout.to_disk_name(name): name for name in protected.names}
 
 
 def _taken_from(source: TensorSource, name: str, tensor: Tensor) -> Tensor:

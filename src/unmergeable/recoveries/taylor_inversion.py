@@ -28,7 +28,7 @@ from torch import Tensor
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import Mismatch, UsageError
 from unmergeable.polynomials.activations import Activation, Basis, coefficients, require_activation
-from unmergeable.polynomials.layout import Place, Section
+from unmergeable.polynomials.layout import Place, Section, names_on_disk
 from unmergeable.progress import Progress, silent
 from unmergeable.recoveries.recovery import Inputs, Recovered
 
@@ -86,7 +86,7 @@ class TaylorInversion:
             if layer.place.original_bias and layer.place.gated is None:
                 edits[layer.output_bias] = solved.output_bias
             progress("solving", done, len(layers), "layers")
-        held = {section.layout.to_disk_name(name): name for name in protected.names}
+        held = names_on_disk(protected.config, protected.description, protected.names)
         for name in base.names:
             if name in held and name not in edits:
                 _require_shape(protected, base, held[name], name)
