@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -94,6 +96,13 @@ def told(began: float) -> Progress:
     return progress
 
 
+def write_results(document: Mapping[str, Any], out: Path) -> None:
+    """What is small enough to keep beside the code: the result without its cells, and the block for a model card."""
+    kept = {name: value for name, value in document.items() if name != "cells"}
+    out.write_text(json.dumps({**kept, "scored": len(document["cells"])}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(model_card(document))
+
+
 def main() -> None:
     """Prepare, audit, keep what is small."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,10 +118,7 @@ def main() -> None:
     document = audit(plan, out=folder, workers=arguments.workers, progress=progress)
     print(*summary(document), write_report(folder), sep="\n")
     if arguments.out is not None:
-        cells = document.pop("cells")
-        document["scored"] = len(cells)
-        arguments.out.write_text(json.dumps(document, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(model_card(document))
+        write_results(document, arguments.out)
 
 
 if __name__ == "__main__":

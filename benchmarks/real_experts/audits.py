@@ -14,20 +14,19 @@ An accuracy on 200 test examples is known to about 6 points, a D* to the interva
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from benchmarks.real_experts.experts import STUDIES, Study, prepare
 from benchmarks.real_experts.protected import PROTECTIONS, Protection
+from benchmarks.vision_audit import told, write_results
 
 from unmergeable.auditing.report import write_report
 from unmergeable.auditing.run import audit
-from unmergeable.auditing.verdict import model_card, summary
-from unmergeable.progress import Progress
+from unmergeable.auditing.verdict import summary
 
 AUDITED = (
     "mergelock",
@@ -86,22 +85,6 @@ def _task(study: Study, task: str, examples: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def told(began: float) -> Progress:
-    """Prints the end of every stage."""
-
-    def progress(stage: str, done: int, total: int, unit: str) -> None:
-        if done == total and total > 1 and unit in ("sweeps", "models", "files", "merges"):
-            print(f"{time.monotonic() - began:7.1f} s  {stage}: {total} {unit}", flush=True)
-
-    return progress
-
-
-def without_cells(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What is small enough to keep beside the code."""
-    kept = {name: value for name, value in document.items() if name != "cells"}
-    return {**kept, "scored": len(document["cells"])}
-
-
 def main() -> None:
     """Prepare, audit, keep what is small."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,8 +102,7 @@ def main() -> None:
     document = audit(plan, out=folder, workers=arguments.workers, progress=told(time.monotonic()))
     print(*summary(document), write_report(folder), sep="\n")
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(without_cells(document), indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(model_card(document))
+        write_results(document, arguments.out)
 
 
 if __name__ == "__main__":
