@@ -111,6 +111,14 @@ def test_what_was_lost_is_computed_again_and_nothing_else(workshop: Path, finish
     assert json.loads((out / "audit.json").read_text()) == again
 
 
+def merged_scores(found: dict[str, Any], protection: str, recovery: str | None) -> list[float]:
+    """Validation scores on both tasks, one coefficient after another."""
+    cells = [cell for cell in found["cells"] if (cell["protection"], cell["recovery"]) == (protection, recovery)]
+    cells.sort(key=lambda cell: cell["coefficients"])
+    assert len(cells) == len(found["plan"]["coefficients"]["defended"])
+    return [score for cell in cells for _, score in sorted(cell["scores"]["validation"].items())]
+
+
 def test_another_structure_is_no_attack_until_it_is_undone(
     plan_file: Path, document: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -132,8 +140,12 @@ def test_another_structure_is_no_attack_until_it_is_undone(
         assert abs(protection["utility"]["loss"]) <= 0.02
         assert (ordinary["attacks_tried"], ordinary["d_star"]) == (0, 1.0)
         assert not ordinary["best"]["protected"]["uses_victim"]
-        assert informed["best"]["protected"]["recovery"] == "taylor_inversion, nearest_orbit"
-        assert abs(informed["d_star"]) <= 0.1
+        assert informed["d_star"] <= 0.1
+        # The chain gives back what merges as the expert does, but for the few examples that change sides because
+        # nearest_orbit ends nearer to the base than the expert itself lies. Reverted feed-forwards do not: the control.
+        unprotected = merged_scores(found, "identity", None)
+        assert merged_scores(found, name, "taylor_inversion, nearest_orbit") == pytest.approx(unprotected, abs=0.02)
+        assert merged_scores(found, name, "revert_to_base") != pytest.approx(unprotected, abs=0.05)
         refused = [item for item in found["refused"] if item["protection"] == name and item["recovery"] is None]
         assert [item["merge"] for item in refused] == ["task_arithmetic"]
         assert "no merge with it is possible" in verdict(name, protection)
