@@ -104,7 +104,7 @@ def test_checkpoints_on_the_hub_are_downloaded_once_the_plan_is_right(
         asked.append(name)
         return tmp_path / name.rpartition("/")[2]
 
-    monkeypatch.setattr("unmergeable.auditing.plan_file.download", download)
+    monkeypatch.setattr("unmergeable.auditing.downloads.download", download)
     document["base"] = "hub:owner/base"
     document["experts"][0]["path"] = "hub:owner/mine@v1"
     plan = parse_plan(document, workshop)

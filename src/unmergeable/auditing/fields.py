@@ -56,7 +56,7 @@ class Entry:
 
     def _existing(self, key: str, path: Path) -> Path:
         if not path.exists():
-            raise BadInput(f"{self.where}, {key}: {path} does not exist; paths are relative to the plan.")
+            raise BadInput(f"{self.where}, {key}: {path} does not exist; correct the path, or make what lies there.")
         return path
 
     def whole(self, key: str, default: int, *, least: int = 1) -> int:
@@ -112,6 +112,23 @@ class Entry:
     def _get(self, key: str, default: object) -> Any:
         value = self._document.get(key)
         return default if value is None else value
+
+
+def read_document(path: Path, guide: str) -> object:
+    """What a YAML file holds; ``guide`` is the page that explains such files.
+
+    Raises:
+        BadInput: it cannot be read, or is no YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); give a plan in YAML.") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{path} is not YAML ({reason}); see {guide} for a plan.") from None
 
 
 def require_unique(names: Sequence[str], where: str) -> None:

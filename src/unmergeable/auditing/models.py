@@ -17,7 +17,7 @@ from typing import Any
 from unmergeable import api
 from unmergeable.api.controls import write_control
 from unmergeable.auditing.cells import digest_of, identity
-from unmergeable.auditing.plan import MethodEntry, Plan, ProtectionEntry, RecoveryEntry, Tier
+from unmergeable.auditing.plan import ExpertEntry, MethodEntry, Plan, ProtectionEntry, RecoveryEntry, TaskEntry, Tier
 from unmergeable.auditing.scoring import Checkpoint
 from unmergeable.checkpoint.disk import write_file
 from unmergeable.errors import BadInput, CheckpointError, UsageError
@@ -68,7 +68,7 @@ def make_variants(plan: Plan, folder: Path, digests: Mapping[Path, str], progres
         NotEquivalent, BadInput, UsageError: from a protection; an audit of it means nothing.
         CheckpointError: the disk is full or fails.
     """
-    maker = _Maker(plan, folder, digests, progress)
+    maker = ModelMaker(plan.base, plan.victim, plan.task(plan.victim.task), folder, digests, progress)
     released = [maker.unprotected(), maker.scaled()]
     released += [maker.protected(entry, seed) for entry in plan.protections for seed in plan.seeds]
     found = []
@@ -79,33 +79,42 @@ def make_variants(plan: Plan, folder: Path, digests: Mapping[Path, str], progres
 
 
 @dataclass(frozen=True)
-class _Maker:
-    plan: Plan
+class ModelMaker:
+    """Makes what is not yet in ``folder`` of one expert's models. ``task``: what recoveries may learn from."""
+
+    base: Path
+    victim: ExpertEntry
+    task: TaskEntry
     folder: Path
     digests: Mapping[Path, str]
     progress: Progress
 
     def unprotected(self) -> Variant:
-        path = self.plan.victim.path
+        """The expert as it is."""
+        path = self.victim.path
         return Variant(IDENTITY, 0, None, Checkpoint(path, self.digests[path]), 0.0, {})
 
     def scaled(self) -> Variant:
+        """The control."""
+
         def make(out: Path) -> Mapping[str, Any]:
             settings = {"factor": SCALE_FACTOR}
-            base, progress = self.plan.base, self.progress
-            write_control(self.plan.victim.path, base=base, out=out, method=SCALE, settings=settings, progress=progress)
+            base, progress = self.base, self.progress
+            write_control(self.victim.path, base=base, out=out, method=SCALE, settings=settings, progress=progress)
             return {}
 
         checkpoint, facts = self._made({"scale": SCALE_FACTOR, **self._origin}, make)
         return Variant(SCALE, 0, None, checkpoint, 0.0, facts)
 
     def protected(self, entry: ProtectionEntry, seed: int) -> Variant:
+        """What the owner would release. Raises what :func:`unmergeable.api.protect` does."""
+
         def make(out: Path) -> Mapping[str, Any]:
             key = out.with_name(f"{out.name}.key")
             key.unlink(missing_ok=True)
             result = api.protect(
-                self.plan.victim.path,
-                base=self.plan.base,
+                self.victim.path,
+                base=self.base,
                 out=out,
                 key=key,
                 method=entry.method,
@@ -147,14 +156,14 @@ class _Maker:
 
     def _recovered(self, start: Checkpoint, step: MethodEntry, sources: Sequence[Path]) -> tuple[Checkpoint, Any]:
         needs = RECOVERIES[step.method].needs
-        task = self.plan.task(self.plan.victim.task)
+        task = self.task
         examples: dict[str, Any] = {"data": task.train, "encoder": task.encoder} if "data" in needs else {}
         read = tuple(sources) if "sources" in needs else ()
 
         def make(out: Path) -> Mapping[str, Any]:
             result = api.recover(
                 start.path,
-                base=self.plan.base,
+                base=self.base,
                 method=step.method,
                 settings=dict(step.settings),
                 sources=read,
@@ -169,13 +178,13 @@ class _Maker:
             "settings": dict(step.settings),
             "reads": [self.digests[path] for path in (*read, *(task.paths if examples else ()))],
             "from": start.digest,
-            "base": self.digests[self.plan.base],
+            "base": self.digests[self.base],
         }
         return self._made(recipe, make)
 
     @property
     def _origin(self) -> Mapping[str, Any]:
-        return {"base": self.digests[self.plan.base], "expert": self.digests[self.plan.victim.path]}
+        return {"base": self.digests[self.base], "expert": self.digests[self.victim.path]}
 
     def _made(self, recipe: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> tuple[Checkpoint, Any]:
         out = self.folder / identity(recipe)

@@ -28,6 +28,7 @@ Part = Literal["train", "validation", "test"]
 DEFENDED_COEFFICIENTS = (0.2, 0.5, 1.0, 1.5)
 RIDER_COEFFICIENTS = (0.0, 0.5, 1.0, 1.5)
 REFINEMENTS = 8
+CONNECTIVITY = 11
 VALIDATION, TEST = 200, 500
 
 LEARNING_RATES = "1e-5,3e-5,1e-4,3e-4"
@@ -83,6 +84,11 @@ class ProtectionEntry:
         return all(step.is_exact for step in steps_of(self.method, self.settings))
 
     @property
+    def reads(self) -> frozenset[str]:
+        """What of the owner's it takes with its settings: data, head, encoder, siblings."""
+        return frozenset[str]().union(*(step.reads for step in steps_of(self.method, self.settings)))
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """Everything it reads."""
         return (*(path for path in (self.data, self.head, self.encoder) if path is not None), *self.siblings)
@@ -108,7 +114,7 @@ class TaskEntry:
 
     Attributes:
         train: what an attacker of tier T2 or T3 learns from; None where there is none.
-        validation: data the attacker selects on.
+        validation: data the attacker selects on; None in a table, where nobody selects.
         test: data the result is scored on. All three may be one path, whose examples are then split by their content.
         head: turns features into classes (:mod:`unmergeable.tasks.heads`); None for a network that has its own.
         encoder: the folder whose tokenizer or image processor prepares the examples.
@@ -118,7 +124,7 @@ class TaskEntry:
 
     name: str
     train: Path | None
-    validation: Path
+    validation: Path | None
     test: Path
     head: Path | None
     encoder: Path
@@ -183,7 +189,10 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Plan:
-    """An audit, checked. ``analyses`` is None for an audit without; ``document`` is the plan as it was written."""
+    """An audit, checked. ``analyses`` is None for an audit without; ``document`` is the plan as it was written.
+
+    ``connectivity``: how many points of the line between two models are scored, its ends among them.
+    """
 
     base: Path
     experts: tuple[ExpertEntry, ...]
@@ -196,6 +205,7 @@ class Plan:
     few_shot: FewShotEntry
     tasks: tuple[TaskEntry, ...]
     seeds: tuple[int, ...]
+    connectivity: int
     analyses: AnalysisSettings | None
     document: Mapping[str, Any]
 

@@ -25,53 +25,35 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from unmergeable.api.data_merges import DATA_DRIVEN
-from unmergeable.api.steps import steps_of
 from unmergeable.auditing.analysis_settings import read_analysis_settings
-from unmergeable.auditing.fields import Entry, require_unique
+from unmergeable.auditing.downloads import local_checkpoint, recovery_downloaded, task_downloaded
+from unmergeable.auditing.fields import Entry, read_document, require_unique
 from unmergeable.auditing.plan import (
+    CONNECTIVITY,
     DEFENDED_COEFFICIENTS,
     REFINEMENTS,
     RIDER_COEFFICIENTS,
-    TEST,
-    VALIDATION,
     Coefficients,
-    ExpertEntry,
     FewShotEntry,
-    MethodEntry,
     Plan,
-    ProtectionEntry,
-    RecoveryEntry,
-    TaskEntry,
     Tier,
-    joined,
 )
-from unmergeable.checkpoint.hub import download, is_on_hub
-from unmergeable.data import download_data
+from unmergeable.auditing.plan_entries import read_expert, read_merge, read_protection, read_recovery, read_task
 from unmergeable.errors import BadInput
-from unmergeable.merges import MERGES, AdaMerging
-from unmergeable.recoveries import RECOVERIES
-from unmergeable.settings import configure, nearest
-from unmergeable.tasks import TASKS, Classification, Generation, MultipleChoice, Perplexity, TaskKind
+from unmergeable.settings import nearest
+from unmergeable.tasks import Classification, Generation, MultipleChoice, Perplexity
 
 LEARNABLE = (Classification.name, MultipleChoice.name, Generation.name, Perplexity.name)
 """Kinds of task that an attacker can train on."""
 
 FEWEST_SAMPLES = 2
 
-NOT_BEFORE_MERGING = {
-    "few_shot": "is what an attacker of tier T2 does after merging; see few_shot in docs/audit.md.",
-    "grad_erase": "works on merges; an attacker of tier T2 trains them with few_shot.",
-    "unmask": "works on merges, where another coefficient of task_arithmetic does the same.",
-}
-"""Recoveries of merges, and why they are none of a release."""
-
 TIERS_WITHOUT_DATA: tuple[Tier, ...] = ("T0", "T1")
 """Those of a plan that names none."""
 
 _TOP = (
     "base", "experts", "protect", "merges", "recoveries", "coefficients", "tiers", "few_shot", "tasks", "seeds",
-    "analyses",
+    "connectivity", "analyses",
 )  # fmt: skip
 
 
@@ -83,16 +65,7 @@ def read_plan(path: Path) -> Plan:
             things have one name. One line, before any compute.
         UsageError: a setting that its method does not have.
     """
-    import yaml
-
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}); give a plan in YAML.") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(f"{path} is not YAML ({reason}); see docs/audit.md for a plan.") from None
-    return parse_plan(document, path.parent, str(path))
+    return parse_plan(read_document(path, "docs/audit.md"), path.parent, str(path))
 
 
 def parse_plan(document: object, folder: Path, where: str = "the plan") -> Plan:
@@ -103,11 +76,11 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Plan:
     grid = Entry(top.document("coefficients", {}), ("defended", "rider", "refinements"), f"{where}, coefficients")
     plan = Plan(
         base=base,
-        experts=top.listed("experts", partial(_expert, folder=folder)),
+        experts=top.listed("experts", partial(read_expert, folder=folder)),
         defended=protect.text("expert"),
-        protections=protect.listed("methods", partial(_protection, folder=folder)),
-        merges=top.listed("merges", _merge),
-        recoveries=top.listed("recoveries", partial(_recovery, folder=folder), default=()),
+        protections=protect.listed("methods", partial(read_protection, folder=folder)),
+        merges=top.listed("merges", read_merge),
+        recoveries=top.listed("recoveries", partial(read_recovery, folder=folder), default=()),
         coefficients=Coefficients(
             grid.numbers("defended", DEFENDED_COEFFICIENTS),
             grid.numbers("rider", RIDER_COEFFICIENTS),
@@ -115,8 +88,9 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Plan:
         ),
         tiers=_tiers(top),
         few_shot=_few_shot(top),
-        tasks=top.listed("tasks", partial(_task, folder=folder, base=base)),
+        tasks=top.listed("tasks", partial(read_task, folder=folder, base=base)),
         seeds=tuple(_seeds(top)),
+        connectivity=top.whole("connectivity", CONNECTIVITY, least=3),
         analyses=read_analysis_settings(top.document("analyses"), f"{where}, analyses"),
         document=dict(document) if isinstance(document, Mapping) else {},
     )
@@ -131,166 +105,20 @@ def downloaded(plan: Plan) -> Plan:
         UsageError, BadInput: as :func:`unmergeable.checkpoint.hub.download` and
             :func:`unmergeable.data.download_data` do.
     """
-
-    def local(path: Path) -> Path:
-        return download(str(path)) if is_on_hub(str(path)) else path
-
-    def local_data(path: Path) -> Path:
-        return download_data(str(path)) if is_on_hub(str(path)) else path
-
     return replace(
         plan,
-        base=local(plan.base),
-        experts=tuple(replace(expert, path=local(expert.path)) for expert in plan.experts),
+        base=local_checkpoint(plan.base),
+        experts=tuple(replace(expert, path=local_checkpoint(expert.path)) for expert in plan.experts),
         protections=tuple(
             replace(
                 entry,
-                encoder=entry.encoder and local(entry.encoder),
-                siblings=tuple(local(path) for path in entry.siblings),
+                encoder=entry.encoder and local_checkpoint(entry.encoder),
+                siblings=tuple(local_checkpoint(path) for path in entry.siblings),
             )
             for entry in plan.protections
         ),
-        recoveries=tuple(
-            replace(entry, sources=tuple(local(path) for path in entry.sources)) for entry in plan.recoveries
-        ),
-        tasks=tuple(
-            replace(
-                task,
-                encoder=local(task.encoder),
-                train=task.train and local_data(task.train),
-                validation=local_data(task.validation),
-                test=local_data(task.test),
-            )
-            for task in plan.tasks
-        ),
-    )
-
-
-def _expert(item: object, where: str, folder: Path) -> ExpertEntry:
-    entry = Entry(item, ("name", "path", "task"), where)
-    return ExpertEntry(entry.text("name"), entry.checkpoint("path", folder), entry.text("task"))
-
-
-def _protection(item: object, where: str, folder: Path) -> ProtectionEntry:
-    if isinstance(item, str):
-        found = ProtectionEntry(item, item, {})
-    else:
-        entry = Entry(item, ("name", "method", "settings", "data", "head", "encoder", "siblings"), where)
-        found = ProtectionEntry(
-            name=entry.text("name", entry.text("method")),
-            method=entry.text("method"),
-            settings=entry.mapping("settings"),
-            data=entry.path("data", folder) if "data" in entry else None,
-            head=entry.path("head", folder) if "head" in entry else None,
-            encoder=entry.checkpoint("encoder", folder) if "encoder" in entry else None,
-            siblings=entry.checkpoints("siblings", folder),
-        )
-    reads = frozenset[str]().union(*(step.reads for step in steps_of(found.method, found.settings)))
-    given = {"data": found.data, "head": found.head, "encoder": found.encoder, "siblings": found.siblings}
-    for what, value in given.items():
-        if value and what not in reads:
-            raise BadInput(f"{where}: {found.method} with these settings reads no {what}; leave it out.")
-        if not value and what in reads and what in ("data", "siblings"):
-            raise BadInput(f"{where}: {found.method} reads {what}; give {what}.")
-    return found
-
-
-def _merge(item: object, where: str) -> MethodEntry:
-    found = _known(_named(item, where), where, MERGES, "merge")
-    if found.method in DATA_DRIVEN and found.method != AdaMerging.name:
-        raise BadInput(f"{where}: {found.method} needs data, which no attacker here merges with; adamerging can.")
-    return found
-
-
-def _recovery(item: object, where: str, folder: Path) -> RecoveryEntry:
-    """A name, several with commas between them, a method with settings, or a list of steps."""
-    if isinstance(item, str):
-        return _checked(RecoveryEntry(item, tuple(_step(part.strip(), where) for part in item.split(","))), where)
-    entry = Entry(item, ("name", "method", "settings", "steps", "sources"), where)
-    if ("method" in entry) == ("steps" in entry):
-        raise BadInput(f"{where}: give either a method or steps, a list of methods.")
-    if "steps" in entry:
-        steps = entry.listed("steps", _step)
-    else:
-        steps = (_step({"method": entry.text("method"), "settings": entry.mapping("settings")}, where),)
-    name = entry.text("name", joined([{"method": step.method} for step in steps]))
-    return _checked(RecoveryEntry(name, steps, entry.checkpoints("sources", folder)), where)
-
-
-def _step(item: object, where: str) -> MethodEntry:
-    return _known(_named(item, where), where, RECOVERIES, "recovery")
-
-
-def _checked(found: RecoveryEntry, where: str) -> RecoveryEntry:
-    for step in found.steps:
-        if step.method in NOT_BEFORE_MERGING:
-            raise BadInput(f"{where}: {step.method} {NOT_BEFORE_MERGING[step.method]}")
-    wanted = [step.method for step in found.steps if "sources" in RECOVERIES[step.method].needs]
-    if wanted and not found.sources:
-        raise BadInput(f"{where}: {wanted[0]} needs sources, public fine-tunes of the base; list some.")
-    if found.sources and not wanted:
-        raise BadInput(f"{where}: none of its methods reads sources; leave them out.")
-    return found
-
-
-def _known(found: MethodEntry, where: str, registry: Mapping[str, type], kind: str) -> MethodEntry:
-    if found.method not in registry:
-        raise BadInput(f"{where}: no {kind} is called {found.method!r}{nearest(found.method, registry)}")
-    configure(registry[found.method], found.settings)
-    return found
-
-
-def _named(item: object, where: str) -> MethodEntry:
-    if isinstance(item, str):
-        return MethodEntry(item, item, {})
-    entry = Entry(item, ("name", "method", "settings"), where)
-    method = entry.text("method")
-    return MethodEntry(entry.text("name", method), method, entry.mapping("settings"))
-
-
-def _task(item: object, where: str, folder: Path, base: Path) -> TaskEntry:
-    known = (
-        "name",
-        "kind",
-        "settings",
-        "data",
-        "train",
-        "validation",
-        "test",
-        "head",
-        "encoder",
-        "examples",
-        "batch_size",
-    )
-    entry = Entry(item, known, where)
-    if ("data" in entry) == ("validation" in entry or "test" in entry or "train" in entry):
-        raise BadInput(f"{where}: give either data, which is split, or validation and test (and train).")
-    train, validation, test = ("data",) * 3 if "data" in entry else ("train", "validation", "test")
-    sizes = Entry(entry.document("examples", {}), ("validation", "test"), f"{where}, examples")
-    return TaskEntry(
-        name=entry.text("name"),
-        train=entry.checkpoint(train, folder) if train in entry else None,
-        validation=entry.checkpoint(validation, folder),
-        test=entry.checkpoint(test, folder),
-        head=entry.path("head", folder) if "head" in entry else None,
-        encoder=entry.checkpoint("encoder", folder) if "encoder" in entry else base,
-        sizes=(sizes.whole("validation", VALIDATION), sizes.whole("test", TEST)),
-        batch_size=entry.whole("batch_size", 64),
-        kind=_kind(entry, folder),
-    )
-
-
-def _kind(entry: Entry, folder: Path) -> TaskKind:
-    """The kind of a task with its settings; paths among them are relative to ``folder``."""
-    name = entry.text("kind", Classification.name)
-    if name not in TASKS:
-        raise BadInput(f"{entry.where}: no kind of task is called {name!r}{nearest(name, TASKS)}")
-    if name != Classification.name and "head" in entry:
-        raise BadInput(f"{entry.where}: {name} has no use for a head; leave it out.")
-    settings = dict(entry.mapping("settings"))
-    paths = Entry({key: settings[key] for key in TASKS[name].paths if key in settings}, TASKS[name].paths, entry.where)
-    return configure(
-        TASKS[name], settings | {key: str(paths.path(key, folder)) for key in TASKS[name].paths if key in paths}
+        recoveries=tuple(recovery_downloaded(entry) for entry in plan.recoveries),
+        tasks=tuple(task_downloaded(task) for task in plan.tasks),
     )
 
 

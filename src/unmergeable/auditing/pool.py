@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 from unmergeable.errors import UnmergeableError
+from unmergeable.progress import Progress
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function that can be imported, and its arguments."""
@@ -109,6 +110,16 @@ class WorkerPool:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def run_all(pool: Pool, calls: Sequence[Call], stage: str, unit: str, progress: Progress) -> list[Any]:
+    """What all calls give, in their order."""
+    outcomes: dict[int, Any] = {}
+    progress(stage, 0, len(calls), unit)
+    for number, outcome in pool.run(calls):
+        outcomes[number] = outcome
+        progress(stage, len(outcomes), len(calls), unit)
+    return [outcomes[number] for number in range(len(calls))]
 
 
 def died_too_often() -> UnmergeableError:

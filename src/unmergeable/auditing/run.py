@@ -15,25 +15,22 @@ whatever stopped it:
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unmergeable.api.opened import open_base, open_with_architecture
 from unmergeable.auditing.analyses import Surroundings, analyse, subjects_of
-from unmergeable.auditing.cells import Cell, digest_of
+from unmergeable.auditing.cells import Cell
 from unmergeable.auditing.judge import Attack, Contest, judge
 from unmergeable.auditing.lock import locked
 from unmergeable.auditing.models import Variant, make_variants
 from unmergeable.auditing.plan import ExpertEntry, MethodEntry, Part, Plan, TaskEntry, Tier
 from unmergeable.auditing.plan_file import downloaded, read_plan
-from unmergeable.auditing.pool import Call, Pool, WorkerPool
+from unmergeable.auditing.pool import Call, Pool, WorkerPool, run_all
+from unmergeable.auditing.preparation import environment, hashed, prepared, require_fine_tunes
 from unmergeable.auditing.ray_pool import RayPool
 from unmergeable.auditing.scoring import Checkpoint, Outcome, ScoredTask, Sweep, score_points, search, task_digest
 from unmergeable.auditing.search import Point, best_starts
@@ -44,9 +41,6 @@ from unmergeable.errors import BadInput
 from unmergeable.progress import Progress, silent
 
 RESULT = "audit.json"
-
-CONNECTION = tuple(number / 10 for number in range(11))
-"""The line between two models on which linear mode connectivity is measured."""
 
 _ADDED = MethodEntry("task_arithmetic", "task_arithmetic", {})
 
@@ -75,41 +69,13 @@ def audit(
         CheckpointError: the disk is full or fails; what was done is kept.
     """
     parsed = downloaded(read_plan(plan.absolute()))  # actors of a cluster start in folders of their own
-    _require_relatives(parsed)
-    with locked(_prepared(out)):
-        digests = _digests(parsed, progress)
+    require_fine_tunes(parsed.base, parsed.experts)
+    with locked(prepared(out, "audit")):
+        digests = hashed(parsed.paths, progress)
         with WorkerPool(workers) if ray is None else RayPool(ray, workers) as pool:
             document = _Auditor(parsed, out.resolve(), digests, pool, progress).run()
         replace_file(out / RESULT, (json.dumps(document, indent=1) + "\n").encode())
     return document
-
-
-def _require_relatives(plan: Plan) -> None:
-    """Every expert must be a fine-tune of the base. Raises Mismatch naming the tensor that tells."""
-    for expert in plan.experts:
-        source, architecture = open_with_architecture(expert.path, base=plan.base)
-        open_base(plan.base, source, architecture)
-
-
-def _prepared(out: Path) -> Path:
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"{out} is a file; name a folder for the audit.")
-    if out.is_dir() and any(out.iterdir()) and not (out / "cells").is_dir():
-        raise BadInput(f"{out} is not empty and not the folder of an earlier audit; name another.")
-    for name in ("cells", "models"):
-        try:
-            (out / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"{out} cannot be created ({error.strerror}); name another folder.") from None
-    return out
-
-
-def _digests(plan: Plan, progress: Progress) -> dict[Path, str]:
-    digests = {}
-    for number, path in enumerate(plan.paths, start=1):
-        digests[path] = digest_of(path)
-        progress("hashing inputs", number, len(plan.paths), "files")
-    return digests
 
 
 @dataclass(frozen=True)
@@ -174,7 +140,7 @@ class _Auditor:
         ]
         return {
             "plan": self.plan.document,
-            "environment": _environment(),
+            "environment": environment(),
             "digests": {path.name: digest for path, digest in self.digests.items()},
             "tasks": {task.name: {"kind": task.kind.name, **task.kind.facts()} for task in self.plan.tasks},
             **document,
@@ -188,12 +154,7 @@ class _Auditor:
 
     def _done(self, stage: str, calls: Sequence[Call], unit: str = "sweeps") -> list[Any]:
         """What all calls give, in their order."""
-        outcomes: dict[int, Any] = {}
-        self.progress(stage, 0, len(calls), unit)
-        for number, outcome in self.pool.run(calls):
-            outcomes[number] = outcome
-            self.progress(stage, len(outcomes), len(calls), unit)
-        return [outcomes[number] for number in range(len(calls))]
+        return run_all(self.pool, calls, stage, unit, self.progress)
 
     def _checkpoint(self, path: Path) -> Checkpoint:
         return Checkpoint(path, self.digests[path])
@@ -351,30 +312,40 @@ class _Auditor:
         return analyse(subjects_of(variants), around, self.folder / "analyses", self.pool, self.progress)
 
     def _connections(self, variants: Iterable[Variant]) -> list[dict[str, Any]]:
-        """Scores on the line from each free-rider's model to each variant, on test examples."""
+        """Scores on the line from each free-rider's model to each variant, whose ends are the two, on test examples."""
         chosen = [
             (variant, rider) for rider in self.plan.riders for variant in variants if variant.checkpoint is not None
         ]
-        points = [(share, 1 - share) for share in CONNECTION]
-        calls: list[Call] = [
-            (score_points, (self._sweep(variant.checkpoint, rider, _ADDED), points, "test", self._cells))
-            for variant, rider in chosen
-        ]
-        return [
-            {
-                "protection": variant.protection,
-                "seed": variant.seed,
-                "recovery": variant.recovery,
-                "rider": rider.name,
-                "share": [point[0] for point in outcome.cells if point is not None],
-                "scores": {
-                    task: [float(cell.credits[task].mean()) for cell in outcome.cells.values()]
-                    for task in (self.plan.victim.task, rider.task)
-                },
-            }
-            for (variant, rider), outcome in zip(chosen, self._done("measuring connectivity", calls), strict=True)
-            if outcome.cells
-        ]
+        last = self.plan.connectivity - 1
+        shares = [number / last for number in range(last + 1)]
+        between: list[Point | None] = [(share, 1 - share) for share in shares[1:-1]]
+        calls: list[Call] = []
+        for variant, rider in chosen:
+            for sweep, points in (
+                (self._sweep(None, rider, None), [None]),
+                (self._sweep(variant.checkpoint, rider, _ADDED), between),
+                (self._sweep(variant.checkpoint, rider, None), [None]),
+            ):
+                calls.append((score_points, (sweep, points, "test", self._cells)))
+        done: list[Outcome] = self._done("measuring connectivity", calls)
+        lines = []
+        for (variant, rider), outcomes in zip(chosen, zip(*[iter(done)] * 3, strict=True), strict=True):
+            cells = [cell for outcome in outcomes for cell in outcome.cells.values()]
+            if len(cells) == len(shares):  # a model of another structure has no line to it
+                lines.append(
+                    {
+                        "protection": variant.protection,
+                        "seed": variant.seed,
+                        "recovery": variant.recovery,
+                        "rider": rider.name,
+                        "share": shares,
+                        "scores": {
+                            task: [float(cell.credits[task].mean()) for cell in cells]
+                            for task in (self.plan.victim.task, rider.task)
+                        },
+                    }
+                )
+        return lines
 
 
 def _menu(job: _Job, cells: Mapping[Point | None, Cell]) -> Menu:
@@ -402,14 +373,4 @@ def _describe(job: _Job) -> dict[str, Any]:
         "recovery": job.variant.recovery,
         "rider": job.rider.name,
         "merge": merge,
-    }
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "unmergeable": version("unmergeable"),
-        "torch": version("torch"),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processors": os.cpu_count(),
     }

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from time import thread_time
 from typing import Any
@@ -116,20 +116,29 @@ def score_points(sweep: Sweep, points: Sequence[Point | None], part: Part, folde
         tasks = scorers_of(sweep, part)
         network_at = _networks_of(sweep)
         for point in missing:
-            began = thread_time()
-            with ExitStack() as stack:
-                try:
-                    network = stack.enter_context(network_at(point))
-                except CheckpointError:
-                    raise
-                except BadInput as error:
-                    refusal = str(error)
-                    continue
-                found = {name: scorer.credits(network) for name, scorer in tasks.items()}
-            cell = Cell(sweep.recipe(point, part), found, thread_time() - began)
-            store.put(cell)
-            cells[point] = cell
+            found = score_network(sweep.recipe(point, part), partial(network_at, point), tasks)
+            if isinstance(found, str):
+                refusal = found
+                continue
+            store.put(found)
+            cells[point] = found
     return Outcome({point: cell for point, cell in cells.items() if cell is not None}, refusal)
+
+
+def score_network(
+    recipe: Mapping[str, Any], network: Callable[[], AbstractContextManager[Any]], tasks: Mapping[str, TaskScorer]
+) -> Cell | str:
+    """The cell of a recipe, whose network lives as long as its context; or why there is no such network."""
+    began = thread_time()
+    with ExitStack() as stack:
+        try:
+            live = stack.enter_context(network())
+        except CheckpointError:
+            raise
+        except BadInput as error:
+            return str(error)
+        found = {name: scorer.credits(live) for name, scorer in tasks.items()}
+    return Cell(recipe, found, thread_time() - began)
 
 
 def search(sweep: Sweep, coefficients: Coefficients, kept: float, folder: Path) -> Outcome:
@@ -172,18 +181,24 @@ def _grid(sweep: Sweep, coefficients: Coefficients) -> Coefficients:
 
 def _networks_of(sweep: Sweep) -> Callable[[Point | None], AbstractContextManager[Any]]:
     """Gives the network at a point, for as long as the context lasts."""
-    alone = sweep.victim or sweep.rider
-    if sweep.merge is None and SECTION in open_checkpoint(alone.path).config:
-        return lambda point: nullcontext(_polynomial_network(alone))
+    if sweep.merge is None:
+        return lambda point: alone(sweep.base.path, sweep.victim or sweep.rider)
     weights_at = weights_of(sweep)
     return lambda point: swapped(network_of(sweep.base.path), weights_at(point))
+
+
+def alone(base: Path, checkpoint: Checkpoint) -> AbstractContextManager[Any]:
+    """The network of a checkpoint that is not merged; of another structure than the base's, as may be."""
+    if SECTION in open_checkpoint(checkpoint.path).config:
+        return nullcontext(_polynomial_network(checkpoint))
+    return swapped(network_of(base), state_of(checkpoint))
 
 
 def weights_of(sweep: Sweep) -> Callable[[Point | None], Mapping[str, Tensor]]:
     """Gives the weights at a point; they are valid until it is asked for the next ones."""
     if sweep.merge is None:
-        alone = state_of(sweep.victim or sweep.rider)
-        return lambda point: alone
+        state = state_of(sweep.victim or sweep.rider)
+        return lambda point: state
     base, rider = (state_of(checkpoint) for checkpoint in (sweep.base, sweep.rider))
     experts = [rider] if sweep.victim is None else [state_of(sweep.victim), rider]
     method = configure(MERGES[sweep.merge.method], sweep.merge.settings)
