@@ -108,6 +108,22 @@ def test_the_noise_is_the_records(place: Path) -> None:
     assert not np.allclose(painter(place, network).losses(other), losses, atol=1e-2)
 
 
+def test_a_record_may_number_its_noise(place: Path, tmp_path: Path) -> None:
+    """Without a number the place counts, so that a second file of the same prompts paints the same images."""
+    network = load_network(place / "pipeline" / "unet")
+    rows = [{"prompt": "a picture", "label": 1, "number": number} for number in (2, 0, 2, 7)]
+    data = task_data(place, write_records(tmp_path / "x.jsonl", rows))
+    by_place = kind_of(place, images=1).scorer(data, network).losses(network)
+    numbered = kind_of(place, images=1, noise="number").scorer(data, network).losses(network)
+    assert len(set(by_place)) == 4
+    np.testing.assert_allclose(numbered[:3], by_place[[2, 0, 2]], atol=1e-2)
+    assert abs(numbered[3] - by_place[3]) > 1e-2
+    for wrong in (None, "2", True):
+        data = task_data(place, write_records(tmp_path / "x.jsonl", [{**rows[0], "number": wrong}]))
+        with pytest.raises(BadInput, match=r"x.jsonl:1: 'number' is .* must be a whole number"):
+            kind_of(place, noise="number").scorer(data, network)
+
+
 def test_clip_measures(place: Path) -> None:
     network = load_network(place / "pipeline" / "unet")
     scorer = painter(place, network, measure="clip", measured_by=str(place / "clip"), images=1)

@@ -6,7 +6,9 @@
                            loss:   1 - cosine (CLIPScore, Hessel et al. 2021, without its factor of 2.5)
 
 The network takes its place in a pipeline, whose other parts (text encoder, autoencoder, scheduler) stay as they are.
-The noise each image starts from belongs to its record and its number, so all networks start from the same.
+The noise each image starts from belongs to its record and its number, so all networks start from the same. Records at
+one place of two files start from the same too; where these repeat a prompt, they paint the same image twice, and a
+selection on one file would be tested on itself. A number of their own, under ``noise``, keeps them apart.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class TextToImage:
         pipeline: folder of a diffusers pipeline, of which the network is one part.
         measure, measured_by: how images are measured, and the folder of the classifier or CLIP model that does it.
         prompt, label: what these fields are called in the data; labels are for classifiers.
+        noise: the field with the number of a record's noise; if empty, that is the record's place, the first is 0.
         images: of each prompt.
         steps: of the scheduler.
         guidance: the scale of classifier-free guidance; 1 for none.
@@ -57,6 +60,7 @@ class TextToImage:
     measured_by: str = ""
     prompt: str = "prompt"
     label: str = "label"
+    noise: str = ""
     images: int = 1
     steps: int = 20
     guidance: float = 7.5
@@ -77,13 +81,16 @@ class TextToImage:
 
         Raises:
             UsageError: diffusers is not installed.
-            BadInput: the network is no part of the pipeline, or a record has no prompt or no label that is a class.
+            BadInput: the network is no part of the pipeline, or a record has no prompt, no label that is a class, or
+                no number of its noise.
         """
         source = replace(data.source, fields=Fields(text=self.prompt, label=self.label))
         pipeline, part = _pipeline(Path(self.pipeline), network)
         examples = _prompts(source)
+        noises = [_noise(example, self.noise, place) for place, example in enumerate(examples)]
         make = _by_classifier if self.measure == "classifier" else _by_clip
-        return PaintedPrompts(self, pipeline, part, examples, make(Path(self.measured_by), examples), data.batch_size)
+        measure = make(Path(self.measured_by), examples)
+        return PaintedPrompts(self, pipeline, part, examples, noises, measure, data.batch_size)
 
     def facts(self) -> Mapping[str, Any]:
         """Nothing but the settings."""
@@ -96,12 +103,14 @@ ImageMeasure = Callable[[Sequence[Example], int], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class PaintedPrompts:
-    """Prompts, the pipeline that paints them with the network as its ``part``, and who measures the images."""
+    """Prompts, the numbers of their noise, the pipeline that paints them with the network as its ``part``, and who
+    measures the images."""
 
     settings: TextToImage
     pipeline: Any
     part: str
     examples: Sequence[Example]
+    noises: Sequence[int]
     measure: ImageMeasure
     batch_size: int
 
@@ -137,7 +146,7 @@ class PaintedPrompts:
             with quiet(importlib.import_module("diffusers")):
                 images = self.pipeline(
                     prompt=[self.examples[number].content for number, _ in chosen],
-                    generator=[_generator(noise.child(f"{number}.{copy}")) for number, copy in chosen],
+                    generator=[_generator(noise.child(f"{self.noises[number]}.{copy}")) for number, copy in chosen],
                     num_inference_steps=settings.steps,
                     guidance_scale=settings.guidance,
                     output_type="np",
@@ -187,6 +196,16 @@ def _prompts(source: DataSource) -> list[Example]:
         if not isinstance(example.content, str):
             raise BadInput(f"{example.origin}: no text under {source.fields.text!r}; there is nothing to paint.")
     return examples
+
+
+def _noise(example: Example, name: str, place: int) -> int:
+    """The number of a record's noise."""
+    if not name:
+        return place
+    value = example.record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BadInput(f"{example.origin}: {name!r} is {value!r}; the number of its noise must be a whole number.")
+    return value
 
 
 def _by_classifier(folder: Path, prompts: Sequence[Example]) -> ImageMeasure:
