@@ -75,3 +75,16 @@ def test_refuses_no_data(tmp_path: Path) -> None:
     broken.transformer.wte.weight.data.fill_(float("nan"))
     with pytest.raises(BadInput, match=r"transformer\.h\.0\.mlp: no finite activations"):
         activation_ranges(broken, architecture, batches(0))
+
+
+def test_a_decoder_beside_an_encoder_reads_inputs_of_its_own(tmp_path: Path) -> None:
+    """Texts give the encoder's alone, and that is said; ready inputs give both."""
+    folder = write_toy(TOYS["flan-t5"], tmp_path / "t5")
+    network, architecture = load_toy(folder, TOYS["flan-t5"]), architecture_of(Checkpoint.open(folder))
+    inputs = TOYS["flan-t5"].inputs(torch.Generator().manual_seed(0))
+    found = activation_ranges(network, architecture, [EncodedBatch(inputs)])
+    counts = {name.partition(".")[0]: ranges.count for name, ranges in found.items()}
+    assert counts == {"encoder": inputs["input_ids"].numel(), "decoder": inputs["decoder_input_ids"].numel()}
+    without = EncodedBatch({"input_ids": inputs["input_ids"]})
+    with pytest.raises(BadInput, match=r"T5ForConditionalGeneration does not take the inputs input_ids \[2, 11\]"):
+        activation_ranges(network, architecture, [without])

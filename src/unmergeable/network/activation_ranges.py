@@ -18,7 +18,7 @@ from unmergeable.architecture import Architecture
 from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.input_grams import linear_layers
-from unmergeable.network.tasks import device_of
+from unmergeable.network.tasks import answer, device_of
 from unmergeable.polynomials.rewriting import UnitRanges
 from unmergeable.progress import Progress, silent
 
@@ -30,7 +30,8 @@ def activation_ranges(
     """Ranges by the name of the feed-forward, from one pass of ``batches`` through ``network``.
 
     Raises:
-        BadInput: there are no batches, activations are not finite, or a layer is not a tensor of its own.
+        BadInput: there are no batches, the network does not take them (texts lack what a decoder beside an encoder
+            reads), activations are not finite, or a layer is not a tensor of its own.
     """
     wanted = {(block.gate or block.up).weight: block.name for block in architecture.feed_forwards}
     layers = {wanted[layer.name]: layer.module for layer in linear_layers(network) if layer.name in wanted}
@@ -45,7 +46,7 @@ def activation_ranges(
         with ExitStack() as hooks:
             for name, module in layers.items():
                 hooks.callback(module.register_forward_hook(partial(_watch, watched[name], mask)).remove)
-            network(**moved.inputs)
+            answer(network, moved)
         seen += len(batch)
         progress("ranges of hidden units", seen, seen, "examples")
     if seen == 0:
