@@ -12,10 +12,12 @@ import torch
 import yaml
 from transformers import ViTConfig, ViTModel
 
+from unmergeable import api
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.tasks import FeatureHead, write_head
 
 CLASSES, IMAGES, STEPS = 5, 200, 60
+NAMES = ("mine", "theirs")
 
 
 @pytest.fixture(scope="session")
@@ -111,3 +113,44 @@ def plan_file(workshop: Path, document: dict[str, Any], tmp_path: Path) -> Path:
     path = folder / "plan.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
+
+
+@pytest.fixture(scope="session")
+def trio(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that sees the workshop, and a third expert, ``both``, which has something of the other two."""
+    folder = tmp_path_factory.mktemp("trio")
+    for item in workshop.iterdir():
+        (folder / item.name).symlink_to(item)
+    experts = [(workshop / "mine", 0.4), (workshop / "theirs", 0.8)]
+    api.merge(base=workshop / "base", experts=experts, method="task_arithmetic", out=folder / "both")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def table_document() -> dict[str, Any]:
+    """The plan of a table for the trio; not to be changed."""
+    experts = [{"name": name, "path": name, "task": f"{name}-task", "data": f"{name}-train.npz"} for name in NAMES]
+    tasks = [
+        {
+            "name": f"{name}-task",
+            "test": f"{name}-test.npz",
+            "head": f"{name}-head.safetensors",
+            "examples": {"test": IMAGES},
+        }
+        for name in NAMES
+    ]
+    return {
+        "title": "Toys",
+        "source": "Nobody's paper, Table 0",
+        "base": "base",
+        "experts": [*experts, {"name": "both", "path": "both", "task": "theirs-task"}],
+        "protect": {
+            "experts": list(NAMES),
+            "methods": ["mergelock", {"name": "polynomials", "method": "mergebarrier", "settings": {"parts": "ffn"}}],
+        },
+        "recoveries": ["nearest_orbit"],
+        "merges": [{"method": "task_arithmetic", "coefficient": 0.5}, "ties"],
+        "partners": [1, 2],
+        "tasks": tasks,
+        "published": {"mergelock / ties / pairs": 3.4, "mine / alone": "90 to 95"},
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +66,13 @@ class Entry:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self.wrong(key, f"must be a whole number of at least {least}", value)
         return value
+
+    def number(self, key: str) -> float:
+        """A finite number."""
+        value = self._get(key, None)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise self.wrong(key, "must be a number", value)
+        return float(value)
 
     def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
         """Different numbers in rising order."""

@@ -1,4 +1,4 @@
-"""One audit at a time in a folder: two would make the same models at the same time, in the same place."""
+"""One audit or table at a time in a folder: two would make the same models at the same time, in the same place."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadInput(
-                f"{folder} is the folder of an audit that is running: wait for it to end, or name another."
+                f"{folder} is the folder of a table or an audit that is running: wait for it to end, or name another."
             ) from None
         except OSError as error:
             raise write_error(path, error) from error

@@ -137,7 +137,8 @@ def read_task(item: object, where: str, folder: Path, base: Path, *, selects: bo
     """What is scored; ``selects``: whether validation examples are needed, for an attacker to select on."""
     entry = Entry(item, _OF_A_TASK, where)
     if ("data" in entry) == ("validation" in entry or "test" in entry or "train" in entry):
-        raise BadInput(f"{where}: give either data, which is split, or validation and test (and train).")
+        parts = "validation and test (and train)" if selects else "test"
+        raise BadInput(f"{where}: give either data, which is split, or {parts}.")
     train, validation, test = ("data",) * 3 if "data" in entry else ("train", "validation", "test")
     sizes = Entry(entry.document("examples", {}), ("validation", "test"), f"{where}, examples")
     return TaskEntry(

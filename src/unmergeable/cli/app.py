@@ -27,6 +27,7 @@ from unmergeable.cli.protect import protect
 from unmergeable.cli.recover import recover
 from unmergeable.cli.restore import restore
 from unmergeable.cli.schema import schema
+from unmergeable.cli.table import table
 from unmergeable.cli.verify import verify
 
 COMMANDS: dict[str, Callable[..., Outcome]] = {
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., Outcome]] = {
     "inspect": inspect,
     "audit": audit,
     "report": report,
+    "table": table,
     "methods": methods,
     "schema": schema,
     "demo": demo,

@@ -1,0 +1,216 @@
+"""The road of a table: check the plan, make the models, merge every group of them, take averages.
+
+Everything computed lies in the table's folder under content-addressed names, so that the same command goes on after
+whatever stopped it:
+
+    DIR/models/     protected and recovered checkpoints
+    DIR/cells/      scores
+    DIR/table.json  the result
+    DIR/table.md    the same to read
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unmergeable.auditing.cells import Cell
+from unmergeable.auditing.lock import locked
+from unmergeable.auditing.models import ModelMaker, Variant
+from unmergeable.auditing.pool import Call, Pool, WorkerPool, run_all
+from unmergeable.auditing.preparation import environment, hashed, prepared, require_fine_tunes
+from unmergeable.auditing.scoring import Checkpoint, ScoredTask, task_digest
+from unmergeable.auditing.table_cells import Group, make_models, score_group
+from unmergeable.auditing.table_file import downloaded, read_table_plan
+from unmergeable.auditing.table_page import page
+from unmergeable.auditing.table_plan import TableMerge, TablePlan, VariantName
+from unmergeable.auditing.table_scores import Place, averages, figures, rounded
+from unmergeable.checkpoint.disk import replace_file
+from unmergeable.errors import BadInput
+from unmergeable.progress import Progress, silent
+
+RESULT, PAGE = "table.json", "table.md"
+
+
+def table(
+    plan: Path, *, out: Path, root: Path | None = None, workers: int | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """Score merges of protected experts with fixed settings, as a paper's table does.
+
+    Interrupted or killed, the same call goes on: nothing that was computed is computed again.
+
+    Args:
+        plan: a YAML file (:mod:`unmergeable.auditing.table_file`).
+        out: folder of the table; created, or that of an earlier run.
+        root: where the relative paths of the plan start; its folder when None.
+        workers: processes; None for one per GPU, or per processor where there are no GPUs. The result does not depend
+            on it.
+        progress: told of models made and groups scored.
+
+    Returns:
+        What is written to ``out/table.json``; docs/tables.md explains every entry.
+
+    Raises:
+        BadInput, UsageError: the plan, a checkpoint or the data cannot be used; before any compute where possible.
+        NotEquivalent: a protection changed the function.
+        CheckpointError: the disk is full or fails; what was done is kept.
+    """
+    parsed = downloaded(read_table_plan(plan.absolute(), None if root is None else root.absolute()))
+    require_fine_tunes(parsed.base, parsed.experts)
+    with locked(prepared(out, "table")):
+        digests = hashed(parsed.paths, progress)
+        _require_different(parsed, digests)
+        with WorkerPool(workers) as pool:
+            document = _Tabulator(parsed, out.resolve(), digests, pool, progress).run()
+        replace_file(out / RESULT, (json.dumps(document, indent=1) + "\n").encode())
+        replace_file(out / PAGE, page(document).encode())
+    return document
+
+
+def _require_different(plan: TablePlan, digests: Mapping[Path, str]) -> None:
+    """Experts that are one checkpoint would be made at the same time, in the same place."""
+    names: dict[str, str] = {}
+    for expert in plan.experts:
+        other = names.setdefault(digests[expert.path], expert.name)
+        if other != expert.name:
+            raise BadInput(f"experts {other} and {expert.name} are the same checkpoint; leave one of them out.")
+
+
+@dataclass(frozen=True)
+class _Tabulator:
+    plan: TablePlan
+    folder: Path
+    digests: Mapping[Path, str]
+    pool: Pool
+    progress: Progress
+
+    def run(self) -> dict[str, Any]:
+        models = self._models()
+        alone = self._alone(models)
+        places = {
+            Place(victim, name, partners, merge.name): self._group(name, victim, partners, models, merge)
+            for victim in self.plan.victims
+            for name in self.plan.variants
+            for partners in self.plan.groups(victim)
+            for merge in self.plan.merges
+        }
+        groups = [group for group in places.values() if isinstance(group, Group)]
+        scored = iter(self._scored("merging", groups))
+        cells = {
+            place: self._named(next(scored) if isinstance(group, Group) else group, models)
+            for place, group in places.items()
+        }
+        found = averages(self.plan, cells, alone)
+        return {
+            "title": self.plan.title,
+            "source": self.plan.source,
+            "plan": self.plan.document,
+            "environment": environment(),
+            "digests": {path.name: digest for path, digest in self.digests.items()},
+            "tasks": {task.name: {"kind": task.kind.name, **task.kind.facts()} for task in self.plan.tasks},
+            "alone": alone,
+            "averages": found,
+            "figures": figures(self.plan, alone, found),
+            "published": dict(self.plan.published),
+            "cells": [_describe(place, cell) for place, cell in cells.items()],
+        }
+
+    def _models(self) -> dict[tuple[str, VariantName], Variant]:
+        """Everything that is merged, by victim and variant."""
+        calls: list[Call] = []
+        for victim in self.plan.victims:
+            expert = self.plan.expert(victim)
+            task = self.plan.task(expert.task)
+            maker = ModelMaker(self.plan.base, expert, task, self.folder / "models", self.digests, silent)
+            given = [self.plan.given(entry, victim) for entry in self.plan.protections]
+            calls.append((make_models, (maker, given, self.plan.recoveries, self.plan.seed)))
+        made = run_all(self.pool, calls, "making models", "experts", self.progress)
+        return {
+            (victim, name): variant
+            for victim, variants in zip(self.plan.victims, made, strict=True)
+            for name, variant in zip(self.plan.variants, variants, strict=True)
+        }
+
+    def _group(
+        self,
+        name: VariantName,
+        victim: str,
+        partners: tuple[str, ...],
+        models: Mapping[tuple[str, VariantName], Variant],
+        merge: TableMerge,
+    ) -> Group | str:
+        """What is to be scored; or why there is no model to merge."""
+        variant = models[victim, name]
+        if variant.checkpoint is None:
+            return variant.refusal
+        others = [self.plan.expert(partner) for partner in partners]
+        tasks = dict.fromkeys([self.plan.expert(victim).task, *(other.task for other in others)])
+        checkpoints = (variant.checkpoint, *(self._checkpoint(other.path) for other in others))
+        return Group(self._checkpoint(self.plan.base), checkpoints, merge, self._tasks(tasks))
+
+    def _alone(self, models: Mapping[tuple[str, VariantName], Variant]) -> dict[str, Any]:
+        """Scores of models that are not merged: the base on every task, all others on their own."""
+        base = self._checkpoint(self.plan.base)
+        groups = [Group(base, (base,), None, self._tasks(task.name for task in self.plan.tasks))]
+        for expert in self.plan.experts:
+            groups.append(Group(base, (self._checkpoint(expert.path),), None, self._tasks([expert.task])))
+        released = {key: variant for key, variant in models.items() if key[1].protection and not key[1].recovery}
+        for (victim, _), variant in released.items():
+            assert variant.checkpoint is not None
+            groups.append(Group(base, (variant.checkpoint,), None, self._tasks([self.plan.expert(victim).task])))
+        of_base, *others = self._scored("scoring models alone", groups)
+        for cell in (of_base, *others):
+            if not isinstance(cell, Cell):
+                raise BadInput(f"a model cannot be scored alone: {cell}")
+        scores = [rounded(float(next(iter(cell.credits.values())).mean())) for cell in others]
+        experts = {expert.name: scores.pop(0) for expert in self.plan.experts}
+        protected: dict[str, dict[str, float | None]] = {entry.name: {} for entry in self.plan.protections}
+        for (victim, name), score in zip(released, scores, strict=True):
+            protected[str(name)][victim] = score
+        return {"base": _scores(of_base), "experts": experts, "protected": protected}
+
+    def _named(self, found: Cell | str, models: Mapping[tuple[str, VariantName], Variant]) -> Cell | str:
+        """A refusal that names models by what they are: where they lie is no part of the result."""
+        if isinstance(found, Cell):
+            return found
+        names = {
+            str(variant.checkpoint.path): f"{victim} ({name})"
+            for (victim, name), variant in models.items()
+            if variant.checkpoint is not None
+        }
+        names |= {str(expert.path): expert.name for expert in self.plan.experts}
+        names[str(self.plan.base)] = "the base"
+        for path in sorted(names, key=len, reverse=True):  # one may begin as another does
+            found = found.replace(path, names[path])
+        return found
+
+    def _scored(self, stage: str, groups: Sequence[Group]) -> list[Any]:
+        calls: list[Call] = [(score_group, (group, self.folder / "cells")) for group in groups]
+        return run_all(self.pool, calls, stage, "models", self.progress)
+
+    def _checkpoint(self, path: Path) -> Checkpoint:
+        return Checkpoint(path, self.digests[path])
+
+    def _tasks(self, names: Iterable[str]) -> tuple[ScoredTask, ...]:
+        entries = [self.plan.task(name) for name in names]
+        return tuple(ScoredTask(entry, {"test": task_digest(entry, self.digests, "test")}) for entry in entries)
+
+
+def _describe(place: Place, cell: Cell | str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "victim": place.victim,
+        "variant": str(place.variant),
+        "partners": list(place.partners),
+        "merge": place.merge,
+    }
+    if not isinstance(cell, Cell):
+        return {**found, "refused": cell}
+    return {**found, "scores": _scores(cell), "cpu_seconds": round(cell.cpu_seconds, 3)}
+
+
+def _scores(cell: Cell) -> dict[str, float | None]:
+    """Shares of right answers by task."""
+    return {task: rounded(float(found.mean())) for task, found in cell.credits.items()}
