@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from polynomials.written import original
 from tasks.speakers import ids_of, load_speaker, task_data, write_records, write_speaker
 from unmergeable.errors import BadInput, UnmergeableError
+from unmergeable.network.polynomial_network import load_polynomial_network
+from unmergeable.polynomials.rewriting import Polynomials
 from unmergeable.settings import configure
 from unmergeable.tasks import MultipleChoice
 from unmergeable.tasks.likelihood import continuation_log_probabilities
@@ -64,6 +67,20 @@ def test_the_numbers_are_those_of_one_text_at_a_time(toy: str, tmp_path: Path) -
     np.testing.assert_array_equal(scorer.credits(network), right)
     losses = [-(scores - np.logaddexp.reduce(scores))[answer] for scores, answer in zip(expected, RIGHT, strict=True)]
     np.testing.assert_allclose(scorer.losses(network), losses, rtol=0, atol=TOLERANCE * 200)
+
+
+def test_an_encoder_and_decoder_of_polynomials_is_one_too(tmp_path: Path) -> None:
+    """Its class is not among those of transformers, but extends one."""
+    folder = write_speaker(tmp_path / "speaker", "flan-t5")
+    polynomials = Polynomials("hermite", order=8)
+    network = load_polynomial_network(original("flan-t5", tmp_path / "t5").write(tmp_path / "written", polynomials))
+    data = task_data(folder, write_records(tmp_path / "x.jsonl", RECORDS))
+    scorer = MultipleChoice().scorer(data, network)
+    assert isinstance(scorer, ChoiceLikelihoods)
+    found = continuation_log_probabilities(network, scorer.questions, batch_size=64)
+    for record, choices, scores in zip(RECORDS, CHOICES, found, strict=True):
+        expected = np.array([one_by_one(network, record["prompt"], choice) for choice in choices])
+        np.testing.assert_allclose(scores, expected, rtol=TOLERANCE)
 
 
 def test_a_choice_that_is_taken_is_right(tmp_path: Path) -> None:

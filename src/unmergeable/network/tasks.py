@@ -77,11 +77,20 @@ def answer(network: Any, batch: EncodedBatch) -> Any:
 
 def is_causal_language_model(network: Any) -> bool:
     """Whether transformers lists the network's class, or one it extends, among those that predict the next token."""
+    return _is_listed(network, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+
+
+def is_encoder_decoder(network: Any) -> bool:
+    """The same for language models that read with an encoder and write with a decoder."""
+    return _is_listed(network, "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES")
+
+
+def _is_listed(network: Any, listing: str) -> bool:
     names = [base.__name__ for base in type(network).__mro__ if base.__module__.startswith("transformers.")]
     if not names:
         return False
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
-    return not set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).isdisjoint(names)
+    return not set(getattr(auto, listing).values()).isdisjoint(names)
 
 
 def _next_tokens(logits: Tensor, batch: EncodedBatch) -> Prediction:

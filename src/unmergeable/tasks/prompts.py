@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any, ClassVar
 from unmergeable.data import DataSource, Example, Fields
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.load import load_tokenizer
-from unmergeable.network.tasks import is_causal_language_model
+from unmergeable.network.tasks import is_causal_language_model, is_encoder_decoder
 
 Tokens = tuple[int, ...]
 
@@ -86,8 +85,7 @@ def reads_with_encoder(network: Any) -> bool:
     """
     if is_causal_language_model(network):
         return False
-    auto = importlib.import_module("transformers.models.auto.modeling_auto")
-    if type(network).__name__ in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+    if is_encoder_decoder(network):
         return True
     raise BadInput(f"{type(network).__name__} is no language model; this kind of task needs one.")
 
