@@ -70,6 +70,19 @@ def test_a_menu_that_is_too_small_fails_a_control(plan_file: Path, document: dic
     assert [control["name"] for control in found["controls"] if not control["passed"]] == ["scale"]
 
 
+def test_the_ends_of_a_line_are_the_two_models(audited: dict[str, Any]) -> None:
+    for line in audited["connectivity"]:
+        assert (line["share"][0], line["share"][-1], len(line["share"])) == (0.0, 1.0, 11)
+        for task, scores in line["scores"].items():
+            assert scores[0] == audited["alone"]["theirs"][task]
+            if line["recovery"] is None:
+                assert scores[-1] == audited["alone"][f"{line['protection']} (seed 0)"][task]
+    (lock,) = (
+        line for line in audited["connectivity"] if (line["protection"], line["recovery"]) == ("mergelock", None)
+    )
+    assert lock["scores"]["mine-task"][5] != lock["scores"]["mine-task"][-1], "the line is no point"
+
+
 def test_scores_are_those_of_the_obvious_loop(audited: dict[str, Any], workshop: Path, tmp_path: Path) -> None:
     """Merge on disk, load, classify: the same, for the best attacks and for some that are not."""
     cells = [cell for cell in audited["cells"] if cell["protection"] == "identity" and cell["scores"]["test"]]
@@ -132,8 +145,11 @@ def test_another_structure_is_no_attack_until_it_is_undone(
     few = {"line": [0, 1], "coefficients": [0, 1], "noise": [0], "radii": [0.001]}
     document["analyses"] = {**few, "examples": 20, "draws": 1, "steps": 1, "points": 2}
     document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
+    document["connectivity"] = 3
     plan_file.write_text(yaml.safe_dump(document))
     found = audit(plan_file, out=tmp_path / "out", workers=1)
+    assert {tuple(line["share"]) for line in found["connectivity"]} == {(0.0, 0.5, 1.0)}
+    assert ("polynomials", None) not in {(line["protection"], line["recovery"]) for line in found["connectivity"]}
     for name in ("polynomials", "and heads"):
         protection = found["protections"][name]
         ordinary, informed = (protection["tiers"][tier]["worst"] for tier in ("T0", "T1"))
