@@ -33,14 +33,14 @@ slow: $(VENV)/demo-installed
 	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/installed
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks plans
+	$(BIN)/ruff check src tests benchmarks plans
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(VENV)/installed
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks plans
+	$(BIN)/ruff check --fix src tests benchmarks plans
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

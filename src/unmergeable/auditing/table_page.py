@@ -46,29 +46,27 @@ def summary(document: Document) -> list[str]:
 
 
 def _averages(document: Document) -> list[str]:
-    lines = ["## Averages", ""]
-    lines += _table(
-        ["merge", "merged", "variant", "victim's task", "difference", "drop ratio", "partners' tasks"],
+    """A line for each that merges; an average over some of its merges only says how many were refused."""
+    rows = [
         [
-            [
-                average["merge"],
-                merged(average["partners"]),
-                average["variant"],
-                *(
-                    ["refused", "", "", ""]
-                    if average["mean"] is None
-                    else [
-                        _with_error(average),
-                        "" if average["difference"] is None else _with_error(average["difference"], signed=True),
-                        "" if average["drop_ratio"] is None else f"{average['drop_ratio']:.2f}",
-                        _percent(average["partners_mean"]),
-                    ]
-                ),
-            ]
-            for average in document["averages"]
-        ],
-    )
-    return lines
+            average["merge"],
+            merged(average["partners"]),
+            average["variant"] + (f" ({average['refused']} refused)" if average["refused"] else ""),
+            _with_error(average),
+            "" if average["difference"] is None else _with_error(average["difference"], signed=True),
+            "" if average["drop_ratio"] is None else f"{average['drop_ratio']:.2f}",
+            _percent(average["partners_mean"]),
+        ]
+        for average in document["averages"]
+        if average["mean"] is not None
+    ]
+    head = ["merge", "merged", "variant", "victim's task", "difference", "drop ratio", "partners' tasks"]
+    never = [
+        variant
+        for variant in _ordered(average["variant"] for average in document["averages"])
+        if all(average["mean"] is None for average in document["averages"] if average["variant"] == variant)
+    ]
+    return ["## Averages", "", *_table(head, rows), *([f"Never merged: {'; '.join(never)}.", ""] if never else [])]
 
 
 def _published(document: Document) -> list[str]:

@@ -1,0 +1,127 @@
+"""The plans of papers' tables: every one is right but for files that are not here, and the page lists every one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from unmergeable.auditing.table_file import read_table_plan
+from unmergeable.errors import UnmergeableError
+
+PLANS = Path(__file__).parents[1] / "plans"
+FILES = sorted([*PLANS.glob("full/*.yaml"), *PLANS.glob("offline/*.yaml")])
+OF_PATHS = ("base", "path", "data", "head", "siblings", "sources", "test", "validation", "train", "encoder")
+
+
+def paths_in(document: Any) -> Iterator[str]:
+    """Every path that a plan names."""
+    if isinstance(document, list):
+        for item in document:
+            yield from paths_in(item)
+    if isinstance(document, dict):
+        for key, value in document.items():
+            if key in OF_PATHS:
+                values = value if isinstance(value, list) else [value]
+                yield from (text for text in values if isinstance(text, str))
+            yield from paths_in(value)
+
+
+def stand_ins(document: Any, folder: Path) -> None:
+    """An empty file in place of everything that a plan reads."""
+    for text in paths_in(document):
+        if not text.startswith("hub:"):
+            (folder / text).touch()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_plan_is_right(path: Path, tmp_path: Path) -> None:
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    stand_ins(document, tmp_path)
+    plan = read_table_plan(path, tmp_path)
+    assert plan.protections
+    assert len(plan.experts) >= 2
+    # Control: a setting that is misspelt fails.
+    entry = next(entry for entry in document["protect"]["methods"] if isinstance(entry, dict))
+    entry["settings"] = {"conditoin": 3}
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(yaml.safe_dump(document))
+    with pytest.raises(UnmergeableError, match="conditoin"):
+        read_table_plan(broken, tmp_path)
+
+
+def test_there_are_plans_and_the_page_has_them() -> None:
+    assert {path.stem for path in FILES if path.parent.name == "offline"} == {
+        path.stem for path in FILES if path.parent.name == "full"
+    } - {"mergeguard-tables-2-4-5", "mergeguard-table-3"} | {"mergeguard-tables-2-5"}
+    page = (PLANS / "README.md").read_text(encoding="utf-8")
+    linked = {PLANS / name for name in re.findall(r"\]\(((?:full|offline)/[\w.-]+)\)", page)}
+    assert linked == set(FILES)
+
+
+def test_results_are_those_of_plans_that_are_here() -> None:
+    """Each was made from the plan of its name as it stands, and its page is that of its figures."""
+    from unmergeable.auditing.table_page import page
+
+    results = sorted((PLANS / "results").glob("*.json"))
+    assert results
+    for path in results:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        plan = yaml.safe_load((PLANS / "offline" / f"{path.stem}.yaml").read_text(encoding="utf-8"))
+        assert found["plan"] == plan, path.stem
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == page(found)
+
+
+@pytest.fixture(scope="module")
+def prepare() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepare", PLANS / "prepare.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_tower_goes_into_the_whole_clip(prepare: ModuleType) -> None:
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**small, "image_size": 8, "patch_size": 4}
+    config = CLIPConfig(text_config={**small, "vocab_size": 20}, vision_config=vision, projection_dim=8)
+    clip = CLIPModel(config).eval()
+    tower = CLIPVisionModel(config.vision_config).eval()
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        own = clip.vision_model(pixels).pooler_output
+        whole = prepare.whole_clip(clip, tower)
+        assert torch.equal(whole.vision_model(pixels).pooler_output, tower(pixels).pooler_output)
+        assert not torch.allclose(whole.vision_model(pixels).pooler_output, own)
+
+
+def test_tokens_of_its_own_are_cut_off(prepare: ModuleType) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=21, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    network = LlamaForCausalLM(config)
+    before = network.get_input_embeddings().weight.detach().clone()
+    after = prepare.cut_to(network, 20)
+    assert torch.equal(after.get_input_embeddings().weight, before[:20])
+    assert after.lm_head.weight.shape[0] == after.config.vocab_size == 20
+
+
+def test_texts_are_read_as_data(prepare: ModuleType, tmp_path: Path) -> None:
+    from unmergeable.data import DataSource
+
+    out = tmp_path / "texts.jsonl"
+    prepare.as_texts([{"q": "Two and two?", "a": "Four.\n#### 4"}], "q", "a", out)
+    (example,) = DataSource(out)
+    assert example.content == "Two and two?\nFour.\n#### 4"
