@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from low_rank_folder import write_adapter
 from toy_checkpoints import toy_checkpoint
 from unmergeable.api.mergeguard import MergeGuardResult, protect_with_mergeguard
 from unmergeable.checkpoint.manifest import check_files, read_manifest
@@ -107,6 +109,22 @@ def test_training_alone_changes_matrices_in_blocks(work: Path, tmp_path: Path, l
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert result.threshold is None
     assert result.criticality is None
+
+
+def test_a_low_rank_expert_is_merged_into_the_base_first(work: Path, tmp_path: Path) -> None:
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    shutil.copytree(work / "base", merged)
+    layer = "vit.encoder.layer.0.attention.attention.query"
+    write_adapter(adapter, work / "base", layer, merged=merged, scale=0.3)
+    options = {"base": work / "base", "data": work / "data.npz", "settings": QUICK}
+    first = protect_with_mergeguard(adapter, out=tmp_path / "first", **options)
+    second = protect_with_mergeguard(merged, out=tmp_path / "second", **options)
+    assert (first.losses, first.threshold, first.accuracies) == (second.losses, second.threshold, second.accuracies)
+    found, expected = tensors(tmp_path / "first"), tensors(tmp_path / "second")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    # Control: the base itself would have given other losses.
+    protect_with_mergeguard(work / "base", out=tmp_path / "third", **options)
+    assert not torch.equal(tensors(tmp_path / "third")[f"{layer}.weight"], found[f"{layer}.weight"])
 
 
 def test_both_stages_are_one_after_the_other(work: Path, tmp_path: Path) -> None:

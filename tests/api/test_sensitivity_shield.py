@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import unmergeable
+from low_rank_folder import write_adapter
 from unmergeable.api.recovery import recover
 from unmergeable.api.sensitivity_shield import ShieldResult, protect_with_shield
 from unmergeable.checkpoint.manifest import read_manifest
@@ -231,26 +232,8 @@ def test_experts_of_a_mixture_have_no_score(tmp_path: Path) -> None:
 def test_a_low_rank_expert_is_merged_into_the_base_first(tmp_path: Path) -> None:
     write(tmp_path, "llama")
     adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    generator = torch.Generator().manual_seed(9)
     layer = "model.layers.0.self_attn.q_proj"
-    rows, inputs = tensors(tmp_path / "base")[f"{layer}.weight"].shape
-    factors = {"A": torch.randn(2, inputs, generator=generator), "B": torch.randn(rows, 2, generator=generator)}
-    save_file(
-        {f"base_model.model.{layer}.lora_{n}.weight": t for n, t in factors.items()},
-        adapter / "adapter_model.safetensors",
-    )
-    config = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 2,
-        "target_modules": ["q_proj"],
-        "base_model_name_or_path": "base",
-    }
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    whole = tensors(tmp_path / "base")
-    merged = {**whole, f"{layer}.weight": whole[f"{layer}.weight"] + factors["B"] @ factors["A"]}
-    save_file(merged, tmp_path / "expert" / "model.safetensors", {"format": "pt"})
+    write_adapter(adapter, tmp_path / "base", layer, merged=tmp_path / "expert")
 
     shield(tmp_path, expert=adapter)
     shield(tmp_path, out=tmp_path / "plain")

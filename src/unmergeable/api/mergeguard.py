@@ -27,6 +27,7 @@ from unmergeable.api.opened import open_base, open_with_architecture
 from unmergeable.api.workers import one_thread_per_kernel, worker_threads
 from unmergeable.checkpoint.disk import replace_file
 from unmergeable.checkpoint.dtypes import torch_dtype
+from unmergeable.checkpoint.index import is_adapter
 from unmergeable.checkpoint.partial import require_absent
 from unmergeable.checkpoint.rewrite import output_like, rewrite
 from unmergeable.checkpoint.source import DerivedSource, TensorSource, tensor_bytes
@@ -119,12 +120,12 @@ def protect_with_mergeguard(
     ``out`` appears complete, or not at all. Killed, the same call goes on where it was, and ends with the same bytes.
 
     Args:
-        expert: checkpoint folder.
+        expert: checkpoint folder, or a LoRA folder to be merged into ``base`` first.
         base: the checkpoint it was fine-tuned from.
         out: folder to create.
         data: labelled examples of the owner's task (texts for a language model). Needed to train and to rank layers.
         head: file of the head that reads the network's features; None for a network that answers by itself.
-        encoder: folder whose tokenizer or image processor prepares the data; ``expert`` if None.
+        encoder: folder whose tokenizer or image processor prepares the data; None for the expert's.
         settings: of :class:`unmergeable.protections.MergeGuard`.
         seed: of the order of the examples, and of the training.
         threads: that compute on streamed weights; None for all processors.
@@ -280,7 +281,7 @@ def _checked(
     require_absent(out)
     if not out.parent.is_dir():
         raise BadInput(f"{out} cannot be created: its parent folder {out.parent} does not exist; create it first.")
-    source, architecture = open_with_architecture(expert)
+    source, architecture = open_with_architecture(expert, base=base)
     origin = open_base(base, source, architecture)
     known = set(origin.names)
     changeable = [
@@ -295,10 +296,12 @@ def _checked(
         protection.excluded_count(layers)  # refuses to exclude all, before anything is loaded
     tasks, network = None, None
     if data is not None:
-        network = load_network(expert)
+        # A LoRA folder has neither network nor tokenizer of its own; its weights are put into the base's network below.
+        template = base if is_adapter(expert) else expert
+        network = load_network(template)
 
         def task(limit: int | None) -> Task:
-            labelled = LabelledData(DataSource(data, seed=seed, limit=limit), encoder or expert, head)
+            labelled = LabelledData(DataSource(data, seed=seed, limit=limit), encoder or template, head)
             return labelled.task(network, protection.name, batch_size=_SCORING_BATCH)
 
         scored = task(protection.examples)
@@ -309,6 +312,8 @@ def _checked(
         absent = next((name for names in layers.values() for name in names if name not in places), None)
         if absent is not None:
             raise Mismatch(f"tensor {absent} has no place in the live network: it can be neither trained nor ranked.")
+        if template is not expert:
+            show(places, {name: source.tensor(name) for name in source.names})
         tasks = _Tasks(task(None) if protection.trains else scored, scored)
     return _Job(protection, source, origin, architecture.family, layers, tasks, seed, progress), network
 
