@@ -30,7 +30,7 @@ def table(
     on where it was.
 
     Example:
-      unmergeable table plans/offline/mergelock-1.yaml --root scratch/vision --out ./table
+      unmergeable table plans/offline/mergelock-tables-1-3-4.yaml --root scratch/vision --out ./table
     """
     with working(context, can_resume=True) as progress:
         from unmergeable.auditing.table import PAGE
