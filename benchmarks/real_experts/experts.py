@@ -250,12 +250,17 @@ def finetune(study: Study, name: str, *, seed: int = 0) -> list[float]:
         network, batches(), loss, schedule, is_trained=lambda name: name.rpartition(".")[0] in linear, seed=seed
     )
     partial = study.folder / f".expert-{name}"
-    write_network(network, partial, config_from=study.base)
-    for file in study.base.iterdir():
-        if not (partial / file.name).exists():
-            (partial / file.name).write_bytes(file.read_bytes())
+    write_expert(network, study.base, partial)
     partial.rename(study.expert(name))
     return losses
+
+
+def write_expert(network: Any, base: Path, folder: Path) -> None:
+    """Write a fine-tuned network, and what else is in the folder of its base."""
+    write_network(network, folder, config_from=base)
+    for file in base.iterdir():
+        if not (folder / file.name).exists():
+            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def without_padding(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

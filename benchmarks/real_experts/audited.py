@@ -1,0 +1,30 @@
+"""An audit of what a study made, and its results as they are kept beside the code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.vision_audit import told, write_results
+
+from unmergeable.auditing.report import write_report
+from unmergeable.auditing.run import audit
+from unmergeable.auditing.verdict import summary
+
+
+def audit_study(plan: Path, *, prepared: Mapping[str, Any], workers: int | None, out: Path | None) -> None:
+    """Run a plan's audit into the folder ``audit`` beside it, going on where it was, and keep what is small.
+
+    Args:
+        plan: the plan's file.
+        prepared: how base and experts were made; the JSON says so under this name.
+        workers: processes; None for as many as there are processors.
+        out: the JSON to write, and Markdown beside it; None for none.
+    """
+    folder = plan.parent / "audit"
+    document = audit(plan, out=folder, workers=workers, progress=told(time.monotonic()))
+    print(*summary(document), write_report(folder), sep="\n")
+    if out is not None:
+        write_results({**document, "prepared": prepared}, out)
