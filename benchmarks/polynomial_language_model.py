@@ -51,6 +51,7 @@ from unmergeable.protections.mergebarrier import MergeBarrier
 from unmergeable.protections.taylor_mlp import TaylorMLP
 from unmergeable.recoveries.recovery import Inputs
 from unmergeable.recoveries.taylor_inversion import TaylorInversion
+from unmergeable.tasks.likelihood import cache_name
 
 WINDOW = 256
 REPEATS = 5
@@ -142,12 +143,12 @@ def slowdown(original: Any, network: Any, ids: Tensor) -> dict[str, float]:
 
     def token(model: Any, cache: Any) -> float:
         began = time.perf_counter()
-        model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, -1:], use_cache=True, **{cache_name(model): cache})
         return time.perf_counter() - began
 
     models = (original, network)
     passes = [[forward(model) for model in models] for _ in range(REPEATS)]
-    caches = [model(input_ids=ids, use_cache=True).past_key_values for model in models]
+    caches = [getattr(model(input_ids=ids, use_cache=True), cache_name(model)) for model in models]
     tokens = [[token(model, cache) for model, cache in zip(models, caches, strict=True)] for _ in range(REPEATS)]
     ratios = {"forward": passes, "token": tokens}
     return {

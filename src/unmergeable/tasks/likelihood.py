@@ -92,16 +92,14 @@ def _causal(network: Any, questions: Sequence[Question], device: torch.device) -
     width = continuations.shape[1]
     if width == 1:
         return _totals(first, continuations, lengths)
-    begun.past_key_values.batch_select_indices(owners)
+    keys_and_values = cache_name(network)
+    seen_before = getattr(begun, keys_and_values)
+    seen_before.batch_select_indices(owners)
     seen = torch.cat([mask[owners], torch.ones_like(continuations[:, :-1])], dim=1)
     if places:
         places = {"position_ids": (seen.cumsum(dim=-1) - 1)[:, -(width - 1) :]}
     rest = network(
-        input_ids=continuations[:, :-1],
-        attention_mask=seen,
-        past_key_values=begun.past_key_values,
-        use_cache=True,
-        **places,
+        input_ids=continuations[:, :-1], attention_mask=seen, use_cache=True, **{keys_and_values: seen_before}, **places
     )
     return _totals(torch.cat([first, rest.logits], dim=1), continuations, lengths)
 
@@ -119,6 +117,11 @@ def _encoder_decoder(network: Any, questions: Sequence[Question], device: torch.
         decoder_input_ids=torch.cat([start, continuations[:, :-1]], dim=1),
     )
     return _totals(output.logits, continuations, lengths)
+
+
+def cache_name(network: Any) -> str:
+    """What a causal language model calls the keys and values it has computed: before transformers 5.24 otherwise."""
+    return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
 def _continuations(questions: Sequence[Question], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
