@@ -104,13 +104,13 @@ GLYPH_HEIGHT = 22
 SIZES = Sizes(train=1280, validation=200, test=500)
 
 
-def load_fashion(packages: Path, *, seed: int = 0) -> ImageTask:
+def load_fashion(packages: Path, *, seed: int = 0, sizes: Sizes = SIZES) -> ImageTask:
     """The 10 000 test images of Fashion-MNIST (Xiao et al. 2017), whose parts here are drawn from them."""
     files = FASHION.read(packages, r"t10k-.*\.gz$")
     content = {("images" if "images" in name else "labels"): gzip.decompress(data) for name, data in files.items()}
     images = np.frombuffer(content["images"], np.uint8, offset=16).reshape(-1, SIDE, SIDE)
     labels = np.frombuffer(content["labels"], np.uint8, offset=8).astype(np.int64)
-    return split_task("fashion", "clothes", CLOTHES, Examples(images, labels), seed=seed, sizes=SIZES)
+    return split_task("fashion", "clothes", CLOTHES, Examples(images, labels), seed=seed, sizes=sizes)
 
 
 def load_uci_digits(packages: Path, *, seed: int = 0) -> ImageTask:
