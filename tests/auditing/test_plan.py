@@ -68,6 +68,7 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
         lambda d: d["protect"].update(methods=[{"method": "sensitivity_shield", "siblings": ["brother"]}]),
         "brother does not exist",
     ),
+    ("a line without a middle", lambda d: d.update(connectivity=2), "must be at least 3, or 0 to leave it out"),
     ("an analysis", lambda d: d.update(analyses={"exmaples": 5}), "did you mean 'examples'"),
     ("a list", lambda d: d.update(protect=[]), "protect: a mapping is wanted"),
 ]

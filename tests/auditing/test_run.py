@@ -60,8 +60,10 @@ def test_a_menu_that_is_too_small_fails_a_control(plan_file: Path, document: dic
     """With coefficients that cannot make up for a shrunk task vector, shrinking would look like a protection."""
     document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
     document["tiers"] = ["T0"]
+    document["connectivity"] = 0
     plan_file.write_text(yaml.safe_dump(document))
     full = audit(plan_file, out=tmp_path / "full", workers=1)
+    assert full["connectivity"] == []
     assert full["passed"], "1.0 of the shrunk one is 0.65 of the other"
     document["coefficients"]["defended"] = [0.3, 1.0]
     plan_file.write_text(yaml.safe_dump(document))

@@ -191,7 +191,7 @@ class Coefficients:
 class Plan:
     """An audit, checked. ``analyses`` is None for an audit without; ``document`` is the plan as it was written.
 
-    ``connectivity``: how many points of the line between two models are scored, its ends among them.
+    ``connectivity``: how many points of the line between two models are scored, its ends among them; 0 for none.
     """
 
     base: Path

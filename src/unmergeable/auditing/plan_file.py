@@ -90,7 +90,7 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Plan:
         few_shot=_few_shot(top),
         tasks=top.listed("tasks", partial(read_task, folder=folder, base=base)),
         seeds=tuple(_seeds(top)),
-        connectivity=top.whole("connectivity", CONNECTIVITY, least=3),
+        connectivity=_connectivity(top),
         analyses=read_analysis_settings(top.document("analyses"), f"{where}, analyses"),
         document=dict(document) if isinstance(document, Mapping) else {},
     )
@@ -145,6 +145,14 @@ def _few_shot(top: Entry) -> FewShotEntry:
     found = FewShotEntry(tuple(map(int, samples)), entry.whole("starts", default.starts), settings)
     found.methods(FEWEST_SAMPLES)
     return found
+
+
+def _connectivity(top: Entry) -> int:
+    """Points of a line; a line has two ends and something between them."""
+    points = top.whole("connectivity", CONNECTIVITY, least=0)
+    if points in (1, 2):
+        raise top.wrong("connectivity", "must be at least 3, or 0 to leave it out", points)
+    return points
 
 
 def _seeds(top: Entry) -> list[int]:

@@ -313,6 +313,8 @@ class _Auditor:
 
     def _connections(self, variants: Iterable[Variant]) -> list[dict[str, Any]]:
         """Scores on the line from each free-rider's model to each variant, whose ends are the two, on test examples."""
+        if not self.plan.connectivity:
+            return []
         chosen = [
             (variant, rider) for rider in self.plan.riders for variant in variants if variant.checkpoint is not None
         ]
