@@ -118,8 +118,8 @@ EDITORIALS = PackagedFile(
 # --- the model and the text
 
 
-def convert(folder: Path) -> None:
-    """Write the packaged model as a bfloat16 checkpoint with its tokenizer."""
+def convert(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the packaged model as a checkpoint with its tokenizer."""
     gguf = MODEL.path()
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
 
@@ -138,7 +138,7 @@ def convert(folder: Path) -> None:
             del config.quantization_config
         network = LlamaForCausalLM(config)
         network.load_state_dict(loaded.state_dict())
-        network.to(torch.bfloat16).save_pretrained(folder)
+        network.to(dtype).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         tokenizer.save_pretrained(folder)
 

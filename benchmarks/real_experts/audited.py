@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,15 @@ from benchmarks.vision_audit import told, write_results
 from unmergeable.auditing.report import write_report
 from unmergeable.auditing.run import audit
 from unmergeable.auditing.verdict import summary
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """What every audit is told: where to work, with how many workers, and where the result goes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--out", type=Path, help="the JSON to write")
+    return parser
 
 
 def audit_study(plan: Path, *, prepared: Mapping[str, Any], workers: int | None, out: Path | None) -> None:

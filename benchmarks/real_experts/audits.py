@@ -8,25 +8,23 @@ runs ``unmergeable audit`` on it into ``SCRATCH/STUDY/audit``; started again it 
 without its cells as JSON, and the block for a model card beside it as Markdown. The page is
 ``SCRATCH/STUDY/audit/report.html``.
 
+What the protections read of the owner's are the examples its expert was trained on. An attacker who learns has others:
+the last 250 of the test part, on which nothing is scored.
+
 An accuracy on 200 test examples is known to about 6 points, a D* to the interval given.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from benchmarks.real_experts.audited import audit_study, parser_of
 from benchmarks.real_experts.experts import STUDIES, Study, prepare
 from benchmarks.real_experts.protected import PROTECTIONS, Protection
-from benchmarks.vision_audit import told, write_results
-
-from unmergeable.auditing.report import write_report
-from unmergeable.auditing.run import audit
-from unmergeable.auditing.verdict import summary
 
 AUDITED = (
     "mergelock",
@@ -39,7 +37,10 @@ AUDITED = (
     "sensitivity_shield, combined",
 )
 
-RECOVERIES = ("kabsch", "nearest_orbit", "taylor_inversion", "revert_to_base", "task_vector_rescale")
+ATTACKERS = 250
+"""Test examples that are an attacker's to learn from, and never scored."""
+
+RECOVERIES = ("kabsch", "nearest_orbit", "taylor_inversion, nearest_orbit")
 """Besides source_subtraction, which is given the siblings."""
 
 
@@ -47,6 +48,8 @@ def write_plan(study: Study, tiers: Sequence[str], examples: tuple[int, int]) ->
     """The plan of a study, beside its experts."""
     by_name = {protection.name: protection for protection in PROTECTIONS}
     siblings = [study.expert(task).name for task in study.siblings]
+    for task in (study.owner, study.rider):
+        divide_test(study, task)
     plan = {
         "base": "base",
         "experts": [
@@ -55,7 +58,8 @@ def write_plan(study: Study, tiers: Sequence[str], examples: tuple[int, int]) ->
         "protect": {"expert": study.owner, "methods": [_method(study, by_name[name]) for name in AUDITED]},
         "merges": ["task_arithmetic"],
         "recoveries": [*RECOVERIES, {"method": "source_subtraction", "sources": siblings}],
-        "coefficients": {"defended": [0.5, 1.0, 1.5], "rider": [0.5, 1.0], "refinements": 6},
+        "coefficients": {"defended": [0.5, 1.0, 1.5], "rider": [0.5, 1.0], "refinements": 4},
+        "connectivity": 5,
         "tiers": list(tiers),
         "few_shot": {"samples": [100], "starts": 1, "settings": {"steps": 30, "learning_rates": "3e-5,1e-4"}},
         "tasks": [_task(study, task, examples) for task in (study.owner, study.rider)],
@@ -74,8 +78,32 @@ def _method(study: Study, protection: Protection) -> dict[str, Any]:
     return entry
 
 
+def divide_test(study: Study, task: str) -> None:
+    """Cut the test part into what the judge scores and what an attacker has labels for."""
+    whole = study.data(task, "test")
+    judged, learnt = (divided(study, task, who) for who in ("judge", "attacker"))
+    if whole.suffix == ".npz":
+        with np.load(whole) as arrays:
+            np.savez(judged, **{name: rows[:-ATTACKERS] for name, rows in arrays.items()})
+            np.savez(learnt, **{name: rows[-ATTACKERS:] for name, rows in arrays.items()})
+    else:
+        lines = whole.read_text().splitlines(keepends=True)
+        judged.write_text("".join(lines[:-ATTACKERS]))
+        learnt.write_text("".join(lines[-ATTACKERS:]))
+
+
+def divided(study: Study, task: str, who: str) -> Path:
+    """File of a share of the test part."""
+    return study.folder / f"{task}-{who}.{study.suffix}"
+
+
 def _task(study: Study, task: str, examples: tuple[int, int]) -> dict[str, Any]:
-    parts = {part: study.data(task, part).name for part in ("train", "validation", "test")}
+    files = {
+        "train": divided(study, task, "attacker"),
+        "validation": study.data(task, "validation"),
+        "test": divided(study, task, "judge"),
+    }
+    parts = {part: file.name for part, file in files.items()}
     return {
         "name": task,
         **parts,
@@ -87,22 +115,16 @@ def _task(study: Study, task: str, examples: tuple[int, int]) -> dict[str, Any]:
 
 def main() -> None:
     """Prepare, audit, keep what is small."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scratch", type=Path)
+    parser = parser_of(__doc__)
     parser.add_argument("--study", choices=STUDIES, default="text")
     parser.add_argument("--tiers", default="T0,T1,T2")
     parser.add_argument("--examples", type=int, nargs=2, default=(100, 200), metavar=("VALIDATION", "TEST"))
-    parser.add_argument("--workers", type=int, default=None)
-    parser.add_argument("--out", type=Path, help="the JSON to write")
     arguments = parser.parse_args()
     study = STUDIES[arguments.study](arguments.scratch)
     prepare(study)
     plan = write_plan(study, arguments.tiers.split(","), tuple(arguments.examples))
-    folder = study.folder / "audit"
-    document = audit(plan, out=folder, workers=arguments.workers, progress=told(time.monotonic()))
-    print(*summary(document), write_report(folder), sep="\n")
-    if arguments.out is not None:
-        write_results(document, arguments.out)
+    made_from = {"tasks": [study.owner, study.rider], "siblings": list(study.siblings), "seed": 0}
+    audit_study(plan, prepared=made_from, workers=arguments.workers, out=arguments.out)
 
 
 if __name__ == "__main__":

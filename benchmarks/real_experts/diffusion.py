@@ -17,7 +17,6 @@ into SCRATCH/diffusion/audit; started again it goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import yaml
-from benchmarks.real_experts.audited import audit_study
+from benchmarks.real_experts.audited import audit_study, parser_of
 from benchmarks.real_experts.experts import write_expert
 from benchmarks.real_experts.images import load_fashion
 from benchmarks.real_experts.made import made
@@ -380,11 +379,7 @@ def write_plan(folder: Path) -> Path:
 
 def main() -> None:
     """Prepare, audit, keep what is small."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scratch", type=Path)
-    parser.add_argument("--workers", type=int, default=None)
-    parser.add_argument("--out", type=Path, help="the JSON to write")
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     torch.set_num_threads(1)
     folder = arguments.scratch / "diffusion"
     folder.mkdir(parents=True, exist_ok=True)

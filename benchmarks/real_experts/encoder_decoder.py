@@ -15,7 +15,6 @@ audit`` into SCRATCH/encoder_decoder/audit; started again it goes on where it wa
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from benchmarks.real_experts.audited import audit_study
+from benchmarks.real_experts.audited import audit_study, parser_of
 from benchmarks.real_experts.experts import write_expert
 from benchmarks.real_experts.made import made
 from benchmarks.real_experts.texts import (
@@ -351,11 +350,7 @@ def write_plan(folder: Path) -> Path:
 
 def main() -> None:
     """Prepare, audit, keep what is small."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scratch", type=Path)
-    parser.add_argument("--workers", type=int, default=None)
-    parser.add_argument("--out", type=Path, help="the JSON to write")
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     torch.set_num_threads(1)
     folder = arguments.scratch / "encoder_decoder"
     folder.mkdir(parents=True, exist_ok=True)
