@@ -1,7 +1,8 @@
 """How many cells a minute an audit scores, against the obvious loop, in one run on a real vision model.
 
     pip install --no-deps -r requirements-demo.txt
-    python benchmarks/audit_speed.py SCRATCH [--rounds 3] [--cells 24] [--out benchmarks/results/audit_speed.json]
+    python benchmarks/audit_speed.py SCRATCH [--rounds 3] [--cells 24] [--examples 200]
+        [--out benchmarks/results/audit_speed.json]
 
 Prepares the demo's experts in SCRATCH as ``vision_audit.py`` does, unless they are there. A cell is one set of merged
 weights, scored on the validation examples of both tasks. Each round goes one after another through
@@ -9,23 +10,22 @@ weights, scored on the validation examples of both tasks. Each round goes one af
     commands   for every cell ``unmergeable merge`` on disk, then a script that loads the result and scores it
     loop       the same within one process: merge on disk, load, read and encode the data, score
     one, two   the sweep that an audit runs, with one worker and with two
+    bare       two processes that do nothing but the forward passes, over what one of them does alone
 
-with the same coefficients: the first two do the first few of them. Every process has one thread. Workers are warm, as
-they are but for the first cell of an audit; what starting them takes is told apart (``start_up``). Prints one JSON
-object: cells a minute of each round, the medians over rounds of the ratios of what was measured in the same round, and
-how a cell of the loop divides into its parts. Whatever is done about the other parts, examples have to be scored: no
-way of giving the same credits is faster than the loop by more than ``ceiling``, its seconds over those of scoring. All
+with the same coefficients: ``commands`` and ``loop`` do the first few of them, on all processors; a worker of an audit
+has one. Workers are warm, as they are but for the first cell of an audit; what starting them takes is told apart
+(``start_up``). Prints one JSON object: cells a minute of each round, the medians over rounds of the ratios of what was
+measured in the same round, and how a cell of the loop divides into its parts. Whatever is done about the other parts,
+examples have to be scored: no way of giving the same credits on the same processors is faster than the loop by more
+than ``ceiling``, its seconds over those of scoring; and no two workers are faster than one by more than ``bare``. All
 ways must give the same credits, example by example and bit by bit.
 """
 
 from __future__ import annotations
 
-import os
-
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in every process below
-
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -39,13 +39,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from vision_audit import prepare
 
 from unmergeable import api
 from unmergeable.auditing.plan import MethodEntry, Plan
 from unmergeable.auditing.plan_file import read_plan
 from unmergeable.auditing.pool import Call, WorkerPool
-from unmergeable.auditing.scoring import Checkpoint, ScoredTask, Sweep, score_points
+from unmergeable.auditing.scoring import Checkpoint, ScoredTask, Sweep, network_of, score_points, scorers_of
 from unmergeable.data import DataSource
 from unmergeable.network.load import load_network
 from unmergeable.tasks import LabelledData, example_credits
@@ -99,17 +100,36 @@ def by_commands(plan_file: Path, method: str, chosen: Sequence[Point], work: Pat
         ]
         merge = ["merge", "--base", str(plan.base), *experts, "--method", method, "--out", str(merged), "--quiet"]
         subprocess.run([sys.executable, "-m", "unmergeable", *merge], check=True, stdout=subprocess.DEVNULL)
-        score = [sys.executable, __file__, str(plan_file.parent), "--score", str(merged)]
+        score = [sys.executable, __file__, str(plan_file), "--score", str(merged)]
         answer = json.loads(subprocess.run(score, check=True, capture_output=True, text=True).stdout)
         found.append({task: np.array(values) for task, values in answer.items()})
         shutil.rmtree(merged)
     return found, time.perf_counter() - began
 
 
+def by_bare_passes(pool: WorkerPool, plan_file: Path, passes: int, copies: int) -> float:
+    """Cells a minute of ``copies`` processes that score one network again and again."""
+    began = time.perf_counter()
+    list(pool.run([(score_again, (plan_file, passes))] * copies))
+    return 60 * passes * copies / (time.perf_counter() - began)
+
+
+def score_again(plan_file: Path, passes: int) -> None:
+    """What is left of a cell when nothing is merged: the forward passes of the base, in a worker of its own."""
+    plan = read_plan(plan_file)
+    sweep = sweep_of(plan, "task_arithmetic")
+    scorers = scorers_of(sweep, "validation")
+    network = network_of(plan.base)
+    for _ in range(passes):
+        for scorer in scorers.values():
+            scorer.credits(network)
+
+
 def by_loop(
     plan_file: Path, method: str, chosen: Sequence[Point], work: Path, spent: dict[str, float]
 ) -> tuple[list[Credits], float]:
-    """Everything in this process. Returns credits and seconds."""
+    """Everything in this process, on all processors. Returns credits and seconds."""
+    torch.set_num_threads(os.cpu_count() or 1)
     plan, found, began = read_plan(plan_file), [], time.perf_counter()
     for point in chosen:
         before = time.perf_counter()
@@ -117,6 +137,7 @@ def by_loop(
         spent["merge"] = spent.get("merge", 0.0) + time.perf_counter() - before
         found.append(load_and_score(plan, work / "merged", spent))
         shutil.rmtree(work / "merged")
+    torch.set_num_threads(1)  # as the audit does in this process, where there is one worker
     return found, time.perf_counter() - began
 
 
@@ -168,11 +189,14 @@ def measure(plan_file: Path, method: str, arguments: argparse.Namespace, work: P
                 speeds[name] = 60 * len(its) / seconds
                 print(f"{method}, {name}: {speeds[name]:.1f} cells a minute", file=sys.stderr, flush=True)
             require_equal(credits_of)
-            rounds.append(speeds)
+            passes = max(1, arguments.cells // 4)
+            bare = {copies: by_bare_passes(two, plan_file, passes, copies) for copies in (2, 1)}
+            rounds.append({**speeds, "bare": bare[2] / bare[1]})
     ratios = {
         f"{fast} / {slow}": median(speeds[fast] / speeds[slow] for speeds in rounds)
-        for fast, slow in (("one", "commands"), ("one", "loop"), ("two", "loop"), ("two", "one"))
+        for fast, slow in (("two", "commands"), ("one", "commands"), ("two", "loop"), ("one", "loop"), ("two", "one"))
     }
+    ratios["two bare / one bare"] = median(speeds["bare"] for speeds in rounds)
     looped = arguments.rounds * len(few)
     return {
         "method": method,
@@ -195,30 +219,41 @@ def require_equal(credits_of: dict[str, list[Credits]]) -> None:
                     raise SystemExit(f"{name} gives other credits on {task}")
 
 
+def with_examples(plan_file: Path, count: int) -> Path:
+    """The plan with so many validation examples of each task, beside it."""
+    document = yaml.safe_load(plan_file.read_text())
+    for task in document["tasks"]:
+        task["examples"] = {"validation": count}
+    path = plan_file.with_name("speed-plan.yaml")
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
 def main() -> None:
     """Measure, or score one folder for ``commands``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cells", type=int, default=24, help="of a sweep; at least 8")
+    parser.add_argument("--examples", type=int, default=200, help="of each task")
     parser.add_argument("--loop-cells", type=int, default=4, help="of commands and loop in each round")
     parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "ties"])
     parser.add_argument("--out", type=Path, help="the JSON to write")
     parser.add_argument("--score", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    plan_file = prepare(arguments.scratch)
     if arguments.score is not None:
-        found = load_and_score(read_plan(plan_file), arguments.score, {})
+        found = load_and_score(read_plan(arguments.scratch), arguments.score, {})
         print(json.dumps({task: values.tolist() for task, values in found.items()}))
         return
+    torch.set_num_threads(1)
+    plan_file = with_examples(prepare(arguments.scratch), arguments.examples)
     work = arguments.scratch / "speed"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     document = {
         "results": [measure(plan_file, method, arguments, work) for method in arguments.methods],
         "cells": arguments.cells,
-        "examples": 400,
+        "examples": 2 * arguments.examples,
         "environment": {
             "torch": torch.__version__,
             "python": platform.python_version(),
