@@ -58,7 +58,7 @@ def write_plan(study: Study, tiers: Sequence[str], examples: tuple[int, int]) ->
         "protect": {"expert": study.owner, "methods": [_method(study, by_name[name]) for name in AUDITED]},
         "merges": ["task_arithmetic"],
         "recoveries": [*RECOVERIES, {"method": "source_subtraction", "sources": siblings}],
-        "coefficients": {"defended": [0.5, 1.0, 1.5], "rider": [0.5, 1.0], "refinements": 4},
+        "coefficients": {"defended": [0.5, 0.75, 1.0, 1.5], "rider": [0.5, 0.75, 1.0], "refinements": 8},
         "connectivity": 5,
         "tiers": list(tiers),
         "few_shot": {"samples": [100], "starts": 1, "settings": {"steps": 30, "learning_rates": "3e-5,1e-4"}},

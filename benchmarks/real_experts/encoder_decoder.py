@@ -330,6 +330,7 @@ def write_plan(folder: Path) -> Path:
         "recoveries": ["kabsch", "nearest_orbit", "taylor_inversion", "taylor_inversion, nearest_orbit"],
         "coefficients": {"defended": [0.5, 1.0, 1.5], "rider": [0.6, 1.0], "refinements": 4},
         "tiers": ["T0", "T1"],
+        "connectivity": 0,
         "tasks": [
             {
                 "name": name,
