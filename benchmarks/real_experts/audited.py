@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,4 +38,10 @@ def audit_study(plan: Path, *, prepared: Mapping[str, Any], workers: int | None,
     document = audit(plan, out=folder, workers=workers, progress=told(time.monotonic()))
     print(*summary(document), write_report(folder), sep="\n")
     if out is not None:
-        write_results({**document, "prepared": prepared}, out)
+        write_results({**without_places(document, plan.parent), "prepared": prepared}, out)
+
+
+def without_places(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The result with paths as the plan has them: reasons name files, and where those lay is nobody's business."""
+    found: dict[str, Any] = json.loads(json.dumps(document).replace(f"{folder}/", ""))
+    return found
