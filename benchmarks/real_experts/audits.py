@@ -11,7 +11,8 @@ without its cells as JSON, and the block for a model card beside it as Markdown.
 What the protections read of the owner's are the examples its expert was trained on. An attacker who learns has others:
 the last 250 of the test part, on which nothing is scored.
 
-An accuracy on 200 test examples is known to about 6 points, a D* to the interval given.
+An accuracy on 250 test examples is known to about 5 points, a D* to the interval given. With 100 validation examples
+the selection of attacks is so much a matter of luck that the control ``scale`` fails.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--study", choices=STUDIES, default="text")
     parser.add_argument("--tiers", default="T0,T1,T2")
-    parser.add_argument("--examples", type=int, nargs=2, default=(100, 200), metavar=("VALIDATION", "TEST"))
+    parser.add_argument("--examples", type=int, nargs=2, default=(200, 250), metavar=("VALIDATION", "TEST"))
     arguments = parser.parse_args()
     study = STUDIES[arguments.study](arguments.scratch)
     prepare(study)
