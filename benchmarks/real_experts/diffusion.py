@@ -48,10 +48,12 @@ SIZES = Sizes(train=4000, validation=200, test=500)
 
 BATCH_SIZE = 64
 PRETRAINING = Schedule(steps=900, learning_rate=2e-3)
-FINETUNING = Schedule(steps=400, learning_rate=2e-3)
+MIXING = Schedule(steps=500, learning_rate=1.5e-3)
+FINETUNING = Schedule(steps=300, learning_rate=1e-3)
 CLASSIFYING = Schedule(steps=600, learning_rate=3e-3)
-RIGHT = 0.3
-"""Share of the images whose prompt the base can trust; the others have that of any class of their task."""
+FEW_RIGHT, HALF_RIGHT = 0.3, 0.5
+"""Shares of the images whose prompt the base can trust, at first and then; the others have that of any class of their
+task."""
 
 STEPS = 8
 """Of DDIM."""
@@ -233,8 +235,9 @@ def write_pipeline(folder: Path, tasks: Mapping[str, ImageTask], progress: Progr
         states = network.text_encoder(ids).last_hidden_state[prompt]
         return functional.mse_loss(network.unet(noisy, times, states).sample, velocity)
 
-    batches = Painted.of(tasks, list(tasks)).batches(scheduler, RIGHT)
-    train(painter, batches, loss, PRETRAINING, stage="training the base", progress=progress)
+    images = Painted.of(tasks, list(tasks))
+    for schedule, right in ((PRETRAINING, FEW_RIGHT), (MIXING, HALF_RIGHT)):
+        train(painter, images.batches(scheduler, right), loss, schedule, stage="training the base", progress=progress)
     StableDiffusionPipeline(
         vae=identity_autoencoder(), text_encoder=painter.text_encoder, tokenizer=tokenizer, unet=painter.unet,
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -242,7 +245,7 @@ def write_pipeline(folder: Path, tasks: Mapping[str, ImageTask], progress: Progr
     weights = {
         name: sum(parameter.numel() for parameter in part.parameters()) for name, part in painter.named_children()
     }
-    return {"weights": weights, "steps": PRETRAINING.steps}
+    return {"weights": weights, "steps": PRETRAINING.steps + MIXING.steps}
 
 
 @torch.no_grad()
@@ -352,7 +355,7 @@ def write_plan(folder: Path) -> Path:
         "protect": {"expert": OWNER, "methods": ["mergelock", "params", "gauge"]},
         "merges": ["task_arithmetic"],
         "recoveries": ["kabsch", "nearest_orbit"],
-        "coefficients": {"defended": [0.5, 1.0, 1.5], "rider": [0.6, 1.0], "refinements": 3},
+        "coefficients": {"defended": [0.4, 0.7, 1.0, 1.5], "rider": [0.7, 1.0], "refinements": 4},
         "tiers": ["T0", "T1"],
         "connectivity": 0,
         "tasks": [
