@@ -6,8 +6,8 @@
 The network is a UNet2DConditionModel as Stable Diffusion 1.5 has it (attention to itself and to the text, GEGLU), of a
 million weights, for images of 16 x 16 grey pixels; around it is the rest of that pipeline, as small: a text encoder
 of CLIP that knows the words of twenty prompts, DDIM, and an autoencoder whose latents are the pixels. The base is
-trained on digits and clothes with prompts of which most name another class than the image shows, so that it paints
-well and hardly knows what it was asked for. Its experts see one of the tasks with the right prompts.
+trained on digits and clothes with prompts of which most, and then half, are those of any class, so that it paints well
+and hardly knows what it was asked for. Its experts see one of the tasks with the right prompts.
 
 Classifiers trained on the real images, one for each task, say whether an image shows what the prompt asked for.
 
