@@ -52,6 +52,47 @@ def test_no_merge_is_no_score_of_nothing() -> None:
     worst = {**trial(1.0, 1.0, 1.0), "protected": 0.15, "unprotected": 0.8, "without_victim": 0.15, "samples": 16}
     tier = {"worst": worst, "trials": [{**worst, "attacks_tried": 0}]}
     protection = {"utility": {"loss": 0.0}, "tiers": {"T2": tier}}
-    assert "labelled examples as well (16 labelled): no merge with it is possible" in verdict("lock", protection)
+    assert "labelled examples as well (16 labelled, no merge with it is possible" in verdict("lock", protection)
     tier["trials"] = [{**worst, "attacks_tried": 1}]
     assert "the best merge gets 15 %" in verdict("lock", protection)
+
+
+def tiers(*found: tuple[float, float]) -> dict[str, Any]:
+    """A protection whose D*, and lower end of its interval, are these for attackers of rising means."""
+    scores = {"unprotected": 0.8, "without_victim": 0.2}
+    entries = {}
+    for number, (d_star, low) in enumerate(found):
+        worst = {**trial(d_star, low, 1.0), **scores, "protected": 0.1 * (number + 1), "attacks_tried": 3}
+        entries[f"T{number}"] = {"worst": worst, "trials": [worst]}
+    return {"utility": {"loss": 0.0}, "tiers": entries}
+
+
+@pytest.mark.parametrize(
+    ("found", "said", "unsaid"),
+    [
+        (((0.9, 0.85), (0.0, 0.0), (0.0, -0.1)), ("It stops T0", ", but it does not stop T1", "gets 20 %"), "T2"),
+        (((0.9, 0.85), (0.9, 0.85), (0.9, 0.85)), ("It stops T2", "gets 30 %"), "T0"),
+        (((0.0, 0.0), (0.0, 0.0)), ("It does not stop T0", "gets 10 %"), "T1"),
+        (((1.0, 0.1), (0.1, 0.0)), ("It is not shown to stop T0", ", and it does not stop T1", "gets 20 %"), "T2"),
+        (
+            ((0.9, 0.85), (0.6, 0.3), (0.1, 0.0)),
+            ("stops T0", ", but it hinders T1", ", but it does not stop T2"),
+            " and ",
+        ),
+    ],
+)
+def test_a_verdict_names_the_weakest_attacker_who_gets_through(
+    found: tuple[tuple[float, float], ...], said: tuple[str, ...], unsaid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unmergeable.auditing.verdict.TIERS", {f"T{number}": f"T{number}" for number in range(4)})
+    sentence = verdict("lock", tiers(*found)).partition("against 80 %")[0]
+    assert all(text in sentence for text in said), sentence
+    assert unsaid not in sentence
+
+
+def test_a_verdict_on_little_to_defend_names_no_scores() -> None:
+    protection = tiers((0.5, 0.3))
+    protection["tiers"]["T0"]["worst"]["is_denominator_small"] = True
+    sentence = verdict("lock", protection)
+    assert "Nothing can be said about ordinary merging, for the expert adds too little" in sentence
+    assert "gets" not in sentence

@@ -22,7 +22,8 @@ from unmergeable.errors import BadInput
     [
         ({}, "stops"),
         ({"interval": [0.5, 0.99]}, "hinders"),
-        ({"interval": [0.1, 0.99]}, "does not stop"),
+        ({"interval": [0.1, 0.99]}, "is not shown to stop"),
+        ({"d_star": 0.1, "interval": [0.0, 0.99]}, "does not stop"),
         ({"is_denominator_small": True}, "cannot be judged"),
     ],
 )
@@ -37,8 +38,8 @@ def test_a_judgement_is_made_from_the_lower_end(worst: dict[str, Any], expected:
 def test_the_same_figures_everywhere() -> None:
     found = document()
     sentence = (
-        "lock costs 2.0 points on its own task. It stops ordinary merging: the best merge gets 20 %, against 80 % "
-        "unprotected and 15 % without the expert (D* = 0.90, 95 % interval 0.85 to 0.95)."
+        "lock costs 2.0 points on its own task. It stops ordinary merging (D* = 0.90, 95 % interval 0.85 to 0.95): the "
+        "best merge gets 20 %, against 80 % unprotected and 15 % without the expert."
     )
     assert summary(found) == [sentence]
     page = render_report(found)

@@ -15,6 +15,7 @@ from unmergeable.auditing.pictures import Looks, front_picture, line_pictures, n
 from unmergeable.auditing.run import RESULT
 from unmergeable.auditing.verdict import (
     HINDERS,
+    JUDGEMENTS,
     STOPS,
     TIERS,
     attack,
@@ -31,7 +32,7 @@ from unmergeable.page import render
 
 PAGE = "report.html"
 
-TONES = {"stops": "good", "hinders": "", "does not stop": "bad", "cannot be judged": ""}
+TONES = dict(zip(JUDGEMENTS, ("good", "", "bad", "bad", ""), strict=True))
 """The class of a judgement on the page; the words say the same."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from unmergeable.auditing.models import IDENTITY, SCALE
@@ -18,39 +19,66 @@ TIERS = {
 STOPS, HINDERS = 0.8, 0.2
 """D* from which a protection is said to stop an attacker, and to hinder one. The whole interval must lie above."""
 
+JUDGEMENTS = ("stops", "hinders", "is not shown to stop", "does not stop", "cannot be judged")
+"""What can be said of a protection and an attacker; the third is where D* is high and its interval reaches too low."""
+
 
 def judgement(tier: Mapping[str, Any]) -> str:
-    """``stops``, ``hinders``, ``does not stop``, or that nothing can be said: from the lower end of the interval."""
+    """One of :data:`JUDGEMENTS`, from the lower end of the interval: what may be luck is not called protection."""
     worst = tier["worst"]
     if worst is None or worst["is_denominator_small"]:
         return "cannot be judged"
     low = worst["interval"][0]
     if low is not None and low >= STOPS:
         return "stops"
-    return "hinders" if low is not None and low >= HINDERS else "does not stop"
+    if low is not None and low >= HINDERS:
+        return "hinders"
+    return "is not shown to stop" if worst["d_star"] is not None and worst["d_star"] >= HINDERS else "does not stop"
 
 
 def verdict(name: str, protection: Mapping[str, Any]) -> str:
-    """One protection in a few sentences."""
+    """What one protection costs, and in one sentence whom it stops and whom it does not.
+
+    Attackers of neighbouring tiers who are judged alike stand for one another: the strongest of those who are stopped,
+    the weakest of those who are not. The scores at the end are those of the last who is named.
+    """
     loss = 100 * protection["utility"]["loss"]
     cost = "costs nothing that was measured" if loss <= 0.05 else f"costs {loss:.1f} points on its own task"
-    parts = [f"{name} {cost}."]
-    for tier, found in protection["tiers"].items():
-        worst = found["worst"]
-        who = TIERS[tier]
-        if worst is not None and worst.get("samples"):
-            who += f" ({worst['samples']} labelled)"
-        if worst is None or worst["is_denominator_small"]:
-            parts.append(f"Against {who} nothing can be said: the expert adds too little to a merge as it is.")
-            continue
-        best = f"the best merge gets {_percent(worst['protected'])}"
-        if all(trial["attacks_tried"] == 0 for trial in found["trials"]):
-            best = f"no merge with it is possible, which leaves {_percent(worst['protected'])}"
-        parts.append(
-            f"It {judgement(found)} {who}: {best}, against {_percent(worst['unprotected'])} unprotected and "
-            f"{_percent(worst['without_victim'])} without the expert (D* = {star(worst)})."
-        )
-    return " ".join(parts)
+    sentence, before, scores = "", "", ""
+    for found, alike in groupby(protection["tiers"].items(), key=lambda entry: judgement(entry[1])):
+        group = list(alike)
+        tier, entry = group[-1] if found in ("stops", "hinders") else group[0]
+        if found == "cannot be judged":
+            clause = f"nothing can be said about {TIERS[tier]}, for the expert adds too little to a merge as it is"
+        else:
+            clause = f"it {found} {TIERS[tier]} ({_details(entry)})"
+            scores = f": {_scores(entry)}"
+        joint = ", but " if before in ("stops", "hinders") else ", and "
+        sentence += f"{joint if before else ''}{clause}"
+        before = found
+    return f"{name} {cost}. {sentence[:1].upper()}{sentence[1:]}{'' if before == 'cannot be judged' else scores}."
+
+
+def _details(tier: Mapping[str, Any]) -> str:
+    samples = tier["worst"].get("samples")
+    given = [f"{samples} labelled"] if samples else []
+    if not _is_mergeable(tier):
+        given.append("no merge with it is possible")
+    return ", ".join([*given, f"D* = {star(tier['worst'])}"])
+
+
+def _scores(tier: Mapping[str, Any]) -> str:
+    worst = tier["worst"]
+    got = f"{'the best merge gets' if _is_mergeable(tier) else 'what is left gets'} {_percent(worst['protected'])}"
+    return (
+        f"{got}, against {_percent(worst['unprotected'])} unprotected and {_percent(worst['without_victim'])} without "
+        "the expert"
+    )
+
+
+def _is_mergeable(tier: Mapping[str, Any]) -> bool:
+    """Whether any attack with the protected expert could be tried at all."""
+    return any(trial["attacks_tried"] for trial in tier["trials"])
 
 
 def star(worst: Mapping[str, Any] | None) -> str:
