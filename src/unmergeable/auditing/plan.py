@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -212,12 +212,7 @@ class Plan:
     @property
     def paths(self) -> tuple[Path, ...]:
         """Everything the audit reads, each once."""
-        found = [self.base, *(expert.path for expert in self.experts)]
-        for task in self.tasks:
-            found += task.paths
-        found += [path for protection in self.protections for path in protection.paths]
-        found += [path for recovery in self.recoveries for path in recovery.sources]
-        return tuple(dict.fromkeys(found))
+        return paths_of(self.base, self.experts, self.tasks, self.protections, self.recoveries)
 
     def reaches(self, tier: Tier) -> bool:
         """Whether the strongest attacker is of this tier or a higher one."""
@@ -236,6 +231,21 @@ class Plan:
     def task(self, name: str) -> TaskEntry:
         """The task of this name, which must exist."""
         return next(task for task in self.tasks if task.name == name)
+
+
+def paths_of(
+    base: Path,
+    experts: Iterable[ExpertEntry],
+    tasks: Iterable[TaskEntry],
+    protections: Iterable[ProtectionEntry],
+    recoveries: Iterable[RecoveryEntry],
+) -> tuple[Path, ...]:
+    """Everything these read, each once."""
+    found = [base, *(expert.path for expert in experts)]
+    found += [path for task in tasks for path in task.paths]
+    found += [path for protection in protections for path in protection.paths]
+    found += [path for recovery in recoveries for path in recovery.sources]
+    return tuple(dict.fromkeys(found))
 
 
 def joined(steps: Sequence[Mapping[str, Any]]) -> str:

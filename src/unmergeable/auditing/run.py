@@ -320,34 +320,34 @@ class _Auditor:
         ]
         last = self.plan.connectivity - 1
         shares = [number / last for number in range(last + 1)]
-        between: list[Point | None] = [(share, 1 - share) for share in shares[1:-1]]
-        calls: list[Call] = []
-        for variant, rider in chosen:
-            for sweep, points in (
-                (self._sweep(None, rider, None), [None]),
-                (self._sweep(variant.checkpoint, rider, _ADDED), between),
-                (self._sweep(variant.checkpoint, rider, None), [None]),
-            ):
-                calls.append((score_points, (sweep, points, "test", self._cells)))
-        done: list[Outcome] = self._done("measuring connectivity", calls)
-        lines = []
-        for (variant, rider), outcomes in zip(chosen, zip(*[iter(done)] * 3, strict=True), strict=True):
-            cells = [cell for outcome in outcomes for cell in outcome.cells.values()]
-            if len(cells) == len(shares):  # a model of another structure has no line to it
-                lines.append(
-                    {
-                        "protection": variant.protection,
-                        "seed": variant.seed,
-                        "recovery": variant.recovery,
-                        "rider": rider.name,
-                        "share": shares,
-                        "scores": {
-                            task: [float(cell.credits[task].mean()) for cell in cells]
-                            for task in (self.plan.victim.task, rider.task)
-                        },
-                    }
-                )
-        return lines
+        calls = [self._line(variant, rider, shares[1:-1]) for variant, rider in chosen]
+        done = iter(self._done("measuring connectivity", [call for line in calls for call in line]))
+        lines = [[cell for _ in line for cell in next(done).cells.values()] for line in calls]
+        return [
+            {
+                "protection": variant.protection,
+                "seed": variant.seed,
+                "recovery": variant.recovery,
+                "rider": rider.name,
+                "share": shares,
+                "scores": {
+                    task: [float(cell.credits[task].mean()) for cell in cells]
+                    for task in (self.plan.victim.task, rider.task)
+                },
+            }
+            for (variant, rider), cells in zip(chosen, lines, strict=True)
+            if len(cells) == len(shares)  # a model of another structure has no line to it
+        ]
+
+    def _line(self, variant: Variant, rider: ExpertEntry, shares: Sequence[float]) -> list[Call]:
+        """Calls that score a line's ends as the models they are, and what lies between as shares of the variant."""
+        between: list[Point | None] = [(share, 1 - share) for share in shares]
+        parts = (
+            (self._sweep(None, rider, None), [None]),
+            (self._sweep(variant.checkpoint, rider, _ADDED), between),
+            (self._sweep(variant.checkpoint, rider, None), [None]),
+        )
+        return [(score_points, (sweep, points, "test", self._cells)) for sweep, points in parts]
 
 
 def _menu(job: _Job, cells: Mapping[Point | None, Cell]) -> Menu:

@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from unmergeable.auditing.plan import ExpertEntry, MethodEntry, ProtectionEntry, RecoveryEntry, TaskEntry
+from unmergeable.auditing.plan import ExpertEntry, MethodEntry, ProtectionEntry, RecoveryEntry, TaskEntry, paths_of
 
 UNPROTECTED = "unprotected"
 """The variant that every other is compared with."""
@@ -83,13 +83,8 @@ class TablePlan:
     @property
     def paths(self) -> tuple[Path, ...]:
         """Everything the table reads, each once."""
-        found = [self.base, *(expert.path for expert in self.experts)]
-        for task in self.tasks:
-            found += task.paths
-        for victim in self.victims:
-            found += [path for entry in self.protections for path in self.given(entry, victim).paths]
-        found += [path for recovery in self.recoveries for path in recovery.sources]
-        return tuple(dict.fromkeys(found))
+        protections = [self.given(entry, victim) for victim in self.victims for entry in self.protections]
+        return paths_of(self.base, self.experts, self.tasks, protections, self.recoveries)
 
     def expert(self, name: str) -> OwnedExpert:
         """The expert of this name, which must exist."""
