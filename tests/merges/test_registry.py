@@ -24,6 +24,7 @@ MACHINERY = {
     "mergekit_methods",
     "method",
     "models",
+    "spectral",
     "thinning",
     "variation",
 }

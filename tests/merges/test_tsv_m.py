@@ -7,7 +7,6 @@ from torch import Tensor
 from merges.small_models import flat, make_models
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.merges import TaskArithmetic, TsvM, merge_state_dicts
-from unmergeable.merges.tsv_m import merge_matrices
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -43,7 +42,7 @@ def reference(task_matrices: list[Tensor]) -> Tensor:
 def test_equals_a_reference(rows: int, columns: int, count: int) -> None:
     task_matrices = matrices(count, rows, columns)
     expected = reference(task_matrices)
-    merged = merge_matrices(task_matrices)
+    merged = TsvM().merge_matrices(task_matrices)
     # Whitening squares the condition number of the joined directions, which is below 1e3 here.
     assert float((merged - expected).norm()) < 1e6 * EPS * float(expected.norm())
     assert float((merged - sum(task_matrices)).norm()) > 0.1 * float(expected.norm())  # control
@@ -53,15 +52,15 @@ def test_orthogonal_experts_of_low_rank_are_added_up() -> None:
     first, second = torch.zeros(2, 12, 10, dtype=torch.float64).unbind()
     first[:4, :3] = matrices(1, 4, 3)[0]
     second[6:, 5:8] = matrices(1, 6, 3)[0]
-    merged = merge_matrices([first, second])
+    merged = TsvM().merge_matrices([first, second])
     assert float((merged - first - second).abs().max()) < 100 * EPS * float(first.norm() + second.norm())
 
 
 def test_arbitrary_directions_of_low_rank_experts_do_no_harm() -> None:
     """A LoRA expert has a few directions; the decomposition completes them at will, and another one differently."""
     low = matrices(2, 60, 50, rank=3)
-    merged = merge_matrices(low)
-    turned = merge_matrices([matrix.flip(0) for matrix in low]).flip(0)
+    merged = TsvM().merge_matrices(low)
+    turned = TsvM().merge_matrices([matrix.flip(0) for matrix in low]).flip(0)
     assert float((merged - turned).norm()) < 1e4 * EPS * float(merged.norm())
     assert int(torch.linalg.matrix_rank(merged)) == 6
 
@@ -69,7 +68,7 @@ def test_arbitrary_directions_of_low_rank_experts_do_no_harm() -> None:
 def test_singular_values_are_the_experts() -> None:
     task_matrices = matrices(2, 30, 20)
     values = torch.cat([torch.linalg.svdvals(matrix)[:10] for matrix in task_matrices]).sort(descending=True).values
-    merged = torch.linalg.svdvals(merge_matrices(task_matrices))
+    merged = torch.linalg.svdvals(TsvM().merge_matrices(task_matrices))
     torch.testing.assert_close(merged, values, rtol=1e4 * EPS, atol=0)
 
 

@@ -11,47 +11,23 @@ scaling on validation data (1.5 suits eight vision tasks); without data it is 1.
 whole matrices in memory, and their singular value decompositions take time.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from unmergeable.merges.blocks import Operand, Scratch, merge_whole
-from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
+from unmergeable.merges.spectral import SpectralMerge, summed
 
 
 @dataclass(frozen=True)
-class IsoC:
+class IsoC(SpectralMerge):
     """``scaling_coefficient`` is the factor of the merged task vector."""
 
     name: ClassVar[str] = "iso_c"
-    needs_base: ClassVar[bool] = True
-    fewest_experts: ClassVar[int] = 2
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {"scaling_coefficient": "tensor"}
 
-    scaling_coefficient: float = 1.0
-
-    def validate(self) -> None:
-        require_finite("scaling_coefficient", self.scaling_coefficient)
-
-    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
-        return fill_coefficients(coefficients, default=1.0)
-
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            its = terms(name)
-            whole = partial(
-                _merge_tensors,
-                coefficients=its.coefficients,
-                scaling_coefficient=its.of_tensor("scaling_coefficient", self.scaling_coefficient),
-            )
-            return merge_whole(name, operands, whole, scratch)
-
-        return merge
+    def merge_matrices(self, task_matrices: list[Tensor]) -> Tensor:
+        return flattened(summed(task_matrices))
 
 
 def flattened(task_matrix: Tensor) -> Tensor:
@@ -59,14 +35,3 @@ def flattened(task_matrix: Tensor) -> Tensor:
     left, values, right = torch.linalg.svd(task_matrix, full_matrices=False)
     flat: Tensor = (left @ right).mul_(values.mean())
     return flat
-
-
-def _merge_tensors(tensors: list[Tensor], *, coefficients: Sequence[float], scaling_coefficient: float) -> Tensor:
-    base, *experts = tensors
-    task_vectors = [expert.sub_(base).mul_(c) for expert, c in zip(experts, coefficients, strict=True)]
-    total = task_vectors[0]
-    for task_vector in task_vectors[1:]:
-        total.add_(task_vector)
-    if base.dim() == 2 and base.numel():
-        return base.add_(flattened(total), alpha=scaling_coefficient)
-    return base.add_(total, alpha=scaling_coefficient / len(task_vectors))

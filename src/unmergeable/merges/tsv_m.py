@@ -13,62 +13,34 @@ The default scaling of 1 is the authors'. They choose k from all min(rows, colum
 no such method. Needs whole matrices in memory, and their singular value decompositions take time.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from unmergeable.merges.blocks import Operand, Scratch, merge_whole
-from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
+from unmergeable.merges.spectral import SpectralMerge
 
 
 @dataclass(frozen=True)
-class TsvM:
+class TsvM(SpectralMerge):
     """``scaling_coefficient`` is the factor of the merged task vector."""
 
     name: ClassVar[str] = "tsv_m"
-    needs_base: ClassVar[bool] = True
-    fewest_experts: ClassVar[int] = 2
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {"scaling_coefficient": "tensor"}
 
-    scaling_coefficient: float = 1.0
-
-    def validate(self) -> None:
-        require_finite("scaling_coefficient", self.scaling_coefficient)
-
-    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
-        return fill_coefficients(coefficients, default=1.0)
-
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            its = terms(name)
-            whole = partial(
-                _merge_tensors,
-                coefficients=its.coefficients,
-                scaling_coefficient=its.of_tensor("scaling_coefficient", self.scaling_coefficient),
-            )
-            return merge_whole(name, operands, whole, scratch)
-
-        return merge
-
-
-def merge_matrices(task_matrices: Sequence[Tensor]) -> Tensor:
-    """The merged task matrix of (rows, columns) from those of the experts."""
-    rows, columns = task_matrices[0].shape
-    per_expert = min(rows, columns) // len(task_matrices)
-    lefts, values, rights = [], [], []
-    for task_matrix in task_matrices:
-        left, value, right = torch.linalg.svd(task_matrix, full_matrices=False)
-        rounding = torch.finfo(value.dtype).eps * max(rows, columns)
-        count = min(per_expert, int((value > rounding * value.max()).sum()) if value.numel() else 0)
-        lefts.append(left[:, :count])
-        values.append(value[:count])
-        rights.append(right[:count].T)
-    return (orthonormalised(torch.cat(lefts, dim=1)) * torch.cat(values)) @ orthonormalised(torch.cat(rights, dim=1)).T
+    def merge_matrices(self, task_matrices: list[Tensor]) -> Tensor:
+        rows, columns = task_matrices[0].shape
+        per_expert = min(rows, columns) // len(task_matrices)
+        lefts, values, rights = [], [], []
+        for task_matrix in task_matrices:
+            left, value, right = torch.linalg.svd(task_matrix, full_matrices=False)
+            rounding = torch.finfo(value.dtype).eps * max(rows, columns)
+            count = min(per_expert, int((value > rounding * value.max()).sum()) if value.numel() else 0)
+            lefts.append(left[:, :count])
+            values.append(value[:count])
+            rights.append(right[:count].T)
+        left, right = (orthonormalised(torch.cat(sides, dim=1)) for sides in (lefts, rights))
+        return (left * torch.cat(values)) @ right.T
 
 
 def orthonormalised(columns: Tensor) -> Tensor:
@@ -76,11 +48,3 @@ def orthonormalised(columns: Tensor) -> Tensor:
     left, _, right = torch.linalg.svd(columns, full_matrices=False)
     nearest: Tensor = left @ right
     return nearest
-
-
-def _merge_tensors(tensors: list[Tensor], *, coefficients: Sequence[float], scaling_coefficient: float) -> Tensor:
-    base, *experts = tensors
-    task_vectors = [expert.sub_(base).mul_(c) for expert, c in zip(experts, coefficients, strict=True)]
-    if base.dim() == 2:
-        return base.add_(merge_matrices(task_vectors), alpha=scaling_coefficient)
-    return base.add_(sum(task_vectors[1:], task_vectors[0]), alpha=scaling_coefficient / len(task_vectors))

@@ -1,0 +1,57 @@
+"""What merges by singular values share: matrices are merged as wholes, everything else is averaged."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from unmergeable.merges.blocks import Operand, Scratch, merge_whole
+from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
+
+
+@dataclass(frozen=True)
+class SpectralMerge:
+    """A merge that says what becomes of the task matrices; ``scaling_coefficient`` is the factor of the merged one."""
+
+    needs_base: ClassVar[bool] = True
+    fewest_experts: ClassVar[int] = 2
+    most_experts: ClassVar[int | None] = None
+    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {"scaling_coefficient": "tensor"}
+
+    scaling_coefficient: float = 1.0
+
+    def validate(self) -> None:
+        require_finite("scaling_coefficient", self.scaling_coefficient)
+
+    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
+        return fill_coefficients(coefficients, default=1.0)
+
+    def merge_matrices(self, task_matrices: list[Tensor]) -> Tensor:
+        """The merged task matrix of (rows, columns) from those of the experts, which it may overwrite."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
+        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
+            its = terms(name)
+            factor = its.of_tensor("scaling_coefficient", self.scaling_coefficient)
+            whole = partial(self._merge_tensors, coefficients=its.coefficients, factor=factor)
+            return merge_whole(name, operands, whole, scratch)
+
+        return merge
+
+    def _merge_tensors(self, tensors: list[Tensor], *, coefficients: Sequence[float], factor: float) -> Tensor:
+        base, *experts = tensors
+        task_vectors = [expert.sub_(base).mul_(c) for expert, c in zip(experts, coefficients, strict=True)]
+        if base.dim() == 2 and base.numel():
+            return base.add_(self.merge_matrices(task_vectors), alpha=factor)
+        return base.add_(summed(task_vectors), alpha=factor / len(task_vectors))
+
+
+def summed(tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum, left to right, in the memory of the first one."""
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total.add_(tensor)
+    return total
