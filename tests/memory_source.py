@@ -12,7 +12,7 @@ import torch
 
 from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.index import CheckpointIndex, Shard, TensorEntry, TensorSpec
-from unmergeable.checkpoint.source import lookup, tensor_bytes
+from unmergeable.checkpoint.source import IndexedSource, tensor_bytes
 
 SHARD = "model.safetensors"
 
@@ -60,7 +60,7 @@ class MemorySource:
 
     def spec(self, name: str) -> TensorSpec:
         if name not in self.tensors:
-            lookup(self.index, name, self.description)  # raises the error of a real source
+            IndexedSource(self.index).spec(name)  # raises the error of a real source
         tensor = self.tensors[name]
         return TensorSpec(dtype_code(tensor.dtype), tuple(tensor.shape))
 

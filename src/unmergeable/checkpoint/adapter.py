@@ -13,7 +13,7 @@ ignores a setting computes another model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from unmergeable.checkpoint.index import (
 from unmergeable.checkpoint.pickled import load_state
 from unmergeable.checkpoint.reader import OpenFiles
 from unmergeable.checkpoint.side_files import CONFIG_NAME, combine_side_files, resolve_inside, sort_side_files
-from unmergeable.checkpoint.source import Extent, StoredSource, TensorSource, empty_tensor, lookup
+from unmergeable.checkpoint.source import Extent, IndexedSource, StoredSource, TensorSource, empty_tensor
 from unmergeable.errors import CheckpointError, Mismatch
 
 _SAFE_WEIGHTS, _PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
@@ -164,7 +164,7 @@ def add_low_rank(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
         block.copy_(torch.addmm(block.double(), left[begin : begin + rows].double(), right, alpha=scale))
 
 
-class AdaptedCheckpoint:
+class AdaptedCheckpoint(IndexedSource):
     """A base with a LoRA adapter merged into it, as a source."""
 
     def __init__(
@@ -175,7 +175,7 @@ class AdaptedCheckpoint:
         updates: Mapping[str, _LowRank],
         replacements: Mapping[str, str],
     ) -> None:
-        self._index = index
+        super().__init__(index)
         self._base = base
         self._adapter = adapter
         self._updates = updates
@@ -201,27 +201,8 @@ class AdaptedCheckpoint:
         return cls(index, base, adapter, updates, replacements | added)
 
     @property
-    def folder(self) -> Path:
-        return self._index.folder
-
-    @property
     def description(self) -> str:
         return f"{self._index.folder} on {self._base.description}"
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._index.config
-
-    @property
-    def index(self) -> CheckpointIndex:
-        return self._index
-
-    @property
-    def names(self) -> Sequence[str]:
-        return tuple(self._index.entries)
-
-    def spec(self, name: str) -> TensorSpec:
-        return lookup(self._index, name, self.description)
 
     def stored(self, name: str) -> Extent | None:
         """The base's bytes of a tensor the adapter leaves alone."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,18 +26,18 @@ from unmergeable.checkpoint.index import (
     refuse_quantised,
 )
 from unmergeable.checkpoint.side_files import CONFIG_NAME, resolve_inside, sort_side_files
-from unmergeable.checkpoint.source import lookup
+from unmergeable.checkpoint.source import IndexedSource
 from unmergeable.errors import CheckpointError
 
 _STEMS = ("pytorch_model", "diffusion_pytorch_model", "model")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(bin|pth|pt)")
 
 
-class PickledCheckpoint:
+class PickledCheckpoint(IndexedSource):
     """A folder of pickled weights as a source; its index is that of the safetensors files it would become."""
 
     def __init__(self, index: CheckpointIndex, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._index = index
+        super().__init__(index)
         self._tensors = tensors
 
     @classmethod
@@ -78,29 +77,6 @@ class PickledCheckpoint:
             other_files=paths,
         )
         return cls(identified(index), tensors)
-
-    @property
-    def folder(self) -> Path:
-        return self._index.folder
-
-    @property
-    def description(self) -> str:
-        return str(self._index.folder)
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._index.config
-
-    @property
-    def index(self) -> CheckpointIndex:
-        return self._index
-
-    @property
-    def names(self) -> Sequence[str]:
-        return tuple(self._index.entries)
-
-    def spec(self, name: str) -> TensorSpec:
-        return lookup(self._index, name, self.description)
 
     def tensor(self, name: str) -> torch.Tensor:
         self.spec(name)

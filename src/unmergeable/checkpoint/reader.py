@@ -9,54 +9,29 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec, read_index
-from unmergeable.checkpoint.source import Extent, empty_tensor, lookup
+from unmergeable.checkpoint.index import CheckpointIndex, read_index
+from unmergeable.checkpoint.source import Extent, IndexedSource, empty_tensor
 from unmergeable.errors import CheckpointError
 
 _READ_BYTES = 1 << 30  # Linux reads at most 2 GiB - 4 KiB at a time
 
 
-class Checkpoint:
+class Checkpoint(IndexedSource):
     """A safetensors folder as a :class:`~unmergeable.checkpoint.source.TensorSource`. Holds its files open."""
 
     def __init__(self, index: CheckpointIndex) -> None:
-        self._index = index
-        self._names = tuple(index.entries)
+        super().__init__(index)
         self._files = OpenFiles()
 
     @classmethod
     def open(cls, folder: Path | str) -> Checkpoint:
         """Index ``folder`` (see :func:`~unmergeable.checkpoint.index.read_index`) and read from it."""
         return cls(read_index(folder))
-
-    @property
-    def folder(self) -> Path:
-        return self._index.folder
-
-    @property
-    def description(self) -> str:
-        return str(self._index.folder)
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._index.config
-
-    @property
-    def index(self) -> CheckpointIndex:
-        return self._index
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self._names
-
-    def spec(self, name: str) -> TensorSpec:
-        return lookup(self._index, name, self.description)
 
     def tensor(self, name: str) -> torch.Tensor:
         tensor, view = empty_tensor(self.spec(name))
@@ -66,7 +41,7 @@ class Checkpoint:
 
     def stored(self, name: str) -> Extent:
         """Where the tensor's bytes lie."""
-        lookup(self._index, name, self.description)
+        self.spec(name)
         entry = self._index.entries[name]
         path = self._index.shards[entry.shard].path
         assert path is not None, "an index read from files has files"

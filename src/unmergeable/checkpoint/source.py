@@ -54,6 +54,45 @@ class TensorSource(Protocol):
         ...
 
 
+class IndexedSource:
+    """A source whose layout is an index; a subclass says how a tensor is read."""
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self._index = index
+        self._names = tuple(index.entries)
+
+    @property
+    def folder(self) -> Path:
+        return self._index.folder
+
+    @property
+    def description(self) -> str:
+        return str(self._index.folder)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._index.config
+
+    @property
+    def index(self) -> CheckpointIndex:
+        return self._index
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self._names
+
+    def spec(self, name: str) -> TensorSpec:
+        """The spec of a tensor.
+
+        Raises:
+            CheckpointError: for a name the checkpoint does not hold.
+        """
+        entry = self._index.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.description} has no tensor {name!r}; `inspect` lists the ones it has.")
+        return entry.spec
+
+
 @dataclass(frozen=True)
 class DerivedSource:
     """A source that is ``original`` but for what a subclass says differently."""
@@ -103,18 +142,6 @@ class StoredSource(Protocol):
     def stored(self, name: str) -> Extent | None:
         """The bytes of the tensor in its stored dtype; None where it has to be computed."""
         ...
-
-
-def lookup(index: CheckpointIndex, name: str, description: str) -> TensorSpec:
-    """The spec of ``name`` in an index.
-
-    Raises:
-        CheckpointError: for a name the checkpoint does not hold.
-    """
-    entry = index.entries.get(name)
-    if entry is None:
-        raise CheckpointError(f"{description} has no tensor {name!r}; `inspect` lists the ones it has.")
-    return entry.spec
 
 
 def require_same_tensors(first: TensorSource, second: TensorSource, what: str, *, dtypes: bool = False) -> None:
