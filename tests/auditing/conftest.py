@@ -139,6 +139,7 @@ def table_document() -> dict[str, Any]:
         }
         for name in NAMES
     ]
+    of_nobody = {"name": "elsewhere", "test": "mine-train.npz", "head": "mine-head.safetensors"}
     return {
         "title": "Toys",
         "source": "Nobody's paper, Table 0",
@@ -151,6 +152,6 @@ def table_document() -> dict[str, Any]:
         "recoveries": ["nearest_orbit"],
         "merges": [{"method": "task_arithmetic", "coefficient": 0.5}, "ties"],
         "partners": [1, 2],
-        "tasks": tasks,
+        "tasks": [*tasks, of_nobody],
         "published": {"mergelock / ties / pairs": 3.4, "mine / alone": "90 to 95"},
     }

@@ -52,9 +52,9 @@ def cell_of(found: Any, victim: str, variant: str, partners: list[str], merge: s
     return cell
 
 
-def right(folder: Path, trio: Path, task: str) -> float:
-    """The share of test examples that a checkpoint gets right, without any of the code of tables."""
-    with np.load(trio / f"{task}-test.npz") as data, torch.no_grad():
+def right(folder: Path, trio: Path, task: str, part: str = "test") -> float:
+    """The share of examples that a checkpoint gets right, without any of the code of tables."""
+    with np.load(trio / f"{task}-{part}.npz") as data, torch.no_grad():
         hidden = load_network(folder)(pixel_values=torch.from_numpy(data["pixel_values"])).last_hidden_state
         logits = read_head(trio / f"{task}-head.safetensors").logits(hidden[:, 1:].mean(dim=1))
         return float((logits.argmax(dim=1).numpy() == data["label"]).mean())
@@ -87,6 +87,20 @@ def test_models_alone(found: Any, trio: Path) -> None:
     assert alone["experts"]["theirs"] == pytest.approx(right(trio / "theirs", trio, "theirs"), abs=1e-6)
     assert alone["protected"]["mergelock"]["mine"] == pytest.approx(alone["experts"]["mine"], abs=0.01)
     assert set(alone["protected"]["polynomials"]) == {"mine", "theirs"}
+
+
+def test_what_a_protection_costs_elsewhere(found: Any, trio: Path) -> None:
+    """On a task of no expert victims are scored, as they are and as they are released."""
+    elsewhere = found["alone"]["elsewhere"]["elsewhere"]
+    for victim in ("mine", "theirs"):
+        assert elsewhere["experts"][victim] == pytest.approx(right(trio / victim, trio, "mine", "train"), abs=1e-6)
+        assert elsewhere["protected"]["mergelock"][victim] == pytest.approx(elsewhere["experts"][victim], abs=0.02)
+        assert (
+            found["figures"][f"{victim} / mergelock / alone / elsewhere"]
+            == (elsewhere["protected"]["mergelock"][victim])
+        )
+    assert elsewhere["experts"]["theirs"] < elsewhere["experts"]["mine"] - 0.1  # control: models are told apart
+    assert "both" not in elsewhere["experts"]
 
 
 def test_it_finds_out_what_is_known(found: Any) -> None:
@@ -152,6 +166,8 @@ def test_the_page(finished: Path, found: Any) -> None:
     ours = 100 * found["figures"]["mergelock / ties / pairs"]
     assert f"| mergelock / ties / pairs | 3.4 | {ours:.1f} |" in page
     assert "| mine / alone | 90 to 95 |" in page
+    there = 100 * found["alone"]["elsewhere"]["elsewhere"]["protected"]["polynomials"]["theirs"]
+    assert f" {there:.1f} |" in page.split("tasks that no expert was tuned for")[1].split("##")[0]
     cell = cell_of(found, "theirs", "mergelock", ["mine", "both"], "ties")
     triples = page.split("## ties, triples")[1].split("##")[0]
     assert "| theirs | mine, both | " in triples

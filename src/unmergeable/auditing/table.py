@@ -152,25 +152,60 @@ class _Tabulator:
         return Group(self._checkpoint(self.plan.base), checkpoints, merge, self._tasks(tasks))
 
     def _alone(self, models: Mapping[tuple[str, VariantName], Variant]) -> dict[str, Any]:
-        """Scores of models that are not merged: the base on every task, all others on their own."""
+        """Scores of models that are not merged: the base on every task, all others on their own.
+
+        On tasks of no expert what a protection costs elsewhere: each victim, as it is and as it is released.
+        """
         base = self._checkpoint(self.plan.base)
-        groups = [Group(base, (base,), None, self._tasks(task.name for task in self.plan.tasks))]
-        for expert in self.plan.experts:
-            groups.append(Group(base, (self._checkpoint(expert.path),), None, self._tasks([expert.task])))
-        released = {key: variant for key, variant in models.items() if key[1].protection and not key[1].recovery}
-        for (victim, _), variant in released.items():
-            assert variant.checkpoint is not None
-            groups.append(Group(base, (variant.checkpoint,), None, self._tasks([self.plan.expert(victim).task])))
-        of_base, *others = self._scored("scoring models alone", groups)
-        for cell in (of_base, *others):
+        experts = {expert.name: self._checkpoint(expert.path) for expert in self.plan.experts}
+        released: dict[tuple[str, str], Checkpoint] = {}
+        for (victim, name), variant in models.items():
+            if name.protection and not name.recovery:
+                assert variant.checkpoint is not None
+                released[victim, name.protection] = variant.checkpoint
+        owners = [*experts, *(victim for victim, _ in released)]
+        groups = [self._single(base, [task.name for task in self.plan.tasks])]
+        for owner, checkpoint in zip(owners, [*experts.values(), *released.values()], strict=True):
+            groups.append(self._single(checkpoint, [self.plan.expert(owner).task]))
+        elsewhere = self.plan.other_tasks
+        if elsewhere:
+            victims = [experts[victim] for victim in self.plan.victims]
+            groups += [self._single(checkpoint, elsewhere) for checkpoint in (*victims, *released.values())]
+        cells = []
+        for cell in self._scored("scoring models alone", groups):
             if not isinstance(cell, Cell):
                 raise BadInput(f"a model cannot be scored alone: {cell}")
-        scores = [rounded(float(next(iter(cell.credits.values())).mean())) for cell in others]
-        experts = {expert.name: scores.pop(0) for expert in self.plan.experts}
-        protected: dict[str, dict[str, float | None]] = {entry.name: {} for entry in self.plan.protections}
-        for (victim, name), score in zip(released, scores, strict=True):
-            protected[str(name)][victim] = score
-        return {"base": _scores(of_base), "experts": experts, "protected": protected}
+            cells.append(_scores(cell))
+        of_base, own, others = cells[0], cells[1 : len(owners) + 1], cells[len(owners) + 1 :]
+        scores = [next(iter(found.values())) for found in own]
+        document = {
+            "base": of_base,
+            "experts": dict(zip(experts, scores[: len(experts)], strict=True)),
+            "protected": self._by_protection(dict(zip(released, scores[len(experts) :], strict=True))),
+        }
+        if elsewhere:
+            plain, protected = others[: len(self.plan.victims)], others[len(self.plan.victims) :]
+            document["elsewhere"] = {
+                task: {
+                    "experts": {v: found[task] for v, found in zip(self.plan.victims, plain, strict=True)},
+                    "protected": self._by_protection(
+                        {key: found[task] for key, found in zip(released, protected, strict=True)}
+                    ),
+                }
+                for task in elsewhere
+            }
+        return document
+
+    def _single(self, checkpoint: Checkpoint, tasks: Sequence[str]) -> Group:
+        """A model that is not merged."""
+        return Group(self._checkpoint(self.plan.base), (checkpoint,), None, self._tasks(tasks))
+
+    def _by_protection(self, scores: Mapping[tuple[str, str], float | None]) -> dict[str, dict[str, float | None]]:
+        """Scores of releases, by protection and victim."""
+        return {
+            entry.name: {victim: score for (victim, name), score in scores.items() if name == entry.name}
+            for entry in self.plan.protections
+        }
 
     def _named(self, found: Cell | str, models: Mapping[tuple[str, VariantName], Variant]) -> Cell | str:
         """A refusal that names models by what they are: where they lie is no part of the result."""

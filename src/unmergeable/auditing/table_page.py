@@ -82,20 +82,31 @@ def _published(document: Document) -> list[str]:
 
 
 def _alone(document: Document) -> list[str]:
-    """Models that are not merged, each on its own task."""
-    alone, protections = document["alone"], document["alone"]["protected"]
+    """Models that are not merged: each on its own task, and victims on tasks of no expert."""
+    alone = document["alone"]
     tasks = {expert["name"]: expert["task"] for expert in document["plan"]["experts"]}
+    lines = ["## Alone", "", *_alone_on(alone, alone["base"], tasks)]
+    elsewhere = alone.get("elsewhere", {})
+    if elsewhere:
+        lines += ["What the victims score on tasks that no expert was tuned for:", ""]
+    for task, found in elsewhere.items():
+        lines += _alone_on(found, alone["base"], dict.fromkeys(found["experts"], task))
+    return lines
+
+
+def _alone_on(found: Document, base: Document, tasks: Mapping[str, str]) -> list[str]:
+    """A row for each expert, with the task it is scored on."""
     rows = [
         [
             expert,
             tasks[expert],
-            _percent(alone["base"][tasks[expert]]),
+            _percent(base[tasks[expert]]),
             _percent(score),
-            *(_percent(scores.get(expert)) for scores in protections.values()),
+            *(_percent(scores.get(expert)) for scores in found["protected"].values()),
         ]
-        for expert, score in alone["experts"].items()
+        for expert, score in found["experts"].items()
     ]
-    return ["## Alone", "", *_table(["expert", "task", "base", UNPROTECTED, *protections], rows)]
+    return _table(["expert", "task", "base", UNPROTECTED, *found["protected"]], rows)
 
 
 def _is_matrix(document: Document, size: int) -> bool:

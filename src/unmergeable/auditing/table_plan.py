@@ -94,6 +94,12 @@ class TablePlan:
         """The task of this name, which must exist."""
         return next(task for task in self.tasks if task.name == name)
 
+    @property
+    def other_tasks(self) -> tuple[str, ...]:
+        """The tasks of no expert: what a protection costs elsewhere is measured on them."""
+        own = {expert.task for expert in self.experts}
+        return tuple(task.name for task in self.tasks if task.name not in own)
+
     def given(self, entry: ProtectionEntry, victim: str) -> ProtectionEntry:
         """A protection with what it reads of the victim's owner."""
         owned = self.expert(victim)
@@ -133,6 +139,11 @@ class TablePlan:
         return f"{variant} / {merge.name}{kind}"
 
     @property
+    def _victims_alone(self) -> tuple[str, ...]:
+        released = [f"{victim} / {entry.name} / alone" for victim in self.victims for entry in self.protections]
+        return (*(f"{victim} / alone" for victim in self.victims), *released)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """What every figure of the table is called."""
         averages = [
@@ -143,7 +154,8 @@ class TablePlan:
         ]
         alone = [f"base / {task.name}" for task in self.tasks]
         alone += [f"{expert.name} / alone" for expert in self.experts]
-        alone += [f"{victim} / {entry.name} / alone" for victim in self.victims for entry in self.protections]
+        alone += [label for label in self._victims_alone if label not in alone]
+        alone += [f"{label} / {task}" for task in self.other_tasks for label in self._victims_alone]
         rows = [f"{victim} / {average}" for victim in self.victims for average in averages]
         return (*averages, *alone, *rows, *(f"drop ratio / {average}" for average in averages))
 

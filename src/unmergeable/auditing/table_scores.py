@@ -133,9 +133,9 @@ def figures(plan: TablePlan, alone: Mapping[str, Any], found: Sequence[Mapping[s
     """Every figure of the table by its label, as a share."""
     values: dict[str, float | None] = {}
     values |= {f"base / {task}": score for task, score in alone["base"].items()}
-    values |= {f"{expert} / alone": score for expert, score in alone["experts"].items()}
-    for protection, scores in alone["protected"].items():
-        values |= {f"{victim} / {protection} / alone": score for victim, score in scores.items()}
+    values |= _by_label(alone)
+    for task, found_there in alone.get("elsewhere", {}).items():
+        values |= {f"{label} / {task}": score for label, score in _by_label(found_there).items()}
     for average in found:
         label = average["label"]
         values[label] = average["mean"]
@@ -143,4 +143,12 @@ def figures(plan: TablePlan, alone: Mapping[str, Any], found: Sequence[Mapping[s
         for victim in plan.victims:
             row = average["rows"].get(victim)
             values[f"{victim} / {label}"] = None if row is None else row["mean"]
+    return values
+
+
+def _by_label(alone: Mapping[str, Any]) -> dict[str, float | None]:
+    """What experts and releases score that are not merged."""
+    values: dict[str, float | None] = {f"{expert} / alone": score for expert, score in alone["experts"].items()}
+    for protection, scores in alone["protected"].items():
+        values |= {f"{victim} / {protection} / alone": score for victim, score in scores.items()}
     return values
