@@ -23,18 +23,19 @@ def test_the_worst_is_the_lowest_that_can_be_judged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tier", "found", "expected"),
+    ("tier", "d_star", "expected"),
     [
-        ("T1", trial(-0.2, -0.5, 0.1), 0.2),  # without training the estimate itself counts
-        ("T2", trial(-0.2, -0.5, 0.1), 0.0),
-        ("T2", trial(0.3, 0.15, 0.5), 0.15),
-        ("T3", trial(-0.3, -0.5, -0.12), 0.12),
-        ("T2", trial(None), None),
+        ("T1", -0.2, 0.2),  # without training the estimate itself counts
+        ("T2", -0.2, 0.1),  # two points of the twenty that the expert adds are luck
+        ("T2", 0.06, 0.0),
+        ("T3", 1.0, 0.9),  # however wide the interval is
+        ("T2", None, None),
     ],
 )
-def test_luck_of_training_is_no_failure_of_a_control(tier: str, found: dict[str, Any], expected: float | None) -> None:
-    control = _bounded({"scale": {"tiers": {tier: {"trials": [found]}}}}, "scale", 0.1, "a control")
-    assert control["value"] == expected
+def test_luck_of_training_is_no_failure_of_a_control(tier: str, d_star: float | None, expected: float | None) -> None:
+    found = {**trial(d_star, -1.0, 1.0), "unprotected": 0.8, "without_victim": 0.6}
+    control = _bounded({"scale": {"tiers": {tier: {"trials": [found]}}}}, "scale", 0.1 + 1e-9, "a control")
+    assert control["value"] == (None if expected is None else pytest.approx(expected))
     assert control["passed"] == (expected is not None and expected <= 0.1)
 
 

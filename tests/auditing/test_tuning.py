@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from unmergeable.auditing.tuning import _mixture, _said
+from unmergeable.auditing.tuning import _balanced, _mixture, _said
 from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.tasks import Prediction, Task
@@ -56,6 +56,13 @@ def test_a_mixture_is_each_task_by_its_own_head() -> None:
     # Sums of twelve terms in another order.
     assert torch.allclose(found, expected, rtol=0, atol=12 * 2.0**-24 * float(expected.abs().max()) * 6)
     assert not torch.allclose(found, gradient_of_first(network, tasks[0]), atol=1e-3), "control: both count"
+
+
+@pytest.mark.parametrize(("few", "many", "repeated"), [(4, 40, 40), (4, 4, 4), (4, 11, 12), (10, 4, 8)])
+def test_both_tasks_weigh_about_the_same(few: int, many: int, repeated: int) -> None:
+    tasks = [head_task("defended", nn.Linear(6, 3), few, seed=1), head_task("own", nn.Linear(6, 5), many, seed=2)]
+    found = [sum(len(batch) for batch in task.batches) for task in _balanced(tasks)]
+    assert found == ([repeated, many] if few <= many else [few, repeated])
 
 
 def gradient_of_first(network: nn.Linear, task: Task) -> torch.Tensor:

@@ -21,6 +21,9 @@ from unmergeable.auditing.worst_case import KEPT_SHARE, Menu, WorstCase, pareto_
 from unmergeable.recoveries import FewShot
 
 IDENTITY_BOUND, SCALE_BOUND = 0.05, 0.1
+
+LUCK_OF_TRAINING = 0.02
+"""Share of right answers by which two trainings differ whose starts differ by a rounding."""
 """The largest |D*| the controls may have: neither protects anything."""
 
 PLANTED_BOUND = 1.02
@@ -347,12 +350,12 @@ def _bounded(protections: Mapping[str, Any], name: str, bound: float, what: str)
 
 
 def _distance_from_nothing(tier: Tier, trial: Mapping[str, Any]) -> float | None:
-    """|D*|; of attackers who train, the least |D*| in the interval: two trainings end apart by luck alone."""
+    """|D*|; of attackers who train, less what two trainings end apart by luck alone."""
     value: float | None = trial["d_star"]
-    low, high = trial["interval"]
-    if value is None or tier in ("T0", "T1") or low is None:
+    if value is None or tier in ("T0", "T1"):
         return None if value is None else abs(value)
-    return float(max(0.0, low, -high))
+    luck: float = LUCK_OF_TRAINING / (trial["unprotected"] - trial["without_victim"])
+    return max(0.0, abs(value) - luck)
 
 
 def _model(variant: Variant) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Training after merging: what an attacker does who has labelled examples of the defended task (tier T2).
 
 The attacker starts from the best of its merges and fine-tunes all of it, or updates of low rank, on n examples of the
-defended task and as many of its own task, so that it does not forget its own (an attack has to keep that skill to
-count). The network's loss is the mean over all of their choices. Each learning rate is an attack of its own: like
-everything else it is selected on validation examples. The same samples, steps and rates are used from merges of the
-unprotected expert, and from models without the victim.
+defended task and on its own task, so that it does not forget its own (an attack has to keep that skill to count). Its
+own examples are its own: it has more of them, and those of the task of which there are fewer are shown more often, so
+that both weigh about the same. The network's loss is the mean over all of their choices. Each learning rate is an
+attack of its own: like everything else it is selected on validation examples. The same samples, steps and rates are
+used from merges of the unprotected expert, and from models without the victim.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from unmergeable.tasks.generation import GeneratedAnswers
 from unmergeable.tasks.multiple_choice import ChoiceLikelihoods
 from unmergeable.tasks.prompts import Tokens, reads_with_encoder
 
+OWN_EXAMPLES = 10
+"""An attacker trains on at most so many examples of its own task for each of the defended one."""
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -52,6 +56,7 @@ class Tuning:
             **self.sweep.recipe(self.point, part),
             "few_shot": settings_of(self.method),
             "learns_from": [task.digests["train"] for task in self.sweep.tasks],
+            "own_examples": OWN_EXAMPLES,
         }
 
     def describe(self) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def tune(tuning: Tuning, folder: Path) -> Tuned:
         return Tuned(known)
     network = scoring.network_of(tuning.sweep.base.path)
     scorers = {part: scoring.scorers_of(tuning.sweep, part) for part in parts}
-    mixture = _mixture([_examples(task, tuning, network) for task in tuning.sweep.tasks])
+    mixture = _mixture(_balanced(_examples(tuning, network)))
     began = thread_time()
     try:
         weights = scoring.weights_of(tuning.sweep)(tuning.point)
@@ -102,15 +107,31 @@ def tune(tuning: Tuning, folder: Path) -> Tuned:
     return Tuned(found)
 
 
-def _examples(task: ScoredTask, tuning: Tuning, network: Any) -> Task:
-    """Examples to learn a task from, as many as the attacker has labels for."""
-    samples = tuning.method.samples
-    scorer = scoring.scorer_of(task.entry, task.digests["train"], "train", tuning.sweep.base.path, limit=samples)
-    found = scorer.task if isinstance(scorer, ChoiceScorer) else _said(task.entry.name, _answers(scorer), network)
-    count = sum(len(batch) for batch in found.batches)
-    if count < samples:
-        raise BadInput(f"task {task.entry.name}: {count} examples to learn from, {samples} are asked for; give more.")
-    return found
+def _examples(tuning: Tuning, network: Any) -> list[Task]:
+    """Examples of the defended task, as many as the attacker has labels for, and of its own."""
+    (defended, own), samples = tuning.sweep.tasks, tuning.method.samples
+    learnt = _labelled(defended, samples, tuning, network)
+    if _count(learnt) < samples:
+        raise BadInput(
+            f"task {defended.entry.name}: {_count(learnt)} examples to learn from, {samples} are asked for; give more."
+        )
+    return [learnt, _labelled(own, OWN_EXAMPLES * samples, tuning, network)]
+
+
+def _labelled(task: ScoredTask, limit: int, tuning: Tuning, network: Any) -> Task:
+    """At most so many examples to learn a task from."""
+    scorer = scoring.scorer_of(task.entry, task.digests["train"], "train", tuning.sweep.base.path, limit=limit)
+    return scorer.task if isinstance(scorer, ChoiceScorer) else _said(task.entry.name, _answers(scorer), network)
+
+
+def _count(task: Task) -> int:
+    return sum(len(batch) for batch in task.batches)
+
+
+def _balanced(tasks: Sequence[Task]) -> list[Task]:
+    """Tasks whose examples are repeated so often, all alike, that there are about as many of each."""
+    most = max(_count(task) for task in tasks)
+    return [replace(task, batches=list(task.batches) * max(1, round(most / _count(task)))) for task in tasks]
 
 
 def _answers(scorer: TaskScorer) -> list[tuple[Tokens, Tokens]] | None:
