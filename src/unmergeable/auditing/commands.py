@@ -48,7 +48,7 @@ def attack_commands(plan: Mapping[str, Any], protection: str, trial: Mapping[str
     if best.get("samples"):
         rate = f"at a learning rate of {best['learning_rate']:g}"
         lines.append(
-            f"# then {best['samples']} labelled examples of each task are learnt from {rate}, by the audit itself"
+            f"# then {best['samples']} labelled examples, and its own task's, are learnt {rate} by the audit itself"
         )
     return lines
 
