@@ -48,3 +48,13 @@ def test_starts_are_the_best_of_every_sweep_first() -> None:
     assert best_starts(sweeps, 0.95, 4) == [(0, a), (1, d), (2, b), (0, b)]
     assert best_starts(sweeps, 0.95, 2) == [(0, a), (1, d)]
     assert best_starts([{}], 0.95, 2) == []
+
+
+def test_every_second_start_has_skill_to_spare() -> None:
+    limit, spare, most = (1.0, 0.5), (0.8, 0.6), (0.0, 1.0)
+    sweeps = [{limit: (0.9, 0.85), spare: (0.8, 0.88), most: (0.4, 0.9)}]
+    assert best_starts(sweeps, 0.85, 1) == [(0, limit)]
+    assert best_starts(sweeps, 0.85, 2) == [(0, limit), (0, spare)]
+    assert best_starts(sweeps, 0.85, 3) == [(0, limit), (0, spare), (0, most)]
+    # Control: where the best has skill to spare itself, it is followed by the next best.
+    assert best_starts([{limit: (0.9, 0.9), spare: (0.8, 0.88)}], 0.85, 2) == [(0, limit), (0, spare)]

@@ -56,13 +56,27 @@ def best_starts(
 ) -> list[tuple[int, Place]]:
     """Where training is worth most: up to ``count`` points, each with the number of its sweep.
 
-    The best of every sweep, then the second best, and so on, so that several methods are among them. Among points that
-    count the defended task decides, among those that do not what is left of the free-rider's skill.
+    Every second one has some of the free-rider's skill to spare, half of what can be had above ``kept``: training costs
+    some of it, and what starts at the limit may end below.
 
     Args:
         sweeps: mean credits on the defended task and on the free-rider's, on validation examples, at each point.
         kept: the free-rider's score that an attack must keep to count.
         count: how many.
+    """
+    most = max((rider for scores in sweeps for _, rider in scores.values()), default=kept)
+    at_the_limit = _best_points(sweeps, kept, count)
+    with_spare = _best_points(sweeps, max(kept, (kept + most) / 2), count)
+    by_turns = (point for pair in zip(at_the_limit, with_spare, strict=True) for point in pair)
+    return list(dict.fromkeys(by_turns))[:count]
+
+
+def _best_points(
+    sweeps: Sequence[Mapping[Place, tuple[float, float]]], kept: float, count: int
+) -> list[tuple[int, Place]]:
+    """The best of every sweep, then the second best, and so on, so that several methods are among them.
+
+    Among points that count the defended task decides, among those that do not what is left of the free-rider's skill.
     """
 
     def merit(score: tuple[float, float]) -> tuple[bool, float]:
