@@ -4,7 +4,7 @@
     python benchmarks/audit_speed.py SCRATCH [--rounds 3] [--cells 24] [--examples 200]
         [--out benchmarks/results/audit_speed.json]
 
-Prepares the demo's experts in SCRATCH as ``vision_audit.py`` does, unless they are there. A cell is one set of merged
+Prepares the demo's experts in SCRATCH unless they are there. A cell is one set of merged
 weights, scored on the validation examples of both tasks. Each round goes one after another through
 
     commands   for every cell ``unmergeable merge`` on disk, then a script that loads the result and scores it
@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from vision_audit import prepare
+from demo_experts import prepare
 
 from unmergeable import api
 from unmergeable.auditing.plan import MethodEntry, Plan

@@ -24,9 +24,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from demo_experts import prepare
 from torch import Tensor
 from torch.nn import functional
-from vision_audit import prepare
 
 from unmergeable.api.opened import open_with_architecture
 from unmergeable.data import DataSource

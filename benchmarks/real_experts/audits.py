@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from benchmarks.real_experts.audited import audit_study, parser_of
 from benchmarks.real_experts.experts import STUDIES, Study, prepare
 from benchmarks.real_experts.protected import PROTECTIONS, Protection
@@ -45,13 +44,13 @@ RECOVERIES = ("kabsch", "nearest_orbit", "taylor_inversion, nearest_orbit")
 """Besides source_subtraction, which is given the siblings."""
 
 
-def write_plan(study: Study, tiers: Sequence[str], examples: tuple[int, int]) -> Path:
-    """The plan of a study, beside its experts."""
+def plan(study: Study, tiers: Sequence[str], examples: tuple[int, int]) -> dict[str, Any]:
+    """The audit of a study, with paths that start beside its experts."""
     by_name = {protection.name: protection for protection in PROTECTIONS}
     siblings = [study.expert(task).name for task in study.siblings]
     for task in (study.owner, study.rider):
         divide_test(study, task)
-    plan = {
+    return {
         "base": "base",
         "experts": [
             {"name": task, "path": study.expert(task).name, "task": task} for task in (study.owner, study.rider)
@@ -62,12 +61,9 @@ def write_plan(study: Study, tiers: Sequence[str], examples: tuple[int, int]) ->
         "coefficients": {"defended": [0.5, 0.75, 1.0, 1.5], "rider": [0.5, 0.75, 1.0], "refinements": 8},
         "connectivity": 5,
         "tiers": list(tiers),
-        "few_shot": {"samples": [100], "starts": 1, "settings": {"steps": 30, "learning_rates": "3e-5,1e-4"}},
+        "few_shot": {"samples": [100], "starts": 2, "settings": {"steps": 30, "learning_rates": "3e-6,1e-5,3e-5"}},
         "tasks": [_task(study, task, examples) for task in (study.owner, study.rider)],
     }
-    path = study.folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(plan, sort_keys=False))
-    return path
 
 
 def _method(study: Study, protection: Protection) -> dict[str, Any]:
@@ -123,9 +119,9 @@ def main() -> None:
     arguments = parser.parse_args()
     study = STUDIES[arguments.study](arguments.scratch)
     prepare(study)
-    plan = write_plan(study, arguments.tiers.split(","), tuple(arguments.examples))
+    audited = plan(study, arguments.tiers.split(","), tuple(arguments.examples))
     made_from = {"tasks": [study.owner, study.rider], "siblings": list(study.siblings), "seed": 0}
-    audit_study(plan, prepared=made_from, workers=arguments.workers, out=arguments.out)
+    audit_study(audited, study.folder, prepared=made_from, workers=arguments.workers, out=arguments.out)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import yaml
-from benchmarks.real_experts.audited import audit_study, parser_of
+from benchmarks.real_experts.audited import audit_study, parser_of, told
 from benchmarks.real_experts.experts import write_expert
 from benchmarks.real_experts.images import load_fashion
 from benchmarks.real_experts.made import made
-from benchmarks.vision_audit import told
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -347,9 +345,9 @@ def prepare(folder: Path, packages: Path, progress: Progress = silent) -> dict[s
     return facts
 
 
-def write_plan(folder: Path) -> Path:
-    """The plan, beside pipeline and experts."""
-    plan = {
+def plan() -> dict[str, Any]:
+    """The audit, with paths that start beside pipeline and experts."""
+    return {
         "base": "pipeline/unet",
         "experts": [{"name": name, "path": f"expert-{name}", "task": name} for name in (OWNER, RIDER)],
         "protect": {"expert": OWNER, "methods": ["mergelock", "params", "gauge"]},
@@ -376,9 +374,6 @@ def write_plan(folder: Path) -> Path:
             for name in (OWNER, RIDER)
         ],
     }
-    path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(plan, sort_keys=False))
-    return path
 
 
 def main() -> None:
@@ -388,7 +383,7 @@ def main() -> None:
     folder = arguments.scratch / "diffusion"
     folder.mkdir(parents=True, exist_ok=True)
     facts = prepare(folder, arguments.scratch / "packages", told(time.monotonic()))
-    audit_study(write_plan(folder), workers=arguments.workers, out=arguments.out, prepared=facts)
+    audit_study(plan(), folder, workers=arguments.workers, out=arguments.out, prepared=facts)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from benchmarks.real_experts.audited import audit_study, parser_of
+from benchmarks.real_experts.audited import audit_study, parser_of, told
 from benchmarks.real_experts.experts import write_expert
 from benchmarks.real_experts.made import made
 from benchmarks.real_experts.texts import (
@@ -38,7 +37,6 @@ from benchmarks.real_experts.texts import (
     read_trec,
     split_texts,
 )
-from benchmarks.vision_audit import told
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -309,9 +307,9 @@ def prepare(folder: Path, progress: Progress = silent) -> dict[str, Any]:
     return facts
 
 
-def write_plan(folder: Path) -> Path:
-    """The plan, beside base and experts."""
-    plan = {
+def plan() -> dict[str, Any]:
+    """The audit, with paths that start beside base and experts."""
+    return {
         "base": "base",
         "experts": [{"name": name, "path": f"expert-{name}", "task": name} for name in (OWNER, RIDER)],
         "protect": {
@@ -344,9 +342,6 @@ def write_plan(folder: Path) -> Path:
             for name in (OWNER, RIDER)
         ],
     }
-    path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(plan, sort_keys=False))
-    return path
 
 
 def main() -> None:
@@ -356,7 +351,7 @@ def main() -> None:
     folder = arguments.scratch / "encoder_decoder"
     folder.mkdir(parents=True, exist_ok=True)
     facts = prepare(folder, told(time.monotonic()))
-    audit_study(write_plan(folder), workers=arguments.workers, out=arguments.out, prepared=facts)
+    audit_study(plan(), folder, workers=arguments.workers, out=arguments.out, prepared=facts)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from benchmarks.real_experts import texts
 from benchmarks.real_experts.audited import audit_study, parser_of
 from benchmarks.real_experts.experts import write_expert
@@ -166,9 +165,9 @@ def finetune(base: Path, folder: Path, questions: Questions, out: Path, *, seed:
     return losses
 
 
-def write_plan(folder: Path, tiers: Sequence[str]) -> Path:
-    """The plan, beside the experts."""
-    plan = {
+def plan(tiers: Sequence[str]) -> dict[str, Any]:
+    """The audit, with paths that start beside the experts."""
+    return {
         "base": "base",
         "experts": [{"name": q.name, "path": f"expert-{q.name}", "task": q.name} for q in (OWNER, RIDER)],
         "protect": {"expert": OWNER.name, "methods": [dict(entry) for entry in PROTECTIONS]},
@@ -184,9 +183,6 @@ def write_plan(folder: Path, tiers: Sequence[str]) -> Path:
         "few_shot": {"samples": [100], "starts": 1, "settings": {"steps": 12, "learning_rates": "3e-5"}},
         "tasks": [_task(questions) for questions in (OWNER, RIDER)],
     }
-    path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(plan, sort_keys=False))
-    return path
 
 
 def _task(questions: Questions) -> dict[str, Any]:
@@ -215,9 +211,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.scratch / "language"
     prepare(folder, seed=arguments.seed)
-    plan = write_plan(folder, arguments.tiers.split(","))
     made_from = {"learnt": {q.name: q.learnt for q in (OWNER, RIDER, SIBLING)}, "seed": arguments.seed}
-    audit_study(plan, prepared=made_from, workers=arguments.workers, out=arguments.out)
+    audited = plan(arguments.tiers.split(","))
+    audit_study(audited, folder, prepared=made_from, workers=arguments.workers, out=arguments.out)
 
 
 if __name__ == "__main__":
