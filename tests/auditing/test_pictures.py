@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import pytest
+
 from auditing.documents import analysed, document
 from unmergeable.auditing.pictures import Looks, front_picture, line_pictures, number, percent
+from unmergeable.page import Chart, Series
 from unmergeable.page.charts import STYLES
 
 
 def looks(**found: object) -> Looks:
     return Looks({**analysed()["analyses"], **found})
+
+
+def test_a_front_joins_what_nothing_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen on other examples, a point may be beaten on these; the table has it, the line does not."""
+    drawn: dict[str, Series] = {}
+
+    def chart(series: list[Series], **_: object) -> Chart:
+        drawn.update((one.label, one) for one in series)
+        return Chart("", ())
+
+    monkeypatch.setattr("unmergeable.auditing.pictures.line_chart", chart)
+    front = {
+        "rider": "theirs",
+        "unprotected": [[0.8, 0.7], [0.5, 0.65], [0.5, 0.9]],
+        "protected": [],
+        "without_victim": [],
+    }
+    picture = front_picture("lock", front)
+    assert (drawn["unprotected"].xs, drawn["unprotected"].ys) == ([90.0, 70.0], [50.0, 80.0])
+    assert len(picture.table.rows) == 3
+    assert drawn["protected"].xs == []
 
 
 def test_tables_hold_the_figures() -> None:

@@ -49,6 +49,28 @@ def test_the_same_figures_everywhere() -> None:
     assert "nvalid" not in page + model_card(found)
 
 
+def test_what_was_refused_for_one_reason_stands_together() -> None:
+    found = document()
+    found["refused"] = [
+        {"protection": name, "recovery": recovery, "merge": merge, "reason": reason}
+        for name, recovery, merge, reason in (
+            ("lock", "kabsch", None, "no heads"),
+            ("identity", "kabsch", None, "no heads"),
+            ("lock", None, "ties", "other names"),
+            (None, None, "ties", "other names"),
+            ("lock", "kabsch", "ties", "other shapes"),
+        )
+    ]
+    found["refused"][-1]["samples"] = 16
+    page = render_report(found)
+    for line in (
+        "kabsch of lock, unprotected: no heads",
+        "ties of lock, what is there without the expert: other names",
+        "training after ties after kabsch of lock: other shapes",
+    ):
+        assert f"<li>{line}</li>" in page
+
+
 def test_an_invalid_audit_says_so_first() -> None:
     found = document()
     found["controls"][0] |= {"value": 0.3, "passed": False}
@@ -127,7 +149,9 @@ def test_as_many_attackers_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_refusals_of_one_model_stand_together() -> None:
-    assert "<li>lock, kabsch, linear, slerp: not that &lt;structure&gt;</li>" in render_report(document())
+    assert "<li>linear after kabsch, slerp after kabsch of lock: not that &lt;structure&gt;</li>" in render_report(
+        document()
+    )
 
 
 def test_the_best_attack_can_be_done_by_hand() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unmergeable.auditing.plan import joined
+from unmergeable.auditing.verdict import short
 from unmergeable.protections import PROTECTIONS
 from unmergeable.recoveries import RECOVERIES
 
@@ -46,7 +47,7 @@ def attack_commands(plan: Mapping[str, Any], protection: str, trial: Mapping[str
         commands.append(["merge", *against, *given, *_method(merge), "--out", MERGED])
     lines = [shlex.join(["unmergeable", *command]) for command in commands]
     if best.get("samples"):
-        rate = f"at a learning rate of {best['learning_rate']:g}"
+        rate = f"at a learning rate of {short(best['learning_rate'])}"
         lines.append(
             f"# then {best['samples']} labelled examples, and its own task's, are learnt {rate} by the audit itself"
         )

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from unmergeable.auditing.models import IDENTITY, SCALE
+from unmergeable.auditing.worst_case import pareto_front
 from unmergeable.page import Chart, Series, landscape_chart, line_chart, point_chart
 
 PARTS = {"query_key": "queries and keys", "value_output": "values and output", "feed_forward": "feed-forward"}
@@ -54,13 +55,18 @@ def number(value: float | None) -> str:
 
 
 def front_picture(name: str, front: Mapping[str, Any]) -> Picture:
-    """What the attacker trades: the Pareto fronts of one protection and one free-rider."""
+    """What the attacker trades: the Pareto fronts of one protection and one free-rider.
+
+    What was on a front of validation examples may not be on that of test examples: the lines join what is, and the
+    table has all.
+    """
     rider = front["rider"]
     labels = {"unprotected": "unprotected", "protected": "protected", "without_victim": "without the expert"}
     series, rows = [], []
     for key, label in labels.items():
-        points = sorted(front[key], key=lambda point: point[1])
-        series.append(Series(label, [100 * other for _, other in points], [100 * own for own, _ in points]))
+        own, other = ([point[place] for point in front[key]] for place in (0, 1))
+        best = pareto_front(own, other)
+        series.append(Series(label, [100 * other[number] for number in best], [100 * own[number] for number in best]))
         rows += [(label, percent(own), percent(other)) for own, other in front[key]]
     chart = line_chart(
         series,
@@ -69,7 +75,9 @@ def front_picture(name: str, front: Mapping[str, Any]) -> Picture:
         y_label="defended task, per cent right",
     )
     columns = ("front", "defended task, %", f"task of {rider}, %")
-    return Picture(f"{name}, {rider}", "Pareto fronts on test examples.", chart, Table(columns, tuple(rows)))
+    note = "Chosen on validation examples; the picture leaves out what another point beats on the test examples."
+    caption = "Pareto fronts on test examples."
+    return Picture(f"{name}, {rider}", caption, chart, Table(columns, tuple(rows), note))
 
 
 def line_pictures(document: Mapping[str, Any]) -> list[Picture]:

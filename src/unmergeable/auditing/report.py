@@ -118,16 +118,23 @@ def _worst_tone(judgements: Iterable[str]) -> str:
 
 
 def _refusals(refused: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What could not be done and why; merges of one model that were refused for one reason stand together."""
-    merges: dict[tuple[str, str], list[str]] = {}
+    """What could not be done and why; what was refused for one reason stands together."""
+    by_reason: dict[str, dict[str, list[str]]] = {}
     for item in refused:
-        name = shown(item["protection"]) if item["protection"] else "without the expert"
-        model = name if not item.get("recovery") else f"{name}, {item['recovery']}"
-        merges.setdefault((model, item["reason"]), []).append(item.get("merge") or "")
-    return [
-        f"{model}{', ' if any(names) else ''}{', '.join(dict.fromkeys(filter(None, names)))}: {reason}"
-        for (model, reason), names in merges.items()
-    ]
+        name = shown(item["protection"]) if item["protection"] else "what is there without the expert"
+        steps = ("training" if item.get("samples") else None, item.get("merge"), item.get("recovery"))
+        done = " after ".join(step for step in steps if step)
+        names = by_reason.setdefault(item["reason"], {}).setdefault(done, [])
+        if name not in names:
+            names.append(name)
+    lines = []
+    for reason, groups in by_reason.items():
+        by_names: dict[str, list[str]] = {}
+        for done, names in groups.items():
+            by_names.setdefault(", ".join(names), []).append(done)
+        what = "; ".join(f"{', '.join(done)} of {names}" for names, done in by_names.items())
+        lines.append(f"{what}: {reason}")
+    return lines
 
 
 def _by_hand(document: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, list[str]]:

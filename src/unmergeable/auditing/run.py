@@ -27,6 +27,7 @@ from unmergeable.auditing.cells import Cell
 from unmergeable.auditing.judge import Attack, Contest, judge
 from unmergeable.auditing.lock import locked
 from unmergeable.auditing.models import Variant, make_variants
+from unmergeable.auditing.naming import named
 from unmergeable.auditing.plan import ExpertEntry, MethodEntry, Part, Plan, TaskEntry, Tier
 from unmergeable.auditing.plan_file import downloaded, read_plan
 from unmergeable.auditing.pool import Call, Pool, WorkerPool, run_all
@@ -138,6 +139,7 @@ class _Auditor:
             for variant in variants
             if variant.refusal
         ]
+        names = self._names(variants)
         return {
             "plan": self.plan.document,
             "environment": environment(),
@@ -145,7 +147,7 @@ class _Auditor:
             "tasks": {task.name: {"kind": task.kind.name, **task.kind.facts()} for task in self.plan.tasks},
             **document,
             **({} if analyses is None else {"analyses": analyses}),
-            "refused": refusals,
+            "refused": [{**refusal, "reason": _without_paths(refusal["reason"], names)} for refusal in refusals],
         }
 
     @property
@@ -311,6 +313,12 @@ class _Auditor:
         )
         return analyse(subjects_of(variants), around, self.folder / "analyses", self.pool, self.progress)
 
+    def _names(self, variants: Iterable[Variant]) -> dict[str, str]:
+        """What lies where."""
+        names = {str(expert.path): expert.name for expert in self.plan.experts}
+        names[str(self.plan.base)] = "the base"
+        return names | {str(v.checkpoint.path): v.label for v in variants if v.checkpoint is not None}
+
     def _connections(self, variants: Iterable[Variant]) -> list[dict[str, Any]]:
         """Scores on the line from each free-rider's model to each variant, whose ends are the two, on test examples."""
         if not self.plan.connectivity:
@@ -363,6 +371,13 @@ def _means(job: _Job, cells: Mapping[Point | None, Cell]) -> dict[Point | None, 
         point: (float(cell.credits[defended].mean()), float(cell.credits[rider].mean()))
         for point, cell in cells.items()
     }
+
+
+def _without_paths(reason: str, names: Mapping[str, str]) -> str:
+    """The reason without the model that it begins with, which is told beside it."""
+    for path in names:
+        reason = reason.removeprefix(f"{path}: ")
+    return named(reason, names)
 
 
 def _describe(job: _Job) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 from unmergeable.auditing.cells import Cell
 from unmergeable.auditing.lock import locked
 from unmergeable.auditing.models import ModelMaker, Variant
+from unmergeable.auditing.naming import named
 from unmergeable.auditing.pool import Call, Pool, WorkerPool, run_all
 from unmergeable.auditing.preparation import environment, hashed, prepared, require_fine_tunes
 from unmergeable.auditing.scoring import Checkpoint, ScoredTask, task_digest
@@ -218,9 +219,7 @@ class _Tabulator:
         }
         names |= {str(expert.path): expert.name for expert in self.plan.experts}
         names[str(self.plan.base)] = "the base"
-        for path in sorted(names, key=len, reverse=True):  # one may begin as another does
-            found = found.replace(path, names[path])
-        return found
+        return named(found, names)
 
     def _scored(self, stage: str, groups: Sequence[Group]) -> list[Any]:
         calls: list[Call] = [(score_group, (group, self.folder / "cells")) for group in groups]

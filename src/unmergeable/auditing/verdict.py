@@ -93,8 +93,13 @@ def attack(best: Mapping[str, Any]) -> str:
     """What the attacker did."""
     done = [best["recovery"], _merging(best)] if best["uses_victim"] else ["leave the expert alone"]
     if best.get("samples"):
-        done.append(f"training on {best['samples']} examples at rate {best['learning_rate']:g}")
+        done.append(f"training on {best['samples']} examples at rate {short(best['learning_rate'])}")
     return ", then ".join(step for step in done if step is not None)
+
+
+def short(value: float) -> str:
+    """A number that may be small: 3e-6, not 3e-06."""
+    return f"{value:g}".replace("e-0", "e-")
 
 
 def _merging(best: Mapping[str, Any]) -> str:
