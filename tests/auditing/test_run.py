@@ -164,7 +164,7 @@ def test_another_structure_is_no_attack_until_it_is_undone(
         unprotected = merged_scores(found, "identity", None)
         assert merged_scores(found, name, "taylor_inversion, nearest_orbit") == pytest.approx(unprotected, abs=0.02)
         assert merged_scores(found, name, "revert_to_base") != pytest.approx(unprotected, abs=0.05)
-        assert all(str(tmp_path) not in item["reason"] for item in found["refused"])
+        assert str(tmp_path) not in json.dumps([found["refused"], found["models"]])
         refused = [item for item in found["refused"] if item["protection"] == name and item["recovery"] is None]
         assert [item["merge"] for item in refused] == ["task_arithmetic"]
         assert "no merge with it is possible" in verdict(name, protection)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,9 @@ class _Auditor:
     progress: Progress
 
     def run(self) -> dict[str, Any]:
-        variants = make_variants(self.plan, self.folder / "models", self.digests, self.progress)
+        made = make_variants(self.plan, self.folder / "models", self.digests, self.progress)
+        names = self._names(made)
+        variants = [replace(variant, refusal=_without_paths(variant.refusal, names)) for variant in made]
         alone = self._alone(variants)
         jobs = [job for rider in self.plan.riders for job in self._jobs(variants, rider)]
         kept = {
@@ -139,7 +141,6 @@ class _Auditor:
             for variant in variants
             if variant.refusal
         ]
-        names = self._names(variants)
         return {
             "plan": self.plan.document,
             "environment": environment(),
