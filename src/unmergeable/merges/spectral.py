@@ -1,5 +1,6 @@
 """What merges by singular values share: matrices are merged as wholes, everything else is averaged."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coeffic
 
 
 @dataclass(frozen=True)
-class SpectralMerge:
+class SpectralMerge(ABC):
     """A merge that says what becomes of the task matrices; ``scaling_coefficient`` is the factor of the merged one."""
 
     needs_base: ClassVar[bool] = True
@@ -28,9 +29,9 @@ class SpectralMerge:
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         return fill_coefficients(coefficients, default=1.0)
 
+    @abstractmethod
     def merge_matrices(self, task_matrices: list[Tensor]) -> Tensor:
         """The merged task matrix of (rows, columns) from those of the experts, which it may overwrite."""
-        raise NotImplementedError
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
