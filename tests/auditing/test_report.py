@@ -49,6 +49,26 @@ def test_the_same_figures_everywhere() -> None:
     assert "nvalid" not in page + model_card(found)
 
 
+def test_a_heat_map_inks_what_was_stolen() -> None:
+    """Most for the best attack of all, none for what can be had without the expert."""
+    found = document()
+    cells = [("none", 0.15), ("kabsch", 0.5), ("nearest_orbit", 0.85), ("taylor_inversion", None)]
+    found["protections"]["lock"]["matrix"] = [
+        {"recovery": None if name == "none" else name, "merge": "ties", "score": score, "attacks": 1}
+        for name, score in cells
+    ]
+    (section,) = re.findall(r'id="matrix".*?</table>', render_report(found), flags=re.DOTALL)
+    head, body = section.split("<tbody>")
+    assert re.findall(r'class="number">([^<]+)<', head) == [name for name, _ in cells]
+    (row,) = re.findall(r'<th scope="row">lock</th>(.*?)</tr>', body, flags=re.DOTALL)
+    assert re.findall(r"43, ([\d.]+)\)\">([^<]+)<", row) == [
+        ("0.00", "15.0"),
+        ("0.30", "50.0"),
+        ("0.60", "85.0"),
+        ("0.00", "–"),
+    ]
+
+
 def test_what_was_refused_for_one_reason_stands_together() -> None:
     found = document()
     found["refused"] = [

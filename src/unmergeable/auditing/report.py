@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def render_report(document: Mapping[str, Any]) -> str:
         named_tiers=tiers,
         is_without_data=set(tiers) <= {"T0", "T1"},
         failed="" if document["passed"] else failed_controls(document),
-        matrices={name: _heat_map(found) for name, found in document["protections"].items()},
+        heat_maps=_heat_maps(document["protections"]),
         refused=_refusals(document["refused"]),
         fronts=[front_picture(name, front) for name, found in entries.items() for front in found["fronts"]],
         lines=line_pictures(document),
@@ -103,12 +104,39 @@ def render_report(document: Mapping[str, Any]) -> str:
     )
 
 
-def _heat_map(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Recoveries down, merges across; each cell a score and the share of ink that shows it."""
-    rows = list(dict.fromkeys(cell["recovery"] for cell in found["matrix"]))
-    columns = list(dict.fromkeys(cell["merge"] for cell in found["matrix"]))
-    cells = {(cell["recovery"], cell["merge"]): cell["score"] for cell in found["matrix"]}
-    return {"rows": rows, "columns": columns, "cells": cells}
+@dataclass(frozen=True)
+class HeatMap:
+    """Protections down, recoveries across. ``cells``: a score, None where there is none, and its share of the ink."""
+
+    merge: str
+    recoveries: tuple[str, ...]
+    rows: Mapping[str, tuple[tuple[float | None, float], ...]]
+
+
+def _heat_maps(protections: Mapping[str, Any]) -> list[HeatMap]:
+    """One for each merge. The ink is that of the stolen skill: none for what can be had without the expert."""
+    found = {
+        (cell["merge"], name, cell["recovery"]): cell["score"]
+        for name, protection in protections.items()
+        for cell in protection["matrix"]
+    }
+    scores = [score for score in found.values() if score is not None]
+    worst = [tier["worst"] for protection in protections.values() for tier in protection["tiers"].values()]
+    least = min((trial["without_victim"] for trial in worst if trial is not None), default=0.0)
+    span = max(scores, default=1.0) - least
+
+    def inked(score: float | None) -> tuple[float | None, float]:
+        return score, 0.0 if score is None or span <= 0 else min(1.0, max(0.0, (score - least) / span))
+
+    recoveries = list(dict.fromkeys(recovery for _, _, recovery in found))
+    return [
+        HeatMap(
+            merge,
+            tuple(recovery or "none" for recovery in recoveries),
+            {name: tuple(inked(found.get((merge, name, recovery))) for recovery in recoveries) for name in protections},
+        )
+        for merge in dict.fromkeys(merge for merge, _, _ in found)
+    ]
 
 
 def _worst_tone(judgements: Iterable[str]) -> str:
