@@ -21,10 +21,10 @@ from unmergeable.auditing.worst_case import KEPT_SHARE, Menu, WorstCase, pareto_
 from unmergeable.recoveries import FewShot
 
 IDENTITY_BOUND, SCALE_BOUND = 0.05, 0.1
+"""The largest |D*| the controls may have: neither protects anything."""
 
 LUCK_OF_TRAINING = 0.02
 """Share of right answers by which two trainings differ whose starts differ by a rounding."""
-"""The largest |D*| the controls may have: neither protects anything."""
 
 PLANTED_BOUND = 1.02
 """Times the unprotected expert's distance to the base: what a recovery that finds the key leaves at most."""

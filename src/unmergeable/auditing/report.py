@@ -106,7 +106,7 @@ def render_report(document: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Protections down, recoveries across. ``cells``: a score, None where there is none, and its share of the ink."""
+    """``rows``: by protection and across the recoveries, a score, None where there is none, and its share of ink."""
 
     merge: str
     recoveries: tuple[str, ...]

@@ -131,6 +131,7 @@ class _Auditor:
             if outcome.refusal
         ]
         refusals += failures
+        refusals = [{**refusal, "reason": _without_paths(refusal["reason"], names)} for refusal in refusals]
         refusals += [
             {
                 "protection": variant.protection,
@@ -148,7 +149,7 @@ class _Auditor:
             "tasks": {task.name: {"kind": task.kind.name, **task.kind.facts()} for task in self.plan.tasks},
             **document,
             **({} if analyses is None else {"analyses": analyses}),
-            "refused": [{**refusal, "reason": _without_paths(refusal["reason"], names)} for refusal in refusals],
+            "refused": refusals,
         }
 
     @property

@@ -110,18 +110,20 @@ def tune(tuning: Tuning, folder: Path) -> Tuned:
 def _examples(tuning: Tuning, network: Any) -> list[Task]:
     """Examples of the defended task, as many as the attacker has labels for, and of its own."""
     (defended, own), samples = tuning.sweep.tasks, tuning.method.samples
-    learnt = _labelled(defended, samples, tuning, network)
-    if _count(learnt) < samples:
-        raise BadInput(
-            f"task {defended.entry.name}: {_count(learnt)} examples to learn from, {samples} are asked for; give more."
-        )
-    return [learnt, _labelled(own, OWN_EXAMPLES * samples, tuning, network)]
+    return [
+        _labelled(defended, samples, samples, tuning, network),
+        _labelled(own, 1, OWN_EXAMPLES * samples, tuning, network),
+    ]
 
 
-def _labelled(task: ScoredTask, limit: int, tuning: Tuning, network: Any) -> Task:
-    """At most so many examples to learn a task from."""
+def _labelled(task: ScoredTask, least: int, limit: int, tuning: Tuning, network: Any) -> Task:
+    """At most ``limit`` examples to learn a task from, and not fewer than ``least``."""
     scorer = scoring.scorer_of(task.entry, task.digests["train"], "train", tuning.sweep.base.path, limit=limit)
-    return scorer.task if isinstance(scorer, ChoiceScorer) else _said(task.entry.name, _answers(scorer), network)
+    found = scorer.task if isinstance(scorer, ChoiceScorer) else _said(task.entry.name, _answers(scorer), network)
+    count = _count(found)
+    if count < least:
+        raise BadInput(f"task {task.entry.name}: {count} examples to learn from, {least} are asked for; give more.")
+    return found
 
 
 def _count(task: Task) -> int:
