@@ -42,12 +42,12 @@ import torch
 import yaml
 from demo_experts import prepare
 
-from unmergeable import api
-from unmergeable.auditing.plan import MethodEntry, Plan
-from unmergeable.auditing.plan_file import read_plan
-from unmergeable.auditing.pool import Call, WorkerPool
-from unmergeable.auditing.scoring import Checkpoint, ScoredTask, Sweep, network_of, score_points, scorers_of
+from unmergeable import ops
 from unmergeable.data import DataSource
+from unmergeable.evaluation.plan import MethodEntry, Plan
+from unmergeable.evaluation.plan_file import read_plan
+from unmergeable.evaluation.pool import Call, WorkerPool
+from unmergeable.evaluation.scoring import Checkpoint, ScoredTask, Sweep, network_of, score_points, scorers_of
 from unmergeable.network.load import load_network
 from unmergeable.tasks import LabelledData, example_credits
 
@@ -67,7 +67,7 @@ def points(cells: int) -> list[Point]:
 def merge_on_disk(plan: Plan, method: str, point: Point, out: Path) -> None:
     """What a loop does first."""
     experts = [(plan.victim.path, point[0]), (plan.riders[0].path, point[1])]
-    api.merge(base=plan.base, experts=experts, method=method, out=out)
+    ops.merge(base=plan.base, experts=experts, method=method, out=out)
 
 
 def load_and_score(plan: Plan, folder: Path, spent: dict[str, float]) -> Credits:

@@ -28,13 +28,13 @@ from demo_experts import prepare
 from torch import Tensor
 from torch.nn import functional
 
-from unmergeable.api.opened import open_with_architecture
 from unmergeable.data import DataSource
 from unmergeable.network.criticality import CONFIDENCE, find_critical_layers
 from unmergeable.network.disk_weights import disk_gradients, find_places, show
 from unmergeable.network.fine_tune import gather_examples, judge
 from unmergeable.network.load import load_network
 from unmergeable.network.tasks import Task
+from unmergeable.ops.opened import open_with_architecture
 from unmergeable.protections import MergeGuard
 from unmergeable.tasks import LabelledData
 

@@ -52,7 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ties": {"weight": 0.5, "density": 0.2},
 }
 START_UPS = {
-    "ours": "import unmergeable.api, unmergeable.cli",
+    "ours": "import unmergeable.ops, unmergeable.cli",
     "mergekit": "import mergekit.scripts.run_yaml",
     "loop": "import torch",
 }

@@ -37,20 +37,20 @@ import torch
 import transformers
 from torch import Tensor
 
-from unmergeable.api.opened import architecture_of
 from unmergeable.architecture import Architecture
+from unmergeable.attacks.base import Inputs
+from unmergeable.attacks.taylor_inversion import TaylorInversion
 from unmergeable.checkpoint.plan import output_like
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.rewrite import rewrite
 from unmergeable.network.activation_ranges import activation_ranges
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.load import load_network, load_tokenizer, quiet
+from unmergeable.ops.opened import architecture_of
 from unmergeable.polynomials.modeling_polynomial import guard_counted
 from unmergeable.polynomials.rewriting import Polynomials, Rewriting, UnitRanges, rewriting
 from unmergeable.protections.mergebarrier import MergeBarrier
 from unmergeable.protections.taylor_mlp import TaylorMLP
-from unmergeable.recoveries.recovery import Inputs
-from unmergeable.recoveries.taylor_inversion import TaylorInversion
 from unmergeable.tasks.likelihood import cache_name
 
 WINDOW = 256

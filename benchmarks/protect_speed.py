@@ -148,9 +148,6 @@ def run_child(work: Callable[[Path, Path], None], source: Path, out: Path) -> No
     began = time.perf_counter()
     import torch
 
-    import unmergeable.api
-    import unmergeable.checkpoint.rewrite  # noqa: F401
-
     torch.set_num_threads(1)
     ready = time.perf_counter()
     cpu = time.process_time()

@@ -59,12 +59,12 @@ def build(scratch: Path, layers: int) -> tuple[Path, Path]:
     """Write the base, and the expert under a key."""
     import torch
 
-    from unmergeable.api.opened import open_with_architecture
     from unmergeable.checkpoint.header import TensorSpec
     from unmergeable.checkpoint.rewrite import rewrite
     from unmergeable.checkpoint.writer import ShardWriter
     from unmergeable.gauge.gauge import sampled_gauge
     from unmergeable.gauge.plan import transformed
+    from unmergeable.ops.opened import open_with_architecture
     from unmergeable.randomness import Stream
 
     def random(shape: tuple[int, ...], seed: str, scale: float) -> torch.Tensor:
@@ -121,8 +121,8 @@ def assign(width: int, *, is_planted: bool) -> dict[str, Any]:
 
     from unmergeable.architecture import FeedForward
     from unmergeable.architecture.blocks import Heads
+    from unmergeable.attacks.orders import unit_similarity
     from unmergeable.gauge.assignment import best_assignment
-    from unmergeable.recoveries.orders import unit_similarity
 
     features = 4096 if width >= 11008 else 2048
     generator = torch.Generator().manual_seed(0)
@@ -170,7 +170,7 @@ def timed(work: Callable[[], dict[str, Any]]) -> None:
     """Print what ``work`` returns, with its wall and CPU time."""
     import torch  # not counted
 
-    import unmergeable.api  # noqa: F401
+    import unmergeable.ops  # noqa: F401
 
     wall, cpu = time.perf_counter(), time.process_time()
     found = work()

@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from unmergeable.api.opened import open_with_architecture
 from unmergeable.architecture.symmetry import Role
+from unmergeable.attacks import Estimate, NearestOrbit
+from unmergeable.attacks.distance import block_distances, relative_distance
 from unmergeable.gauge.act import origins, transform_all
 from unmergeable.gauge.elements import compose
 from unmergeable.gauge.gauge import Gauge, sampled_gauge
 from unmergeable.gauge.groups import identity
+from unmergeable.ops.opened import open_with_architecture
 from unmergeable.randomness import Stream
-from unmergeable.recoveries import Estimate, NearestOrbit
-from unmergeable.recoveries.distance import block_distances, relative_distance
 
 INSIDE: tuple[Role, ...] = ("query_key", "value_output", "heads", "feed_forward", "experts")
 WHOLE: tuple[Role, ...] = (*INSIDE, "residual", "norm")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import unmergeable
-import unmergeable.auditing.run
-from unmergeable import api, auditing
+import unmergeable.evaluation.run
+from unmergeable import evaluation, ops
 from unmergeable.progress import Progress, silent
 
 PACKAGE = Path(unmergeable.__file__).parent
@@ -20,10 +20,10 @@ ROOT = PACKAGE.parent.parent
 
 
 def test_the_public_names_are_those_of_the_api_and_audit() -> None:
-    assert sorted(unmergeable.__all__) == sorted([*api.__all__, "audit"])
+    assert sorted(unmergeable.__all__) == sorted([*ops.__all__, "audit"])
     for name in unmergeable.__all__:
         function = getattr(unmergeable, name)
-        assert function is getattr(auditing.run if name == "audit" else api, name)
+        assert function is getattr(evaluation.run if name == "audit" else ops, name)
         assert inspect.isfunction(function)
         assert inspect.getdoc(function)
 

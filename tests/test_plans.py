@@ -15,8 +15,8 @@ import torch
 import yaml
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from unmergeable.auditing.table_file import read_table_plan
 from unmergeable.errors import UnmergeableError
+from unmergeable.evaluation.table_file import read_table_plan
 
 PLANS = Path(__file__).parents[1] / "plans"
 FILES = sorted([*PLANS.glob("full/*.yaml"), *PLANS.glob("offline/*.yaml")])
@@ -70,7 +70,7 @@ def test_there_are_plans_and_the_page_has_them() -> None:
 
 def test_results_are_those_of_plans_that_are_here() -> None:
     """Each was made from the plan of its name as it stands, and its page is that of its figures."""
-    from unmergeable.auditing.table_page import page
+    from unmergeable.evaluation.table_page import page
 
     results = sorted((PLANS / "results").glob("*.json"))
     assert results

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unmergeable.attacks import ATTACKS
 from unmergeable.errors import UsageError
 from unmergeable.merges import MERGES
 from unmergeable.protections import PROTECTIONS
-from unmergeable.recoveries import RECOVERIES
 from unmergeable.settings import configure, nearest, parse_assignments, settings_of
 
 laws = settings(max_examples=100, deadline=None, derandomize=True)
@@ -140,7 +140,7 @@ def test_a_malformed_assignment_is_refused(assignments: list[str]) -> None:
         parse_assignments(assignments)
 
 
-METHODS = [*PROTECTIONS.values(), *MERGES.values(), *RECOVERIES.values()]
+METHODS = [*PROTECTIONS.values(), *MERGES.values(), *ATTACKS.values()]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

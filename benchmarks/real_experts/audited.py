@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from unmergeable.auditing.report import write_report
-from unmergeable.auditing.run import audit
-from unmergeable.auditing.verdict import model_card, summary
+from unmergeable.evaluation.report import write_report
+from unmergeable.evaluation.run import audit
+from unmergeable.evaluation.verdict import model_card, summary
 from unmergeable.progress import Progress
 
 

@@ -40,7 +40,7 @@ AUDITED = (
 ATTACKERS = 250
 """Test examples that are an attacker's to learn from, and never scored."""
 
-RECOVERIES = ("kabsch", "nearest_orbit", "taylor_inversion, nearest_orbit")
+ATTACKS = ("kabsch", "nearest_orbit", "taylor_inversion, nearest_orbit")
 """Besides source_subtraction, which is given the siblings."""
 
 
@@ -57,7 +57,7 @@ def plan(study: Study, tiers: Sequence[str], examples: tuple[int, int]) -> dict[
         ],
         "protect": {"expert": study.owner, "methods": [_method(study, by_name[name]) for name in AUDITED]},
         "merges": ["task_arithmetic"],
-        "recoveries": [*RECOVERIES, {"method": "source_subtraction", "sources": siblings}],
+        "recoveries": [*ATTACKS, {"method": "source_subtraction", "sources": siblings}],
         "coefficients": {"defended": [0.5, 0.75, 1.0, 1.5], "rider": [0.5, 0.75, 1.0], "refinements": 8},
         "connectivity": 5,
         "tiers": list(tiers),

@@ -15,13 +15,13 @@ from typing import Any
 from benchmarks.real_experts.experts import Study
 from torch import Tensor
 
-from unmergeable.api.opened import open_with_architecture
-from unmergeable.auditing.cells import identity
+from unmergeable.attacks.distance import parts
 from unmergeable.checkpoint.disk import replace_file
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.errors import BadInput
+from unmergeable.evaluation.cells import identity
+from unmergeable.ops.opened import open_with_architecture
 from unmergeable.polynomials.layout import SECTION, Section
-from unmergeable.recoveries.distance import parts
 
 UNPROTECTED = "unprotected"
 SEED = 0
@@ -162,7 +162,7 @@ def make(job: Mapping[str, Any]) -> dict[str, Any]:
     """Protect in this process, whose peak of memory it is."""
     import torch
 
-    from unmergeable import api  # noqa: F401  imported before memory is read
+    from unmergeable import ops  # noqa: F401  imported before memory is read
 
     torch.set_num_threads(1)
     before, began = memory_mb("VmRSS"), process_time()
@@ -171,8 +171,8 @@ def make(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _protect(job: Mapping[str, Any]) -> Mapping[str, Any]:
-    from unmergeable import api
-    from unmergeable.api.controls import write_control
+    from unmergeable import ops
+    from unmergeable.ops.controls import write_control
     from unmergeable.protections import CONTROLS
 
     expert, method = Path(job["expert"]), job["method"]
@@ -182,7 +182,7 @@ def _protect(job: Mapping[str, Any]) -> Mapping[str, Any]:
         write_control(expert, method=method, seed=SEED, **inputs)
         return {}
     siblings = [Path(path) for path in job["siblings"]]
-    return api.protect(expert, method=method, seed=SEED, siblings=siblings, **inputs).to_json()
+    return ops.protect(expert, method=method, seed=SEED, siblings=siblings, **inputs).to_json()
 
 
 def memory_mb(field: str) -> float:

@@ -41,11 +41,11 @@ from benchmarks.real_experts.protected import (
 from benchmarks.real_experts.rows import Row, Rows, accuracy, from_text, to_text
 from benchmarks.real_experts.scoring import PUBLISHED_COEFFICIENT, Difference, Scorer, State, read_state
 
-from unmergeable.api.opened import open_with_architecture
+from unmergeable.attacks.distance import block_distances
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.errors import BadInput, Mismatch
 from unmergeable.network.polynomial_network import load_polynomial_network
-from unmergeable.recoveries.distance import block_distances
+from unmergeable.ops.opened import open_with_architecture
 
 MERGES = ("linear", "task_arithmetic", "task_arithmetic, best", "ties")
 REVERTED = "base's feed-forwards put back"

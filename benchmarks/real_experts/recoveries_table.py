@@ -43,12 +43,12 @@ from benchmarks.real_experts.protected import (
 from benchmarks.real_experts.rows import Row, Rows, accuracy, from_text, to_text
 from benchmarks.real_experts.scoring import PUBLISHED_COEFFICIENT, Difference, Right, Scorer, State, read_state
 
-from unmergeable import api
+from unmergeable import ops
+from unmergeable.attacks import FewShot
 from unmergeable.errors import BadInput, UnmergeableError
 from unmergeable.merges import TaskArithmetic, merge_state_dicts
 from unmergeable.network.few_shot import few_shot
 from unmergeable.network.task_vectors import TaskVectors
-from unmergeable.recoveries import FewShot
 
 LIMIT = 250
 NO_VICTIM = "no victim"
@@ -85,7 +85,7 @@ def _few_shot(samples: int) -> Recovery:
 _CHANGED = "unprotected|mergeguard|sensitivity"
 """Protections that change the function: subtracting the release or avoiding its direction makes sense for these."""
 
-RECOVERIES = (
+ATTACKS = (
     Recovery("none"),
     Recovery("revert_to_base", ("revert_to_base",)),
     Recovery("kabsch", ("kabsch",)),
@@ -171,7 +171,7 @@ class Attacker:
                 inputs["sources"] = [self.study.expert(task) for task in self.study.siblings]
             if "examples" in recovery.reads:
                 inputs["data"] = self.study.data(self.study.owner, "train")
-            result = api.recover(folder, base=self.study.base, method=method, out=out, **inputs)
+            result = ops.recover(folder, base=self.study.base, method=method, out=out, **inputs)
             folder, facts = out, {"distances": _distances(result.parts)} if result.parts else {}
         return folder, facts
 
@@ -184,7 +184,7 @@ class Attacker:
         # With a large coefficient subtracting the release blows up what is left: unmask is published at 0.3.
         coefficient = PUBLISHED_COEFFICIENT if method == "unmask" else self.coefficient
         experts = [(released, coefficient), (self.study.expert(self.study.rider), coefficient)]
-        api.merge(base=self.study.base, experts=experts, method="task_arithmetic", out=merge)
+        ops.merge(base=self.study.base, experts=experts, method="task_arithmetic", out=merge)
         inputs: dict[str, Any] = {"sources": [released], "settings": dict(recovery.settings)}
         if method == "unmask":
             inputs["settings"]["scaling_coefficient"] = coefficient
@@ -193,7 +193,7 @@ class Attacker:
                 "data": self.study.data(self.study.owner, "validation"),
                 "head": self.study.head(self.study.owner),
             }
-        api.recover(merge, base=self.study.base, method=method, out=place / method, **inputs)
+        ops.recover(merge, base=self.study.base, method=method, out=place / method, **inputs)
         return read_state(place / method)
 
     def trained(self, weights: State, recovery: Recovery) -> State:
@@ -249,7 +249,7 @@ def tabulate(study: Study, *, rows: str, columns: str, limit: int) -> Table:
     cells: dict[str, dict[str, Row]] = {}
     for name in (*ROWS, NO_VICTIM):
         protection = protections.get(name)
-        for recovery in RECOVERIES:
+        for recovery in ATTACKS:
             recipe = {"table": "recoveries", "protection": protection and asdict(protection), **asdict(recovery)}
             wanted = re.search(rows, name) and re.search(columns, recovery.name) and re.search(recovery.against, name)
             if not (store.has(recipe) or wanted) or not set(recovery.methods) <= api_recoveries():
@@ -266,7 +266,7 @@ def tabulate(study: Study, *, rows: str, columns: str, limit: int) -> Table:
 
 def api_recoveries() -> set[str]:
     """The recoveries there are."""
-    return {item["name"] for item in api.methods().recoveries}
+    return {item["name"] for item in ops.methods().recoveries}
 
 
 def _reference(attacker: Attacker) -> Row:
@@ -351,7 +351,7 @@ def to_json(table: Table) -> dict[str, Any]:
     """Accuracies, and differences from the unprotected expert's merge without a recovery; without single answers."""
     study = table.study
     missing = [name for name in ROWS if name not in table.cells]
-    missing += [recovery.name for recovery in RECOVERIES if not set(recovery.methods) <= api_recoveries()]
+    missing += [recovery.name for recovery in ATTACKS if not set(recovery.methods) <= api_recoveries()]
     return {
         "owner": study.owner,
         "rider": study.rider,
@@ -395,7 +395,7 @@ def markdown(study: str, document: Mapping[str, Any]) -> list[str]:
         "| recovery | " + " | ".join(protections) + " |",
         "|---|" + "---|" * len(protections),
     ]
-    for recovery in RECOVERIES:
+    for recovery in ATTACKS:
         cells = [_text(document["rows"][name].get(recovery.name), owner, rider) for name in protections]
         if any(cells):
             lines.append(f"| {recovery.name} | " + " | ".join(cells) + " |")

@@ -16,8 +16,8 @@ import numpy as np
 from benchmarks.real_experts.experts import PARTS, Study
 from benchmarks.real_experts.scoring import Right
 
-from unmergeable.auditing.cells import digest_of, identity
 from unmergeable.checkpoint.disk import replace_file
+from unmergeable.evaluation.cells import digest_of, identity
 
 Row = dict[str, Any]
 

@@ -11,8 +11,8 @@ The functions below are the whole public interface; ``unmergeable.errors`` holds
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unmergeable.api import inspect, merge, methods, protect, recover, restore, schema, verify
-    from unmergeable.auditing.run import audit
+    from unmergeable.evaluation.run import audit
+    from unmergeable.ops import inspect, merge, methods, protect, recover, restore, schema, verify
 
 __all__ = ["audit", "inspect", "merge", "methods", "protect", "recover", "restore", "schema", "verify"]
 
@@ -20,11 +20,11 @@ __all__ = ["audit", "inspect", "merge", "methods", "protect", "recover", "restor
 def __getattr__(name: str) -> Any:
     # torch takes a second to import, and `unmergeable --help` does not need it.
     if name == "audit":
-        from unmergeable.auditing.run import audit
+        from unmergeable.evaluation.run import audit
 
         return audit
     if name in __all__:
-        from unmergeable import api
+        from unmergeable import ops
 
-        return getattr(api, name)
+        return getattr(ops, name)
     raise AttributeError(f"module 'unmergeable' has no attribute {name!r}")

@@ -41,8 +41,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
 
 
 @dataclass
-class RecordingApi:
-    """Stands in for :mod:`unmergeable.api`. ``answer`` is returned, called or raised by whatever is asked."""
+class RecordingOps:
+    """Stands in for :mod:`unmergeable.ops`. ``answer`` is returned, called or raised by whatever is asked."""
 
     answer: Any = None
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -64,9 +64,9 @@ class RecordingApi:
 
 
 @pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> RecordingApi:
-    recording = RecordingApi()
-    monkeypatch.setattr(unmergeable, "api", recording, raising=False)
+def ops(monkeypatch: pytest.MonkeyPatch) -> RecordingOps:
+    recording = RecordingOps()
+    monkeypatch.setattr(unmergeable, "ops", recording, raising=False)
     return recording
 
 

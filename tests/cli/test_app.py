@@ -23,7 +23,7 @@ from unmergeable.cli import main
 from unmergeable.cli.app import COMMANDS
 from unmergeable.cli.command import Switches
 
-from .conftest import RecordingApi, Run
+from .conftest import RecordingOps, Run
 
 Runner = Callable[..., Run]
 
@@ -124,8 +124,8 @@ def test_every_error_has_a_documented_exit_code() -> None:
 
 
 @pytest.mark.parametrize(("kind", "code"), EXIT_CODES.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_error_is_one_line_and_its_exit_code(kind: type[Exception], code: int, api: RecordingApi, run: Runner) -> None:
-    api.answer = kind("what\nwhere: what to do.")
+def test_error_is_one_line_and_its_exit_code(kind: type[Exception], code: int, ops: RecordingOps, run: Runner) -> None:
+    ops.answer = kind("what\nwhere: what to do.")
 
     text = run(*VERIFY)
     document = run(*VERIFY, "--json")
@@ -140,8 +140,8 @@ def test_error_is_one_line_and_its_exit_code(kind: type[Exception], code: int, a
     assert set(error) == {"kind", "message", "exit_code"}
 
 
-def test_library_errors_keep_their_message_and_kind(api: RecordingApi, run: Runner) -> None:
-    api.answer = errors.Mismatch("tensor x: 3 here, 4 there; give the right base.")
+def test_library_errors_keep_their_message_and_kind(ops: RecordingOps, run: Runner) -> None:
+    ops.answer = errors.Mismatch("tensor x: 3 here, 4 there; give the right base.")
 
     error = run(*VERIFY, "--json").document["error"]
 
@@ -149,16 +149,16 @@ def test_library_errors_keep_their_message_and_kind(api: RecordingApi, run: Runn
     assert error["message"] == "tensor x: 3 here, 4 there; give the right base."
 
 
-def test_operating_system_errors_name_the_file(api: RecordingApi, run: Runner) -> None:
-    api.answer = OSError(errno.EACCES, "Permission denied", "/some/file")
+def test_operating_system_errors_name_the_file(ops: RecordingOps, run: Runner) -> None:
+    ops.answer = OSError(errno.EACCES, "Permission denied", "/some/file")
 
     shown = run(*VERIFY)
 
     assert (shown.exit_code, shown.stderr) == (1, "error: /some/file: Permission denied.\n")
 
 
-def test_missing_package_names_the_remedy(api: RecordingApi, run: Runner) -> None:
-    api.answer = ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
+def test_missing_package_names_the_remedy(ops: RecordingOps, run: Runner) -> None:
+    ops.answer = ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
 
     shown = run(*VERIFY)
 
@@ -191,13 +191,13 @@ def test_wrong_arguments_are_one_line_too(arguments: tuple[str, ...], expected: 
 
 
 def test_not_equal_is_an_answer_with_its_own_exit_code(
-    api: RecordingApi, run: Runner, verdict: Callable[..., SimpleNamespace]
+    ops: RecordingOps, run: Runner, verdict: Callable[..., SimpleNamespace]
 ) -> None:
-    api.answer = verdict(is_equal=False)
+    ops.answer = verdict(is_equal=False)
     assert run(*VERIFY).exit_code == 4
     assert run(*VERIFY, "--json").document == {"equal": False}
 
-    api.answer = verdict()
+    ops.answer = verdict()
     assert run(*VERIFY).exit_code == 0
 
 
@@ -206,7 +206,7 @@ def test_not_equal_is_an_answer_with_its_own_exit_code(
 
 @pytest.mark.parametrize("arguments", [(*VERIFY, "--json"), ("--json", *VERIFY), ("verify", "--json", "a", "b")])
 def test_json_is_alone_on_stdout(
-    arguments: tuple[str, ...], api: RecordingApi, run: Runner, verdict: Callable[..., SimpleNamespace]
+    arguments: tuple[str, ...], ops: RecordingOps, run: Runner, verdict: Callable[..., SimpleNamespace]
 ) -> None:
     def noisy(progress: Callable[..., None], **_: object) -> SimpleNamespace:
         print("a library that talks")
@@ -214,7 +214,7 @@ def test_json_is_alone_on_stdout(
         progress("writing", 1, 2, "bytes")
         return verdict()
 
-    api.answer = noisy
+    ops.answer = noisy
 
     shown = run(*arguments)
 
@@ -223,14 +223,14 @@ def test_json_is_alone_on_stdout(
     assert "warning: mind this" in shown.stderr
 
 
-def test_without_json_stdout_is_text(api: RecordingApi, run: Runner, verdict: Callable[..., SimpleNamespace]) -> None:
-    api.answer = verdict()
+def test_without_json_stdout_is_text(ops: RecordingOps, run: Runner, verdict: Callable[..., SimpleNamespace]) -> None:
+    ops.answer = verdict()
 
     assert run(*VERIFY).stdout.startswith("Equal up to rounding: a and b")
 
 
-def test_json_has_no_nan(api: RecordingApi, run: Runner, verdict: Callable[..., SimpleNamespace]) -> None:
-    api.answer = verdict(gaps=(float("nan"), {"bound": float("inf")}, 0.5))
+def test_json_has_no_nan(ops: RecordingOps, run: Runner, verdict: Callable[..., SimpleNamespace]) -> None:
+    ops.answer = verdict(gaps=(float("nan"), {"bound": float("inf")}, 0.5))
 
     shown = run(*VERIFY, "--json")
 
@@ -239,19 +239,19 @@ def test_json_has_no_nan(api: RecordingApi, run: Runner, verdict: Callable[..., 
 
 
 def test_unprintable_names_do_not_spoil_a_success(
-    api: RecordingApi, run: Runner, verdict: Callable[..., SimpleNamespace]
+    ops: RecordingOps, run: Runner, verdict: Callable[..., SimpleNamespace]
 ) -> None:
-    api.answer = verdict()
+    ops.answer = verdict()
 
     assert run("verify", "a\udcff", "b").exit_code == 0
 
 
-def test_debug_logs_more_and_only_then(api: RecordingApi, run: Runner, verdict: Callable[..., SimpleNamespace]) -> None:
+def test_debug_logs_more_and_only_then(ops: RecordingOps, run: Runner, verdict: Callable[..., SimpleNamespace]) -> None:
     def talkative(**_: object) -> SimpleNamespace:
         logging.getLogger("unmergeable.somewhere").debug("details")
         return verdict()
 
-    api.answer = talkative
+    ops.answer = talkative
 
     assert "debug: details" not in run(*VERIFY).stderr
     assert "debug: details" in run(*VERIFY, "--debug").stderr
@@ -260,12 +260,12 @@ def test_debug_logs_more_and_only_then(api: RecordingApi, run: Runner, verdict: 
 # --- tracebacks and secrets ---------------------------------------------------------------------------------------
 
 
-def test_traceback_only_on_request_and_never_with_locals(api: RecordingApi, run: Runner) -> None:
+def test_traceback_only_on_request_and_never_with_locals(ops: RecordingOps, run: Runner) -> None:
     def fail(**_: object) -> None:
         passphrase = "".join(["correct", "horse"])
         raise RuntimeError(f"a mistake of ours in {len(passphrase)} places")
 
-    api.answer = fail
+    ops.answer = fail
 
     plain, debug = run(*VERIFY), run(*VERIFY, "--debug")
 
@@ -276,8 +276,8 @@ def test_traceback_only_on_request_and_never_with_locals(api: RecordingApi, run:
     assert "correcthorse" not in plain.stderr + debug.stderr
 
 
-def test_traceback_does_not_disturb_json(api: RecordingApi, run: Runner) -> None:
-    api.answer = RuntimeError("a mistake of ours")
+def test_traceback_does_not_disturb_json(ops: RecordingOps, run: Runner) -> None:
+    ops.answer = RuntimeError("a mistake of ours")
 
     shown = run(*VERIFY, "--debug", "--json")
 
@@ -288,8 +288,8 @@ def test_traceback_does_not_disturb_json(api: RecordingApi, run: Runner) -> None
 # --- interruption -------------------------------------------------------------------------------------------------
 
 
-def test_interrupted_work_says_how_to_go_on(api: RecordingApi, run: Runner) -> None:
-    api.answer = KeyboardInterrupt()
+def test_interrupted_work_says_how_to_go_on(ops: RecordingOps, run: Runner) -> None:
+    ops.answer = KeyboardInterrupt()
 
     shown = run(*PROTECT)
 
@@ -300,9 +300,9 @@ def test_interrupted_work_says_how_to_go_on(api: RecordingApi, run: Runner) -> N
 
 @pytest.mark.parametrize("arguments", [VERIFY, (*PROTECT, "--dry-run")])
 def test_nothing_to_go_on_with_where_nothing_was_written(
-    arguments: tuple[str, ...], api: RecordingApi, run: Runner
+    arguments: tuple[str, ...], ops: RecordingOps, run: Runner
 ) -> None:
-    api.answer = KeyboardInterrupt()
+    ops.answer = KeyboardInterrupt()
 
     assert run(*arguments).stderr == "error: interrupted.\n"
 
@@ -325,7 +325,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have sta
 def verify(*_, **__):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
-unmergeable.api = types.SimpleNamespace(verify=verify)
+unmergeable.ops = types.SimpleNamespace(verify=verify)
 from unmergeable.cli import main
 sys.exit(main(["verify", "a", "b", "--json"]))
 """
@@ -345,7 +345,7 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     os.close(read_end)
     code = """
 import sys, types, unmergeable
-unmergeable.api = types.SimpleNamespace(schema=lambda: {"short": "flushed by the command, not by the interpreter"})
+unmergeable.ops = types.SimpleNamespace(schema=lambda: {"short": "flushed by the command, not by the interpreter"})
 from unmergeable.cli import main
 sys.exit(main(["schema"]))
 """

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from unmergeable import api as library
+from unmergeable import ops as library
 from unmergeable.cli.merge import parse_expert
 from unmergeable.cli.passphrase import VARIABLE
 
-from .conftest import RecordingApi, Run
+from .conftest import RecordingOps, Run
 
 Runner = Callable[..., Run]
 
@@ -28,18 +28,18 @@ class Asked(Exception):
     """Ends a command once the library has been called: what it prints is another test's concern."""
 
 
-def asked(api: RecordingApi, run: Runner, *arguments: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def asked(ops: RecordingOps, run: Runner, *arguments: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional arguments and options that a command calls the library with, progress left out."""
-    api.answer = Asked()
+    ops.answer = Asked()
     assert "Asked" in run(*arguments, "--quiet").stderr
-    ((name, positional, options),) = api.calls
+    ((name, positional, options),) = ops.calls
     # The stand-in takes anything; the library must as well.
     inspect.signature(getattr(library, name)).bind(*positional, **options)
     return positional, {name: value for name, value in options.items() if name != "progress"}
 
 
-def test_protect_by_default(api: RecordingApi, run: Runner) -> None:
-    positional, options = asked(api, run, "protect", "expert", "--base", "base", "--out", "out")
+def test_protect_by_default(ops: RecordingOps, run: Runner) -> None:
+    positional, options = asked(ops, run, "protect", "expert", "--base", "base", "--out", "out")
 
     assert positional == (Path("expert"),)
     assert options == {
@@ -60,11 +60,11 @@ def test_protect_by_default(api: RecordingApi, run: Runner) -> None:
     }
 
 
-def test_protect_with_everything(api: RecordingApi, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_protect_with_everything(ops: RecordingOps, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "correct horse")
     words = "--method a,b --set a.condition=2 --set b.depth=x=y --key k --seed 3 --dry-run --allow-pickle --threads 2"
 
-    _, options = asked(api, run, "protect", "e", "--base", "b", "--out", "o", *words.split())
+    _, options = asked(ops, run, "protect", "e", "--base", "b", "--out", "o", *words.split())
 
     assert options["method"] == ["a", "b"]
     assert options["settings"] == {"a.condition": "2", "b.depth": "x=y"}
@@ -73,11 +73,11 @@ def test_protect_with_everything(api: RecordingApi, run: Runner, monkeypatch: py
     assert options["passphrase"] == "correct horse"
 
 
-def test_protect_from_a_recipe(api: RecordingApi, run: Runner, tmp_path: Path) -> None:
+def test_protect_from_a_recipe(ops: RecordingOps, run: Runner, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"method": "mergelock", "settings": {"condition": 8}}))
 
-    _, options = asked(api, run, "protect", "e", "--base", "b", "--out", "o", "--recipe", recipe)
+    _, options = asked(ops, run, "protect", "e", "--base", "b", "--out", "o", "--recipe", recipe)
 
     assert (options["method"], options["settings"]) == (["mergelock"], {"condition": 8})
 
@@ -108,24 +108,24 @@ def test_a_passphrase_is_never_an_argument(run: Runner) -> None:
     assert "--passphrase" in shown.stderr
 
 
-def test_restore(api: RecordingApi, run: Runner) -> None:
-    positional, options = asked(api, run, "restore", "p", "--key", "k", "--out", "o")
+def test_restore(ops: RecordingOps, run: Runner) -> None:
+    positional, options = asked(ops, run, "restore", "p", "--key", "k", "--out", "o")
 
     assert positional == (Path("p"),)
     assert options == {"key": Path("k"), "out": Path("o"), "passphrase": None, "threads": None}
 
 
-def test_verify(api: RecordingApi, run: Runner) -> None:
-    positional, options = asked(api, run, "verify", "a", "b", "--probe", "p", "--base", "c")
+def test_verify(ops: RecordingOps, run: Runner) -> None:
+    positional, options = asked(ops, run, "verify", "a", "b", "--probe", "p", "--base", "c")
 
     assert positional == (Path("a"), Path("b"))
     assert options == {"base": Path("c"), "probe": Path("p"), "threads": None}
 
 
-def test_merge(api: RecordingApi, run: Runner) -> None:
+def test_merge(ops: RecordingOps, run: Runner) -> None:
     words = "--expert x=0.5 --expert y --method ties --set density=0.4 --base b --out o"
 
-    positional, options = asked(api, run, "merge", *words.split())
+    positional, options = asked(ops, run, "merge", *words.split())
 
     assert positional == ()
     assert options == {
@@ -142,8 +142,8 @@ def test_merge(api: RecordingApi, run: Runner) -> None:
     }
 
 
-def test_merge_by_configuration(api: RecordingApi, run: Runner) -> None:
-    _, options = asked(api, run, "merge", "c.yaml", "--out", "o", "--backend", "mergekit", "--checksums")
+def test_merge_by_configuration(ops: RecordingOps, run: Runner) -> None:
+    _, options = asked(ops, run, "merge", "c.yaml", "--out", "o", "--backend", "mergekit", "--checksums")
 
     assert (options["config"], options["backend"], options["checksums"]) == (Path("c.yaml"), "mergekit", True)
     assert (options["experts"], options["method"], options["settings"]) == ([], None, {})
@@ -166,11 +166,11 @@ def test_a_coefficient_is_a_number_after_the_last_equals_sign(text: str, expecte
     assert parse_expert(text) == expected
 
 
-def test_recover(api: RecordingApi, run: Runner) -> None:
+def test_recover(ops: RecordingOps, run: Runner) -> None:
     words = "p --base b --method source_subtraction --set x=1 --out o --source s --source t --threads 1"
     words += " --data d --head h --encoder e"
 
-    positional, options = asked(api, run, "recover", *words.split())
+    positional, options = asked(ops, run, "recover", *words.split())
 
     assert positional == (Path("p"),)
     assert options == {
@@ -186,12 +186,12 @@ def test_recover(api: RecordingApi, run: Runner) -> None:
     }
 
 
-def test_inspect(api: RecordingApi, run: Runner) -> None:
-    positional, options = asked(api, run, "inspect", "c", "--base", "b", "--source", "s")
+def test_inspect(ops: RecordingOps, run: Runner) -> None:
+    positional, options = asked(ops, run, "inspect", "c", "--base", "b", "--source", "s")
 
     assert (positional, options) == ((Path("c"),), {"base": Path("b"), "sources": [Path("s")]})
 
 
 @pytest.mark.parametrize("command", ["methods", "schema"])
-def test_questions_without_arguments(command: str, api: RecordingApi, run: Runner) -> None:
-    assert asked(api, run, command) == ((), {})
+def test_questions_without_arguments(command: str, ops: RecordingOps, run: Runner) -> None:
+    assert asked(ops, run, command) == ((), {})

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from unmergeable.api.merging import MergeResult
 from unmergeable.cli.merge import describe_learnt
+from unmergeable.ops.merging import MergeResult
 
-from .conftest import RecordingApi, Run
+from .conftest import RecordingOps, Run
 
 COMMAND = ("merge", "--base", "b", "--expert", "x", "--expert", "y", "--out", "o")
 
 
-def test_data_keep_their_order(api: RecordingApi, run: Callable[..., Run]) -> None:
-    api.answer = MergeResult(Path("o"), "fisher", {}, (("x", 1.0), ("y", 1.0)), 7, learnt={"data": ["q.txt", "p.npz"]})
+def test_data_keep_their_order(ops: RecordingOps, run: Callable[..., Run]) -> None:
+    ops.answer = MergeResult(Path("o"), "fisher", {}, (("x", 1.0), ("y", 1.0)), 7, learnt={"data": ["q.txt", "p.npz"]})
     done = run(*COMMAND, "--method", "fisher", "--data", "q.txt", "--data", "p.npz", "--json")
-    assert api.options["data"] == [Path("q.txt"), Path("p.npz")]
+    assert ops.options["data"] == [Path("q.txt"), Path("p.npz")]
     assert done.document["learnt"] == {"data": ["q.txt", "p.npz"]}
 
 
-def test_a_merge_without_data_has_learnt_nothing(api: RecordingApi, run: Callable[..., Run]) -> None:
-    api.answer = MergeResult(Path("o"), "ties", {}, (("x", 1.0),), 7)
+def test_a_merge_without_data_has_learnt_nothing(ops: RecordingOps, run: Callable[..., Run]) -> None:
+    ops.answer = MergeResult(Path("o"), "ties", {}, (("x", 1.0),), 7)
     assert run(*COMMAND, "--method", "ties", "--json").document["learnt"] is None
 
 

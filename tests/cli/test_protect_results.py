@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from unmergeable.api.mergeguard import MergeGuardResult
-from unmergeable.api.polynomials import PolynomialResult
-from unmergeable.api.protection import ComposedResult
-from unmergeable.api.sensitivity_shield import ShieldResult
 from unmergeable.cli.protect import KEYLESS_METHODS
 from unmergeable.network.criticality import Criticality
 from unmergeable.network.polynomial_network import Approximation
+from unmergeable.ops.mergeguard import MergeGuardResult
+from unmergeable.ops.polynomials import PolynomialResult
+from unmergeable.ops.protection import ComposedResult
+from unmergeable.ops.sensitivity_shield import ShieldResult
 from unmergeable.protections import POLYNOMIAL_PROTECTIONS, WEIGHT_PROTECTIONS
 
-from .conftest import RecordingApi, Run
+from .conftest import RecordingOps, Run
 
 REQUEST = ("protect", "expert", "--base", "base", "--out", "release")
 RELEASE = Path("release")
@@ -26,13 +26,13 @@ def test_the_names_are_those_of_the_registries() -> None:
     assert set(KEYLESS_METHODS) == {*POLYNOMIAL_PROTECTIONS, *WEIGHT_PROTECTIONS}
 
 
-def test_passes_everything_on(api: RecordingApi, run: Callable[..., Run]) -> None:
-    api.answer = ShieldResult(RELEASE, "sensitivity_shield", {}, "llama", is_dry_run=True)
+def test_passes_everything_on(ops: RecordingOps, run: Callable[..., Run]) -> None:
+    ops.answer = ShieldResult(RELEASE, "sensitivity_shield", {}, "llama", is_dry_run=True)
     words = "--method mergeguard,sensitivity_shield --data d --head h --encoder e --sibling s --sibling t --seed 3"
     done = run(*REQUEST, *words.split(), "--dry-run")
 
     assert done.exit_code == 0, done.stderr
-    assert {name: api.options[name] for name in ("method", "data", "head", "encoder", "siblings", "seed")} == {
+    assert {name: ops.options[name] for name in ("method", "data", "head", "encoder", "siblings", "seed")} == {
         "method": ["mergeguard", "sensitivity_shield"],
         "data": Path("d"),
         "head": Path("h"),
@@ -44,10 +44,10 @@ def test_passes_everything_on(api: RecordingApi, run: Callable[..., Run]) -> Non
     assert "nothing was written" in done.stdout
 
 
-def test_polynomials(api: RecordingApi, run: Callable[..., Run]) -> None:
+def test_polynomials(ops: RecordingOps, run: Callable[..., Run]) -> None:
     measured = Approximation(output_error=0.00123, outside={"mlp": 0.02, "other": 0.0})
     errors = {"mlp": {"largest": 0.25, "median": 0.01}}
-    api.answer = PolynomialResult(RELEASE, "taylor_mlp", {}, "llama", errors, measured, "Does not stop everybody.")
+    ops.answer = PolynomialResult(RELEASE, "taylor_mlp", {}, "llama", errors, measured, "Does not stop everybody.")
     done = run(*REQUEST, "--method", "taylor_mlp", "--data", "mine.jsonl")
 
     assert "1.2e-03 relative" in done.stdout
@@ -56,8 +56,8 @@ def test_polynomials(api: RecordingApi, run: Callable[..., Run]) -> None:
     assert "unmergeable recover release --base base --method taylor_inversion --out release-recovered" in done.stdout
 
 
-def test_the_shield(api: RecordingApi, run: Callable[..., Run]) -> None:
-    api.answer = ShieldResult(
+def test_the_shield(ops: RecordingOps, run: Callable[..., Run]) -> None:
+    ops.answer = ShieldResult(
         RELEASE,
         "sensitivity_shield",
         {},
@@ -77,9 +77,9 @@ def test_the_shield(api: RecordingApi, run: Callable[..., Run]) -> None:
 
 
 @pytest.mark.parametrize("is_dry_run", [False, True])
-def test_several_steps(is_dry_run: bool, api: RecordingApi, run: Callable[..., Run]) -> None:
+def test_several_steps(is_dry_run: bool, ops: RecordingOps, run: Callable[..., Run]) -> None:
     methods = ("sensitivity_shield", "mergelock,params")
-    api.answer = ComposedResult(RELEASE, Path("k"), methods, ({}, {}), ("Read this.",), is_dry_run)
+    ops.answer = ComposedResult(RELEASE, Path("k"), methods, ({}, {}), ("Read this.",), is_dry_run)
     done = run(*REQUEST, "--method", "sensitivity_shield,mergelock,params", "--sibling", "s")
 
     assert "release (sensitivity_shield, then mergelock,params)" in done.stdout
@@ -88,10 +88,10 @@ def test_several_steps(is_dry_run: bool, api: RecordingApi, run: Callable[..., R
     assert ("gives back what the steps before it made" in done.stdout) == (not is_dry_run)
 
 
-def test_mergeguard(api: RecordingApi, run: Callable[..., Run]) -> None:
+def test_mergeguard(ops: RecordingOps, run: Callable[..., Run]) -> None:
     accuracies = {"expert": 0.9, "trained": 0.91, "protected": 0.885}
     ranking = Criticality(("layers.3.mlp",), 0.9, {}, {}, examples=10, evaluations=20)
-    api.answer = MergeGuardResult(
+    ops.answer = MergeGuardResult(
         RELEASE, "mergeguard", {}, "llama", 10, 4_000_000, False, (1.0, 0.5), ranking, 400_000, 0.1, accuracies
     )
     done = run(*REQUEST, "--method", "mergeguard", "--data", "d")
@@ -104,10 +104,10 @@ def test_mergeguard(api: RecordingApi, run: Callable[..., Run]) -> None:
 
 @pytest.mark.parametrize("option", [("--key", "k"), ("--passphrase",)])
 def test_a_key_where_none_is_made_is_refused(
-    option: tuple[str, ...], api: RecordingApi, run: Callable[..., Run]
+    option: tuple[str, ...], ops: RecordingOps, run: Callable[..., Run]
 ) -> None:
     done = run(*REQUEST, "--method", "mergebarrier", *option)
 
     assert done.exit_code == 2
     assert f"mergebarrier makes no key: leave out {option[0]}" in done.stderr
-    assert not api.calls
+    assert not ops.calls

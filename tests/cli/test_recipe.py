@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from unmergeable.api.steps import METHODS, steps_of
 from unmergeable.cli.recipe import read_recipe
 from unmergeable.errors import BadInput, UnmergeableError, UsageError
+from unmergeable.ops.steps import METHODS, steps_of
 
 
 def write(folder: Path, name: str, content: object) -> Path:

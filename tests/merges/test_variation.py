@@ -6,7 +6,7 @@ import torch
 from merges.small_models import flat, make_models
 from unmergeable.errors import UsageError
 from unmergeable.merges import MERGES, Della, Merge, Slerp, TaskArithmetic, Ties, merge_state_dicts
-from unmergeable.merges.method import Terms
+from unmergeable.merges.base import Terms
 from unmergeable.merges.variation import Variation, describe, terms_of
 
 NAMES = ["embed.weight", "layers.0.weight", "layers.1.weight"]

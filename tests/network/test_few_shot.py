@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from network.small_classifier import FEATURES, Classifier, make_task, predict
+from unmergeable.attacks import FewShot
 from unmergeable.errors import BadInput, Mismatch, UnmergeableError, UsageError
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.few_shot import few_shot
@@ -17,7 +18,6 @@ from unmergeable.network.fine_tune import fine_tune, gather_examples
 from unmergeable.network.load import load_network
 from unmergeable.network.tasks import Task, accuracy
 from unmergeable.network.train import Schedule
-from unmergeable.recoveries import FewShot
 from zoo import TOYS, write_toy
 
 State = dict[str, Tensor]

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from network.small_classifier import Classifier, make_task
+from unmergeable.attacks import GradErase
 from unmergeable.errors import Mismatch
 from unmergeable.network.disk_weights import disk_gradients, find_places
 from unmergeable.network.few_shot import few_shot
 from unmergeable.network.grad_erase import grad_erase, gradients_projected
 from unmergeable.network.load import load_network
-from unmergeable.recoveries import GradErase
 from zoo import TOYS, write_toy
 
 METHOD = GradErase(samples=12, learning_rates="1e-2", steps=10, batch_size=4)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unmergeable.api.opened import open_with_architecture
 from unmergeable.architecture import Architecture
+from unmergeable.attacks import LayerwiseRidge
+from unmergeable.attacks.layerwise_ridge import block_tensors, stream_writers
 from unmergeable.errors import BadInput
 from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.gauge import sampled_gauge
@@ -21,9 +22,8 @@ from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.layerwise_ridge import LayerwiseRidgeResult, layerwise_ridge
 from unmergeable.network.load import load_network
 from unmergeable.network.tasks import Task
+from unmergeable.ops.opened import open_with_architecture
 from unmergeable.randomness import Stream
-from unmergeable.recoveries import LayerwiseRidge
-from unmergeable.recoveries.layerwise_ridge import block_tensors, stream_writers
 from zoo import TOYS, write_toy
 
 State = Mapping[str, Tensor]

@@ -6,9 +6,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+from unmergeable.attacks import TaylorInversion
 from unmergeable.polynomials.layout import LAYOUTS
 from unmergeable.protections import POLYNOMIAL_PROTECTIONS
-from unmergeable.recoveries import TaylorInversion
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "polynomial.md").read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import unmergeable
-from unmergeable.api.controls import write_control
 from unmergeable.errors import UsageError
+from unmergeable.ops.controls import write_control
 from unmergeable.protections import CONTROLS, PROTECTIONS
 from unmergeable.protections.controls import Noise, Scale
 from unmergeable.randomness import Stream

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from memory_source import MemorySource
 from toy_checkpoints import ToyCheckpoint, toy_checkpoint
-from unmergeable.api.recipe import condition_bound
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.assignment import best_assignment
 from unmergeable.gauge.elements import pair_indices
 from unmergeable.gauge.equivalence import compare
 from unmergeable.gauge.gauge import Gauge, undo
+from unmergeable.ops.recipe import condition_bound
 from unmergeable.progress import silent
 from unmergeable.protections import LargestGauge, MergeLock, PaRaMS, Weights
 from unmergeable.protections.params import NEAR, furthest_order

@@ -33,9 +33,9 @@ def audit(
       unmergeable audit plan.yaml --out ./audit
     """
     with working(context, can_resume=True) as progress:
-        from unmergeable.auditing.report import write_report
-        from unmergeable.auditing.run import audit as run
-        from unmergeable.auditing.verdict import summary
+        from unmergeable.evaluation.report import write_report
+        from unmergeable.evaluation.run import audit as run
+        from unmergeable.evaluation.verdict import summary
 
         document = run(plan, out=out, workers=workers, ray=ray, progress=progress)
         page = write_report(out)
@@ -54,8 +54,8 @@ def report(
       unmergeable report ./audit
     """
     with working(context):
-        from unmergeable.auditing.report import read_audit, write_report
-        from unmergeable.auditing.verdict import model_card, summary
+        from unmergeable.evaluation.report import read_audit, write_report
+        from unmergeable.evaluation.verdict import model_card, summary
 
         page = write_report(folder)
         document = read_audit(folder)

@@ -11,7 +11,7 @@ from unmergeable.cli.command import Outcome, working
 from unmergeable.cli.quantity import BYTES, COUNT, describe_quantity
 
 if TYPE_CHECKING:
-    from unmergeable.api.inspection import BaseComparison, Half, InspectResult
+    from unmergeable.ops.inspection import BaseComparison, Half, InspectResult
 
 
 def inspect(
@@ -38,9 +38,9 @@ def inspect(
       unmergeable inspect ./release --base ./Llama-3.1-8B
     """
     with working(context) as progress:
-        from unmergeable import api
+        from unmergeable import ops
 
-        result = api.inspect(checkpoint, base=base, sources=sources or (), progress=progress)
+        result = ops.inspect(checkpoint, base=base, sources=sources or (), progress=progress)
     return Outcome(result.to_json(), describe(result))
 
 

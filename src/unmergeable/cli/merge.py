@@ -65,9 +65,9 @@ def merge(
     weighted = [parse_expert(expert) for expert in experts or []]
     settings = parse_assignments(assignments or [])
     with working(context, can_resume=backend == "own") as progress:
-        from unmergeable import api
+        from unmergeable import ops
 
-        result = api.merge(
+        result = ops.merge(
             base=base,
             experts=weighted,
             method=method,

@@ -10,7 +10,7 @@ import typer
 from unmergeable.cli.command import Outcome, working
 
 if TYPE_CHECKING:
-    from unmergeable.api.methods import MethodsResult
+    from unmergeable.ops.methods import MethodsResult
 
 
 def methods(context: typer.Context) -> Outcome:
@@ -24,9 +24,9 @@ def methods(context: typer.Context) -> Outcome:
       unmergeable methods
     """
     with working(context):
-        from unmergeable import api
+        from unmergeable import ops
 
-        result = api.methods()
+        result = ops.methods()
     return Outcome(result.to_json(), describe(result))
 
 

@@ -90,9 +90,9 @@ def protect(
     _require_key_use(methods, {"--key": key, "--passphrase": passphrase})
     secret = read_passphrase(is_asked_for=passphrase, is_new=True)
     with working(context, can_resume=not dry_run) as progress:
-        from unmergeable import api
+        from unmergeable import ops
 
-        result = api.protect(
+        result = ops.protect(
             expert,
             base=base,
             method=methods,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from unmergeable.cli.quantity import COUNT, describe_quantity
 
 if TYPE_CHECKING:
-    from unmergeable.api.exact import ProtectResult
-    from unmergeable.api.mergeguard import MergeGuardResult
-    from unmergeable.api.polynomials import PolynomialResult
-    from unmergeable.api.protection import ComposedResult, Protected
-    from unmergeable.api.sensitivity_shield import ShieldResult
+    from unmergeable.ops.exact import ProtectResult
+    from unmergeable.ops.mergeguard import MergeGuardResult
+    from unmergeable.ops.polynomials import PolynomialResult
+    from unmergeable.ops.protection import ComposedResult, Protected
+    from unmergeable.ops.sensitivity_shield import ShieldResult
 
 DRY_RUN = "Dry run: nothing was written."
 
@@ -30,11 +30,11 @@ _ROLES = {
 
 def describe(result: Protected, base: Path) -> list[str]:
     """What the owner has to know after (or, in a dry run, before) protecting, whatever the method."""
-    from unmergeable.api.exact import ProtectResult
-    from unmergeable.api.mergeguard import MergeGuardResult
-    from unmergeable.api.polynomials import PolynomialResult
-    from unmergeable.api.protection import ComposedResult
-    from unmergeable.api.sensitivity_shield import ShieldResult
+    from unmergeable.ops.exact import ProtectResult
+    from unmergeable.ops.mergeguard import MergeGuardResult
+    from unmergeable.ops.polynomials import PolynomialResult
+    from unmergeable.ops.protection import ComposedResult
+    from unmergeable.ops.sensitivity_shield import ShieldResult
 
     if isinstance(result, ProtectResult):
         return describe_exact(result, base)

@@ -14,7 +14,7 @@ from unmergeable.cli.options import OutOption, SetOption, ThreadsOption
 from unmergeable.settings import parse_assignments
 
 if TYPE_CHECKING:
-    from unmergeable.api.recovery import RecoverResult
+    from unmergeable.ops.recovery import RecoverResult
 
 
 def recover(
@@ -64,9 +64,9 @@ def recover(
     """
     settings = parse_assignments(assignments or [])
     with working(context, can_resume=True) as progress:
-        from unmergeable import api
+        from unmergeable import ops
 
-        result = api.recover(
+        result = ops.recover(
             protected,
             base=base,
             method=method,

@@ -29,9 +29,9 @@ def restore(
     """
     secret = read_passphrase(is_asked_for=passphrase, is_new=False)
     with working(context, can_resume=True) as progress:
-        from unmergeable import api
+        from unmergeable import ops
 
-        result = api.restore(protected, key=key, out=out, passphrase=secret, threads=threads, progress=progress)
+        result = ops.restore(protected, key=key, out=out, passphrase=secret, threads=threads, progress=progress)
     text = [
         f"Restored: {result.out} ({result.changed_tensors} tensors; {result.architecture})",
         f"Largest difference of a block from the protected one: {result.measured_error:.1e} relative",

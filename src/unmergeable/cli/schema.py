@@ -18,7 +18,7 @@ def schema(context: typer.Context) -> Outcome:
       unmergeable schema > recipe.schema.json
     """
     with working(context):
-        from unmergeable import api
+        from unmergeable import ops
 
-        document = api.schema()
+        document = ops.schema()
     return Outcome(document, [json.dumps(document, indent=2)])

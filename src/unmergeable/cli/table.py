@@ -33,9 +33,9 @@ def table(
       unmergeable table plans/offline/mergelock-tables-1-3-4.yaml --root scratch/vision --out ./table
     """
     with working(context, can_resume=True) as progress:
-        from unmergeable.auditing.table import PAGE
-        from unmergeable.auditing.table import table as run
-        from unmergeable.auditing.table_page import summary
+        from unmergeable.evaluation.table import PAGE
+        from unmergeable.evaluation.table import table as run
+        from unmergeable.evaluation.table_page import summary
 
         document = run(plan, out=out, root=root, workers=workers, progress=progress)
     return Outcome(

@@ -12,7 +12,7 @@ from unmergeable.cli.options import ThreadsOption
 from unmergeable.errors import NotEquivalent
 
 if TYPE_CHECKING:
-    from unmergeable.api.verification import VerifyResult
+    from unmergeable.ops.verification import VerifyResult
 
 
 def verify(
@@ -41,9 +41,9 @@ def verify(
       unmergeable verify ./my-llama-8b-medical ./release
     """
     with working(context) as progress:
-        from unmergeable import api
+        from unmergeable import ops
 
-        result = api.verify(expert, other, base=base, probe=probe, threads=threads, progress=progress)
+        result = ops.verify(expert, other, base=base, probe=probe, threads=threads, progress=progress)
     exit_code = 0 if result.is_equal else NotEquivalent.exit_code
     return Outcome(result.to_json(), describe(result, expert, other), exit_code)
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from unmergeable import api
-from unmergeable.api.opened import open_with_architecture
+from unmergeable import ops
 from unmergeable.architecture import Architecture
+from unmergeable.attacks.distance import block_distances, relative_distance
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.demo.data import ImageTask, load_animals, load_mnist
 from unmergeable.demo.model import write_base_checkpoint
@@ -29,8 +29,8 @@ from unmergeable.demo.page import DistanceCurve, Row, write_page
 from unmergeable.demo.train import Expert, evaluate, extract_features, finetune_experts, fit_prototypes
 from unmergeable.errors import BadInput
 from unmergeable.network.load import load_network
+from unmergeable.ops.opened import open_with_architecture
 from unmergeable.progress import Progress, silent
-from unmergeable.recoveries.distance import block_distances, relative_distance
 from unmergeable.tasks import FeatureHead, write_head
 
 COEFFICIENTS = (0.5, 0.6, 0.7, 0.8)
@@ -87,7 +87,7 @@ class _Stage:
         out = self.folder / name
         experts = [(first, coefficient), (second, coefficient)]
         base = self.folder / "base"
-        api.merge(base=base, experts=experts, method="task_arithmetic", out=out, progress=self.progress)
+        ops.merge(base=base, experts=experts, method="task_arithmetic", out=out, progress=self.progress)
         return out
 
     def best_merge(self, first: Path, second: Path, name: str) -> tuple[Path, float]:
@@ -137,21 +137,21 @@ def run_demo(out: Path, *, progress: Progress = silent, seed: int = 0) -> DemoRe
     plain, coefficient = stage.best_merge(first, second, "merged")
     protected, key = out / "protected", out / "protected.key"
     strong = {"condition": CONDITION}
-    protection = api.protect(first, base=base, out=protected, key=key, settings=strong, progress=progress)
+    protection = ops.protect(first, base=base, out=protected, key=key, settings=strong, progress=progress)
     broken = stage.merge(protected, second, coefficient, "merged-protected")
     attacks = {
-        name: api.recover(protected, base=base, method=name, out=out / f"recovered-{name}", progress=progress)
+        name: ops.recover(protected, base=base, method=name, out=out / f"recovered-{name}", progress=progress)
         for name in ("kabsch", "nearest_orbit")
     }
     remerged = {
         name: stage.merge(result.out, second, coefficient, f"merged-after-{name}") for name, result in attacks.items()
     }
-    api.restore(protected, key=key, out=out / "restored", progress=progress)
+    ops.restore(protected, key=key, out=out / "restored", progress=progress)
 
     # The same with the default settings, for the sentence that says what they are worth against rotations alone.
     gentle, gentle_key = out / "protected-by-default", out / "protected-by-default.key"
-    api.protect(first, base=base, out=gentle, key=gentle_key, progress=progress)
-    gentle_attack = api.recover(gentle, base=base, method="kabsch", out=out / "default-after-kabsch", progress=progress)
+    ops.protect(first, base=base, out=gentle, key=gentle_key, progress=progress)
+    gentle_attack = ops.recover(gentle, base=base, method="kabsch", out=out / "default-after-kabsch", progress=progress)
     gentle_merge = stage.merge(gentle_attack.out, second, coefficient, "merged-default-after-kabsch")
 
     models = {

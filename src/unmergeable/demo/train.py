@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unmergeable.api.workers import one_thread_per_kernel, worker_threads
 from unmergeable.demo.data import Examples, Images, ImageTask
 from unmergeable.network.load import load_network
 from unmergeable.network.save import write_network
 from unmergeable.network.train import Batch, Schedule, shuffled_batches, train
+from unmergeable.ops.workers import one_thread_per_kernel, worker_threads
 from unmergeable.progress import Progress, silent
 from unmergeable.tasks import FeatureHead
 

@@ -1,6 +1,7 @@
 """Merges: one file per method, and the engine that runs any of them on files or in memory."""
 
 from unmergeable.merges.adamerging import AdaMerging
+from unmergeable.merges.base import Merge
 from unmergeable.merges.breadcrumbs import Breadcrumbs
 from unmergeable.merges.consensus_ta import ConsensusTa
 from unmergeable.merges.dare_linear import DareLinear
@@ -10,7 +11,6 @@ from unmergeable.merges.engine import merge, merge_state_dicts
 from unmergeable.merges.fisher import Fisher
 from unmergeable.merges.iso_c import IsoC
 from unmergeable.merges.linear import Linear
-from unmergeable.merges.method import Merge
 from unmergeable.merges.model_stock import ModelStock
 from unmergeable.merges.regmean import RegMean
 from unmergeable.merges.slerp import Slerp

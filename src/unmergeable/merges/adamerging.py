@@ -23,10 +23,7 @@ from torch import Tensor
 
 from unmergeable.errors import UsageError
 from unmergeable.merges import task_arithmetic
-from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, merge_blocks, weighted_sum
-from unmergeable.merges.fisher import require_examples
-from unmergeable.merges.magnitudes import largest_below
-from unmergeable.merges.method import (
+from unmergeable.merges.base import (
     Inputs,
     TensorMerge,
     TermsOf,
@@ -35,6 +32,9 @@ from unmergeable.merges.method import (
     require_density,
     require_finite,
 )
+from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, merge_blocks, weighted_sum
+from unmergeable.merges.fisher import require_examples
+from unmergeable.merges.magnitudes import largest_below
 from unmergeable.merges.ties import global_thresholds
 
 Granularity = Literal["layer", "task"]

@@ -22,6 +22,15 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
+from unmergeable.merges.base import (
+    Inputs,
+    TensorMerge,
+    TermsOf,
+    fill_coefficients,
+    require_choice,
+    require_density,
+    require_finite,
+)
 from unmergeable.merges.blocks import (
     Operand,
     Scratch,
@@ -32,15 +41,6 @@ from unmergeable.merges.blocks import (
     whole_rows,
 )
 from unmergeable.merges.magnitudes import largest_below, tensor_magnitudes
-from unmergeable.merges.method import (
-    Inputs,
-    TensorMerge,
-    TermsOf,
-    fill_coefficients,
-    require_choice,
-    require_density,
-    require_finite,
-)
 
 Trim = Literal["tensor", "row"]
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks
-from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
 
 
 @dataclass(frozen=True)

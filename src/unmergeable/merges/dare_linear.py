@@ -17,8 +17,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, fill_coefficients, require_density, require_finite
 from unmergeable.merges.blocks import Operand, Scratch
-from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coefficients, require_density, require_finite
 from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_thinned, require_rescale
 
 

@@ -25,16 +25,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, positive_coefficients, require_density, require_finite
 from unmergeable.merges.blocks import Operand, Scratch
 from unmergeable.merges.election import Average, Undecided, require_election
-from unmergeable.merges.method import (
-    Inputs,
-    TensorMerge,
-    TermsOf,
-    positive_coefficients,
-    require_density,
-    require_finite,
-)
 from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_elected, require_rescale
 
 

@@ -35,17 +35,10 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, positive_coefficients, require_density, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, regrouped, row_length, whole_rows
 from unmergeable.merges.election import Average, Undecided, require_election
 from unmergeable.merges.masks import DRAW_BITS, draws, mask_stream, remembered
-from unmergeable.merges.method import (
-    Inputs,
-    TensorMerge,
-    TermsOf,
-    positive_coefficients,
-    require_density,
-    require_finite,
-)
 from unmergeable.merges.thinning import Rescale, compensated, merge_elected, require_rescale
 from unmergeable.randomness import Stream
 

@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from unmergeable.merges.method import require_choice
+from unmergeable.merges.base import require_choice
 
 Average = Literal["count", "weight", "sum"]
 Undecided = Literal["drop", "positive"]

@@ -24,8 +24,8 @@ from unmergeable.checkpoint.rewrite import OutputTensor, output_like, rewrite
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.checkpoint.writer import require_spec
 from unmergeable.errors import UsageError
+from unmergeable.merges.base import Inputs, Merge, TensorMerge
 from unmergeable.merges.blocks import Scratch
-from unmergeable.merges.method import Inputs, Merge, TensorMerge
 from unmergeable.merges.models import (
     Model,
     mergeable_names,

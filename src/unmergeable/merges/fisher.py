@@ -24,9 +24,9 @@ from torch import Tensor
 
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.errors import BadInput, Mismatch, UsageError
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, positive_coefficients
 from unmergeable.merges.blocks import BLOCK_ELEMENTS, Operand, Scratch, merge_blocks, weighted_sum
 from unmergeable.merges.linear import merge_tensor as average_tensor
-from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, positive_coefficients
 from unmergeable.merges.models import Model, source_model
 
 

@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from unmergeable.errors import UsageError
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, fill_coefficients
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
-from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coefficients
 
 
 @dataclass(frozen=True)

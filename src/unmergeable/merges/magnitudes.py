@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
+from unmergeable.merges.base import Inputs, TermsOf
 from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, widened_blocks
 from unmergeable.merges.bracket import bracketed_magnitudes
-from unmergeable.merges.method import Inputs, TermsOf
 from unmergeable.quantile import DIGITS, KthLargest
 
 Ranks = Sequence[Sequence[int]]

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from unmergeable.errors import BadInput
+from unmergeable.merges.base import Merge
 from unmergeable.merges.mergekit_config import USE_MERGEKIT, MergeConfig, Parameters, Slice
 from unmergeable.merges.mergekit_methods import METHODS
-from unmergeable.merges.method import Merge
 from unmergeable.merges.variation import Vary
 
 # Where the layers of a model are counted: the number behind one of these.

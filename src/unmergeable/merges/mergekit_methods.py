@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from unmergeable.merges.base import Merge
 from unmergeable.merges.breadcrumbs import Breadcrumbs
 from unmergeable.merges.dare_linear import DareLinear
 from unmergeable.merges.dare_ties import DareTies
 from unmergeable.merges.della import Della
 from unmergeable.merges.election import Average
 from unmergeable.merges.linear import Linear
-from unmergeable.merges.method import Merge
 from unmergeable.merges.model_stock import ModelStock
 from unmergeable.merges.slerp import Slerp
 from unmergeable.merges.task_arithmetic import TaskArithmetic

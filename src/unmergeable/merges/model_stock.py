@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf
 from unmergeable.merges.blocks import (
     BLOCK_ELEMENTS,
     Operand,
@@ -32,7 +33,6 @@ from unmergeable.merges.blocks import (
     whole_rows,
     widened_blocks,
 )
-from unmergeable.merges.method import Inputs, TensorMerge, TermsOf
 
 _SINGULAR = 1e-6
 """A denominator closer to 0 than this has no finite interpolation to offer."""

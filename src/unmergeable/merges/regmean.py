@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import BadInput, Mismatch, UsageError
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, positive_coefficients
 from unmergeable.merges.blocks import Operand, Scratch, merge_whole, weighted_sum
 from unmergeable.merges.fisher import open_statistics, require_examples
 from unmergeable.merges.linear import merge_tensor as average_tensor
-from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, positive_coefficients
 from unmergeable.merges.models import Model
 
 RIDGE = 1e-6

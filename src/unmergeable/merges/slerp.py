@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, fill_coefficients
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum, widened_blocks
-from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coefficients
 
 _SMALLEST_NORM = 1e-8
 """Below it a tensor counts as zero, and has no direction."""

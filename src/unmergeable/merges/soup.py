@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, positive_coefficients
 from unmergeable.merges.fisher import require_examples
 from unmergeable.merges.linear import Linear
-from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, positive_coefficients
 
 
 @dataclass(frozen=True)

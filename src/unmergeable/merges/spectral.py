@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_whole
-from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
 
 
 @dataclass(frozen=True)

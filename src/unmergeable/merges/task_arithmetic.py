@@ -12,8 +12,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
-from unmergeable.merges.method import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from unmergeable.merges.base import require_choice
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
 from unmergeable.merges.election import SPARE, Average, Undecided, add_elected
 from unmergeable.merges.masks import bernoulli_mask, l1_ratios, mask_stream, remembered
-from unmergeable.merges.method import require_choice
 
 Rescale = Literal["density", "norm", "none"]
 

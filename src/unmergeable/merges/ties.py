@@ -31,10 +31,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, merge_blocks
-from unmergeable.merges.election import SPARE, Average, Undecided, add_elected, require_election
-from unmergeable.merges.magnitudes import largest_below, model_densities, model_magnitudes, rank_kept, tensor_magnitudes
-from unmergeable.merges.method import (
+from unmergeable.merges.base import (
     Inputs,
     TensorMerge,
     TermsOf,
@@ -43,6 +40,9 @@ from unmergeable.merges.method import (
     require_density,
     require_finite,
 )
+from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, merge_blocks
+from unmergeable.merges.election import SPARE, Average, Undecided, add_elected, require_election
+from unmergeable.merges.magnitudes import largest_below, model_densities, model_magnitudes, rank_kept, tensor_magnitudes
 
 Trim = Literal["global", "tensor"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.method import Merge, Terms
+from unmergeable.merges.base import Merge, Terms
 from unmergeable.settings import nearest
 
 

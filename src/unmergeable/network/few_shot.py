@@ -1,6 +1,6 @@
 """Few-shot training of weights in a live network: the learning rate by cross-validation, then all examples.
 
-See :mod:`unmergeable.recoveries.few_shot` for the idea.
+See :mod:`unmergeable.attacks.few_shot` for the idea.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unmergeable.attacks.few_shot import FewShot, parse_rates, turns
 from unmergeable.errors import BadInput, UnmergeableError, UsageError
 from unmergeable.network.disk_weights import Place, find_places, show, swapped, to_disk_names
 from unmergeable.network.encoding import EncodedBatch
@@ -22,7 +23,6 @@ from unmergeable.network.low_rank import low_rank_updates
 from unmergeable.network.tasks import Task
 from unmergeable.network.train import Schedule
 from unmergeable.progress import Progress, silent
-from unmergeable.recoveries.few_shot import FewShot, parse_rates, turns
 
 _ALPHA_PER_RANK = 2.0
 """Updates of low rank are scaled by this; the sweep over rates makes its value of little account."""

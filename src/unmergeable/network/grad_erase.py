@@ -1,4 +1,4 @@
-"""Few-shot training whose gradients are projected off a disturbance; see :mod:`unmergeable.recoveries.grad_erase`."""
+"""Few-shot training whose gradients are projected off a disturbance; see :mod:`unmergeable.attacks.grad_erase`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from unmergeable.attacks.grad_erase import GradErase, project_off
 from unmergeable.errors import Mismatch
 from unmergeable.network.disk_weights import Piece, find_places
 from unmergeable.network.few_shot import FewShotResult, few_shot
 from unmergeable.network.tasks import Task
 from unmergeable.progress import Progress, silent
-from unmergeable.recoveries.grad_erase import GradErase, project_off
 
 
 def grad_erase(

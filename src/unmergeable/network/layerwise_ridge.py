@@ -1,6 +1,6 @@
 """Output projections of blocks fitted to another network's, from one pass over unlabelled inputs.
 
-See :mod:`unmergeable.recoveries.layerwise_ridge` for the idea. Second moments are gathered in float64, batch by batch;
+See :mod:`unmergeable.attacks.layerwise_ridge` for the idea. Second moments are gathered in float64, batch by batch;
 where those of all layers do not fit the memory budget, in as many passes as they need.
 """
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from unmergeable.architecture import Architecture
+from unmergeable.attacks.layerwise_ridge import LayerwiseRidge, block_tensors, fit_projection, stream_writers
 from unmergeable.errors import BadInput
 from unmergeable.network.disk_weights import find_places, show, swapped
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.input_grams import MEMORY_BUDGET, LinearLayer, linear_layers
 from unmergeable.network.tasks import Task, answer, device_of
 from unmergeable.progress import Progress, silent
-from unmergeable.recoveries.layerwise_ridge import LayerwiseRidge, block_tensors, fit_projection, stream_writers
 
 Outputs = Mapping[str, deque[Tensor]]
 """What a network's projections put out for one batch, by their names on disk, call by call."""

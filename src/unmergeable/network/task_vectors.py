@@ -17,8 +17,8 @@ from torch import Tensor
 
 from unmergeable.errors import UsageError
 from unmergeable.merges.adamerging import keep_elected
+from unmergeable.merges.base import Inputs
 from unmergeable.merges.blocks import Operand, compute_dtype, tensor_operand, weighted_sum
-from unmergeable.merges.method import Inputs
 from unmergeable.merges.models import mergeable_names, state_dict_model
 from unmergeable.merges.ties import global_thresholds
 from unmergeable.network.disk_weights import find_places, show, swapped

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
+from unmergeable.protections.base import GaugeProtection, Weights
 from unmergeable.protections.controls import CONTROLS, Control
 from unmergeable.protections.gauge import LargestGauge
 from unmergeable.protections.mergebarrier import MergeBarrier
 from unmergeable.protections.mergeguard import MergeGuard
 from unmergeable.protections.mergelock import MergeLock
 from unmergeable.protections.params import PaRaMS
-from unmergeable.protections.protection import GaugeProtection, Weights
 from unmergeable.protections.sensitivity_shield import SensitivityShield
 from unmergeable.protections.taylor_mlp import TaylorMLP
 

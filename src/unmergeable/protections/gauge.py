@@ -48,7 +48,7 @@ from unmergeable.gauge.elements import Element, Monomial
 from unmergeable.gauge.gauge import Gauge, fixed_gauge, sampled_gauge
 from unmergeable.gauge.groups import sample
 from unmergeable.progress import Progress
-from unmergeable.protections.protection import Weights
+from unmergeable.protections.base import Weights
 from unmergeable.randomness import Stream
 
 

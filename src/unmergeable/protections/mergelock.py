@@ -31,7 +31,7 @@ from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UsageError
 from unmergeable.gauge.gauge import Gauge, sampled_gauge
 from unmergeable.progress import Progress
-from unmergeable.protections.protection import Weights, without_positions
+from unmergeable.protections.base import Weights, without_positions
 from unmergeable.randomness import Stream
 
 

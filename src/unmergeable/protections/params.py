@@ -45,7 +45,7 @@ from unmergeable.gauge.assignment import nearly_best_assignment
 from unmergeable.gauge.elements import Element, Monomial, Rotary, pair_indices
 from unmergeable.gauge.gauge import Gauge
 from unmergeable.progress import Progress
-from unmergeable.protections.protection import Weights, without_positions
+from unmergeable.protections.base import Weights, without_positions
 from unmergeable.randomness import Stream
 
 ROWS = 2048

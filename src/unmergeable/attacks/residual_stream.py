@@ -1,0 +1,210 @@
+"""The residual stream and the gains of its norms, brought back to the base's basis: before everything else.
+
+Whatever a block's heads and units are compared by is written in the stream's basis, so that one is found first, from
+the tensor that no other basis touches: the embedding E [tokens, hidden], with C = E0^T E,
+
+    orthogonal            R = U V^T from C = U S V^T (Procrustes)
+    signed permutation    the assignment that maximises sum_i |C_i,pi(i)|, and the signs of what it chose
+    permutation, one sign the better of the assignments of C and of -C
+
+A rotation acts only where all norm gains are one. So gains are moved into the weights that read their norm (a *fold*),
+the stream is turned, and the base's own gains are moved out again. Gains may also have been moved by a protection, for
+any diagonal matrix passes between a gain and its readers; they are first set to about the base's, g0 / g.
+
+Both are estimates from few numbers. Once heads and units are known, :func:`refined` fits them to everything: the
+rotation to every tensor along the stream, each gain to itself and the columns of its readers.
+
+An embedding already near the base's says that nobody moved the stream, and then it stays: a fit would only follow
+noise. The same holds for the gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from unmergeable.architecture import Architecture, Leg, Space
+from unmergeable.architecture.residual import Norm, Residual
+from unmergeable.architecture.symmetry import GroupKind
+from unmergeable.attacks.closed_forms import nearest_diagonal, nearest_orthogonal
+from unmergeable.attacks.moments import block_products, leg_pairs, legs_by_space
+from unmergeable.attacks.reading import Reader
+from unmergeable.gauge.assignment import best_assignment
+from unmergeable.gauge.elements import Element, Monomial, Orthogonal
+from unmergeable.gauge.gauge import Gauge, fixed_gauge
+
+NEAR = 0.05
+"""Relative distance of an embedding from the base's up to which nobody moved the stream."""
+
+MOVED = 1.5
+"""How many times nearer its base a rotated embedding must be for the stream to count as moved. A reordering, or a sign,
+counts as soon as it is nearer: noise does not bring it about."""
+
+GAINS_MOVED = 0.5
+"""Relative distance of all gains from the base's beyond which they count as moved."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What was found: ``fold`` and ``turn`` bring the stream home, ``gains`` set the norms' gains. Empty: untouched."""
+
+    fold: Gauge
+    turn: Gauge
+    gains: Gauge
+
+    @property
+    def gauges(self) -> tuple[Gauge, ...]:
+        """In the order in which they act."""
+        return tuple(gauge for gauge in (self.fold, self.turn, self.gains) if gauge.spaces)
+
+    @property
+    def is_refinable(self) -> bool:
+        """Whether anything in it was estimated from less than all that speaks about it, and is no choice."""
+        return bool(self.gains.spaces)
+
+
+def find_stream(protected: Reader, base: Reader, architecture: Architecture, spaces: Mapping[str, Space]) -> Stream:
+    """The bases of all streams among ``spaces``, from embeddings and gains."""
+    turns: dict[str, Element] = {}
+    folded: list[Norm] = []
+    for residual in architecture.residuals:
+        space = spaces.get(f"{residual.name}.rotation") or spaces.get(residual.name)
+        if space is None:
+            continue
+        turn = _turn_of_embedding(space, residual, protected, base)
+        if turn is not None:
+            turns[space.name] = turn
+            folded += [norm for norm in residual.norms if norm.space in space.folded]
+    fold = fixed_gauge(spaces, {norm.space: _inverse_gain(norm, protected) for norm in folded})
+    turned = fixed_gauge(spaces, turns)
+    return Stream(fold, turned, _gains(fold, protected.under(fold, turned), base, architecture, spaces))
+
+
+def refined(
+    stream: Stream, rest: Sequence[Gauge], protected: Reader, base: Reader, architecture: Architecture
+) -> Stream:
+    """The same fitted to everything, given the gauges of all blocks, ``rest``."""
+    legs = legs_by_space(architecture.symmetry)
+    folded = (norm for residual in architecture.residuals for norm in residual.norms if norm.space in stream.fold)
+    fold_of_base = fixed_gauge(stream.fold.spaces, {norm.space: _inverse_gain(norm, base) for norm in folded})
+    turn = stream.turn
+    rotations = {name: space for name, space in turn.spaces.items() if space.group.kind == "orthogonal"}
+    if rotations:
+        ours, theirs = protected.under(stream.fold, turn, *rest), base.under(fold_of_base)
+        better = {
+            name: Orthogonal(_rotation(_products(space, legs[name], ours, theirs)).values @ turn[name].matrix())
+            for name, space in rotations.items()
+        }
+        turn = fixed_gauge(turn.spaces, {**{name: turn[name] for name in turn}, **better})
+    ours = protected.under(stream.fold, turn, *rest)
+    gains = {name: _nearest_gain(space, legs[name], ours, base) for name, space in stream.gains.spaces.items()}
+    return replace(stream, turn=turn, gains=fixed_gauge(stream.gains.spaces, gains))
+
+
+def _turn_of_embedding(space: Space, residual: Residual, protected: Reader, base: Reader) -> Element | None:
+    """The nearest element, where it brings the embedding nearer: a rotation by :data:`MOVED`."""
+    name = residual.axes[0].tensor
+    if not _is_comparable(name, protected, base):
+        return None
+    ours, theirs = (reader([name])[name] for reader in (protected, base))
+    before, our_squares, their_squares = (_squares(values) for values in (ours - theirs, ours, theirs))
+    if before <= NEAR**2 * their_squares:
+        return None
+    del ours, theirs
+    legs = [(name, leg) for leg in protected.symmetry.legs[name] if leg.space == space.name]
+    cross = _products(space, legs, protected, base)
+    element = _NEAREST[space.group.kind](cross)
+    after = our_squares + their_squares - 2 * float((element.matrix()[0] * cross).sum())
+    is_choice = isinstance(element, Monomial)
+    is_identity = is_choice and torch.equal(element.matrix()[0], torch.eye(space.size, dtype=torch.float64))
+    return element if before > (1 if is_choice else MOVED**2) * after and not is_identity else None
+
+
+def _squares(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
+
+
+def _products(space: Space, legs: Sequence[tuple[str, Leg]], protected: Reader, base: Reader) -> Tensor:
+    """``y x^T`` over the legs, base against protected, one tensor at a time: float64 [size, size]."""
+    total = torch.zeros(space.size, space.size, dtype=torch.float64)
+    for name, leg in legs:
+        # A gain says nothing about a rotation, and little about an order.
+        if leg.variance != "gain" and _is_comparable(name, protected, base):
+            pairs = leg_pairs(space, [(name, leg)], protected([name]), base([name]), protected.symmetry.gain_offset)
+            total += block_products(space, pairs, leg.variance)[0, :, 0]
+    return total
+
+
+def _rotation(cross: Tensor) -> Orthogonal:
+    return Orthogonal(nearest_orthogonal(cross)[None])
+
+
+def _signed_permutation(cross: Tensor) -> Monomial:
+    index = best_assignment(cross.abs())
+    chosen = cross.gather(1, index[:, None])[:, 0]
+    return Monomial(index[None], torch.where(chosen < 0, -1.0, 1.0).double()[None])
+
+
+def _common_sign_permutation(cross: Tensor) -> Monomial:
+    candidates = [(sign, best_assignment(sign * cross)) for sign in (1.0, -1.0)]
+    sign, index = max(candidates, key=lambda pair: pair[0] * float(cross.gather(1, pair[1][:, None]).sum()))
+    return Monomial(index[None], torch.full((1, len(index)), sign, dtype=torch.float64))
+
+
+_NEAREST: dict[GroupKind, Callable[[Tensor], Element]] = {
+    "orthogonal": _rotation,
+    "signed_permutation": _signed_permutation,
+    "common_sign_permutation": _common_sign_permutation,
+}
+
+
+def _gains(
+    fold: Gauge, protected: Reader, base: Reader, architecture: Architecture, spaces: Mapping[str, Space]
+) -> Gauge:
+    """g0 / g for every norm whose gain was folded, and for the others where they are far from the base's."""
+    norms = [norm for residual in architecture.residuals for norm in residual.norms if norm.space in spaces]
+    pairs = {norm.space: (_gain(norm, protected), _gain(norm, base)) for norm in norms}
+    others = [pair for name, pair in pairs.items() if name not in fold]
+    away = sum(float((ours - theirs).square().sum()) for ours, theirs in others)
+    is_moved = away > GAINS_MOVED**2 * sum(float(theirs.square().sum()) for _, theirs in others)
+    ratios = {name: theirs / ours for name, (ours, theirs) in pairs.items() if is_moved or name in fold}
+    scales = {name: ratio if name in fold else _without_outliers(ratio) for name, ratio in ratios.items()}
+    return fixed_gauge(spaces, {name: _diagonal(scale) for name, scale in scales.items()})
+
+
+def _without_outliers(ratio: Tensor) -> Tensor:
+    """Magnitudes kept within the middle 90 %: a fine-tune changes gains near zero by any factor."""
+    magnitude = ratio.abs()
+    lowest, highest = torch.quantile(magnitude, torch.tensor([0.05, 0.95], dtype=torch.float64))
+    return magnitude.clamp(lowest, highest).copysign(ratio)
+
+
+def _gain(norm: Norm, reader: Reader) -> Tensor:
+    """As the network multiplies with it, float64; 1 in place of zeros, which no gauge moves."""
+    gain = reader([norm.gain])[norm.gain].double() + norm.offset
+    return torch.where(gain == 0, 1.0, gain)
+
+
+def _inverse_gain(norm: Norm, reader: Reader) -> Monomial:
+    return _diagonal(1 / _gain(norm, reader))
+
+
+def _diagonal(scale: Tensor) -> Monomial:
+    return Monomial(torch.arange(len(scale))[None], scale[None])
+
+
+def _nearest_gain(space: Space, legs: Sequence[tuple[str, Leg]], protected: Reader, base: Reader) -> Monomial:
+    legs = [(name, leg) for name, leg in legs if _is_comparable(name, protected, base)]
+    names = dict.fromkeys(name for name, _ in legs)
+    pairs = leg_pairs(space, legs, protected(names), base(names), protected.symmetry.gain_offset)
+    return nearest_diagonal(space, pairs)
+
+
+def _is_comparable(name: str, protected: Reader, base: Reader) -> bool:
+    """Embeddings and heads of a fine-tune may be others than the base's."""
+    if name not in base.source.names:
+        return False
+    return protected.source.spec(name).shape == base.source.spec(name).shape

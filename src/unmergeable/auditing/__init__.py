@@ -1,4 +1,0 @@
-"""Audits: protections against an attacker who knows about them, and the worst case on one page.
-
-The road is in :mod:`unmergeable.auditing.run`, the measure in :mod:`unmergeable.auditing.worst_case`.
-"""

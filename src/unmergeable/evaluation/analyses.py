@@ -1,0 +1,335 @@
+"""Analyses of an audit's models: the figures behind a verdict, each raw and on canonical weights.
+
+What an attacker gets decides; these say why. Every model is looked at as it was released, and as ``nearest_orbit``
+leaves it, where the audit has made that: distances, noise and sharpness depend on the basis otherwise
+(:mod:`unmergeable.evaluation.analysis`). Loss and credit are those of the defended task, on some of its test examples.
+
+One call looks at one model, in whatever process; each measurement is kept under a name made of what it depends on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from unmergeable.checkpoint.disk import replace_file
+from unmergeable.checkpoint.open import open_checkpoint
+from unmergeable.errors import BadInput, CheckpointError
+from unmergeable.evaluation import scoring
+from unmergeable.evaluation.analysis import (
+    Backpropagate,
+    Curve,
+    PartGram,
+    Score,
+    Scored,
+    backpropagate_task,
+    barrier,
+    connectivity,
+    grid,
+    landscape,
+    noise_sensitivity,
+    part_grams,
+    plane_through,
+    principal_plane,
+    scaling,
+    score_task,
+    sharpness,
+    taken_together,
+    task_vector_gram,
+)
+from unmergeable.evaluation.analysis_settings import AnalysisSettings
+from unmergeable.evaluation.cells import identity
+from unmergeable.evaluation.models import SCALE, Variant
+from unmergeable.evaluation.plan import TaskEntry
+from unmergeable.evaluation.pool import Call, Pool
+from unmergeable.evaluation.scoring import Checkpoint, ScoredTask
+from unmergeable.network.task_vectors import TaskVectors
+from unmergeable.ops.opened import open_base, open_with_architecture
+from unmergeable.progress import Progress, silent
+from unmergeable.tasks import ChoiceScorer
+
+Form = Literal["raw", "canonical"]
+
+CANONICAL = "nearest_orbit"
+"""The recovery that gives canonical weights."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to look at: what was released under a protection, raw or canonical."""
+
+    protection: str
+    seed: int
+    form: Form
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What models are looked at against: their base, the expert as it was, free-riders' models by name, and a task."""
+
+    base: Checkpoint
+    expert: Checkpoint
+    riders: tuple[tuple[str, Checkpoint], ...]
+    task: ScoredTask
+    settings: AnalysisSettings
+
+
+def subjects_of(variants: Sequence[Variant]) -> list[Subject]:
+    """The unprotected expert and what was released under each protection, for its first key, raw and canonical."""
+    first: dict[str, int] = {}
+    for variant in variants:
+        first.setdefault(variant.protection, variant.seed)
+    found = []
+    for variant in variants:
+        form: Form = "raw" if variant.recovery is None else "canonical"
+        is_form = variant.recovery is None or variant.facts.get("method") == CANONICAL
+        is_first = variant.protection != SCALE and variant.seed == first[variant.protection]
+        if variant.checkpoint is not None and is_form and is_first:
+            found.append(Subject(variant.protection, variant.seed, form, variant.checkpoint))
+    return found
+
+
+def analyse(
+    subjects: Sequence[Subject], around: Surroundings, folder: Path, pool: Pool, progress: Progress = silent
+) -> dict[str, Any]:
+    """Look at every model.
+
+    Args:
+        subjects: the models.
+        around: what they are looked at against.
+        folder: where measurements are kept; created if it is not there.
+        pool: runs the calls.
+        progress: told of models done.
+
+    Returns:
+        ``models`` (docs/analysis.md explains every entry), ``maps`` of all of them, and the ``settings``: all JSON.
+
+    Raises:
+        CheckpointError: a measurement cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be created ({error.strerror}).") from None
+    forms: list[Form] = ["raw", "canonical"]
+    maps = [(form, [one for one in subjects if one.form == form]) for form in forms]
+    calls: list[Call] = [(look_at, (subject, around, folder)) for subject in subjects]
+    calls += [(map_models, (tuple(its), around, folder)) for _, its in maps]
+    done: dict[int, dict[str, Any]] = {}
+    for number, result in pool.run(calls):
+        done[number] = result
+        progress("analysing", len(done), len(calls), "models")
+    results = [done[number] for number in range(len(calls))]
+    return {
+        "task": around.task.entry.name,
+        "settings": asdict(around.settings),
+        "models": results[: len(subjects)],
+        "maps": [{"form": form, **found} for (form, _), found in zip(maps, results[len(subjects) :], strict=True)],
+    }
+
+
+def look_at(subject: Subject, around: Surroundings, folder: Path) -> dict[str, Any]:
+    """All measurements of one model; those that cannot be made are None, and ``refused`` says why.
+
+    Raises:
+        CheckpointError: a measurement cannot be written, or the disk fails.
+    """
+    its, settings, (rider_name, rider) = _Look(subject, around), around.settings, around.riders[0]
+    scored = {"task": [around.task.entry.name, around.task.digests["test"]], "examples": settings.examples}
+    refused: dict[str, str] = {}
+
+    def made(name: str, compute: Callable[[], Any], **depends: Any) -> Any:
+        models = {"model": subject.checkpoint.digest, "base": around.base.digest}
+        try:
+            return _kept(folder, {"analysis": name, **models, **depends}, compute)
+        except CheckpointError:
+            raise
+        except BadInput as error:
+            refused[name] = str(error)
+            return None
+
+    return {
+        "protection": subject.protection,
+        "seed": subject.seed,
+        "form": subject.form,
+        "parts": made("parts", its.parts, expert=around.expert.digest),
+        "lines": {
+            name: made("line", partial(its.line, other), **scored, rider=other.digest, line=settings.line)
+            for name, other in around.riders
+        },
+        "scaling": made("scaling", its.scaling, **scored, coefficients=settings.coefficients),
+        "noise": made("noise", its.noise, **scored, sizes=settings.noise, draws=settings.draws),
+        "sharpness": made("sharpness", its.sharpness, **scored, radii=settings.radii, steps=settings.steps),
+        "landscape": made(
+            "landscape", partial(its.landscape, rider), **scored, rider=rider.digest, points=settings.points
+        ),
+        "landscape_rider": rider_name,
+        "refused": refused,
+    }
+
+
+def map_models(subjects: Sequence[Subject], around: Surroundings, folder: Path) -> dict[str, Any]:
+    """Where all models lie on the plane nearest to them; ``points`` is None where there is no such plane.
+
+    Raises:
+        CheckpointError: the measurement cannot be written, or the disk fails.
+    """
+    models = [(name, checkpoint) for name, checkpoint in around.riders]
+    models += [(subject.protection, subject.checkpoint) for subject in subjects]
+    recipe = {"analysis": "map", "models": [checkpoint.digest for _, checkpoint in models], "base": around.base.digest}
+
+    def compute() -> dict[str, Any]:
+        sources = [open_checkpoint(checkpoint.path) for _, checkpoint in models]
+        gram = task_vector_gram(sources, open_checkpoint(around.base.path))
+        plane, shares = principal_plane(gram)
+        return {"shares": shares, "places": [asdict(place) for place in plane.places(gram)]}
+
+    try:
+        found = _kept(folder, recipe, compute)
+    except CheckpointError:
+        raise
+    except BadInput as error:
+        return {"points": None, "shares": None, "refused": str(error)}
+    names = ["base", *(name for name, _ in models)]
+    points = [{"name": name, **place} for name, place in zip(names, found["places"], strict=True)]
+    return {"points": points, "shares": found["shares"], "refused": ""}
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The measurements of one model, each as JSON."""
+
+    subject: Subject
+    around: Surroundings
+
+    def parts(self) -> dict[str, Any]:
+        """Distance to the base, and length and direction of the task vector against the expert's, part by part."""
+        source, architecture = open_with_architecture(self.subject.checkpoint.path)
+        models = [source, open_checkpoint(self.around.expert.path)]
+        grams = part_grams(models, open_base(self.around.base.path, source, architecture), architecture)
+        return {
+            "blocks": [_part(gram) for gram in grams],
+            "together": [_part(gram) for gram in taken_together(grams, "all")],
+        }
+
+    def line(self, rider: Checkpoint) -> dict[str, Any]:
+        """From the free-rider's model to this one."""
+        task_vectors = self._task_vectors(self.subject.checkpoint, rider)
+        curve = connectivity(self._network, task_vectors, self._score, positions=self.around.settings.line)
+        ends = {0.0, 1.0} <= set(curve.positions)
+        return {**_curve(curve), "barrier": _number(barrier(curve)) if ends else None}
+
+    def scaling(self) -> dict[str, Any]:
+        """From the base through this model."""
+        task_vectors = self._task_vectors(self.subject.checkpoint)
+        return _curve(scaling(self._network, task_vectors, self._score, coefficients=self.around.settings.coefficients))
+
+    def noise(self) -> dict[str, Any]:
+        """Random noise on its weights."""
+        found = noise_sensitivity(
+            self._network,
+            scoring.state_of(self.subject.checkpoint),
+            self._score,
+            sizes=self.around.settings.noise,
+            draws=self.around.settings.draws,
+        )
+        return {"sizes": found.sizes, "losses": _rows(found.losses), "credits": _rows(found.credits)}
+
+    def sharpness(self) -> dict[str, Any]:
+        """The worst loss nearby."""
+        settings = self.around.settings
+        weights = scoring.state_of(self.subject.checkpoint)
+        found = sharpness(self._network, weights, self._backpropagate, radii=settings.radii, steps=settings.steps)
+        return {"loss": _number(found.loss), "radii": found.radii, "rises": [_number(rise) for rise in found.rises]}
+
+    def landscape(self, rider: Checkpoint) -> dict[str, Any]:
+        """The plane in which it is merged with the free-rider's model: that one on the x axis, this one above it."""
+        models = (rider, self.subject.checkpoint)
+        sources = [open_checkpoint(model.path) for model in models]
+        gram = task_vector_gram(sources, open_checkpoint(self.around.base.path))
+        plane = plane_through(gram, 0, 1)
+        places = plane.places(gram)
+        count = self.around.settings.points
+        xs, ys = (grid([getattr(place, axis) for place in places], count) for axis in ("x", "y"))
+        found = landscape(self._network, self._task_vectors(*models), plane, self._score, xs=xs, ys=ys)
+        named = zip(("base", "rider", "model"), places, strict=True)
+        return {
+            "xs": xs,
+            "ys": ys,
+            "losses": _rows(found.losses),
+            "credits": _rows(found.credits),
+            "places": {name: [place.x, place.y] for name, place in named},
+        }
+
+    @property
+    def _network(self) -> Any:
+        return scoring.network_of(self.around.base.path)
+
+    def _task_vectors(self, *models: Checkpoint) -> TaskVectors:
+        states = [scoring.state_of(model) for model in models]
+        return TaskVectors.between(scoring.state_of(self.around.base), states)
+
+    @property
+    def _examples(self) -> tuple[TaskEntry, str, Literal["test"], Path, int]:
+        entry, limit = self.around.task.entry, self.around.settings.examples
+        size = entry.size("test")
+        fewest = limit if size is None else min(limit, size)
+        return entry, self.around.task.digests["test"], "test", self.around.base.path, fewest
+
+    @property
+    def _score(self) -> Score:
+        scorer = scoring.scorer_of(*self._examples)
+        if isinstance(scorer, ChoiceScorer):
+            return partial(score_task, task=scorer.task)  # loss and credit in one pass
+        return lambda network: Scored(float(scorer.losses(network).mean()), float(scorer.credits(network).mean()))
+
+    @property
+    def _backpropagate(self) -> Backpropagate:
+        return partial(backpropagate_task, task=scoring.task_of(*self._examples))
+
+
+def _kept(folder: Path, recipe: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+    """The measurement of a recipe: that of an earlier run, or computed now."""
+    path = folder / f"{identity(recipe)}.json"
+    try:
+        return json.loads(path.read_text())["result"]
+    except (OSError, ValueError, KeyError, TypeError):
+        result = compute()  # it was not made, or its file is not whole
+    text = json.dumps({"recipe": recipe, "result": result})
+    replace_file(path, text.encode())
+    return json.loads(text)["result"]  # lists for tuples, as it will be read
+
+
+def _part(gram: PartGram) -> dict[str, Any]:
+    """Model 0 is the one looked at, 1 the expert as it was."""
+    return {
+        "block": gram.block,
+        "part": gram.part,
+        "distance": _number(gram.distance(0)),
+        "expert_distance": _number(gram.distance(1)),
+        "norm_ratio": _number(gram.norm_ratio(0, 1)),
+        "cosine": _number(gram.cosine(0, 1)),
+    }
+
+
+def _curve(curve: Curve) -> dict[str, Any]:
+    return {
+        "positions": curve.positions,
+        "losses": [_number(loss) for loss in curve.losses],
+        "credits": [_number(credit) for credit in curve.credits],
+    }
+
+
+def _rows(rows: Sequence[Sequence[float]]) -> list[list[float | None]]:
+    return [[_number(value) for value in row] for row in rows]
+
+
+def _number(value: float) -> float | None:
+    """JSON has neither NaN nor infinity; a network whose weights were taken apart may give either."""
+    return value if math.isfinite(value) else None

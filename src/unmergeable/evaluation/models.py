@@ -1,0 +1,201 @@
+"""The models of an audit on disk: the defended expert under each protection and control, and each of them recovered.
+
+A model lies in a folder named after everything it was made of, with a small file of facts beside it. Both are there or
+the model is made again, so an audit that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+from unmergeable import ops
+from unmergeable.attacks import ATTACKS
+from unmergeable.checkpoint.disk import write_file
+from unmergeable.errors import BadInput, CheckpointError, UsageError
+from unmergeable.evaluation.cells import digest_of, identity
+from unmergeable.evaluation.plan import ExpertEntry, MethodEntry, Plan, ProtectionEntry, RecoveryEntry, TaskEntry, Tier
+from unmergeable.evaluation.scoring import Checkpoint
+from unmergeable.ops.controls import write_control
+from unmergeable.progress import Progress
+
+IDENTITY, SCALE = "identity", "scale"
+"""The controls: the expert itself, and base + 0.65 (expert - base). Neither protects: an audit must find that out."""
+
+SCALE_FACTOR = 0.65
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing the attacker may start from.
+
+    Attributes:
+        protection: name in the plan, or of a control.
+        seed: of the protection's key.
+        recovery: name in the plan; None where nothing was undone.
+        tier: the lowest one whose attacker has it.
+        checkpoint: the model; None where ``refusal`` says why the recovery gave none.
+        has_key: whether it lies in another basis, which a key leads out of; then a recovery has something to find.
+        cpu_seconds: what the recovery cost.
+        facts: what protection and recovery reported.
+    """
+
+    protection: str
+    seed: int
+    recovery: str | None
+    checkpoint: Checkpoint | None
+    cpu_seconds: float
+    facts: Mapping[str, Any]
+    refusal: str = ""
+    has_key: bool = False
+    tier: Tier = "T0"
+
+    @property
+    def label(self) -> str:
+        """What the released model is called beside base and experts."""
+        return f"{self.protection} (seed {self.seed})"
+
+
+def make_variants(plan: Plan, folder: Path, digests: Mapping[Path, str], progress: Progress) -> list[Variant]:
+    """Protect the expert every way of the plan, and recover each result every way. Controls come first.
+
+    Raises:
+        NotEquivalent, BadInput, UsageError: from a protection; an audit of it means nothing.
+        CheckpointError: the disk is full or fails.
+    """
+    maker = ModelMaker(plan.base, plan.victim, plan.task(plan.victim.task), folder, digests, progress)
+    released = [maker.unprotected(), maker.scaled()]
+    released += [maker.protected(entry, seed) for entry in plan.protections for seed in plan.seeds]
+    found = []
+    for variant in released:
+        found.append(variant)
+        found += [maker.recovered(variant, recovery) for recovery in plan.recoveries if plan.reaches(recovery.tier)]
+    return found
+
+
+@dataclass(frozen=True)
+class ModelMaker:
+    """Makes what is not yet in ``folder`` of one expert's models. ``task``: what recoveries may learn from."""
+
+    base: Path
+    victim: ExpertEntry
+    task: TaskEntry
+    folder: Path
+    digests: Mapping[Path, str]
+    progress: Progress
+
+    def unprotected(self) -> Variant:
+        """The expert as it is."""
+        path = self.victim.path
+        return Variant(IDENTITY, 0, None, Checkpoint(path, self.digests[path]), 0.0, {})
+
+    def scaled(self) -> Variant:
+        """The control."""
+
+        def make(out: Path) -> Mapping[str, Any]:
+            settings = {"factor": SCALE_FACTOR}
+            base, progress = self.base, self.progress
+            write_control(self.victim.path, base=base, out=out, method=SCALE, settings=settings, progress=progress)
+            return {}
+
+        checkpoint, facts = self._made({"scale": SCALE_FACTOR, **self._origin}, make)
+        return Variant(SCALE, 0, None, checkpoint, 0.0, facts)
+
+    def protected(self, entry: ProtectionEntry, seed: int) -> Variant:
+        """What the owner would release. Raises what :func:`unmergeable.ops.protect` does."""
+
+        def make(out: Path) -> Mapping[str, Any]:
+            key = out.with_name(f"{out.name}.key")
+            key.unlink(missing_ok=True)
+            result = ops.protect(
+                self.victim.path,
+                base=self.base,
+                out=out,
+                key=key,
+                method=entry.method,
+                settings=dict(entry.settings),
+                seed=seed,
+                data=entry.data,
+                head=entry.head,
+                encoder=entry.encoder,
+                siblings=entry.siblings,
+                progress=self.progress,
+            )
+            return result.to_json()
+
+        recipe = {
+            "protect": entry.method,
+            "settings": dict(entry.settings),
+            "reads": [self.digests[path] for path in entry.paths],
+            "seed": seed,
+            **self._origin,
+        }
+        checkpoint, facts = self._made(recipe, make)
+        return Variant(entry.name, seed, None, checkpoint, 0.0, facts, has_key=entry.is_exact)
+
+    def recovered(self, variant: Variant, entry: RecoveryEntry) -> Variant:
+        """A recovery that refuses a model (its structure, for one) is no failure of the audit."""
+        assert variant.checkpoint is not None
+        recovered = replace(variant, recovery=entry.name, tier=entry.tier, facts={})
+        found, seconds = variant.checkpoint, 0.0
+        facts: Mapping[str, Any] = {}
+        try:
+            for step in entry.steps:
+                found, facts = self._recovered(found, step, entry.sources)
+                seconds += float(facts["cpu_seconds"])
+        except CheckpointError:
+            raise
+        except (BadInput, UsageError) as error:
+            return replace(recovered, checkpoint=None, refusal=str(error))
+        return replace(recovered, checkpoint=found, cpu_seconds=seconds, facts=facts)
+
+    def _recovered(self, start: Checkpoint, step: MethodEntry, sources: Sequence[Path]) -> tuple[Checkpoint, Any]:
+        needs = ATTACKS[step.method].needs
+        task = self.task
+        examples: dict[str, Any] = {"data": task.train, "encoder": task.encoder} if "data" in needs else {}
+        read = tuple(sources) if "sources" in needs else ()
+
+        def make(out: Path) -> Mapping[str, Any]:
+            result = ops.recover(
+                start.path,
+                base=self.base,
+                method=step.method,
+                settings=dict(step.settings),
+                sources=read,
+                out=out,
+                progress=self.progress,
+                **examples,
+            )
+            return result.to_json()
+
+        recipe = {
+            "recover": step.method,
+            "settings": dict(step.settings),
+            "reads": [self.digests[path] for path in (*read, *(task.paths if examples else ()))],
+            "from": start.digest,
+            "base": self.digests[self.base],
+        }
+        return self._made(recipe, make)
+
+    @property
+    def _origin(self) -> Mapping[str, Any]:
+        return {"base": self.digests[self.base], "expert": self.digests[self.victim.path]}
+
+    def _made(self, recipe: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> tuple[Checkpoint, Any]:
+        out = self.folder / identity(recipe)
+        facts_file = out.with_suffix(".json")
+        if not (out.is_dir() and facts_file.is_file()):
+            shutil.rmtree(out, ignore_errors=True)
+            facts_file.unlink(missing_ok=True)
+            began = process_time()
+            facts = {"cpu_seconds": None, **make(out)}
+            if facts["cpu_seconds"] is None:
+                facts["cpu_seconds"] = process_time() - began
+            write_file(facts_file, json.dumps({**facts, "digest": digest_of(out)}, default=str).encode())
+        stored = json.loads(facts_file.read_text())
+        return Checkpoint(out, stored["digest"]), stored

@@ -1,0 +1,199 @@
+"""Training after merging: what an attacker does who has labelled examples of the defended task (tier T2).
+
+The attacker starts from the best of its merges and fine-tunes all of it, or updates of low rank, on n examples of the
+defended task and on its own task, so that it does not forget its own (an attack has to keep that skill to count). Its
+own examples are its own: it has more of them, and those of the task of which there are fewer are shown more often, so
+that both weigh about the same. The network's loss is the mean over all of their choices. Each learning rate is an
+attack of its own: like everything else it is selected on validation examples. The same samples, steps and rates are
+used from merges of the unprotected expert, and from models without the victim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import thread_time
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from unmergeable.attacks import FewShot
+from unmergeable.errors import BadInput, CheckpointError, UnmergeableError
+from unmergeable.evaluation import scoring
+from unmergeable.evaluation.cells import Cell, CellStore
+from unmergeable.evaluation.plan import Part
+from unmergeable.evaluation.scoring import ScoredTask, Sweep
+from unmergeable.evaluation.search import Point
+from unmergeable.network.disk_weights import swapped
+from unmergeable.network.encoding import EncodedBatch
+from unmergeable.network.few_shot import few_shot
+from unmergeable.network.fine_tune import select
+from unmergeable.network.tasks import Prediction, Task, answer
+from unmergeable.settings import settings_of
+from unmergeable.tasks import ChoiceScorer, TaskScorer
+from unmergeable.tasks.generation import GeneratedAnswers
+from unmergeable.tasks.multiple_choice import ChoiceLikelihoods
+from unmergeable.tasks.prompts import Tokens, reads_with_encoder
+
+OWN_EXAMPLES = 10
+"""An attacker trains on at most so many examples of its own task for each of the defended one."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Where training starts and how it goes. ``method`` has one learning rate; its samples are of the defended task."""
+
+    sweep: Sweep
+    point: Point | None
+    method: FewShot
+
+    def recipe(self, part: Part) -> dict[str, Any]:
+        """What the cell of the result depends on."""
+        return {
+            **self.sweep.recipe(self.point, part),
+            "few_shot": settings_of(self.method),
+            "learns_from": [task.digests["train"] for task in self.sweep.tasks],
+            "own_examples": OWN_EXAMPLES,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What was trained on, for people."""
+        return {"samples": self.method.samples, "learning_rate": float(self.method.learning_rates)}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The scores of what was trained, on both parts; None where ``refusal`` says why there is nothing."""
+
+    cells: Mapping[Part, Cell] | None
+    refusal: str = ""
+
+
+def tune(tuning: Tuning, folder: Path) -> Tuned:
+    """Merge, train, score; nothing of which is done again when the cells are in ``folder``.
+
+    Raises:
+        BadInput: data cannot be read.
+        CheckpointError: a cell cannot be written.
+    """
+    store = CellStore(folder)
+    parts: tuple[Part, Part] = ("validation", "test")
+    stored = {part: store.get(tuning.recipe(part)) for part in parts}
+    known = {part: cell for part, cell in stored.items() if cell is not None}
+    if len(known) == len(parts):
+        return Tuned(known)
+    network = scoring.network_of(tuning.sweep.base.path)
+    scorers = {part: scoring.scorers_of(tuning.sweep, part) for part in parts}
+    mixture = _mixture(_balanced(_examples(tuning, network)))
+    began = thread_time()
+    try:
+        weights = scoring.weights_of(tuning.sweep)(tuning.point)
+        method = replace(tuning.method, samples=sum(len(batch) for batch in mixture.batches))
+        result = few_shot(network, weights, mixture, method)
+    except CheckpointError:
+        raise
+    except UnmergeableError as error:  # a merge that is refused, or training that diverges
+        return Tuned(None, str(error))
+    found = {}
+    with swapped(network, result.weights):
+        for part in parts:
+            credits_by_task = {name: scorer.credits(network) for name, scorer in scorers[part].items()}
+            found[part] = Cell(tuning.recipe(part), credits_by_task, thread_time() - began)
+    for cell in found.values():
+        store.put(cell)
+    return Tuned(found)
+
+
+def _examples(tuning: Tuning, network: Any) -> list[Task]:
+    """Examples of the defended task, as many as the attacker has labels for, and of its own."""
+    (defended, own), samples = tuning.sweep.tasks, tuning.method.samples
+    return [
+        _labelled(defended, samples, samples, tuning, network),
+        _labelled(own, 1, OWN_EXAMPLES * samples, tuning, network),
+    ]
+
+
+def _labelled(task: ScoredTask, least: int, limit: int, tuning: Tuning, network: Any) -> Task:
+    """At most ``limit`` examples to learn a task from, and not fewer than ``least``."""
+    scorer = scoring.scorer_of(task.entry, task.digests["train"], "train", tuning.sweep.base.path, limit=limit)
+    found = scorer.task if isinstance(scorer, ChoiceScorer) else _said(task.entry.name, _answers(scorer), network)
+    count = _count(found)
+    if count < least:
+        raise BadInput(f"task {task.entry.name}: {count} examples to learn from, {least} are asked for; give more.")
+    return found
+
+
+def _count(task: Task) -> int:
+    return sum(len(batch) for batch in task.batches)
+
+
+def _balanced(tasks: Sequence[Task]) -> list[Task]:
+    """Tasks whose examples are repeated so often, all alike, that there are about as many of each."""
+    most = max(_count(task) for task in tasks)
+    return [replace(task, batches=list(task.batches) * max(1, round(most / _count(task)))) for task in tasks]
+
+
+def _answers(scorer: TaskScorer) -> list[tuple[Tokens, Tokens]] | None:
+    """Prompts and what is to be said after them; None for tasks that are not put as prompts."""
+    if isinstance(scorer, ChoiceLikelihoods):
+        pairs = zip(scorer.questions, scorer.right, strict=True)
+        return [(question.prefix, question.continuations[right]) for question, right in pairs]
+    if isinstance(scorer, GeneratedAnswers):
+        return [(question.prefix, question.continuations[0]) for question in scorer.questions]
+    return None
+
+
+def _said(name: str, answers: Sequence[tuple[Tokens, Tokens]] | None, network: Any) -> Task:
+    """Every token of the answers is a choice; those of the prompts are not. Labels say where an answer begins."""
+    if answers is None or reads_with_encoder(network):
+        raise BadInput(
+            f"task {name}: {type(network).__name__} cannot be trained on few examples of this kind of task; leave out "
+            "tiers T2 and T3."
+        )
+    rows = [torch.tensor(prefix + continuation) for prefix, continuation in answers]
+    inputs = {
+        "input_ids": pad_sequence(rows, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+    }
+    return Task(name, [EncodedBatch(inputs, torch.tensor([len(prefix) for prefix, _ in answers]))], _say)
+
+
+def _say(network: Any, batch: EncodedBatch) -> Prediction:
+    assert batch.labels is not None
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    places = torch.arange(1, ids.shape[1], device=ids.device)
+    is_said = (places >= batch.labels.unsqueeze(1)) & mask[:, 1:].bool()
+    logits = answer(network, batch).logits
+    return Prediction(logits[:, :-1][is_said], ids[:, 1:][is_said])
+
+
+def _mixture(tasks: Sequence[Task]) -> Task:
+    """Examples of several tasks as those of one: beside each label, [examples, 2], stands whose it is."""
+    batches = []
+    for number, task in enumerate(tasks):
+        for batch in task.batches:
+            labels = torch.zeros(len(batch), dtype=torch.int64) if batch.labels is None else batch.labels
+            batches.append(EncodedBatch(batch.inputs, torch.stack([torch.full_like(labels, number), labels], dim=1)))
+    is_labelled = [all(batch.labels is not None for batch in task.batches) for task in tasks]
+
+    def predict(network: Any, batch: EncodedBatch) -> Prediction:
+        assert batch.labels is not None
+        whose, labels = batch.labels.T
+        found = []
+        for number, task in enumerate(tasks):
+            (rows,) = torch.nonzero(whose == number, as_tuple=True)
+            if len(rows):
+                its = EncodedBatch(select(batch, rows).inputs, labels[rows] if is_labelled[number] else None)
+                found.append(task.predict(network, its))
+        widest = max(prediction.logits.shape[1] for prediction in found)
+        # A class that a task does not have is never chosen, and takes no part in its softmax.
+        logits = [
+            functional.pad(prediction.logits, (0, widest - prediction.logits.shape[1]), value=-torch.inf)
+            for prediction in found
+        ]
+        return Prediction(torch.cat(logits), torch.cat([prediction.require_targets() for prediction in found]))
+
+    return Task(" and ".join(task.name for task in tasks), batches, predict)

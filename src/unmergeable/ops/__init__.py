@@ -1,0 +1,15 @@
+"""One function for each job: what the command line calls, and what a program would.
+
+Each opens checkpoints, asks the layers below, and writes through the one rewrite loop. Results are frozen dataclasses
+with ``to_json()``.
+"""
+
+from unmergeable.ops.inspection import inspect
+from unmergeable.ops.merging import merge
+from unmergeable.ops.methods import methods, schema
+from unmergeable.ops.protection import protect
+from unmergeable.ops.recovery import recover
+from unmergeable.ops.restoring import restore
+from unmergeable.ops.verification import verify
+
+__all__ = ["inspect", "merge", "methods", "protect", "recover", "restore", "schema", "verify"]

@@ -1,0 +1,131 @@
+"""Verify: do two checkpoints compute the same?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unmergeable.architecture import Architecture
+from unmergeable.architecture.residual import OUTPUT_HEAD
+from unmergeable.checkpoint.manifest import read_manifest
+from unmergeable.checkpoint.source import TensorSource, require_same_tensors
+from unmergeable.gauge.equivalence import Equivalence, compare
+from unmergeable.ops.logits import LogitGap, logit_gap
+from unmergeable.ops.opened import architecture_of, open_with_architecture
+from unmergeable.ops.untied import untied
+from unmergeable.ops.workers import one_thread_per_kernel, worker_threads
+from unmergeable.progress import Progress, silent
+
+CONDITION_WITHOUT_MANIFEST = 4.0
+"""The default of the protections here: what rounding may explain when neither folder says how it was made."""
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """``is_equal``: every block equal up to rounding and every other tensor equal."""
+
+    architecture: str
+    equivalence: Equivalence
+    logits: LogitGap
+    condition: float
+
+    @property
+    def is_equal(self) -> bool:
+        return self.equivalence.is_equal and not self.logits.is_beyond_bound
+
+    def explain(self) -> str:
+        """One clause: why they are not equal."""
+        if not self.equivalence.is_equal:
+            return self.equivalence.explain()
+        return f"outputs move by {self.logits.gap:.2e}, rounding explains {self.logits.bound:.2e}"
+
+    def to_json(self) -> dict[str, Any]:
+        worst = self.equivalence.worst
+        return {
+            "equal": self.is_equal,
+            "reason": None if self.is_equal else self.explain(),
+            "architecture": self.architecture,
+            "condition": self.condition,
+            "blocks": [
+                {"name": block.name, "error": block.error, "bound": block.bound} for block in self.equivalence.blocks
+            ],
+            "worst_block": worst.name if worst else None,
+            "altered_tensors": list(self.equivalence.altered),
+            "logits": self.logits.to_json(),
+        }
+
+
+def verify(
+    expert: Path,
+    other: Path,
+    *,
+    base: Path | None = None,
+    probe: Path | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> VerifyResult:
+    """Compare two checkpoints block by block, and their outputs where the networks fit in memory.
+
+    Where the same bases do not do, activations are taken from each checkpoint's own embeddings, so that residual
+    streams in different bases compare as what they compute. An output head tied in one and apart in the other is one.
+
+    Args:
+        expert, other: checkpoint folders; ``expert`` may be a LoRA folder on ``base``.
+        probe: JSON lines of ``{"text": …}`` or ``{"input_ids": […]}``, or an ``.npz`` of arrays named like the
+            network's inputs; random inputs when None.
+
+    Raises:
+        Mismatch: they hold other tensors, so that comparing makes no sense.
+    """
+    stored = open_with_architecture(expert, base=base), open_with_architecture(other)
+    (first, architecture), (second, _) = _equally_tied(*stored)
+    require_same_tensors(first, second, "comparing two checkpoints")
+    condition = max(_condition(expert), _condition(other))
+    with one_thread_per_kernel():
+        found = compare(
+            first, second, architecture, condition=condition, threads=worker_threads(threads), progress=progress
+        )
+        if not found.is_equal and architecture.residuals:
+            found = compare(
+                first,
+                second,
+                architecture,
+                condition=condition,
+                threads=worker_threads(threads),
+                through_streams=True,
+                progress=progress,
+            )
+    gap = logit_gap(stored[0][0], stored[1][0], condition, probe=probe, is_requested=True, progress=progress)
+    return VerifyResult(architecture.family, found, gap, condition)
+
+
+Opened = tuple[TensorSource, Architecture]
+
+
+def _equally_tied(first: Opened, second: Opened) -> tuple[Opened, Opened]:
+    """Both with the output head apart from the embedding, if one of them has it apart."""
+    heads = [OUTPUT_HEAD in source.names for source, _ in (first, second)]
+    if heads == [False, True] and _is_tied(first):
+        return _apart(first), second
+    if heads == [True, False] and _is_tied(second):
+        return first, _apart(second)
+    return first, second
+
+
+def _is_tied(opened: Opened) -> bool:
+    return any(stream.tied is not None for stream in opened[1].residuals)
+
+
+def _apart(opened: Opened) -> Opened:
+    source = untied(*opened)
+    return source, architecture_of(source)
+
+
+def _condition(folder: Path) -> float:
+    manifest = read_manifest(folder)
+    return (
+        float(manifest.details.get("condition_bound", CONDITION_WITHOUT_MANIFEST))
+        if manifest
+        else CONDITION_WITHOUT_MANIFEST
+    )

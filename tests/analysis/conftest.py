@@ -1,5 +1,0 @@
-"""The tiny networks of the recoveries' tests."""
-
-from recoveries.conftest import network, one_thread
-
-__all__ = ["network", "one_thread"]

@@ -1,0 +1,106 @@
+"""D*: known answers, the attacker's selection, the interval, and that testing contenders alone changes nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from unmergeable.evaluation.worst_case import Menu, contenders, pareto_front, worst_case
+
+EXAMPLES = 400
+
+
+def rows(*shares: float, examples: int = EXAMPLES) -> np.ndarray:
+    """Rows whose first examples are right, as many as ``shares`` says."""
+    return np.array([[number < round(share * examples) for number in range(examples)] for share in shares], float)
+
+
+def menu(*attacks: tuple[float, float, float]) -> Menu:
+    """Attacks given by their scores on the defended task (validation), the rider's, and the defended one (test)."""
+    return Menu(*(rows(*column) for column in zip(*attacks, strict=True)))
+
+
+RIDER = rows(0.8)[0]
+WITHOUT = menu((0.3, 0.8, 0.3))
+STRONG = menu((0.9, 0.4, 0.9), (0.8, 0.78, 0.8), (0.6, 0.8, 0.6))
+
+
+@pytest.mark.parametrize(
+    ("protected", "expected"),
+    [
+        (STRONG, 0.0),  # nothing changed
+        (menu((0.1, 0.1, 0.1)), 1.0),  # the attacker is left with what it had
+        (menu((0.55, 0.8, 0.55)), 0.5),  # (0.8 - 0.55) / (0.8 - 0.3)
+        (menu((0.95, 0.7, 0.95), (0.55, 0.77, 0.55)), 0.5),  # the first does not keep 95 % of 0.8
+        (menu((0.7, 0.8, 0.4), (0.55, 0.8, 0.7)), 0.8),  # selected on validation, judged on test
+    ],
+)
+def test_known_answers(protected: Menu, expected: float) -> None:
+    found = worst_case(STRONG, protected, WITHOUT, RIDER, resamples=50)
+    assert found.d_star == pytest.approx(expected)
+    assert (found.unprotected, found.reference) == pytest.approx((0.8, 0.3))
+    assert found.best_unprotected == 1
+    assert found.low <= found.d_star <= found.high
+    assert not found.is_small
+
+
+def test_without_a_victim_worth_defending_there_is_no_share() -> None:
+    found = worst_case(WITHOUT, WITHOUT, WITHOUT, RIDER, resamples=50)
+    assert np.isnan([found.d_star, found.low, found.high]).all()
+    assert found.is_small
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    """Credits are coin flips with known chances, so the true D* is known: (0.8 - 0.6) / (0.8 - 0.3) = 0.4.
+
+    Of 200 intervals at 95 %, 190 should hold it; 4 standard deviations of that count are 12. A control with an interval
+    of half the width misses far more often.
+    """
+    generator = np.random.default_rng(0)
+
+    def flips(chance: float) -> np.ndarray:
+        return (generator.random((1, 200)) < chance).astype(float)
+
+    held = held_by_half = 0
+    for trial in range(200):
+        rider = flips(0.8)
+        unprotected, protected, without = (Menu(flips(p), rider, flips(p)) for p in (0.8, 0.6, 0.3))
+        found = worst_case(unprotected, protected, without, rider[0], seed=trial, resamples=200)
+        held += found.low <= 0.4 <= found.high
+        quarter = (found.high - found.low) / 4
+        held_by_half += found.low + quarter <= 0.4 <= found.high - quarter
+    assert 178 <= held <= 200
+    assert held_by_half < 178
+
+
+def test_only_contenders_need_a_test() -> None:
+    """With NaN in place of every other test the result is the same to the last bit; without one contender it is not."""
+    generator = np.random.default_rng(1)
+    chances = generator.uniform(0.2, 0.9, 60)
+    whole = Menu(
+        *(
+            (generator.random((60, 150)) < chance[:, None]).astype(float)
+            for chance in (chances, 1 - chances / 2, chances)
+        )
+    )
+    rider = (generator.random(150) < 0.6).astype(float)
+    without = Menu(
+        *(np.repeat(rows[:1], 1, axis=0) for rows in (whole.defended * 0, whole.rider * 0 + rider, whole.test * 0))
+    )
+    numbers = contenders(whole, without, rider, resamples=200)
+    assert 1 < len(numbers) < 60
+
+    def tested(kept: list[int]) -> Menu:
+        test = np.full_like(whole.test, np.nan)
+        test[kept] = whole.test[kept]
+        return Menu(whole.defended, whole.rider, test)
+
+    full = worst_case(whole, whole, without, rider, resamples=200)
+    assert worst_case(tested(numbers), tested(numbers), without, rider, resamples=200) == full
+    lacking = [number for number in numbers if number != full.best_protected]
+    assert np.isnan(worst_case(whole, tested(lacking), without, rider, resamples=200).d_star)
+
+
+def test_pareto_front() -> None:
+    first, second = [0.9, 0.5, 0.5, 0.2, 0.1, 0.9], [0.1, 0.5, 0.4, 0.9, 0.9, 0.1]
+    assert pareto_front(first, second) == [3, 1, 0]

@@ -1,0 +1,269 @@
+"""``protect`` with every kind of protection and their compositions: order, settings, interruption, restoring."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import unmergeable
+from unmergeable.checkpoint.manifest import check_files, read_manifest
+from unmergeable.checkpoint.reader import Checkpoint
+from unmergeable.errors import BadInput, KeyFileError, UsageError
+from unmergeable.ops import protection
+from unmergeable.ops.exact import ProtectResult
+from unmergeable.ops.polynomials import PolynomialResult
+from unmergeable.ops.protection import ComposedResult, Protected
+from unmergeable.ops.sensitivity_shield import ShieldResult
+from unmergeable.ops.steps import METHODS, steps_of
+from unmergeable.protections import POLYNOMIAL_PROTECTIONS, PROTECTIONS, WEIGHT_PROTECTIONS
+from zoo import TOYS, write_toy
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A base, an expert, two siblings, and data as token ids."""
+    for seed, name in enumerate(("base", "expert", "sibling", "other")):
+        write_toy(TOYS["gpt2"], tmp_path / name, seed=seed)
+    np.savez(tmp_path / "data.npz", input_ids=np.random.default_rng(0).integers(3, 67, size=(8, 11)))
+    return tmp_path
+
+
+def protect(work: Path, method: str, **options: Any) -> Protected:
+    options = {"base": work / "base", "out": work / "out", "seed": 7, **options}
+    return unmergeable.protect(work / "expert", method=method, **options)
+
+
+def shielded(work: Path) -> dict[str, Any]:
+    return {"siblings": [work / "sibling", work / "other"], "data": work / "data.npz"}
+
+
+def tensors(folder: Path) -> dict[str, Any]:
+    source = Checkpoint.open(folder)
+    return {name: source.tensor(name) for name in source.names}
+
+
+def equal(first: Path, second: Path) -> bool:
+    left, right = tensors(first), tensors(second)
+    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
+
+
+def test_every_protection_has_a_place() -> None:
+    assert set(METHODS) == {*PROTECTIONS, *POLYNOMIAL_PROTECTIONS, *WEIGHT_PROTECTIONS}
+    changes = {name: steps_of(name, {})[0].changes for name in METHODS}
+    assert {name for name in changes if changes[name] == "weights"} == set(WEIGHT_PROTECTIONS)
+    assert {name for name in changes if changes[name] == "structure"} == set(POLYNOMIAL_PROTECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("mergelock,params", ProtectResult), ("taylor_mlp", PolynomialResult), ("sensitivity_shield", ShieldResult)],
+)
+def test_one_step_is_its_own_function(work: Path, method: str, kind: type[Any]) -> None:
+    reads = {"taylor_mlp": {"data": work / "data.npz"}, "sensitivity_shield": shielded(work)}
+    result = protect(work, method, **reads.get(method, {}))
+
+    assert isinstance(result, kind)
+    assert result.out == work / "out"
+    assert (work / "out.key").exists() == (kind is ProtectResult)
+    assert not (work / "out.steps").exists()
+
+
+def test_steps_are_applied_left_to_right(work: Path) -> None:
+    """Shield, then a gauge, then polynomials: the same as three commands."""
+    result = protect(work, "sensitivity_shield,mergelock,taylor_mlp", **shielded(work))
+    protect(work, "sensitivity_shield", out=work / "first", **shielded(work))
+    second = {"base": work / "base", "seed": 7, "key": work / "second.key"}
+    unmergeable.protect(work / "first", method="mergelock", out=work / "second", **second)
+    third = {"base": work / "base", "data": work / "data.npz"}
+    unmergeable.protect(work / "second", method="taylor_mlp", out=work / "third", **third)
+
+    assert isinstance(result, ComposedResult)
+    assert result.methods == ("sensitivity_shield", "mergelock", "taylor_mlp")
+    assert [step["out"] for step in result.steps] == [
+        str(work / "out.steps/1"),
+        str(work / "out.steps/2"),
+        str(work / "out"),
+    ]
+    # The secret of the gauge depends on the seed alone, so that both ways are the same bytes.
+    assert equal(work / "out", work / "third")
+    assert not equal(work / "first", work / "expert"), "control: a step changes something"
+    assert not (work / "out.steps").exists()
+    assert check_files(work / "out") == ()
+    manifest = read_manifest(work / "out")
+    assert manifest is not None
+    assert manifest.details["recipe"]["method"] == "taylor_mlp"
+    shield, lock = manifest.details["earlier_steps"]
+    assert (shield["recipe"]["method"], lock["recipe"]["steps"][0]["method"]) == ("sensitivity_shield", "mergelock")
+    assert "coefficients" not in json.dumps(shield), "what is mixed in is the owner's secret"
+    assert "sibling" not in {Path(file["name"]).stem for role in shield["inputs"].values() for file in role}
+    assert len(json.loads(json.dumps(result.to_json()))["notes"]) == 3
+
+
+def test_training_then_a_gauge(work: Path) -> None:
+    """What a trained protection leaves beside its result is gone at the end, too."""
+    settings = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "mergeguard.excluded_layers": 0}
+    result = protect(work, "mergeguard,gauge", data=work / "data.npz", settings=settings)
+    alone = {**settings, "excluded_layers": 0}
+    alone.pop("mergeguard.excluded_layers")
+    protect(work, "mergeguard", out=work / "first", data=work / "data.npz", settings=alone)
+
+    assert isinstance(result, ComposedResult)
+    assert result.methods == ("mergeguard", "gauge")
+    assert len(result.steps[0]["losses"]) == 2
+    assert unmergeable.verify(work / "first", work / "out").is_equal
+    assert not unmergeable.verify(work / "expert", work / "out").is_equal, "control"
+    assert {path.name for path in work.iterdir() if "out" in path.name} == {"out", "out.key"}
+
+
+def test_restoring_gives_the_step_before_back(work: Path) -> None:
+    protect(work, "sensitivity_shield,gauge", key=work / "k", **shielded(work))
+    protect(work, "sensitivity_shield", out=work / "first", **shielded(work))
+    restored = unmergeable.restore(work / "out", key=work / "k", out=work / "restored")
+
+    assert restored.note == "This is the result of sensitivity_shield, which no key undoes, and not the original."
+    assert unmergeable.verify(work / "first", work / "restored").is_equal
+    assert not unmergeable.verify(work / "expert", work / "restored").is_equal, "control"
+
+    protect(work, "mergelock", out=work / "lone")
+    assert unmergeable.restore(work / "lone", key=work / "lone.key", out=work / "again").note is None
+
+
+def test_a_key_that_was_not_the_last_step_opens_nothing(work: Path) -> None:
+    protect(work, "mergelock,taylor_mlp", data=work / "data.npz")
+    with pytest.raises(BadInput, match="after the keyed step has no way back"):
+        unmergeable.restore(work / "out", key=work / "out.key", out=work / "restored")
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_interrupted_composition_goes_on(work: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after ``at`` steps; finished ones are not done again, and the result is the same."""
+    protect(work, "sensitivity_shield,mergelock,taylor_mlp", out=work / "whole", **shielded(work))
+    done: list[str] = []
+
+    def counted(run: Any) -> Any:
+        def step(request: Any, its: Any, source: Path, out: Path, is_dry_run: bool) -> Any:
+            if not is_dry_run:
+                if len(done) == at:
+                    raise KeyboardInterrupt
+                done.append(its.name)
+            return run(request, its, source, out, is_dry_run)
+
+        return step
+
+    runner = protection._runner
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(protection, "_runner", lambda step: counted(runner(step)))
+        with pytest.raises(KeyboardInterrupt):
+            protect(work, "sensitivity_shield,mergelock,taylor_mlp", **shielded(work))
+    assert len(done) == at
+    assert not (work / "out").exists()
+    assert (work / "out.key").exists() == (at > 1)
+    with pytest.raises(BadInput, match="unfinished work of another request"):
+        protect(work, "sensitivity_shield,mergelock", **shielded(work))
+
+    again: list[str] = []
+    monkeypatch.setattr(protection, "_runner", lambda step: _noted(runner(step), again))
+    result = protect(work, "sensitivity_shield,mergelock,taylor_mlp", **shielded(work))
+    assert done + again == ["sensitivity_shield", "mergelock", "taylor_mlp"]
+    assert equal(work / "out", work / "whole")
+    assert isinstance(result, ComposedResult)
+    assert [step["out"] for step in result.steps] == [
+        str(work / name) for name in ("out.steps/1", "out.steps/2", "out")
+    ]
+    assert len(result.notes) == 3, "those of finished steps are read in their manifests"
+    assert not (work / "out.steps").exists()
+
+
+def _noted(run: Any, names: list[str]) -> Any:
+    def step(request: Any, its: Any, source: Path, out: Path, is_dry_run: bool) -> Any:
+        if not is_dry_run:
+            names.append(its.name)
+        return run(request, its, source, out, is_dry_run)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "method", ["gauge", "mergebarrier", "sensitivity_shield", "sensitivity_shield,params,taylor_mlp"]
+)
+def test_a_dry_run_writes_nothing(work: Path, method: str) -> None:
+    reads = shielded(work) if "shield" in method else {"data": work / "data.npz"} if "barrier" in method else {}
+    before = sorted(path.name for path in work.iterdir())
+    document = protect(work, method, dry_run=True, **reads).to_json()
+
+    assert document["dry_run"] is True
+    assert sorted(path.name for path in work.iterdir()) == before
+
+
+def test_a_setting_goes_to_the_method_that_has_it() -> None:
+    (step,) = steps_of("mergelock,params", {"largest": 5, "mergelock.condition": "2"})
+    assert step.settings == {"mergelock": {"condition": "2"}, "params": {"largest": 5}}
+    assert step.methods == ("mergelock", "params")
+    shield, exact = steps_of(["sensitivity_shield", "params"], {"unit": 0.1, "smallest": 0.5})
+    assert (shield.settings, exact.settings) == ({"sensitivity_shield": {"unit": 0.1}}, {"params": {"smallest": 0.5}})
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("mergelok", {}, "no protection is called 'mergelok'; did you mean 'mergelock'"),
+        ("noise", {}, "'noise' is a control"),
+        ("params,params", {}, "names a protection twice"),
+        ("mergelock,gauge", {"condition": 2}, r"write mergelock\.condition or gauge\.condition"),
+        ("mergelock,gauge", {"conditon": 2}, "did you mean 'condition'"),
+        ("mergelock,params", {"gauge.condition": 2}, "'gauge', which is not among the methods"),
+        ("mergelock,params", {"largest": 2, "params.largest": 3}, "given twice"),
+        ("mergelock", {"condition": 0}, "condition must lie between"),
+        ("taylor_mlp,gauge", {}, "whose symmetries are not known; write gauge,taylor_mlp"),
+        ("gauge,sensitivity_shield", {}, "task vector, .*write sensitivity_shield,gauge"),
+        ("taylor_mlp,mergebarrier", {}, "use one of them"),
+        ("mergelock,mergebarrier,params", {"parts": "attention"}, "put them side by side"),
+    ],
+)
+def test_refuses_methods_settings_and_orders(method: str, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        steps_of(method, settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("mergelock", {"data": "data.npz"}, "mergelock with these settings reads no data: leave out data"),
+        ("taylor_mlp", {"data": "data.npz", "siblings": ["other"]}, "reads no siblings"),
+        ("taylor_mlp", {}, "taylor_mlp is calibrated on data"),
+        ("mergelock,taylor_mlp", {}, "taylor_mlp is calibrated on data"),
+        ("sensitivity_shield", {"data": "data.npz"}, "give one for each coefficient"),
+        ("sensitivity_shield", {"siblings": ["other"], "data": "data.npz"}, "siblings 1; give one for each"),
+        ("sensitivity_shield", {"siblings": ["other", "sibling"]}, "give some with data=FILE"),
+        ("taylor_mlp", {"data": "data.npz", "allow_pickle": True}, "leave out allow_pickle"),
+    ],
+)
+def test_refuses_before_any_work(work: Path, method: str, options: dict[str, Any], message: str) -> None:
+    paths = {
+        name: [work / item for item in value] if isinstance(value, list) else work / value if name == "data" else value
+        for name, value in options.items()
+    }
+    before = sorted(path.name for path in work.iterdir())
+    with pytest.raises(UsageError, match=message):
+        protect(work, method, **paths)
+    assert sorted(path.name for path in work.iterdir()) == before
+
+
+def test_places_that_are_taken(work: Path) -> None:
+    for method in ("sensitivity_shield", "sensitivity_shield,gauge"):
+        with pytest.raises(BadInput, match=r"its parent folder .* does not exist"):
+            protect(work, method, out=work / "nowhere" / "out", **shielded(work))
+    with pytest.raises(KeyFileError, match="would lie inside"):
+        protect(work, "mergelock,taylor_mlp", key=work / "out" / "k", data=work / "data.npz")
+    (work / "out.steps").mkdir()
+    protect(work, "mergelock,taylor_mlp", data=work / "data.npz", dry_run=True)  # an empty folder is in nobody's way
+    (work / "out.steps" / "mine").touch()
+    with pytest.raises(BadInput, match="unfinished work of another request"):
+        protect(work, "mergelock,taylor_mlp", data=work / "data.npz")
+    (work / "out").mkdir()
+    with pytest.raises(BadInput, match="exists"):
+        protect(work, "mergelock,taylor_mlp", data=work / "data.npz")
