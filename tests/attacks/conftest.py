@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from attacks.planted import Build, Network
-from memory_source import MemorySource
 from unmergeable.architecture import detect
+from unmergeable.checkpoint.memory import MemorySource
 from zoo import TOYS, write_toy
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from memory_source import MemorySource
 from unmergeable.architecture import Architecture
 from unmergeable.attacks.distance import PartName, block_distances, relative_distance
 from unmergeable.attacks.reading import Reader
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.elements import Monomial
 from unmergeable.gauge.gauge import Gauge, fixed_gauge, sampled_gauge

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from attacks.planted import Build
-from memory_source import MemorySource
 from unmergeable.attacks.distance import Distance, block_distances, parts, relative_distance
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import BadInput
 
 # In these, every number of every tensor that lives in a space belongs to a block.

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from attacks.planted import Build, Network
-from memory_source import MemorySource
 from unmergeable.attacks import Estimate, NearestOrbit
 from unmergeable.attacks.distance import parts, relative_distance
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import BadInput, Mismatch
 from unmergeable.gauge.act import origins
 from unmergeable.gauge.elements import compose

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from attacks.planted import Build, Network
-from memory_source import MemorySource
 from unmergeable.attacks import NearestOrbit
 from unmergeable.attacks.reading import Reader
 from unmergeable.attacks.residual_stream import Stream, find_stream, refined
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.gauge.elements import Monomial
 from unmergeable.gauge.gauge import Gauge, fixed_gauge, sampled_gauge
 from unmergeable.gauge.groups import contains

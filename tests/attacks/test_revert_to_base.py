@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from attacks.planted import Build
-from memory_source import MemorySource
 from polynomials.written import original
 from unmergeable.attacks import Inputs, RevertToBase
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import Mismatch, UsageError
 from unmergeable.polynomials.rewriting import Polynomials

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from attacks.planted import Build, Network
-from memory_source import MemorySource
 from unmergeable.architecture.symmetry import Role
 from unmergeable.attacks import NearestOrbit
 from unmergeable.attacks.signs import RESET, Sign, find_signs, structure_signs
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.gauge.elements import Element, Monomial
 from unmergeable.gauge.gauge import fixed_gauge
 from unmergeable.gauge.groups import sample

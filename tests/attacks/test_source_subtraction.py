@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from attacks.planted import Build, Network
-from memory_source import MemorySource
 from unmergeable.attacks import Inputs, SourceSubtraction
 from unmergeable.attacks.source_subtraction import mixture
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import Mismatch, UsageError
 
 

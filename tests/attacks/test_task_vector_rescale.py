@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from attacks.planted import Build, Network
-from memory_source import MemorySource
 from unmergeable.attacks import Inputs, TaskVectorRescale
 from unmergeable.attacks.task_vector_rescale import shrink
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import BadInput, UsageError
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from attacks.planted import Build
-from memory_source import MemorySource
 from unmergeable.attacks import Inputs, Unmask
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import UsageError
 
 COEFFICIENT = 0.3

@@ -66,3 +66,15 @@ def test_without_the_library_the_way_to_install_it_is_told(monkeypatch):
 def test_paths_are_no_names():
     assert hub.is_on_hub("hub:owner/model")
     assert not hub.is_on_hub("./hub/owner")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_local_checkpoint_is_its_folder(kind, asked):
+    assert hub.folder_of(kind("some/folder")) == Path("some/folder")
+    assert not asked
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_checkpoint_on_the_hub_is_downloaded(kind, asked, tmp_path):
+    assert hub.folder_of(kind("hub:me/mine@main")) == tmp_path
+    assert asked[0][:2] == ("me/mine", "main")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from memory_source import MemorySource
 from unmergeable.architecture import Architecture, Space, detect
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.gauge.act import origins, transform_all
 from unmergeable.gauge.elements import Dense, Element, Monomial, Orthogonal, Rotary
 from unmergeable.gauge.equivalence import compare

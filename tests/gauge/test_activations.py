@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_source import MemorySource
 from toy_checkpoints import ToyCheckpoint, toy_checkpoint
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.activations import TOKENS, StreamActivations
 from unmergeable.gauge.equivalence import compare

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_source import MemorySource
 from toy_checkpoints import ToyCheckpoint, toy_checkpoint
 from unmergeable.architecture import Architecture, Space
 from unmergeable.architecture.symmetry import Group
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import UnsupportedArchitecture
 from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.elements import Element, Monomial

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from memory_source import MemorySource
 from toy_checkpoints import toy_checkpoint
 from unmergeable.architecture.symmetry import Group, Leg, Space, Stack, SymmetryMap
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.rewrite import rewrite
 from unmergeable.gauge.act import origins, transform_all

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from memory_source import MemorySource
 from polynomials.written import Original, load_written, original, relative, write
 from toy_checkpoints import toy_checkpoint
 from unmergeable.architecture import Architecture, Space
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.gauge.act import leg_view, transform_all
 from unmergeable.gauge.equivalence import compare

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_source import MemorySource
 from toy_checkpoints import toy_checkpoint
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import UsageError
 from unmergeable.protections import WEIGHT_PROTECTIONS
 from unmergeable.protections.mergeguard import MergeGuard, block_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_source import MemorySource
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.protections import sensitivity_shield
 from unmergeable.protections.sensitivity_shield import (

@@ -7,6 +7,7 @@ stay where they are. The files lie in the hub's own cache, so that a second run 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from pathlib import Path
 
@@ -44,3 +45,13 @@ def download(text: str) -> Path:
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise BadInput(f"{text} cannot be downloaded ({reason}); check the name, your login, or download it.") from None
+
+
+def folder_of(checkpoint: str | os.PathLike[str]) -> Path:
+    """The local folder of a checkpoint that is named by a path, or by ``hub:OWNER/NAME`` and downloaded.
+
+    Raises:
+        UsageError, BadInput: as :func:`download`.
+    """
+    text = os.fspath(checkpoint)
+    return download(text) if is_on_hub(text) else Path(text)

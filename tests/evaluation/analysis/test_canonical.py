@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attacks.planted import Build
-from memory_source import MemorySource
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.evaluation.analysis import canonical_source
 

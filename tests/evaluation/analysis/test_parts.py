@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from attacks.planted import Build, Network
-from memory_source import MemorySource
 from unmergeable.attacks.distance import block_distances
 from unmergeable.attacks.nearest_orbit import NearestOrbit
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import Mismatch
 from unmergeable.evaluation.analysis import canonical_source, part_grams, taken_together
 

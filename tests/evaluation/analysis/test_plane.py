@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evaluation.analysis.quadratic import State, inner, minus, quadratic, score, state
-from memory_source import MemorySource
+from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.analysis import grid, landscape, plane_through, principal_plane, task_vector_gram
 from unmergeable.evaluation.analysis.plane import Plane
