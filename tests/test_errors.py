@@ -75,7 +75,6 @@ BUILTIN_ON_PURPOSE = {
     "gauge/activations.py": {"KeyError"},  # of a table that is empty for networks without a stream
     "gauge/key.py": {"ValueError"},
     "cli/app.py": {"KeyboardInterrupt"},
-    "tasks/sandbox_child.py": {"OSError"},  # runs in a process of its own, where this package is not imported
 }
 
 

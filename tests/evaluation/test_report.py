@@ -180,9 +180,9 @@ def test_the_best_attack_can_be_done_by_hand() -> None:
 
 
 def test_how_tasks_were_scored_is_said() -> None:
-    tasks = {"mine": {"kind": "code", "isolation": "<namespaces>"}, "theirs": {"kind": "classification"}}
+    tasks = {"mine": {"kind": "lm_eval", "lm_eval": "<version>"}, "theirs": {"kind": "classification"}}
     page = render_report({**document(), "tasks": tasks})
-    assert "Task mine: code, isolation &lt;namespaces&gt;." in page
+    assert "Task mine: lm_eval, lm_eval &lt;version&gt;." in page
     assert "Task theirs: classification." in page
 
 
