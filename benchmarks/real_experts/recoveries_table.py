@@ -47,7 +47,7 @@ from unmergeable import ops
 from unmergeable.attacks import FewShot
 from unmergeable.errors import BadInput, UnmergeableError
 from unmergeable.merges import TaskArithmetic, merge_state_dicts
-from unmergeable.network.few_shot import few_shot
+from unmergeable.attacks.few_shot import few_shot
 from unmergeable.network.task_vectors import TaskVectors
 
 LIMIT = 250

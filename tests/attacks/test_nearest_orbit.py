@@ -280,7 +280,7 @@ def test_reports_progress(network: Build) -> None:
     calls: list[tuple[str, int, int, str]] = []
     NearestOrbit().estimate(toy.base, toy.base, toy.architecture, lambda *call: calls.append(call))
 
-    assert calls == [("matching", done, 4, "orders") for done in range(1, 5)] + [
+    assert calls == [("matching", done, 4, "permutations") for done in range(1, 5)] + [
         ("estimating", done, 6, "parts") for done in range(1, 7)
     ]
 

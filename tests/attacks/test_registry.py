@@ -21,4 +21,4 @@ def test_every_method_of_the_folder_is_registered() -> None:
     assert found == set(ATTACKS.values())
     for name, method in ATTACKS.items():
         assert name == method.name == method.__module__.rpartition(".")[2]
-        assert "base" in method.needs
+        assert "base" in method().requirements().needs

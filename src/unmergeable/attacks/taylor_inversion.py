@@ -25,7 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unmergeable.attacks.base import Inputs, Recovered
+from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
+from unmergeable.attacks.in_memory import in_memory
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import Mismatch, UsageError
 from unmergeable.polynomials.activations import Activation, Basis, coefficients, require_activation
@@ -44,8 +45,6 @@ class TaylorInversion:
 
     name: ClassVar[str] = "taylor_inversion"
     summary: ClassVar[str] = "the hidden projection, solved for from the coefficients of a polynomial feed-forward"
-    exact: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("base",)
 
     span: float = 8.0
     points: int = 257
@@ -56,6 +55,9 @@ class TaylorInversion:
             raise UsageError(
                 f"taylor_inversion: span must be positive and points at least 3, not {self.span}, {self.points}."
             )
+
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(needs=("base",), structure="any")
 
     def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
         """Solves for the biases, one layer in memory at a time; the projections are computed as they are written.
@@ -312,3 +314,7 @@ def _require_shape(protected: TensorSource, base: TensorSource, held: str, name:
 
 def _taken_from(source: TensorSource, name: str, tensor: Tensor) -> Tensor:
     return source.tensor(name).to(tensor.dtype)
+
+
+taylor_inversion = in_memory(TaylorInversion)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""
