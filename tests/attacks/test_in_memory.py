@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -146,17 +144,6 @@ def test_every_attack_is_a_function_of_its_name() -> None:
         importlib.import_module(f"unmergeable.attacks.{name}")
         assert getattr(attacks, name) is function
         assert all(field.name not in ("protected", "base", "config", "sources") for field in fields(method))
-
-
-def test_the_function_stays_when_the_module_is_imported_first() -> None:
-    program = (
-        "import unmergeable.attacks.nearest_orbit\n"
-        "import unmergeable\n"
-        "assert callable(unmergeable.attacks.nearest_orbit)\n"
-        "from unmergeable.attacks import nearest_orbit\n"
-        "assert callable(nearest_orbit)"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_refuses_in_one_line(toy: Network, protected: State) -> None:

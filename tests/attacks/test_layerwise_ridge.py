@@ -158,7 +158,9 @@ def victim(toy: str, folder: Path, *, size: float, writers_only: bool, dtype: to
     return Victim(toy, load_network(path, dtype=dtype), architecture, base, expert, protected)
 
 
-@pytest.mark.parametrize("toy", ["vit", "gpt2", "llama", "bert-classification", "t5"])
+@pytest.mark.parametrize(
+    "toy", ["vit", "gpt2", "llama", "t5", pytest.param("bert-classification", marks=pytest.mark.slow)]
+)
 def test_recovers_planted_projections_in_the_basis_of_the_base(toy: str, tmp_path: Path) -> None:
     """Where the expert changed nothing else inside its blocks, they are its own, whatever the key."""
     it = victim(toy, tmp_path, size=0.1, writers_only=True)

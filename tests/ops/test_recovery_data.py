@@ -1,4 +1,4 @@
-"""Recoveries that learn from data, as a program asks for them: from folders and files to a checkpoint."""
+"""Attacks that learn from data, as a program asks for them: from folders and files to a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from zoo import TOYS, write_toy
 State = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"
 SAMPLES = 24
+STEPS = 4
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -78,7 +79,7 @@ def work(tmp_path: Path) -> Path:
 
 
 def recover(work: Path, name: str = "merged", **options: Any) -> Any:
-    settings = {"samples": SAMPLES, "steps": 8, "learning_rates": "1e-4,1e-2", **options.pop("settings", {})}
+    settings = {"samples": SAMPLES, "steps": STEPS, "learning_rates": "1e-4,1e-2", **options.pop("settings", {})}
     given = {"base": work / "base", "method": "few_shot", "data": work / "data.npz", "out": work / "out", **options}
     return unmergeable.recover(work / name, settings=settings, **given)
 
@@ -94,7 +95,7 @@ def test_few_shot_trains_a_merge_and_the_same_without_the_victim(work: Path) -> 
     for run in (victim, control):
         assert [trial["learning_rate"] for trial in run["sweep"]] == [0.0, 1e-4, 1e-2]
         assert {trial["choices"] for trial in run["sweep"]} == {SAMPLES}
-        assert len(run["losses"]) == (8 if run["learning_rate"] else 0)
+        assert len(run["losses"]) == (STEPS if run["learning_rate"] else 0)
     assert victim["sweep"] != control["sweep"]
     assert victim["learning_rate"] > 0
     assert trained.keys() == merged.keys()
@@ -226,7 +227,7 @@ def test_a_task_may_bring_its_head(tmp_path: Path) -> None:
     head = tmp_path / "head.safetensors"
     write_head(FeatureHead(torch.randn(3, 48, generator=torch.Generator().manual_seed(0)), pooling="mean"), head)
     result = recover(tmp_path, "expert", head=head, settings={"learning_rates": "1e-3"})
-    assert len(result.learnt.with_victim.losses) == 8
+    assert len(result.learnt.with_victim.losses) == STEPS
     with pytest.raises(BadInput):  # an encoder alone answers nothing
         recover(tmp_path, "expert", out=tmp_path / "no")
 
