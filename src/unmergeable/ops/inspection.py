@@ -145,7 +145,7 @@ class InspectResult:
             return "no sign of a protection: its weights are in the base's own basis, and none looks edited."
         names = ", ".join(dict.fromkeys(sign.name for sign in self.comparison.signs))
         recoveries = [sign.recovery for sign in self.comparison.signs if sign.recovery]
-        undone = f"`recover --method {recoveries[0]}` undoes it" if recoveries else "no recovery here undoes it"
+        undone = f"`recover --method {recoveries[0]}` undoes it" if recoveries else "no attack here undoes it"
         return f"it looks protected ({names}); {undone}."
 
     def to_json(self) -> dict[str, Any]:
