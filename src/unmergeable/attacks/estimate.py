@@ -115,9 +115,9 @@ def estimate_gauges(
     experts = match_experts(ours.under(*stream.gauges), theirs, architecture, spaces, progress)
     solver = _Solver(architecture, solvers.nearest, spaces)
 
-    def blocks_of(found: Stream) -> tuple[tuple[Gauge, ...], Estimate]:
-        """The gauges inside all blocks once the stream is as ``found``, and with it the whole estimate."""
-        placed = ours.under(*found.gauges, _permutations(spaces, experts))
+    def blocks_under(stream: Stream) -> tuple[tuple[Gauge, ...], Estimate]:
+        """The gauges inside all blocks once ``stream`` is applied, and with it the whole estimate."""
+        placed = ours.under(*stream.gauges, _permutations(spaces, experts))
         matches = match_permutations(placed, theirs, architecture, spaces, solvers.unit_similarity, progress)
         ordered = placed.under(_permutations(spaces, matches))
         elements: dict[str, Element] = {}
@@ -128,12 +128,12 @@ def estimate_gauges(
             fits.append(replace(fit, margin=_margin(part, experts | matches, architecture)))
             progress("estimating", len(fits), len(selected), "parts")
         rest = (_permutations(spaces, experts), _permutations(spaces, matches), fixed_gauge(spaces, elements))
-        return rest, Estimate(tuple(gauge for gauge in (*found.gauges, *rest) if gauge.spaces), tuple(fits))
+        return rest, Estimate(tuple(gauge for gauge in (*stream.gauges, *rest) if gauge.spaces), tuple(fits))
 
-    rest, estimate = blocks_of(stream)
+    rest, estimate = blocks_under(stream)
     for _ in range(MAX_STREAM_ROUNDS if stream.is_refinable else 0):
         stream = refined(stream, rest, ours, theirs, architecture)
-        rest, better = blocks_of(stream)
+        rest, better = blocks_under(stream)
         previous, estimate = estimate, better
         # A last norm read by the output head alone changes no block: as near as before is still an answer.
         if better.after >= previous.after * (1 - RELATIVE_STREAM_PROGRESS):
@@ -142,7 +142,7 @@ def estimate_gauges(
 
 
 def _permutations(spaces: Mapping[str, Space], matches: Mapping[str, Match]) -> Gauge:
-    return fixed_gauge(spaces, {name: found.permutation for name, found in matches.items()})
+    return fixed_gauge(spaces, {name: match.permutation for name, match in matches.items()})
 
 
 def _margin(part: Part, matches: Mapping[str, Match], architecture: Architecture) -> float | None:
@@ -151,7 +151,7 @@ def _margin(part: Part, matches: Mapping[str, Match], architecture: Architecture
     stacks = [symmetry.stack_of[name] for name in part.tensors if name in symmetry.stack_of]
     legs = [leg for name in part.tensors for leg in symmetry.legs.get(name, ())]
     spaces = {leg.space for leg in [*legs, *(leg for stack in stacks for leg in stack.legs)]}
-    return min((found.margin for name, found in matches.items() if name in spaces), default=None)
+    return min((match.margin for name, match in matches.items() if name in spaces), default=None)
 
 
 class _Solver:

@@ -173,8 +173,8 @@ def few_shot(
             trials = tuple(training.trial(places, examples, rate) for rate in (0.0, *rates))
             best = _best(trials).learning_rate
         losses = training.run(places, examples, best)
-        found = to_disk_names(network, network.state_dict())
-        result = {name: found[name].detach().clone() for name in weights}
+        on_disk = to_disk_names(network, network.state_dict())
+        result = {name: on_disk[name].detach().clone() for name in weights}
     return FewShotResult(result, best, losses, trials)
 
 
@@ -210,7 +210,7 @@ class _Training:
 
     def trial(self, places: Mapping[str, Place], examples: EncodedBatch, learning_rate: float) -> Trial:
         """What a rate is worth on examples that were left out of the training."""
-        found: list[Judgement] = []
+        judgements: list[Judgement] = []
         for kept, left_out in _splits(len(examples), self.method.seed):
             try:
                 self.run(places, select(examples, kept), learning_rate)
@@ -219,8 +219,8 @@ class _Training:
             except UnmergeableError:  # the loss is no longer finite: the rate is too high
                 return Trial(learning_rate, 0, math.nan, math.nan)
             held_out = select(examples, left_out)
-            found.append(judge(self.network, self.task.predict, held_out, batch_size=self.method.batch_size))
-        whole = added(found)
+            judgements.append(judge(self.network, self.task.predict, held_out, batch_size=self.method.batch_size))
+        whole = added(judgements)
         return Trial(learning_rate, whole.choices, whole.accuracy, whole.mean_loss)
 
 

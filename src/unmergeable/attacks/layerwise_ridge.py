@@ -201,9 +201,9 @@ def layerwise_ridge(
             if teacher is not None:
                 return _outputs(teacher, taught, batch)
             show(places, protected)
-            found = _outputs(network, taught, batch)
+            outputs = _outputs(network, taught, batch)
             show(places, student)
-            return found
+            return outputs
 
         fitted: dict[str, Tensor] = {}
         fits: list[ProjectionFit] = []
@@ -302,13 +302,13 @@ def _gather(
 
 def _outputs(network: Any, modules: Mapping[str, nn.Module], batch: EncodedBatch) -> Outputs:
     """What each of the modules puts out."""
-    found: dict[str, deque[Tensor]] = {name: deque() for name in modules}
+    outputs: dict[str, deque[Tensor]] = {name: deque() for name in modules}
     with ExitStack() as hooks:
         for name, module in modules.items():
-            hook = module.register_forward_hook(lambda _, __, output, name=name: found[name].append(output))
+            hook = module.register_forward_hook(lambda _, __, output, name=name: outputs[name].append(output))
             hooks.callback(hook.remove)
         answer(network, batch.to(device_of(network)))
-    return found
+    return outputs
 
 
 @contextmanager
@@ -348,11 +348,11 @@ def _fit(
     rows = moments.rows.clamp_min(1)
     fitted = fit_projection(moments.gram / rows, moments.cross / rows, start, ridge)
     fit = ProjectionFit(weight, moments.distance(start), moments.distance(fitted))
-    found = {}
+    tensors = {}
     if layer.module.bias is not None:
-        fitted, found[bias] = fitted[:-1], fitted[-1].to(student[bias])
-    found[weight] = (fitted.T if layer.axis == 1 else fitted).contiguous().to(student[weight])
-    return found, fit
+        fitted, tensors[bias] = fitted[:-1], fitted[-1].to(student[bias])
+    tensors[weight] = (fitted.T if layer.axis == 1 else fitted).contiguous().to(student[weight])
+    return tensors, fit
 
 
 def stream_writers(architecture: Architecture) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ def match_experts(
     protected: Reader, base: Reader, architecture: Architecture, spaces: Mapping[str, Space], progress: Progress
 ) -> dict[str, Match]:
     """The permutation of experts behind every router, and of its groups of experts, among ``spaces``."""
-    found: dict[str, Match] = {}
+    matches: dict[str, Match] = {}
     mixtures = [mixture for mixture in architecture.mixtures if f"{mixture.name}.experts" in spaces]
     for done, mixture in enumerate(mixtures, start=1):
         ours, theirs = (reader([mixture.router])[mixture.router] for reader in (protected, base))
@@ -86,11 +86,13 @@ def match_experts(
         best = [inside[int(base_group)][group] for group, base_group in enumerate(torch.argsort(place))]
         index = torch.cat([item.permutation.index for item in best])
         margin = min(item.margin for item in best)
-        found[f"{mixture.name}.experts"] = Match(Monomial(index, torch.ones(index.shape, dtype=torch.float64)), margin)
+        matches[f"{mixture.name}.experts"] = Match(
+            Monomial(index, torch.ones(index.shape, dtype=torch.float64)), margin
+        )
         if mixture.groups > 1:
-            found[f"{mixture.name}.expert_groups"] = groups
+            matches[f"{mixture.name}.expert_groups"] = groups
         progress("matching", done, len(mixtures), "routers")
-    return found
+    return matches
 
 
 def router_similarity(protected: Tensor, base: Tensor) -> Tensor:
@@ -104,8 +106,8 @@ def router_similarity(protected: Tensor, base: Tensor) -> Tensor:
     return cosines
 
 
-def _total(similarity: Tensor, found: Match) -> float:
-    return float(similarity.gather(1, found.permutation.index.T).sum())
+def _total(similarity: Tensor, best: Match) -> float:
+    return float(similarity.gather(1, best.permutation.index.T).sum())
 
 
 def match_permutations(
@@ -139,11 +141,11 @@ def match_permutations(
         for space in spaces.values()
         if space.group.kind == "permutation" and space.role in ("heads", "feed_forward")
     ]
-    found: dict[str, Match] = {}
+    matches: dict[str, Match] = {}
     for done, space in enumerate(wanted, start=1):
-        found[space.name] = match(similarity(space))
+        matches[space.name] = match(similarity(space))
         progress("matching", done, len(wanted), "permutations")
-    return found
+    return matches
 
 
 def _general_linear_of(

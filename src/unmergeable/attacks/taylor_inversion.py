@@ -163,10 +163,10 @@ class _Layer:
             parts.append(lengths * torch.sign((columns * reference).sum(1)))
         return torch.cat(parts, dim=1)
 
-    def with_bias(self, found: Tensor, tensor: Tensor) -> Tensor:
-        """The up-branch's bias (``tensor`` gives dtype and shape): ``found`` where units were expanded."""
+    def with_bias(self, solved: Tensor, tensor: Tensor) -> Tensor:
+        """The up-branch's bias (``tensor`` gives dtype and shape): ``solved`` where units were expanded."""
         stored = self.source.tensor(self.section.prefix + self.place.up + ".bias").to(torch.float64)
-        stored[self.units] = found
+        stored[self.units] = solved
         return stored.to(tensor.dtype)
 
 
@@ -244,13 +244,13 @@ def find_centres(
 
     Returns them and the root mean square misfit relative to the a_n, float64 [k] each.
     """
-    found, misfits = [], []
+    centres, misfits = [], []
     for part in torch.arange(len(centre)).split(_CHUNK_UNITS):
         start = _best_on_grid(norms[:, part], centre[part], r[part], curve, span, points)
         u, misfit = _refined(norms[:, part], start, r[part], curve, largest_step=2 * span / (points - 1))
-        found.append(u)
+        centres.append(u)
         misfits.append(misfit)
-    return torch.cat(found), torch.cat(misfits)
+    return torch.cat(centres), torch.cat(misfits)
 
 
 def _best_on_grid(norms: Tensor, centre: Tensor, r: Tensor, curve: Curve, span: float, points: int) -> Tensor:

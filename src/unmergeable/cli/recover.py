@@ -44,8 +44,8 @@ def recover(
 ) -> Outcome:
     """Attack a protection without its key, and write the result.
 
-    An exact protection does not stop somebody who holds the base model, and this command shows it: merge what it writes
-    to see how much of the protection is left.
+    Exact protections write the same function in another basis; they do not stop somebody who holds the base model. This
+    command shows it: merge what it writes to see how much of the protection is left.
 
     What a method reads beside the base is what its attacker holds. With --source: public fine-tunes of the base
     (source_subtraction), the release inside a merge (unmask, grad_erase), or a model without the victim to compare with
