@@ -45,9 +45,9 @@ from benchmarks.real_experts.scoring import PUBLISHED_COEFFICIENT, Difference, R
 
 from unmergeable import ops
 from unmergeable.attacks import FewShot
+from unmergeable.attacks.few_shot import few_shot
 from unmergeable.errors import BadInput, UnmergeableError
 from unmergeable.merges import TaskArithmetic, merge_state_dicts
-from unmergeable.network.few_shot import few_shot
 from unmergeable.network.task_vectors import TaskVectors
 
 LIMIT = 250

@@ -10,9 +10,9 @@ is no further from the base than the expert was before it was protected: this is
 who holds the base.
 
 From the outside in, each compared by what the later ones do not alter: the residual stream and the gains of its norms
-(:mod:`~unmergeable.attacks.residual_stream`); the order of experts, heads and hidden units
-(:mod:`~unmergeable.attacks.orders`); the bases of heads (:mod:`~unmergeable.attacks.general_linear`) and the
-scales of everything (:mod:`~unmergeable.attacks.closed_forms`). An order is recognised, not optimised: it is the
+(:mod:`~unmergeable.attacks.residual_stream`); the permutations of experts, heads and hidden units
+(:mod:`~unmergeable.attacks.permutations`); the bases of heads (:mod:`~unmergeable.attacks.general_linear`) and the
+scales of everything (:mod:`~unmergeable.attacks.closed_forms`). A permutation is recognised, not optimised: it is the
 planted one as long as a head or unit resembles its origin more than any other, which at real widths it does however far
 a fine-tune goes. The stream is only touched where the embedding or the gains show that it was moved.
 """
@@ -25,7 +25,7 @@ from typing import ClassVar
 
 from unmergeable.architecture import Architecture, Space
 from unmergeable.architecture.symmetry import GroupKind, Role
-from unmergeable.attacks.base import Estimate, GaugeAttack
+from unmergeable.attacks.base import AttackRequirements
 from unmergeable.attacks.closed_forms import (
     nearest_block_scale,
     nearest_block_sign,
@@ -36,12 +36,11 @@ from unmergeable.attacks.closed_forms import (
     nearest_quarter_turn,
     nearest_rotary,
 )
-from unmergeable.attacks.estimate import Nearest, Solvers, estimate_gauges
+from unmergeable.attacks.estimate import GaugeAttack, Nearest, Solvers
 from unmergeable.attacks.general_linear import nearest_general_linear
+from unmergeable.attacks.in_memory import fit_in_memory
 from unmergeable.attacks.moments import LegPair, dense_moments
-from unmergeable.checkpoint.source import TensorSource
 from unmergeable.gauge.elements import Dense
-from unmergeable.progress import Progress, silent
 
 ROLES: tuple[Role, ...] = ("query_key", "value_output", "heads", "feed_forward", "experts", "norm", "residual")
 
@@ -50,33 +49,24 @@ ROLES: tuple[Role, ...] = ("query_key", "value_output", "heads", "feed_forward",
 class NearestOrbit(GaugeAttack):
     """``negligible_epsilon``: also estimate the scales that a norm on queries and keys removes up to its epsilon.
 
-    They bring a checkpoint nearer, and change its function by about the epsilon.
+    They bring a checkpoint nearer, and change its function by about the epsilon: the attack is then not exact.
     """
 
     name: ClassVar[str] = "nearest_orbit"
     summary: ClassVar[str] = "the nearest point to the base that computes the same function"
-    exact: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("base",)
 
     negligible_epsilon: bool = False
 
-    def validate(self) -> None:
-        """Every combination of settings is valid."""
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(exact=not self.negligible_epsilon, needs=("base",))
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
-        """What it estimates: every order and every basis that the architecture's map declares."""
+        """Every permutation and every basis that the architecture's map declares."""
         return architecture.symmetry.select(*ROLES, negligible_epsilon=self.negligible_epsilon, folding=True)
 
-    def estimate(
-        self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent
-    ) -> Estimate:
-        """The gauges that bring ``protected`` nearest to ``base``, and the distances they leave.
-
-        Raises:
-            Mismatch: when the checkpoints do not hold the same tensors in attention and feed-forward.
-            BadInput: when one of them holds NaN or infinity.
-        """
-        return estimate_gauges(protected, base, architecture, Solvers(NEAREST), self.spaces(architecture), progress)
+    @property
+    def solvers(self) -> Solvers:
+        return Solvers(NEAREST)
 
 
 def _nearest_dense(space: Space, legs: Sequence[LegPair]) -> Dense:
@@ -95,3 +85,7 @@ NEAREST: dict[GroupKind, Nearest] = {
     "positive_diagonal": nearest_positive_diagonal,
     "diagonal": nearest_diagonal,
 }
+
+
+nearest_orbit = fit_in_memory(NearestOrbit)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""

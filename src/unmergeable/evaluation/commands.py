@@ -77,7 +77,10 @@ def _steps(recovery: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     else:
         sources = {"sources": recovery.get("sources")}
         steps = [{**sources, **({"method": step} if isinstance(step, str) else step)} for step in recovery["steps"]]
-    return [step if "sources" in ATTACKS[step["method"]].needs else {**step, "sources": None} for step in steps]
+    return [
+        step if "sources" in ATTACKS[step["method"]]().requirements().needs else {**step, "sources": None}
+        for step in steps
+    ]
 
 
 def _method(entry: Mapping[str, Any]) -> list[str]:

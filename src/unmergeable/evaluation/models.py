@@ -155,7 +155,7 @@ class ModelMaker:
         return replace(recovered, checkpoint=found, cpu_seconds=seconds, facts=facts)
 
     def _recovered(self, start: Checkpoint, step: MethodEntry, sources: Sequence[Path]) -> tuple[Checkpoint, Any]:
-        needs = ATTACKS[step.method].needs
+        needs = ATTACKS[step.method]().requirements().needs
         task = self.task
         examples: dict[str, Any] = {"data": task.train, "encoder": task.encoder} if "data" in needs else {}
         read = tuple(sources) if "sources" in needs else ()

@@ -55,7 +55,9 @@ class MethodEntry:
     @property
     def tier(self) -> Tier:
         """The lowest one whose attacker can do it."""
-        is_learnt = self.method in DATA_DRIVEN or "data" in getattr(ATTACKS.get(self.method), "needs", ())
+        is_learnt = self.method in DATA_DRIVEN or (
+            self.method in ATTACKS and "data" in ATTACKS[self.method]().requirements().needs
+        )
         return "T3" if is_learnt else "T0"
 
 

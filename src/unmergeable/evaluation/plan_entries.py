@@ -105,7 +105,7 @@ def _checked(found: RecoveryEntry, where: str) -> RecoveryEntry:
     for step in found.steps:
         if step.method in NOT_BEFORE_MERGING:
             raise BadInput(f"{where}: {step.method} {NOT_BEFORE_MERGING[step.method]}")
-    wanted = [step.method for step in found.steps if "sources" in ATTACKS[step.method].needs]
+    wanted = [step.method for step in found.steps if "sources" in ATTACKS[step.method]().requirements().needs]
     if wanted and not found.sources:
         raise BadInput(f"{where}: {wanted[0]} needs sources, public fine-tunes of the base; list some.")
     if found.sources and not wanted:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from unmergeable.attacks import FewShot
+from unmergeable.attacks.few_shot import few_shot
 from unmergeable.errors import BadInput, CheckpointError, UnmergeableError
 from unmergeable.evaluation import scoring
 from unmergeable.evaluation.cells import Cell, CellStore
@@ -29,7 +30,6 @@ from unmergeable.evaluation.scoring import ScoredTask, Sweep
 from unmergeable.evaluation.search import Point
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.few_shot import few_shot
 from unmergeable.network.fine_tune import select
 from unmergeable.network.tasks import Prediction, Task, answer
 from unmergeable.settings import settings_of

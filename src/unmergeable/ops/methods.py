@@ -78,8 +78,8 @@ def methods() -> MethodsResult:
         {
             "name": cls.name,
             "summary": cls.summary,
-            "exact": cls.exact,
-            "needs": list(cls.needs),
+            "exact": cls().requirements().exact,
+            "needs": list(cls().requirements().needs),
             "settings": _settings(cls),
         }
         for cls in ATTACKS.values()

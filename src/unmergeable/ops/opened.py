@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from unmergeable.architecture import Architecture, detect
-from unmergeable.checkpoint.index import TensorSpec
 from unmergeable.checkpoint.open import open_checkpoint
-from unmergeable.checkpoint.source import DerivedSource, TensorSource
+from unmergeable.checkpoint.source import RenamedSource, TensorSource
 from unmergeable.errors import BadInput, Mismatch
 
 
@@ -26,23 +21,6 @@ def open_with_architecture(
 def architecture_of(source: TensorSource) -> Architecture:
     """The architecture of an open checkpoint; raises UnsupportedArchitecture naming what does not fit."""
     return detect(source.config, {name: source.spec(name).shape for name in source.names})
-
-
-@dataclass(frozen=True)
-class RenamedSource(DerivedSource):
-    """A checkpoint under other tensor names: a base saved without the ``bert.`` prefix its fine-tune carries."""
-
-    original_name: Mapping[str, str]
-
-    @property
-    def names(self) -> Sequence[str]:
-        return list(self.original_name)
-
-    def spec(self, name: str) -> TensorSpec:
-        return self.original.spec(self.original_name.get(name, name))
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.original.tensor(self.original_name.get(name, name))
 
 
 def open_base(

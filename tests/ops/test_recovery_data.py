@@ -1,4 +1,4 @@
-"""Recoveries that learn from data, as a program asks for them: from folders and files to a checkpoint."""
+"""Attacks that learn from data, as a program asks for them: from folders and files to a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 import unmergeable
 from unmergeable.attacks import NearestOrbit
-from unmergeable.cli.recover import describe
 from unmergeable.errors import BadInput, Mismatch, UsageError
 from unmergeable.network.load import load_network
 from unmergeable.ops.polynomials import protect_with_polynomials
@@ -24,6 +23,7 @@ from zoo import TOYS, write_toy
 State = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"
 SAMPLES = 24
+STEPS = 4
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,7 +79,7 @@ def work(tmp_path: Path) -> Path:
 
 
 def recover(work: Path, name: str = "merged", **options: Any) -> Any:
-    settings = {"samples": SAMPLES, "steps": 8, "learning_rates": "1e-4,1e-2", **options.pop("settings", {})}
+    settings = {"samples": SAMPLES, "steps": STEPS, "learning_rates": "1e-4,1e-2", **options.pop("settings", {})}
     given = {"base": work / "base", "method": "few_shot", "data": work / "data.npz", "out": work / "out", **options}
     return unmergeable.recover(work / name, settings=settings, **given)
 
@@ -95,7 +95,7 @@ def test_few_shot_trains_a_merge_and_the_same_without_the_victim(work: Path) -> 
     for run in (victim, control):
         assert [trial["learning_rate"] for trial in run["sweep"]] == [0.0, 1e-4, 1e-2]
         assert {trial["choices"] for trial in run["sweep"]} == {SAMPLES}
-        assert len(run["losses"]) == (8 if run["learning_rate"] else 0)
+        assert len(run["losses"]) == (STEPS if run["learning_rate"] else 0)
     assert victim["sweep"] != control["sweep"]
     assert victim["learning_rate"] > 0
     assert trained.keys() == merged.keys()
@@ -107,7 +107,7 @@ def test_few_shot_trains_a_merge_and_the_same_without_the_victim(work: Path) -> 
     assert float(loss) < victim["losses"][0]
     inputs = json.loads((work / "out" / "unmergeable.json").read_text())["inputs"]
     assert {"source", "base", "source 1"} <= set(inputs)
-    text = "\n".join(describe(result))
+    text = "\n".join(result.lines())
     assert f"Trained, from {work / 'merged'}: learning rate" in text
     assert f"The same without the victim, from {work / 'rider'}: l" in text
 
@@ -125,7 +125,7 @@ def test_the_same_call_gives_the_same_bits(work: Path) -> None:
 def test_without_a_source_the_control_starts_from_the_base_and_no_head_of_the_victim(work: Path) -> None:
     tensors = {name: tensor for name, tensor in read(work / "base").items() if not name.startswith("classifier")}
     save_file(tensors, work / "base" / WEIGHTS, {"format": "pt"})
-    learnt = recover(work, "expert").learnt
+    learnt = recover(work, "expert").learnt.to_json()
     assert learnt["without_victim"]["start"] == str(work / "base")
     # A head of zeros cannot choose: the loss is that of five equal chances, and the first class is always named.
     start = learnt["without_victim"]["sweep"][0]
@@ -147,7 +147,7 @@ def test_a_network_of_polynomials_can_be_trained_too(work: Path) -> None:
     before, after = read(protected), read(work / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(".coefficients." in name for name in changed)
-    assert result.learnt["without_victim"]["start"] == str(work / "base")
+    assert result.learnt.without_victim.start == work / "base"
     assert json.loads((work / "out" / "config.json").read_text())["model_type"] == "polynomial_vit"
 
 
@@ -182,8 +182,8 @@ def test_layerwise_ridge_takes_keys_and_polynomials(method: str, work: Path) -> 
     result = unmergeable.recover(
         work / "protected", base=work / "base", method="layerwise_ridge", data=inputs, out=work / "out"
     )
-    assert len(result.learnt["fits"]) == 4
-    assert "Fitted 4 projections" in "\n".join(describe(result))
+    assert len(result.learnt.fits) == 4
+    assert "Fitted 4 projections" in "\n".join(result.lines())
     expert, found, base = (outputs(work / name, work / "data.npz") for name in ("near", "out", "base"))
     assert float((found - expert).norm()) < 0.5 * float((base - expert).norm())
     recovered, origin = read(work / "out"), read(work / "base")
@@ -212,8 +212,8 @@ def test_grad_erase_trains_the_merge_around_what_the_release_disturbed(disturban
     kept = [torch.equal(merged[name][is_reset[name]], trained[name][is_reset[name]]) for name in merged]
     assert all(kept) if disturbance == "reset_entries" else not all(kept)
     assert any(not torch.equal(merged[name], trained[name]) for name in merged)
-    assert result.learnt["with_victim"]["start"] == str(work / "merged")
-    assert result.learnt["without_victim"]["start"] == str(work / "base")
+    assert result.learnt.with_victim.start == work / "merged"
+    assert result.learnt.without_victim.start == work / "base"
     with pytest.raises(UsageError, match="grad_erase: PROTECTED is the merged model"):
         recover(work, out=work / "no", **options)
 
@@ -227,7 +227,7 @@ def test_a_task_may_bring_its_head(tmp_path: Path) -> None:
     head = tmp_path / "head.safetensors"
     write_head(FeatureHead(torch.randn(3, 48, generator=torch.Generator().manual_seed(0)), pooling="mean"), head)
     result = recover(tmp_path, "expert", head=head, settings={"learning_rates": "1e-3"})
-    assert len(result.learnt["with_victim"]["losses"]) == 8
+    assert len(result.learnt.with_victim.losses) == STEPS
     with pytest.raises(BadInput):  # an encoder alone answers nothing
         recover(tmp_path, "expert", out=tmp_path / "no")
 
@@ -236,7 +236,7 @@ def test_texts_need_no_labels(tmp_path: Path) -> None:
     base = write_toy(TOYS["gpt2"], tmp_path / "base")
     moved(base, tmp_path / "expert", size=0.3)
     np.savez(tmp_path / "data.npz", input_ids=np.tile(np.arange(3, 14), (SAMPLES, 1)))
-    learnt = recover(tmp_path, "expert").learnt
+    learnt = recover(tmp_path, "expert").learnt.to_json()
     assert {trial["choices"] for trial in learnt["with_victim"]["sweep"]} == {SAMPLES * 10}
     assert learnt["with_victim"]["losses"][-1] < learnt["with_victim"]["losses"][0]
 

@@ -1,4 +1,4 @@
-"""What was put in another order: experts, heads and hidden units, told apart by what no basis inside them alters.
+"""Permutations of experts, heads and hidden units, recognised by what no basis inside them alters.
 
 Heads: the product of the two factors of a head does not depend on the head's basis,
 
@@ -9,14 +9,14 @@ The products are never formed: <U^T W, U0^T W0> = <U U0^T, W W0^T>, over the few
 
 Hidden units, with rows g, u (gate, up) and columns d (down) of a unit, and g0, u0, d0 the base's:
 
-    only reordered             <u, u0> + <d, d0>                the exact objective of the nearest order
+    only permuted              <u, u0> + <d, d0>                the exact objective of the nearest permutation
     scaled by c > 0 (relu)     cos(u, u0) + cos(d, d0)
     scaled by c, gated         cos(g, g0) + cos(u, u0) cos(d, d0)        no scale or sign of c changes it
 
 Experts: the cosine between the router's rows, which belong to them.
 
 Every matrix of similarities goes to :func:`~unmergeable.gauge.assignment.best_assignment`. The published attack on
-PaRaMS (arXiv 2503.07661) uses the first line throughout: :func:`reordered_similarity`.
+PaRaMS (arXiv 2503.07661) uses the first line throughout: :func:`permuted_similarity`.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ CHUNK_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class Match:
-    """An order, and how clear it was.
+    """A permutation, and how clear it was.
 
     ``margin``, from 0 to 1: by how much a coordinate is more similar to its match than to any other, relative to the
-    former; the median over coordinates. Near 0 the order is a guess.
+    former; the median over coordinates. Near 0 the permutation is a guess.
     """
 
-    order: Monomial
+    permutation: Monomial
     margin: float
 
 
 def match(similarity: Tensor) -> Match:
-    """The order that puts the most similar coordinates in the base's places; ``similarity`` [base, protected]."""
+    """The permutation that puts the most similar coordinates in the base's places; ``similarity`` [base, protected]."""
     if len(similarity) == 1:
         return Match(Monomial(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.float64)), 1.0)
     index = best_assignment(similarity)
@@ -67,8 +67,8 @@ def match(similarity: Tensor) -> Match:
 def match_experts(
     protected: Reader, base: Reader, architecture: Architecture, spaces: Mapping[str, Space], progress: Progress
 ) -> dict[str, Match]:
-    """The order of experts behind every router, and of its groups of experts, among ``spaces``."""
-    found: dict[str, Match] = {}
+    """The permutation of experts behind every router, and of its groups of experts, among ``spaces``."""
+    matches: dict[str, Match] = {}
     mixtures = [mixture for mixture in architecture.mixtures if f"{mixture.name}.experts" in spaces]
     for done, mixture in enumerate(mixtures, start=1):
         ours, theirs = (reader([mixture.router])[mixture.router] for reader in (protected, base))
@@ -76,21 +76,23 @@ def match_experts(
         size = len(mixture.experts) // mixture.groups
         tiles = similarity.view(mixture.groups, size, mixture.groups, size).transpose(1, 2)
         inside = [[match(tile) for tile in row] for row in tiles]
-        # What two groups have in common is what their experts have, in the best order inside.
+        # What two groups have in common is what their experts have, in the best permutation inside.
         shared = [
             [_total(tile, best) for tile, best in zip(*pair, strict=True)] for pair in zip(tiles, inside, strict=True)
         ]
         groups = match(torch.tensor(shared))
-        place = groups.order.index[0]
-        # The order inside acts first, while a group still stands where the protection put it.
+        place = groups.permutation.index[0]
+        # The permutation inside acts first, while a group still stands where the protection put it.
         best = [inside[int(base_group)][group] for group, base_group in enumerate(torch.argsort(place))]
-        index = torch.cat([item.order.index for item in best])
+        index = torch.cat([item.permutation.index for item in best])
         margin = min(item.margin for item in best)
-        found[f"{mixture.name}.experts"] = Match(Monomial(index, torch.ones(index.shape, dtype=torch.float64)), margin)
+        matches[f"{mixture.name}.experts"] = Match(
+            Monomial(index, torch.ones(index.shape, dtype=torch.float64)), margin
+        )
         if mixture.groups > 1:
-            found[f"{mixture.name}.expert_groups"] = groups
+            matches[f"{mixture.name}.expert_groups"] = groups
         progress("matching", done, len(mixtures), "routers")
-    return found
+    return matches
 
 
 def router_similarity(protected: Tensor, base: Tensor) -> Tensor:
@@ -104,11 +106,11 @@ def router_similarity(protected: Tensor, base: Tensor) -> Tensor:
     return cosines
 
 
-def _total(similarity: Tensor, found: Match) -> float:
-    return float(similarity.gather(1, found.order.index.T).sum())
+def _total(similarity: Tensor, best: Match) -> float:
+    return float(similarity.gather(1, best.permutation.index.T).sum())
 
 
-def match_orders(
+def match_permutations(
     protected: Reader,
     base: Reader,
     architecture: Architecture,
@@ -116,7 +118,7 @@ def match_orders(
     unit_similarity: UnitSimilarity,
     progress: Progress,
 ) -> dict[str, Match]:
-    """The order of heads and of hidden units among ``spaces``, one block's tensors in memory at a time.
+    """The permutations of heads and of hidden units among ``spaces``, one block's tensors in memory at a time.
 
     Heads that only move together in all layers of a stack (T5) are matched by the mean over its layers.
     """
@@ -139,11 +141,11 @@ def match_orders(
         for space in spaces.values()
         if space.group.kind == "permutation" and space.role in ("heads", "feed_forward")
     ]
-    found: dict[str, Match] = {}
+    matches: dict[str, Match] = {}
     for done, space in enumerate(wanted, start=1):
-        found[space.name] = match(similarity(space))
-        progress("matching", done, len(wanted), "orders")
-    return found
+        matches[space.name] = match(similarity(space))
+        progress("matching", done, len(wanted), "permutations")
+    return matches
 
 
 def _general_linear_of(
@@ -176,7 +178,7 @@ def head_similarity(space: Space, legs: Sequence[LegPair]) -> Tensor:
 def unit_similarity(block: FeedForward, protected: Tensors, base: Tensors) -> Tensor:
     """Similarity of hidden units whatever scale and sign the architecture lets each of them carry."""
     if block.gate is None and block.activation != "relu":
-        return reordered_similarity(block, protected, base)
+        return permuted_similarity(block, protected, base)
     up, down = (_cosines(_sides(heads, block.size, protected, base)) for heads in (block.up, block.down))
     if block.gate is None:
         return _by_rows(block.size, lambda rows: up(rows) + down(rows))
@@ -184,7 +186,7 @@ def unit_similarity(block: FeedForward, protected: Tensors, base: Tensors) -> Te
     return _by_rows(block.size, lambda rows: gate(rows) + up(rows) * down(rows))
 
 
-def reordered_similarity(block: FeedForward, protected: Tensors, base: Tensors) -> Tensor:
+def permuted_similarity(block: FeedForward, protected: Tensors, base: Tensors) -> Tensor:
     """Similarity of hidden units that carry no scale: inner products over all their weights."""
     every = [heads for heads in (block.gate, block.up, block.down) if heads is not None]
     factors = [_sides(heads, block.size, protected, base) for heads in every]
