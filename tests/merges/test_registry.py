@@ -22,7 +22,7 @@ MACHINERY = {
     "mergekit_config",
     "mergekit_meaning",
     "mergekit_methods",
-    "method",
+    "base",
     "models",
     "spectral",
     "thinning",

@@ -5,8 +5,7 @@ Everything that can be refused is refused before the first byte is written.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.manifest import Manifest
 from unmergeable.checkpoint.partial import require_absent
-from unmergeable.checkpoint.pipeline import default_threads
 from unmergeable.checkpoint.rewrite import OutputTensor, output_like, rewrite
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.checkpoint.writer import require_spec
@@ -36,6 +34,7 @@ from unmergeable.merges.models import (
 )
 from unmergeable.merges.variation import Vary, describe, terms_of
 from unmergeable.progress import Progress, silent
+from unmergeable.threads import one_thread_per_kernel, worker_threads
 
 MEMORY_BUDGET = 256 << 20
 """Bytes of merged tensors on their way to the disk. A merge is slower than the disk: more would only wait."""
@@ -100,8 +99,8 @@ def merge(
     changes = None if out_dtype is None else dtype_changes(template.config, out_dtype)
 
     # Each tensor has one thread to itself, and the processors are shared among tensors.
-    with _torch_threads(1):
-        workers = threads or default_threads()
+    with one_thread_per_kernel():
+        workers = worker_threads(threads)
         merge_tensor = method.prepare(replace(inputs, threads=workers, progress=progress), terms.__getitem__)
         return rewrite(
             template,
@@ -227,13 +226,3 @@ def _fill(name: str, spec: TensorSpec, merge_operands: Callable[[], Tensor], scr
 def _verify(template: TensorSource, out_dtype: torch.dtype | None, written: TensorSource) -> Mapping[str, Any]:
     require_nothing_lost(template, written, out_dtype)
     return {}
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
