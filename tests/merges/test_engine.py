@@ -74,7 +74,7 @@ def test_files_and_memory_give_the_same_bits(tmp_path: Path, method: Merge, dtyp
     base, experts = make_models(2, dtype)
     sources = write_models(tmp_path / "in", [base, *experts])
     merged = read_all(merge_files(sources, method, tmp_path / "out"))
-    expected = merge_state_dicts(base, experts, coefficients_for(method), method)
+    expected = merge_state_dicts(base, experts, method=method, coefficients=coefficients_for(method))
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
@@ -109,8 +109,8 @@ def test_the_output_may_have_another_dtype(tmp_path: Path, dtype: torch.dtype) -
         for number, state in enumerate((base, *experts))
     ]
     out = merge_files(sources, TaskArithmetic(), tmp_path / "out", out_dtype=dtype)
-    merged, full = read_all(out), merge_state_dicts(base, experts, [0.4, 0.9], TaskArithmetic())
-    in_memory = merge_state_dicts(base, experts, [0.4, 0.9], TaskArithmetic(), out_dtype=dtype)
+    merged, full = read_all(out), merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[0.4, 0.9])
+    in_memory = merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[0.4, 0.9], out_dtype=dtype)
     for name, tensor in full.items():
         expected = tensor.to(dtype) if tensor.is_floating_point() else tensor
         if dtype.itemsize < 4:
@@ -131,8 +131,8 @@ def test_terms_that_vary_are_the_same_on_files_and_are_recorded(tmp_path: Path) 
         return Variation((0.1, None)) if name.startswith("layers.0") else Variation()
 
     merged = read_all(merge_files(sources, TaskArithmetic(), tmp_path / "out", vary=vary))
-    expected = merge_state_dicts(base, experts, [0.4, 0.9], TaskArithmetic(), vary=vary)
-    plain = merge_state_dicts(base, experts, [0.4, 0.9], TaskArithmetic())
+    expected = merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[0.4, 0.9], vary=vary)
+    plain = merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[0.4, 0.9])
     assert all(torch.equal(merged[name], expected[name]) for name in base)
     assert {n for n in base if not torch.equal(merged[n], plain[n])} == {"layers.0.weight", "layers.0.bias"}
     varied = read_manifest(tmp_path / "out").details["recipe"]["varied"]

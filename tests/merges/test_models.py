@@ -39,51 +39,51 @@ REFUSED: list[tuple[str, Spoil, type[UnmergeableError], str]] = [
 @pytest.mark.parametrize("method", [*(method() for method in MERGES.values()), Ties(trim="tensor")], ids=repr)
 def test_refuses(method: Merge, spoil: Spoil, error: type[UnmergeableError], message: str) -> None:
     base, experts = make_models(2)
-    merge_state_dicts(base, experts, None, method)  # control: nothing else is wrong with them
+    merge_state_dicts(base, experts, method=method)  # control: nothing else is wrong with them
     spoil(experts[1])
     with pytest.raises(error, match=message) as caught:
-        merge_state_dicts(base, experts, None, method)
+        merge_state_dicts(base, experts, method=method)
     assert "\n" not in str(caught.value)
 
 
 def test_overflow_is_not_blamed_on_an_input() -> None:
     base = {"weight": torch.full((4,), 40_000.0, dtype=torch.float16)}
     expert = {"weight": torch.full((4,), 60_000.0, dtype=torch.float16)}
-    merge_state_dicts(base, [expert], [1.0], TaskArithmetic())
+    merge_state_dicts(base, [expert], method=TaskArithmetic(), coefficients=[1.0])
     with pytest.raises(BadInput, match=r"weight: the merge overflows torch.float16"):
-        merge_state_dicts(base, [expert], [2.0], TaskArithmetic())
+        merge_state_dicts(base, [expert], method=TaskArithmetic(), coefficients=[2.0])
 
 
 def test_large_finite_weights_are_not_mistaken_for_overflow() -> None:
     """Their sum, by which a block is checked first, does overflow."""
     base = {"weight": torch.full((1000,), 3e38)}
-    assert torch.equal(merge_state_dicts(base, [base], None, TaskArithmetic())["weight"], base["weight"])
+    assert torch.equal(merge_state_dicts(base, [base], method=TaskArithmetic())["weight"], base["weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64], ids=str)
 def test_refuses_dtypes_it_cannot_merge(dtype: torch.dtype) -> None:
     state = {"weight": torch.zeros(4).to(dtype)}
     with pytest.raises(BadInput, match=r"weight: .* cannot be merged"):
-        merge_state_dicts(state, [state], None, TaskArithmetic())
+        merge_state_dicts(state, [state], method=TaskArithmetic())
 
 
 def test_refuses_models_without_weights() -> None:
     state = {"position_ids": torch.arange(3)}
     with pytest.raises(BadInput, match="nothing to merge"):
-        merge_state_dicts(state, [state], None, TaskArithmetic())
+        merge_state_dicts(state, [state], method=TaskArithmetic())
 
 
 def test_refuses_coefficients_of_another_length() -> None:
     base, experts = make_models(2)
     with pytest.raises(UsageError, match="3 coefficients for 2 experts"):
-        merge_state_dicts(base, experts, [1.0, 1.0, 1.0], TaskArithmetic())
+        merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[1.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize("method", [method() for method in MERGES.values()], ids=repr)
 def test_inputs_stay_as_they_are_and_share_no_memory(method: Merge) -> None:
     base, experts = make_models(2)
     before = [{name: tensor.clone() for name, tensor in state.items()} for state in (base, *experts)]
-    merged = merge_state_dicts(base, experts, None, method)
+    merged = merge_state_dicts(base, experts, method=method)
     for tensor in merged.values():
         tensor.zero_()
     for state, copy in zip((base, *experts), before, strict=True):
@@ -92,7 +92,7 @@ def test_inputs_stay_as_they_are_and_share_no_memory(method: Merge) -> None:
 
 def test_strided_tensors_and_parameters_merge_like_plain_ones() -> None:
     base, experts = make_models(2)
-    expected = merge_state_dicts(base, experts, None, TaskArithmetic())
+    expected = merge_state_dicts(base, experts, method=TaskArithmetic())
     strided = {
         name: tensor.repeat_interleave(2, -1)[..., ::2] if tensor.dim() else tensor for name, tensor in base.items()
     }
@@ -101,7 +101,7 @@ def test_strided_tensors_and_parameters_merge_like_plain_ones() -> None:
         name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor
         for name, tensor in experts[0].items()
     }
-    merged = merge_state_dicts(strided, [trainable, experts[1]], None, TaskArithmetic())
+    merged = merge_state_dicts(strided, [trainable, experts[1]], method=TaskArithmetic())
     assert list(merged) == list(base)
     assert all(torch.equal(merged[name], expected[name]) for name in base)
     assert not any(tensor.requires_grad for tensor in merged.values())

@@ -86,7 +86,7 @@ def test_the_merge_differs_from_the_one_without_data(tmp_path: Path, toy: str, m
         settings=settings,
         data=data,
     )
-    merged, plain = read(tmp_path / "out"), merge_state_dicts(None, [read(e) for e in experts], None, Linear())
+    merged, plain = read(tmp_path / "out"), merge_state_dicts(None, [read(e) for e in experts], method=Linear())
     assert merged.keys() == plain.keys()
     assert all(bool(tensor.isfinite().all()) for tensor in merged.values())
     assert any(not torch.equal(merged[name], plain[name]) for name in plain)
@@ -113,8 +113,7 @@ def test_adamerging_streams_what_it_learnt(tmp_path: Path) -> None:
     expected = merge_state_dicts(
         read(base),
         [read(folder) for folder in experts],
-        None,
-        AdaMerging(task_vectors="ties"),
+        method=AdaMerging(task_vectors="ties"),
         vary=lambda name: Variation(tuple(coefficients[name])),
     )
     merged = read(tmp_path / "out")
@@ -145,7 +144,7 @@ def test_a_soup_leaves_out_what_makes_it_worse(tmp_path: Path) -> None:
     assert result.learnt["soup"][0] == 3
     assert result.learnt["scores"][0] < 1.0  # control
     chosen = [read((stranger, experts[1], experts[0])[number - 1]) for number in sorted(result.learnt["soup"])]
-    expected = merge_state_dicts(None, [*chosen, *chosen], None, Linear())
+    expected = merge_state_dicts(None, [*chosen, *chosen], method=Linear())
     merged = read(tmp_path / "out")
     assert all(torch.allclose(merged[n], expected[n], rtol=2e-7, atol=0) for n in expected)
     assert [value for _, value in result.experts] == [float(n in result.learnt["soup"]) for n in (1, 2, 3)]
@@ -165,7 +164,7 @@ def test_statistics_may_be_given_instead_of_data(tmp_path: Path) -> None:
         out=tmp_path / "out",
         settings={"statistics": str(tmp_path / "statistics")},
     )
-    expected = merge_state_dicts(None, [read(folder) for folder in experts], None, Linear())
+    expected = merge_state_dicts(None, [read(folder) for folder in experts], method=Linear())
     merged = read(tmp_path / "out")
     # a + (b - a) / 2 against (a + b) / 2: two roundings of what is added up.
     bound = {n: 4 * 2**-24 * (abs(read(experts[0])[n]) + abs(read(experts[1])[n])) for n in expected}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -80,25 +78,7 @@ def merge(
             threads=threads,
             progress=progress,
         )
-    by = " by mergekit" if result.backend == "mergekit" else ""
-    text = [f"Merged{by}: {result.out} ({result.method}; {result.tensors} tensors)"]
-    text += [
-        f"  {path}" if coefficient is None else f"  {coefficient:g} of {path}" for path, coefficient in result.experts
-    ]
-    return Outcome(result.to_json(), [*text, *describe_learnt(result.learnt or {})])
-
-
-def describe_learnt(learnt: Mapping[str, Any]) -> list[str]:
-    """What a merge found out from data, in a line or none."""
-    if "soup" in learnt:
-        experts = ", ".join(map(str, learnt["soup"]))
-        kept = [trial["score"] for trial in learnt["trials"] if trial["kept"]]
-        return [f"  In the soup: experts {experts} (score {kept[-1]:.4f}; the best alone {kept[0]:.4f})"]
-    if "entropies" in learnt:
-        first, last = (fmean(entropies) for entropies in (learnt["entropies"][0], learnt["entropies"][-1]))
-        means = ", ".join(f"{fmean(values):.3f}" for values in zip(*learnt["coefficients"].values(), strict=True))
-        return [f"  Entropy {first:.3f} -> {last:.3f} nats; mean coefficients {means}"]
-    return []
+    return Outcome(result.to_json(), result.lines())
 
 
 def parse_expert(text: str) -> tuple[Path, float | None]:

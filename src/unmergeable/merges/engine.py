@@ -33,6 +33,7 @@ from unmergeable.merges.models import (
     state_dict_model,
 )
 from unmergeable.merges.variation import Vary, describe, terms_of
+from unmergeable.network.disk_weights import Weights, weights_of
 from unmergeable.progress import Progress, silent
 from unmergeable.threads import one_thread_per_kernel, worker_threads
 
@@ -119,22 +120,27 @@ def merge(
 
 
 def merge_state_dicts(
-    base: Mapping[str, Tensor] | None,
-    experts: Sequence[Mapping[str, Tensor]],
-    coefficients: Sequence[float | None] | None,
-    method: Merge,
+    base: Weights | None,
+    experts: Sequence[Weights],
     *,
+    method: Merge,
+    coefficients: Sequence[float | None] | None = None,
     vary: Vary | None = None,
+    statistics: Sequence[Mapping[str, Tensor]] = (),
     out_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Merge state dicts in memory: new tensors of the stored dtypes, in the order of the base or first expert.
+    """Merge in memory: new tensors of the stored dtypes, in the order of the base or first expert.
+
+    The bits are those that :func:`merge` writes. Models are state dicts by the names on disk, or live networks, whose
+    parameters are read without a copy.
 
     Args:
         base: The common ancestor; may be None where the method does not need it.
         experts: At least ``method.fewest_experts`` fine-tunes of it.
-        coefficients: One per expert, None for the method's default; or None for the default throughout.
         method: A merge with its settings, e.g. ``TaskArithmetic(scaling_coefficient=0.3)``.
+        coefficients: One per expert, None for the method's default; or None for the default throughout.
         vary: What departs from the coefficients and settings in a tensor, by its name; None where nothing does.
+        statistics: What was gathered of each expert, for methods that read statistics.
         out_dtype: The floating-point dtype of the merge; None for that of the models.
 
     Raises:
@@ -146,12 +152,17 @@ def merge_state_dicts(
     if len(given) != len(experts):
         raise UsageError(f"{len(given)} coefficients for {len(experts)} experts: give one each, or none at all.")
     _require_usable(method, given, has_base=base is not None)
-    states = {f"expert {number}": state for number, state in enumerate(experts, start=1)}
+    if statistics and "statistics" not in method.requirements().reads:
+        raise UsageError(f"{method.name} reads no statistics; leave them out.")
+    if statistics and len(statistics) != len(experts):
+        raise UsageError(f"statistics of {len(statistics)} models for {len(experts)} experts: give those of each.")
+    states = {f"expert {number}": weights_of(expert) for number, expert in enumerate(experts, start=1)}
     if base is not None:
-        states = {"base": base, **states}
+        states = {"base": weights_of(base), **states}
     template = next(iter(states.values()))
     models = [state_dict_model(label, state) for label, state in states.items()]
-    inputs = _inputs(models, method, has_base=base is not None)
+    gathered = tuple(state_dict_model(f"statistics {n}", state) for n, state in enumerate(statistics, start=1))
+    inputs = replace(_inputs(models, method, has_base=base is not None), statistics=gathered)
 
     terms = terms_of(method, given, inputs.names, vary)
     merge_tensor, scratch, merged = method.prepare(inputs, terms.__getitem__), Scratch(out_dtype), set(inputs.names)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unmergeable.errors import UsageError
 from unmergeable.merges.base import Inputs, TermsOf
-from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, widened_blocks
+from unmergeable.merges.blocks import Operand, Scratch, accumulation_dtype, widened_blocks
 from unmergeable.merges.bracket import bracketed_magnitudes
 from unmergeable.quantile import DIGITS, KthLargest
 
@@ -38,14 +38,14 @@ def tensor_magnitudes(operands: Sequence[Operand], ranks: Ranks, scratch: Scratc
         found = tuple(map(tuple, bracketed_magnitudes(operands, ranks, scratch)))
         if all(value is not None for values in found for value in values):
             return cast(Magnitudes, found)
-    dtype = compute_dtype(operands[0].dtype)
+    dtype = accumulation_dtype(operands[0].dtype)
     return _settle(ranks, dtype, lambda searches: _count_digits(searches, operands, scratch))
 
 
 def model_magnitudes(inputs: Inputs, ranks: Ranks) -> Magnitudes:
     """The same over all tensors of the model. Passes over the files are reported as ranking."""
     # The widest compute dtype of the model: every magnitude in it is exact.
-    dtypes = [compute_dtype(inputs.operands(name)[0].dtype) for name in inputs.names]
+    dtypes = [accumulation_dtype(inputs.operands(name)[0].dtype) for name in inputs.names]
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     return _settle(
         ranks, dtype, lambda searches: inputs.total(partial(_count_digits, searches), stage="ranking task vectors")

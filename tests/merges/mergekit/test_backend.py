@@ -15,7 +15,7 @@ from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, Mismatch, UnmergeableError, UsageError
 from unmergeable.merges import Linear, TaskArithmetic, merge_state_dicts
-from unmergeable.merges.mergekit_backend import find_command, merge_with_mergekit
+from unmergeable.merges.mergekit.backend import find_command, merge_with_mergekit
 
 STAND_IN = """#!{python}
 import json, shutil, sys
@@ -53,7 +53,7 @@ def stand_in(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     command.parent.mkdir()
     command.write_text(STAND_IN.format(python=sys.executable, body=body))
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr("unmergeable.merges.mergekit_backend.find_command", lambda: str(command))
+    monkeypatch.setattr("unmergeable.merges.mergekit.backend.find_command", lambda: str(command))
 
 
 def document(sources: dict[str, TensorSource]) -> dict[str, object]:
@@ -177,7 +177,9 @@ def test_the_real_mergekit_merges_as_we_do(tmp_path: Path, method: str) -> None:
     inputs = {f"model {number}": open_checkpoint(folder) for number, folder in enumerate(folders)}
     merge_with_mergekit(document, inputs, tmp_path / "out")
     theirs = {n: t for path in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(path).items()}
-    ours = merge_state_dicts(states[0], states[1:], [0.4, 0.4], Linear() if method == "linear" else TaskArithmetic())
+    ours = merge_state_dicts(
+        states[0], states[1:], method=Linear() if method == "linear" else TaskArithmetic(), coefficients=[0.4, 0.4]
+    )
     for name, tensor in ours.items():
         step = torch.finfo(torch.bfloat16).eps * torch.maximum(tensor.abs(), theirs[name].abs()).float()
         assert bool(((tensor.float() - theirs[name].float()).abs() <= step + 1e-6).all()), name
