@@ -69,6 +69,27 @@ def test_by_method(tmp_path: Path, models: tuple[State, list[State]]) -> None:
     }
 
 
+def test_text_and_names_on_the_hub_are_folders_too(
+    tmp_path: Path, models: tuple[State, list[State]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts = models
+    monkeypatch.setattr("unmergeable.checkpoint.hub.download", lambda name: tmp_path / name.rpartition("/")[2])
+    result = ops.merge(
+        experts=[("hub:somebody/a", 0.5), str(tmp_path / "b")],
+        method="task_arithmetic",
+        base="hub:somebody/base",
+        out=str(tmp_path / "out"),
+    )
+    expected = merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[0.5, None])
+    assert equal(read(tmp_path / "out"), expected)
+    assert result.experts == (("hub:somebody/a", 0.5), (str(tmp_path / "b"), 0.3))
+    assert result.lines() == [
+        f"Merged: {tmp_path / 'out'} (task_arithmetic; {len(base)} tensors)",
+        "  0.5 of hub:somebody/a",
+        f"  0.3 of {tmp_path / 'b'}",
+    ]
+
+
 def test_by_configuration(tmp_path: Path, models: tuple[State, list[State]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths start at the file, wherever the process is; the donor is the base, wherever it is listed."""
     base, experts = models

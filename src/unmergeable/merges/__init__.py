@@ -13,7 +13,8 @@ package derives from :class:`Merge` and is added with :func:`register_merge`, or
 """
 
 from unmergeable.merges.adamerging import AdaMerging, adamerging
-from unmergeable.merges.base import Merge
+from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf
+from unmergeable.merges.blocks import merge_blocks, merge_whole
 from unmergeable.merges.breadcrumbs import Breadcrumbs, breadcrumbs
 from unmergeable.merges.consensus_ta import ConsensusTa, consensus_ta
 from unmergeable.merges.dare_linear import DareLinear, dare_linear
@@ -31,7 +32,7 @@ from unmergeable.merges.task_arithmetic import TaskArithmetic, task_arithmetic
 from unmergeable.merges.ties import Ties, ties
 from unmergeable.merges.tsv_m import TsvM, tsv_m
 from unmergeable.merges.variation import Variation
-from unmergeable.registry import Registry
+from unmergeable.registry import Registry, Requirements
 from unmergeable.settings import configure
 
 MERGES = Registry(
@@ -80,14 +81,18 @@ __all__ = [
     "DareTies",
     "Della",
     "Fisher",
+    "Inputs",
     "IsoC",
     "Linear",
     "Merge",
     "ModelStock",
     "RegMean",
+    "Requirements",
     "Slerp",
     "Soup",
     "TaskArithmetic",
+    "TensorMerge",
+    "TermsOf",
     "Ties",
     "TsvM",
     "Variation",
@@ -101,8 +106,10 @@ __all__ = [
     "iso_c",
     "linear",
     "merge",
+    "merge_blocks",
     "merge_method",
     "merge_state_dicts",
+    "merge_whole",
     "model_stock",
     "register_merge",
     "regmean",
