@@ -115,7 +115,7 @@ def control(ours: State, theirs: State, sizes: Callable[[str], Tensor]) -> None:
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_linear(stored: torch.dtype, out: torch.dtype, normalize: bool) -> None:
-    _, experts = make_models(3, stored)
+    _, experts = make_models(3, stored, several_blocks=stored == out == torch.float32)
     ours = merge_state_dicts(None, experts, method=Linear(normalize=normalize), coefficients=WEIGHTS, out_dtype=out)
     theirs = with_mergekit("linear", None, experts, {"weight": WEIGHTS, "normalize": normalize}, out)
 
@@ -133,7 +133,7 @@ def test_linear(stored: torch.dtype, out: torch.dtype, normalize: bool) -> None:
 @pytest.mark.parametrize("out", OUT_DTYPES, ids=str)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
 def test_task_arithmetic(stored: torch.dtype, out: torch.dtype) -> None:
-    base, experts = make_models(3, stored)
+    base, experts = make_models(3, stored, several_blocks=stored == out == torch.float32)
     weights = [0.3, 1.0, -0.5]
     ours = merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=weights, out_dtype=out)
     theirs = with_mergekit("task_arithmetic", base, experts, {"weight": weights}, out)
@@ -206,7 +206,7 @@ def magnitudes_at(base: State, expert: State, name: str, ranks: list[int]) -> Te
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("density", [1.0, 0.3])
 def test_ties(stored: torch.dtype, left: float, out: torch.dtype, normalize: bool, density: float) -> None:
-    base, experts = make_models(3, stored)
+    base, experts = make_models(3, stored, several_blocks=stored == out == torch.float32)
     method = Ties(density=density, trim="tensor", average="weight" if normalize else "sum", undecided="positive")
     ours = merge_state_dicts(base, experts, method=method, coefficients=WEIGHTS, out_dtype=out)
     parameters = {"weight": WEIGHTS, "density": density, "normalize": normalize}
@@ -243,7 +243,7 @@ def undecided(base: State, experts: list[State], weights: list[float], name: str
 @pytest.mark.parametrize(("stored", "left"), [(torch.bfloat16, 0.5), (torch.float32, 0.02)], ids=str)
 @pytest.mark.parametrize(("density", "gamma"), [(0.3, 0.1), (0.9, 0.3), (1.0, 0.01)])
 def test_breadcrumbs(stored: torch.dtype, left: float, out: torch.dtype, density: float, gamma: float) -> None:
-    base, experts = make_models(3, stored)
+    base, experts = make_models(3, stored, several_blocks=stored == out == torch.float32)
     ours = merge_state_dicts(
         base, experts, method=Breadcrumbs(density=density, gamma=gamma), coefficients=WEIGHTS, out_dtype=out
     )
@@ -347,7 +347,7 @@ def near_undecided(base: State, experts: list[State], name: str) -> Tensor:
 )
 def test_dare_and_della_in_distribution(name: str, method: Merge) -> None:
     """Fraction kept, mean and variance of what is kept, per tensor, each under its own random numbers."""
-    base, (expert,) = make_models(1, torch.float32)
+    base, (expert,) = make_models(1, torch.float32, several_blocks=True)
     experts = [expert] if name == "dare_linear" else [expert, base]  # the second expert adds nothing
     torch.manual_seed(0)
     parameters = {"weight": 1.0, "density": 0.3, **({"epsilon": 0.2} if name == "della" else {})}
