@@ -17,18 +17,27 @@ def merge(
     out: OutOption,
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="[CONFIG.yaml]", help="A mergekit configuration, instead of the options that follow."),
+        typer.Argument(
+            metavar="[CONFIG.yaml]",
+            help="A mergekit configuration file, instead of --expert, --method, --base, --set and --data.",
+        ),
     ] = None,
     experts: Annotated[
         list[str] | None,
-        typer.Option("--expert", metavar="PATH[=COEFFICIENT]", help="A checkpoint to merge; repeat it for each."),
+        typer.Option(
+            "--expert",
+            metavar="PATH[=COEFFICIENT]",
+            help="A checkpoint to merge, with its coefficient; repeat the option for each one.",
+        ),
     ] = None,
     method: Annotated[
         str | None, typer.Option("--method", metavar="NAME", help="A merge; `unmergeable methods` lists them.")
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option("--base", metavar="BASE", help="What they were fine-tuned from; `linear` and `slerp` do without."),
+        typer.Option(
+            "--base", metavar="BASE", help="The checkpoint they were fine-tuned from; `linear` and `slerp` need none."
+        ),
     ] = None,
     assignments: SetOption = None,
     data: Annotated[
@@ -36,24 +45,21 @@ def merge(
         typer.Option(
             "--data",
             metavar="PATH",
-            help="Examples for methods that need data, from local files; repeat it for each --expert, in their order.",
+            help="Examples, for methods that learn from data: a local file or folder per --expert, in the same order.",
         ),
     ] = None,
     backend: Annotated[
         Literal["own", "mergekit"],
         typer.Option(
-            "--backend", help="`mergekit` runs the installed mergekit, and refuses a merge that lost tensors."
+            "--backend", help="`mergekit` runs the installed mergekit and rejects its result if tensors are missing."
         ),
     ] = "own",
     checksums: Annotated[
-        bool,
-        typer.Option(
-            "--checksums", help="Record the SHA-256 of every file read and written, not only of headers; takes longer."
-        ),
+        bool, typer.Option("--checksums", help="Record the SHA-256 of whole files, not only of their headers; slower.")
     ] = False,
     threads: ThreadsOption = None,
 ) -> Outcome:
-    """Merge fine-tunes of one base, as somebody might who found yours.
+    """Merge fine-tunes of one base model, as anyone could who downloads yours.
 
     Example:
       unmergeable merge --base ./base --expert ./yours=0.3 --expert ./theirs=0.3 --method task_arithmetic --out ./merged

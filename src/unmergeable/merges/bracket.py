@@ -99,8 +99,8 @@ def _select_few(values: Magnitudes, mask: npt.NDArray[np.bool_]) -> Magnitudes:
     eights = mask[:whole].view(np.uint64)
     hits = np.flatnonzero(eights != 0)
     near = values[:whole].reshape(-1, 8).take(hits, axis=0).reshape(-1)
-    found = near.compress(eights.take(hits).view(np.bool_))
-    return found if whole == len(values) else np.concatenate([found, values[whole:].compress(mask[whole:])])
+    inside = near.compress(eights.take(hits).view(np.bool_))
+    return inside if whole == len(values) else np.concatenate([inside, values[whole:].compress(mask[whole:])])
 
 
 def _samples(operands: Sequence[Operand]) -> tuple[list[Magnitudes], bool]:

@@ -35,9 +35,9 @@ def rank_kept(density: float, size: int) -> int:
 def tensor_magnitudes(operands: Sequence[Operand], ranks: Ranks, scratch: Scratch) -> Magnitudes:
     """The magnitudes of the given ranks in each expert's task vector of one tensor; the base comes first."""
     if operands[0].device.type == "cpu":
-        found = tuple(map(tuple, bracketed_magnitudes(operands, ranks, scratch)))
-        if all(value is not None for values in found for value in values):
-            return cast(Magnitudes, found)
+        magnitudes = tuple(map(tuple, bracketed_magnitudes(operands, ranks, scratch)))
+        if all(value is not None for values in magnitudes for value in values):
+            return cast(Magnitudes, magnitudes)
     dtype = accumulation_dtype(operands[0].dtype)
     return _settle(ranks, dtype, lambda searches: _count_digits(searches, operands, scratch))
 
