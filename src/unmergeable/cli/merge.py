@@ -59,7 +59,7 @@ def merge(
     ] = False,
     threads: ThreadsOption = None,
 ) -> Outcome:
-    """Merge fine-tunes of one base model, as anyone could who downloads yours.
+    """Merge fine-tunes of one base model, as anyone could with yours.
 
     Example:
       unmergeable merge --base ./base --expert ./yours=0.3 --expert ./theirs=0.3 --method task_arithmetic --out ./merged
