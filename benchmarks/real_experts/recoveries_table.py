@@ -48,7 +48,7 @@ from unmergeable.attacks import FewShot
 from unmergeable.attacks.few_shot import few_shot
 from unmergeable.errors import BadInput, UnmergeableError
 from unmergeable.merges import TaskArithmetic, merge_state_dicts
-from unmergeable.network.task_vectors import TaskVectors
+from unmergeable.merges.task_vectors import TaskVectors
 
 LIMIT = 250
 NO_VICTIM = "no victim"
@@ -144,7 +144,9 @@ class Attacker:
         Raises:
             Mismatch: the weights are not those of the base's network.
         """
-        return merge_state_dicts(self.scorer.base, [weights, self.rider], [self.coefficient] * 2, TaskArithmetic())
+        return merge_state_dicts(
+            self.scorer.base, [weights, self.rider], method=TaskArithmetic(), coefficients=[self.coefficient] * 2
+        )
 
     def cell(self, released: Path, recovery: Recovery) -> Row:
         """Scores of the merge after a recovery; or why there is none."""

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unmergeable.merges import Linear, Ties, merge_state_dicts
+from unmergeable.merges.task_vectors import TaskVectors, score_merges
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.load import load_network
-from unmergeable.network.task_vectors import TaskVectors, score_merges
 from unmergeable.network.tasks import Task
 from unmergeable.tasks import example_credits
 
@@ -110,10 +110,10 @@ class Scorer:
         best = self.best_coefficient(vectors, tasks)
         found = {}
         for name, weights, coefficient in (
-            ("linear", merge_state_dicts(self.base, [first, second], None, Linear()), None),
+            ("linear", merge_state_dicts(self.base, [first, second], method=Linear()), None),
             ("task_arithmetic", vectors.merged((PUBLISHED_COEFFICIENT,) * 2), PUBLISHED_COEFFICIENT),
             ("task_arithmetic, best", vectors.merged((best, best)), best),
-            ("ties", merge_state_dicts(self.base, [first, second], None, Ties()), None),
+            ("ties", merge_state_dicts(self.base, [first, second], method=Ties()), None),
         ):
             found[name] = Merged(self.right(weights, tasks), coefficient)
         return found

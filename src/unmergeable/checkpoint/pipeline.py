@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -33,6 +32,7 @@ from unmergeable.checkpoint.manifest import FileRecord
 from unmergeable.checkpoint.reader import OpenFiles
 from unmergeable.checkpoint.source import Extent, empty_tensor, tensor_bytes
 from unmergeable.checkpoint.writer import Origin, require_spec
+from unmergeable.threads import processors
 
 PIECE_BYTES = 1 << 20
 _BUFFERS = 96  # as much read-ahead as hides the reading of one changed tensor of that size
@@ -167,11 +167,7 @@ def _release(view: memoryview, channel: _Channel, reserved: int, of_ring: bool) 
 
 def default_threads() -> int:
     """As many workers as keep workers times torch's own threads within the processors."""
-    return max(1, (_processors() // torch.get_num_threads()))
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, processors() // torch.get_num_threads())
 
 
 @dataclass(frozen=True)

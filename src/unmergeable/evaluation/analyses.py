@@ -48,7 +48,7 @@ from unmergeable.evaluation.models import SCALE, Variant
 from unmergeable.evaluation.plan import TaskEntry
 from unmergeable.evaluation.pool import Call, Pool
 from unmergeable.evaluation.scoring import Checkpoint, ScoredTask
-from unmergeable.network.task_vectors import TaskVectors
+from unmergeable.merges.task_vectors import TaskVectors
 from unmergeable.ops.opened import open_base, open_with_architecture
 from unmergeable.progress import Progress, silent
 from unmergeable.tasks import ChoiceScorer

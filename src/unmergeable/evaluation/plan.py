@@ -13,7 +13,7 @@ from typing import Any, Literal
 from unmergeable.attacks import ATTACKS, FewShot
 from unmergeable.attacks.few_shot import parse_rates
 from unmergeable.evaluation.analysis_settings import AnalysisSettings
-from unmergeable.ops.data_merges import DATA_DRIVEN
+from unmergeable.merges import MERGES
 from unmergeable.ops.steps import steps_of
 from unmergeable.settings import configure
 from unmergeable.tasks import TaskKind
@@ -55,9 +55,10 @@ class MethodEntry:
     @property
     def tier(self) -> Tier:
         """The lowest one whose attacker can do it."""
-        is_learnt = self.method in DATA_DRIVEN or (
-            self.method in ATTACKS and "data" in ATTACKS[self.method]().requirements().needs
-        )
+        if self.method in MERGES:
+            is_learnt = MERGES[self.method]().needs_data
+        else:
+            is_learnt = self.method in ATTACKS and "data" in ATTACKS[self.method]().requirements().needs
         return "T3" if is_learnt else "T0"
 
 

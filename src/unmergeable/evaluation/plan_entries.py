@@ -22,7 +22,6 @@ from unmergeable.evaluation.plan import (
     joined,
 )
 from unmergeable.merges import MERGES, AdaMerging
-from unmergeable.ops.data_merges import DATA_DRIVEN
 from unmergeable.settings import configure, nearest
 from unmergeable.tasks import TASKS, Classification, TaskKind
 
@@ -72,7 +71,7 @@ def require_reads(entry: ProtectionEntry, where: str) -> None:
 def read_merge(item: object, where: str) -> MethodEntry:
     """A name, or a method with settings."""
     found = known_merge(_named(item, where), where)
-    if found.method in DATA_DRIVEN and found.method != AdaMerging.name:
+    if MERGES[found.method]().needs_data and found.method != AdaMerging.name:
         raise BadInput(f"{where}: {found.method} needs data, which no attacker here merges with; adamerging can.")
     return found
 

@@ -26,13 +26,12 @@ from unmergeable.evaluation.cells import Cell, CellStore
 from unmergeable.evaluation.plan import Coefficients, MethodEntry, Part, TaskEntry
 from unmergeable.evaluation.search import Point, coarse_points, next_points
 from unmergeable.merges import MERGES, AdaMerging, TaskArithmetic, merge_state_dicts
+from unmergeable.merges.adamerging import learn_coefficients
+from unmergeable.merges.task_vectors import TaskVectors
 from unmergeable.network.disk_weights import swapped
-from unmergeable.network.learn_coefficients import learn_coefficients
 from unmergeable.network.load import load_network
 from unmergeable.network.polynomial_network import load_polynomial_network
-from unmergeable.network.task_vectors import TaskVectors
 from unmergeable.network.tasks import Task
-from unmergeable.ops.data_merges import DATA_DRIVEN
 from unmergeable.polynomials.layout import SECTION
 from unmergeable.settings import configure, settings_of
 from unmergeable.tasks import ChoiceScorer, TaskData, TaskScorer
@@ -205,7 +204,7 @@ def weights_of(sweep: Sweep) -> Callable[[Point | None], Mapping[str, Tensor]]:
     if isinstance(method, AdaMerging):
         return lambda point: _learnt(sweep, method)
     if not isinstance(method, TaskArithmetic):
-        return lambda point: merge_state_dicts(base, experts, _of(point, experts), method)
+        return lambda point: merge_state_dicts(base, experts, method=method, coefficients=_of(point, experts))
     buffer: dict[str, Tensor] = {}
 
     def added(point: Point | None) -> Mapping[str, Tensor]:
@@ -237,7 +236,7 @@ def _of(point: Point | None, experts: Sequence[object]) -> list[float | None] | 
 
 def _learns(merge: MethodEntry | None) -> bool:
     """Whether a merge finds its coefficients by itself, from data."""
-    return merge is not None and merge.method in DATA_DRIVEN
+    return merge is not None and MERGES[merge.method]().needs_data
 
 
 def _takes_coefficients(merge: MethodEntry) -> bool:

@@ -58,7 +58,7 @@ class Group:
             return alone(self.base.path, self.models[0])
         base, experts = state_of(self.base), [state_of(model) for model in self.models]
         method = configure(MERGES[self.merge.method], self.merge.settings)
-        weights = merge_state_dicts(base, experts, [self.merge.coefficient] * len(experts), method)
+        weights = merge_state_dicts(base, experts, method=method, coefficients=[self.merge.coefficient] * len(experts))
         return swapped(network_of(self.base.path), weights)
 
 

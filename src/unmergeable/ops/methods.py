@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from unmergeable.architecture.families import QUERY_KEY_GROUPS, RESIDUAL_GROUPS
 from unmergeable.attacks import ATTACKS
 from unmergeable.merges import MERGES
-from unmergeable.ops.data_merges import DATA_DRIVEN
 from unmergeable.ops.steps import METHODS
 from unmergeable.polynomials.layout import LAYOUTS
 from unmergeable.protections import CONTROLS, POLYNOMIAL_PROTECTIONS, PROTECTIONS, LargestGauge, MergeGuard
@@ -69,7 +68,7 @@ def methods() -> MethodsResult:
             "name": cls.name,
             "summary": _summary(cls),
             "exact": False,
-            "needs": [*(["base"] if cls.needs_base else []), *(["data"] if cls.name in DATA_DRIVEN else [])],
+            "needs": list(cls().requirements().needs),
             "settings": _settings(cls),
         }
         for cls in MERGES.values()
@@ -152,5 +151,5 @@ def _summary(cls: Any) -> str:
     """A method's ``summary``, or the first line of its module's docstring."""
     import sys
 
-    text = getattr(cls, "summary", None) or (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
-    return str(text).removeprefix(f"``{cls.name}``: ").rstrip(".")
+    text = getattr(cls, "summary", None) or (sys.modules[cls.__module__].__doc__ or cls.__doc__ or cls.name).strip()
+    return str(text).splitlines()[0].removeprefix(f"``{cls.name}``: ").rstrip(".")

@@ -115,27 +115,35 @@ def control(ours: State, theirs: State, sizes: Callable[[str], Tensor]) -> None:
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_linear(stored: torch.dtype, out: torch.dtype, normalize: bool) -> None:
-    _, experts = make_models(3, stored)
-    ours = merge_state_dicts(None, experts, WEIGHTS, Linear(normalize=normalize), out_dtype=out)
+    _, experts = make_models(3, stored, several_blocks=stored == out == torch.float32)
+    ours = merge_state_dicts(None, experts, method=Linear(normalize=normalize), coefficients=WEIGHTS, out_dtype=out)
     theirs = with_mergekit("linear", None, experts, {"weight": WEIGHTS, "normalize": normalize}, out)
 
     def sizes(name: str) -> Tensor:
         return sum((w * e[name].double().abs() for w, e in zip(WEIGHTS, experts, strict=True)), torch.zeros(()))
 
     assert_equal(ours, theirs, sizes)
-    control(merge_state_dicts(None, experts, WEIGHTS[::-1], Linear(normalize=normalize), out_dtype=out), theirs, sizes)
+    control(
+        merge_state_dicts(None, experts, method=Linear(normalize=normalize), coefficients=WEIGHTS[::-1], out_dtype=out),
+        theirs,
+        sizes,
+    )
 
 
 @pytest.mark.parametrize("out", OUT_DTYPES, ids=str)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
 def test_task_arithmetic(stored: torch.dtype, out: torch.dtype) -> None:
-    base, experts = make_models(3, stored)
+    base, experts = make_models(3, stored, several_blocks=stored == out == torch.float32)
     weights = [0.3, 1.0, -0.5]
-    ours = merge_state_dicts(base, experts, weights, TaskArithmetic(), out_dtype=out)
+    ours = merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=weights, out_dtype=out)
     theirs = with_mergekit("task_arithmetic", base, experts, {"weight": weights}, out)
     sizes = task_sizes(base, experts, weights)
     assert_equal(ours, theirs, sizes)
-    control(merge_state_dicts(base, experts, weights[::-1], TaskArithmetic(), out_dtype=out), theirs, sizes)
+    control(
+        merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=weights[::-1], out_dtype=out),
+        theirs,
+        sizes,
+    )
 
 
 @pytest.mark.parametrize("out", OUT_DTYPES, ids=str)
@@ -143,7 +151,7 @@ def test_task_arithmetic(stored: torch.dtype, out: torch.dtype) -> None:
 @pytest.mark.parametrize("task_size", [0.01, 1.0])
 def test_slerp(out: torch.dtype, t: float, task_size: float) -> None:
     base, experts = make_models(1, torch.bfloat16, task_size=task_size)
-    ours = merge_state_dicts(None, [base, *experts], None, Slerp(t=t), out_dtype=out)
+    ours = merge_state_dicts(None, [base, *experts], method=Slerp(t=t), out_dtype=out)
     theirs = with_mergekit("slerp", base, experts, {"t": t}, out)
 
     def sizes(name: str) -> Tensor:
@@ -151,7 +159,7 @@ def test_slerp(out: torch.dtype, t: float, task_size: float) -> None:
 
     assert_equal(ours, theirs, sizes)
     if t != 0.3:
-        control(merge_state_dicts(None, [base, *experts], None, Slerp(t=0.5), out_dtype=out), theirs, sizes)
+        control(merge_state_dicts(None, [base, *experts], method=Slerp(t=0.5), out_dtype=out), theirs, sizes)
 
 
 @pytest.mark.parametrize("out", OUT_DTYPES, ids=str)
@@ -167,17 +175,17 @@ def test_model_stock(out: torch.dtype, count: int, filter_wise: bool) -> None:
     base = {name: tensor for name, tensor in base.items() if tensor.dim() != 4}  # rows of two have any angle
     experts = [{name: expert[name] for name in base} for expert in experts]
     method = ModelStock(filter_wise=filter_wise, smallest_norms=1e-6)
-    ours = merge_state_dicts(base, experts, None, method, out_dtype=out)
+    ours = merge_state_dicts(base, experts, method=method, out_dtype=out)
     theirs = with_mergekit("model_stock", base, experts, {"filter_wise": filter_wise}, out)
     sizes = task_sizes(base, experts, [1.0] * count)
     assert_equal(ours, theirs, sizes)
-    control(merge_state_dicts(base, experts, None, Linear(), out_dtype=out), theirs, sizes)
+    control(merge_state_dicts(base, experts, method=Linear(), out_dtype=out), theirs, sizes)
 
 
 def test_model_stock_at_its_singularity() -> None:
     base = {"weight": torch.full((4,), 0.5)}
     experts = [{"weight": base["weight"] + sign} for sign in (1.0, -1.0)]
-    ours = merge_state_dicts(base, experts, None, ModelStock(smallest_norms=1e-6))
+    ours = merge_state_dicts(base, experts, method=ModelStock(smallest_norms=1e-6))
     assert torch.equal(ours["weight"], with_mergekit("model_stock", base, experts, {}, torch.float32)["weight"])
 
 
@@ -198,9 +206,9 @@ def magnitudes_at(base: State, expert: State, name: str, ranks: list[int]) -> Te
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("density", [1.0, 0.3])
 def test_ties(stored: torch.dtype, left: float, out: torch.dtype, normalize: bool, density: float) -> None:
-    base, experts = make_models(3, stored)
+    base, experts = make_models(3, stored, several_blocks=stored == out == torch.float32)
     method = Ties(density=density, trim="tensor", average="weight" if normalize else "sum", undecided="positive")
-    ours = merge_state_dicts(base, experts, WEIGHTS, method, out_dtype=out)
+    ours = merge_state_dicts(base, experts, method=method, coefficients=WEIGHTS, out_dtype=out)
     parameters = {"weight": WEIGHTS, "density": density, "normalize": normalize}
     theirs = with_mergekit("ties", base, experts, parameters, out)
 
@@ -214,7 +222,7 @@ def test_ties(stored: torch.dtype, left: float, out: torch.dtype, normalize: boo
 
     sizes = task_sizes(base, experts, [2 * w for w in WEIGHTS])  # divided by 0.5 where one expert agrees
     assert_equal(ours, theirs, sizes, left_out=left_out, at_most=left)
-    paper = merge_state_dicts(base, experts, WEIGHTS, Ties(density=density * 0.9), out_dtype=out)
+    paper = merge_state_dicts(base, experts, method=Ties(density=density * 0.9), coefficients=WEIGHTS, out_dtype=out)
     with pytest.raises(AssertionError):
         assert_equal(paper, theirs, sizes, left_out=left_out, at_most=left)
 
@@ -235,8 +243,10 @@ def undecided(base: State, experts: list[State], weights: list[float], name: str
 @pytest.mark.parametrize(("stored", "left"), [(torch.bfloat16, 0.5), (torch.float32, 0.02)], ids=str)
 @pytest.mark.parametrize(("density", "gamma"), [(0.3, 0.1), (0.9, 0.3), (1.0, 0.01)])
 def test_breadcrumbs(stored: torch.dtype, left: float, out: torch.dtype, density: float, gamma: float) -> None:
-    base, experts = make_models(3, stored)
-    ours = merge_state_dicts(base, experts, WEIGHTS, Breadcrumbs(density=density, gamma=gamma), out_dtype=out)
+    base, experts = make_models(3, stored, several_blocks=stored == out == torch.float32)
+    ours = merge_state_dicts(
+        base, experts, method=Breadcrumbs(density=density, gamma=gamma), coefficients=WEIGHTS, out_dtype=out
+    )
     parameters = {"weight": WEIGHTS, "density": density, "gamma": gamma}
     theirs = with_mergekit("breadcrumbs", base, experts, parameters, out)
 
@@ -252,7 +262,7 @@ def test_breadcrumbs(stored: torch.dtype, left: float, out: torch.dtype, density
     sizes = task_sizes(base, experts, WEIGHTS)
     assert_equal(ours, theirs, sizes, left_out=left_out if density < 1 else None, at_most=left)
     control(
-        merge_state_dicts(base, experts, WEIGHTS, TaskArithmetic(), out_dtype=out), theirs, sizes
+        merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=WEIGHTS, out_dtype=out), theirs, sizes
     ) if density < 1 else None
 
 
@@ -307,12 +317,12 @@ def test_dare_and_della_for_one_mask(
     masks = our_masks(base, experts, density=0.4, epsilon=epsilon)
     monkeypatch.setattr(sparsify.torch, "bernoulli", lambda like: next(masks).reshape(like.shape))
     theirs = with_mergekit(name, base, experts, {"weight": WEIGHTS, "density": 0.4, **parameters}, out)
-    ours = merge_state_dicts(base, experts, WEIGHTS, method, out_dtype=out)
+    ours = merge_state_dicts(base, experts, method=method, coefficients=WEIGHTS, out_dtype=out)
     # The rescale factor is about 1/density, its sum good to the square root of the number of terms in epsilons.
     sizes = task_sizes(base, experts, [2 * 2 * w / 0.4 for w in WEIGHTS])
     assert_equal(ours, theirs, sizes, left_out=lambda n: near_undecided(base, experts, n), at_most=0.001)
     other = replace(method, seed=1)  # type: ignore[type-var]
-    control(merge_state_dicts(base, experts, WEIGHTS, other, out_dtype=out), theirs, sizes)
+    control(merge_state_dicts(base, experts, method=other, coefficients=WEIGHTS, out_dtype=out), theirs, sizes)
 
 
 def near_undecided(base: State, experts: list[State], name: str) -> Tensor:
@@ -337,12 +347,12 @@ def near_undecided(base: State, experts: list[State], name: str) -> Tensor:
 )
 def test_dare_and_della_in_distribution(name: str, method: Merge) -> None:
     """Fraction kept, mean and variance of what is kept, per tensor, each under its own random numbers."""
-    base, (expert,) = make_models(1, torch.float32)
+    base, (expert,) = make_models(1, torch.float32, several_blocks=True)
     experts = [expert] if name == "dare_linear" else [expert, base]  # the second expert adds nothing
     torch.manual_seed(0)
     parameters = {"weight": 1.0, "density": 0.3, **({"epsilon": 0.2} if name == "della" else {})}
     theirs = with_mergekit(name, base, experts, parameters, torch.float32)
-    ours = merge_state_dicts(base, experts, [1.0] * len(experts), method)
+    ours = merge_state_dicts(base, experts, method=method, coefficients=[1.0] * len(experts))
     for tensor in ("embed.weight", "layers.0.weight", "layers.0.bias"):
         task_vector = expert[tensor] - base[tensor]
         size, scale = task_vector.numel(), float(task_vector.std())

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from network.small_classifier import CLASSES, Classifier, make_task
 from unmergeable.errors import BadInput, UsageError
+from unmergeable.merges.fisher import diagonal_fisher, sample_classes
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.fisher_information import diagonal_fisher, sample_classes
 from unmergeable.network.load import load_network
 from unmergeable.network.tasks import Task
 from unmergeable.randomness import Stream
@@ -109,7 +109,7 @@ def test_a_text_has_too_many_labels_to_expect(tmp_path: Path) -> None:
 
 def test_refuses() -> None:
     network = Classifier()
-    with pytest.raises(UsageError, match="labels=true: must be one of expected, sampled, empirical"):
+    with pytest.raises(UsageError, match="labels=true: must be one of sampled, expected, empirical"):
         diagonal_fisher(network, make_task(2, 1), labels="true")  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="the data have no labels"):
         diagonal_fisher(network, make_task(2, 1, labels=False), labels="empirical")

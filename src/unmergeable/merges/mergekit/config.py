@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.errors import BadInput
-from unmergeable.merges.mergekit_methods import METHODS
+from unmergeable.merges.mergekit.methods import METHODS
 from unmergeable.settings import nearest
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from unmergeable.errors import BadInput
 from unmergeable.merges.base import Merge
-from unmergeable.merges.mergekit_config import USE_MERGEKIT, MergeConfig, Parameters, Slice
-from unmergeable.merges.mergekit_methods import METHODS
+from unmergeable.merges.mergekit.config import USE_MERGEKIT, MergeConfig, Parameters, Slice
+from unmergeable.merges.mergekit.methods import METHODS
 from unmergeable.merges.variation import Vary
 
 # Where the layers of a model are counted: the number behind one of these.
@@ -124,9 +124,9 @@ def _places(config: MergeConfig, names: Sequence[str]) -> dict[str, tuple[Slice,
         if name not in layers:
             return (first if _BEFORE_THE_LAYERS.search(name) else last), 0.0
         stack, index = layers[name]
-        its = next(part for part in config.slices if part.stop is None or index < part.stop)
-        count = (depths[stack] if its.stop is None else its.stop) - its.first
-        return its, (index - its.first) / (count - 1) if count > 1 else 1.0
+        owner = next(part for part in config.slices if part.stop is None or index < part.stop)
+        count = (depths[stack] if owner.stop is None else owner.stop) - owner.first
+        return owner, (index - owner.first) / (count - 1) if count > 1 else 1.0
 
     return {name: place(name) for name in names}
 

@@ -19,8 +19,8 @@ from unmergeable.merges import (
     TaskArithmetic,
     Ties,
 )
-from unmergeable.merges.mergekit_config import Filtered, MergeConfig, parse_config, read_config
-from unmergeable.merges.mergekit_meaning import meaning_of
+from unmergeable.merges.mergekit.config import Filtered, MergeConfig, parse_config, read_config
+from unmergeable.merges.mergekit.meaning import meaning_of
 from unmergeable.merges.variation import Variation
 
 LAYERS = 5

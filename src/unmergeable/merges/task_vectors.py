@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.adamerging import keep_elected
 from unmergeable.merges.base import Inputs
-from unmergeable.merges.blocks import Operand, compute_dtype, tensor_operand, weighted_sum
+from unmergeable.merges.blocks import Operand, accumulation_dtype, tensor_operand, weighted_sum
+from unmergeable.merges.election import keep_elected
 from unmergeable.merges.models import mergeable_names, state_dict_model
 from unmergeable.merges.ties import global_thresholds
 from unmergeable.network.disk_weights import find_places, show, swapped
@@ -47,7 +47,9 @@ class TaskVectors:
             Mismatch: naming the first tensor that is not in every model with one shape and dtype.
         """
         names = _shared_names(base, experts)
-        wide = {name: tensor.detach().to(compute_dtype(tensor.dtype)) for name, tensor in base.items() if name in names}
+        wide = {
+            name: tensor.detach().to(accumulation_dtype(tensor.dtype)) for name, tensor in base.items() if name in names
+        }
         vectors = tuple(
             {name: expert[name].detach().to(wide[name].dtype) - wide[name] for name in wide} for expert in experts
         )
@@ -71,8 +73,8 @@ class TaskVectors:
         for name in self.names:
             kept = [vector[name].clone() for vector in self.vectors]
             keep_elected(kept, torch.empty_like(kept[0]), thresholds)
-            for vector, its in zip(vectors, kept, strict=True):
-                vector[name] = its
+            for vector, elected in zip(vectors, kept, strict=True):
+                vector[name] = elected
         return TaskVectors(self.base, vectors)
 
     def merged(
@@ -93,11 +95,11 @@ class TaskVectors:
             if name not in self.vectors[0]:
                 result[name] = base if out is None else out.copy_(base)
                 continue
-            its = coefficients(name) if callable(coefficients) else coefficients
-            if len(its) != len(self.vectors):
-                raise UsageError(f"{name}: {len(its)} coefficients for {len(self.vectors)} experts: give one each.")
+            weights = coefficients(name) if callable(coefficients) else coefficients
+            if len(weights) != len(self.vectors):
+                raise UsageError(f"{name}: {len(weights)} coefficients for {len(self.vectors)} experts: give one each.")
             first, *others = [vector[name] for vector in self.vectors]
-            total = weighted_sum([first.clone() if out is None else out.copy_(first), *others], its)
+            total = weighted_sum([first.clone() if out is None else out.copy_(first), *others], weights)
             result[name] = total.add_(base)
         return result
 
@@ -120,8 +122,8 @@ def score_merges(
     scores = []
     with swapped(network, buffer):
         places = find_places(network)
-        for its in coefficients:
-            show(places, task_vectors.merged(its, into=buffer))
+        for point in coefficients:
+            show(places, task_vectors.merged(point, into=buffer))
             scores.append(score(network))
     return scores
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from merges.small_models import make_models
 from unmergeable.errors import Mismatch, UsageError
 from unmergeable.merges import AdaMerging, TaskArithmetic, merge_state_dicts
+from unmergeable.merges.task_vectors import TaskVectors, score_merges
 from unmergeable.merges.variation import Variation
-from unmergeable.network.task_vectors import TaskVectors, score_merges
 
 State = dict[str, Tensor]
 
@@ -26,14 +26,14 @@ def test_has_the_bits_of_task_arithmetic(count: int, dtype: torch.dtype) -> None
     task_vectors = TaskVectors.between(base, experts)
     coefficients = [0.4, -0.3, 1.5][:count]
     merged = task_vectors.merged(coefficients)
-    assert equal(merged, merge_state_dicts(base, experts, coefficients, TaskArithmetic()))
+    assert equal(merged, merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=coefficients))
     assert not equal(merged, task_vectors.merged([0.4] * count) if count > 1 else base)  # control
 
 
 def test_sixteen_bit_models_differ_by_the_last_rounding_only() -> None:
     base, experts = make_models(2, torch.bfloat16)
     merged = TaskVectors.between(base, experts).merged((0.4, 0.9))
-    expected = merge_state_dicts(base, experts, [0.4, 0.9], TaskArithmetic())
+    expected = merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[0.4, 0.9])
     assert merged["layers.0.weight"].dtype == torch.float32
     assert all(torch.equal(merged[name].to(expected[name].dtype), expected[name]) for name in expected)
 
@@ -44,7 +44,7 @@ def test_coefficients_may_differ_from_tensor_to_tensor() -> None:
     merged = TaskVectors.between(base, experts).merged(lambda name: own.get(name, (0.5, 0.6)))
     vary = {name: Variation(values) for name, values in own.items()}
     expected = merge_state_dicts(
-        base, experts, [0.5, 0.6], TaskArithmetic(), vary=lambda name: vary.get(name, Variation())
+        base, experts, method=TaskArithmetic(), coefficients=[0.5, 0.6], vary=lambda name: vary.get(name, Variation())
     )
     assert equal(merged, expected)
 
@@ -56,7 +56,7 @@ def test_elected_task_vectors_have_the_bits_of_the_streamed_ones(density: float)
     kept = {name: vector.clone() for name, vector in task_vectors.vectors[0].items()}
     merged = task_vectors.elected(density).merged((0.3, 0.4, 0.5))
     method = AdaMerging(task_vectors="ties", density=density)
-    assert equal(merged, merge_state_dicts(base, experts, [0.3, 0.4, 0.5], method))
+    assert equal(merged, merge_state_dicts(base, experts, method=method, coefficients=[0.3, 0.4, 0.5]))
     assert not equal(merged, task_vectors.merged((0.3, 0.4, 0.5)))  # control
     assert equal(dict(task_vectors.vectors[0]), kept)  # they are new ones
 

@@ -106,10 +106,10 @@ def find_command() -> str:
         UsageError: when it is nowhere.
     """
     beside = Path(sys.executable).parent / COMMAND
-    found = str(beside) if beside.is_file() else shutil.which(COMMAND)
-    if found is None:
+    command = str(beside) if beside.is_file() else shutil.which(COMMAND)
+    if command is None:
         raise UsageError(f"{COMMAND} is not installed; run: pip install 'unmergeable[mergekit]'.")
-    return found
+    return command
 
 
 def mergekit_version() -> str:

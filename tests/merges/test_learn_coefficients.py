@@ -10,9 +10,9 @@ from torch.func import functional_call
 from network.small_classifier import Classifier, make_task
 from unmergeable.errors import BadInput, Mismatch, UsageError
 from unmergeable.merges import AdaMerging
+from unmergeable.merges.adamerging import LearntCoefficients, learn_coefficients
+from unmergeable.merges.task_vectors import TaskVectors
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.learn_coefficients import LearntCoefficients, learn_coefficients
-from unmergeable.network.task_vectors import TaskVectors
 from unmergeable.network.tasks import Prediction, Task, entropy
 
 State = dict[str, Tensor]
@@ -143,3 +143,8 @@ def test_refuses() -> None:
 
     with pytest.raises(BadInput, match=r"the entropies are \[nan, .*\] at step 0"):
         learn_coefficients(Classifier(), vectors, [Task("x", tasks()[0].batches, broken), tasks()[1]], method)
+
+
+def test_the_summary_has_entropies_and_mean_coefficients() -> None:
+    learnt = LearntCoefficients({"a": (0.2, 0.4), "b": (0.4, 0.8)}, ((1.0, 2.0), (0.5, 1.0)))
+    assert learnt.summary == "Entropy 1.500 -> 0.750 nats; mean coefficients 0.300, 0.600"
