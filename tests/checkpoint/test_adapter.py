@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unmergeable.checkpoint.adapter import AdaptedCheckpoint, LoraSettings, add_low_rank
+from unmergeable.checkpoint.adapter import (
+    BASE_HAS_ONE,
+    AdaptedCheckpoint,
+    LoraSettings,
+    add_low_rank,
+    combine_side_files,
+)
+from unmergeable.checkpoint.listing import LeftOut
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.rewrite import output_like, rewrite
@@ -346,3 +353,21 @@ def test_the_settings_of_each_module() -> None:
     assert settings.rank_of("model.layers.1.self_attn.not_q_proj") == 8, "whole components only"
     assert settings.scale("model.layers.1.self_attn.k_proj") == 16 / 8**0.5
     assert settings.scale("model.layers.0.self_attn.v_proj") == 1 / 2**0.5
+
+
+def test_an_adapter_brings_its_tokenizer_whole_and_keeps_the_base_licence() -> None:
+    named = ("LICENSE", "generation_config.json", "tokenizer.model", "vocab.json")
+    base = {name: Path("base") / name for name in named}
+    own = {name: Path("adapter") / name for name in ("LICENSE", "README.md", "tokenizer.json")}
+
+    combined, left_out = combine_side_files(base, own)
+
+    assert [str(path) for path in combined.values()] == [
+        "base/LICENSE",
+        "adapter/README.md",
+        "base/generation_config.json",
+        "adapter/tokenizer.json",
+    ]
+    assert left_out == (LeftOut("LICENSE", BASE_HAS_ONE),)
+    without_tokenizer, _ = combine_side_files(base, {name: own[name] for name in ("LICENSE", "README.md")})
+    assert {"tokenizer.model", "vocab.json"} <= without_tokenizer.keys()

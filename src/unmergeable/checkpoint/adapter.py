@@ -12,6 +12,7 @@ ignores a setting computes another model.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,24 +23,24 @@ import torch
 
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
 from unmergeable.checkpoint.header import TensorEntry, read_header
-from unmergeable.checkpoint.index import (
-    ADAPTER_CONFIG_NAME,
-    CheckpointIndex,
-    TensorSpec,
-    identified,
-    is_adapter,
-    lay_out_virtual,
-    read_json,
-)
+from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec, identified, lay_out_virtual
+from unmergeable.checkpoint.listing import ADAPTER_CONFIG_NAME, CONFIG_NAME, LeftOut, Listing, list_folder
 from unmergeable.checkpoint.pickled import load_state
 from unmergeable.checkpoint.reader import OpenFiles
-from unmergeable.checkpoint.side_files import CONFIG_NAME, combine_side_files, resolve_inside, sort_side_files
 from unmergeable.checkpoint.source import Extent, IndexedSource, StoredSource, TensorSource, empty_tensor
 from unmergeable.errors import CheckpointError, Mismatch
 
 _SAFE_WEIGHTS, _PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _BLOCK_ELEMENTS = 1 << 21  # 16 MB of float64
+
+BASE_HAS_ONE = "the base has one of the same name, which is kept"
+_TOKENIZER = re.compile(
+    r"tokenizer.*|sentencepiece.*|spiece.*|tekken.*|.*\.tiktoken|.*\.spm|bpe\.codes|special_tokens_map.*|added_tokens.*"
+    r"|merges\..*|vocab\..*|chat_template.*",
+    re.IGNORECASE,
+)
+_TERMS = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY).*", re.IGNORECASE)
 
 # Settings that do not change what W' is, given A, B and the settings read below.
 # fmt: off
@@ -182,22 +183,23 @@ class AdaptedCheckpoint(IndexedSource):
         self._replacements = replacements
 
     @classmethod
-    def open(cls, folder: Path | str, base: TensorSource, *, allow_pickle: bool = False) -> AdaptedCheckpoint:
+    def open(
+        cls, folder: str | os.PathLike[str] | Listing, base: TensorSource, *, allow_pickle: bool = False
+    ) -> AdaptedCheckpoint:
         """Read the adapter's settings and headers and match every key with a tensor of the base.
 
         Raises:
             CheckpointError: for an adapter of another kind, or a setting that is not implemented.
             Mismatch: for a key that matches no tensor of the base, or one of another shape.
         """
-        folder = Path(folder)
-        if not is_adapter(folder):
-            raise CheckpointError(f"{folder} has no {ADAPTER_CONFIG_NAME}: not an adapter.")
-        settings = LoraSettings.from_config(
-            read_json(folder, ADAPTER_CONFIG_NAME), f"{ADAPTER_CONFIG_NAME} in {folder}"
-        )
-        adapter = _AdapterFile.open(folder, allow_pickle)
+        listing = list_folder(folder)
+        if not listing.is_adapter:
+            raise CheckpointError(f"{listing.folder} has no {ADAPTER_CONFIG_NAME}: not an adapter.")
+        config = listing.read_json(ADAPTER_CONFIG_NAME)
+        settings = LoraSettings.from_config(config, f"{ADAPTER_CONFIG_NAME} in {listing.folder}")
+        adapter = _AdapterFile.open(listing, allow_pickle=allow_pickle)
         updates, replacements, added = _match(adapter, base, settings)
-        index = _index(folder, base, adapter, {name: adapter.specs[key] for name, key in added.items()})
+        index = _index(listing, base, adapter, {name: adapter.specs[key] for name, key in added.items()})
         return cls(index, base, adapter, updates, replacements | added)
 
     @property
@@ -242,19 +244,19 @@ class _AdapterFile:
         self._files = OpenFiles()
 
     @classmethod
-    def open(cls, folder: Path, allow_pickle: bool) -> _AdapterFile:
-        if (folder / _SAFE_WEIGHTS).exists():
-            path = resolve_inside(folder, _SAFE_WEIGHTS)
+    def open(cls, listing: Listing, *, allow_pickle: bool) -> _AdapterFile:
+        if _SAFE_WEIGHTS in listing.files:
+            path = listing.file(_SAFE_WEIGHTS).path
             header = read_header(path, _SAFE_WEIGHTS)
             return cls(path, _SAFE_WEIGHTS, {entry.name: entry for entry in header.entries}, {})
-        if not (folder / _PICKLED_WEIGHTS).exists():
-            raise CheckpointError(f"{_SAFE_WEIGHTS} is missing from {folder}: download it again.")
+        if _PICKLED_WEIGHTS not in listing.files:
+            raise CheckpointError(f"{_SAFE_WEIGHTS} is missing from {listing.folder}: download it again.")
         if not allow_pickle:
             raise CheckpointError(
-                f"{folder} holds only {_PICKLED_WEIGHTS}, a pickle, which can run code when opened: convert it to "
-                "safetensors, or pass --allow-pickle (allow_pickle=True)."
+                f"{listing.folder} holds only {_PICKLED_WEIGHTS}, a pickle, which can run code when opened: convert it "
+                "to safetensors, or pass --allow-pickle (allow_pickle=True)."
             )
-        path = resolve_inside(folder, _PICKLED_WEIGHTS)
+        path = listing.file(_PICKLED_WEIGHTS).path
         return cls(path, _PICKLED_WEIGHTS, {}, load_state(path, _PICKLED_WEIGHTS))
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -398,13 +400,15 @@ class _NameMatcher:
         return candidates.pop() if len(candidates) == 1 else None
 
 
-def _index(folder: Path, base: TensorSource, adapter: _AdapterFile, added: Mapping[str, TensorSpec]) -> CheckpointIndex:
+def _index(
+    listing: Listing, base: TensorSource, adapter: _AdapterFile, added: Mapping[str, TensorSpec]
+) -> CheckpointIndex:
     """The index of the merged checkpoint: the base's, with new heads at the end of its last shard."""
     index = base.index
-    adapter_config = resolve_inside(folder, ADAPTER_CONFIG_NAME)
-    own, left_out = sort_side_files(folder, frozenset({CONFIG_NAME, ADAPTER_CONFIG_NAME, adapter.name}))
+    read = (ADAPTER_CONFIG_NAME, adapter.name)
+    own, left_out = listing.side_files([CONFIG_NAME, *read])
     side_files, superseded = combine_side_files(index.side_files, own)
-    other_files = dict(index.other_files) | {adapter.path: adapter.name, adapter_config: ADAPTER_CONFIG_NAME}
+    other_files = dict(index.other_files) | {listing.file(name).path: name for name in read}
     entries, shards = dict(index.entries), dict(index.shards)
     if added:
         last = shards[next(reversed(shards))]
@@ -416,11 +420,27 @@ def _index(folder: Path, base: TensorSource, adapter: _AdapterFile, added: Mappi
             other_files[last.path] = last.name
     merged = replace(
         index,
-        folder=folder,
+        folder=listing.folder,
         entries=entries,
         shards=shards,
         side_files=side_files,
         left_out=(*left_out, *superseded, *index.left_out),
         other_files=other_files,
+        states={**index.states, **listing.states(read)},
     )
     return identified(merged)
+
+
+def combine_side_files(
+    base: Mapping[str, Path], own: Mapping[str, Path]
+) -> tuple[dict[str, Path], tuple[LeftOut, ...]]:
+    """Side files of an adapter on its base: what to copy, in order of name, and what of its own is left out.
+
+    The adapter's files replace the base's, and a tokenizer comes wholly from one of the two. Only the base's
+    licence is never replaced: the result is a derivative of it.
+    """
+    brings_tokenizer = any(_TOKENIZER.fullmatch(name) for name in own)
+    kept = {name: path for name, path in base.items() if not (brings_tokenizer and _TOKENIZER.fullmatch(name))}
+    refused = [name for name in own if _TERMS.fullmatch(name) and name in kept]
+    kept |= {name: path for name, path in own.items() if name not in refused}
+    return {name: kept[name] for name in sorted(kept)}, tuple(LeftOut(name, BASE_HAS_ONE) for name in refused)

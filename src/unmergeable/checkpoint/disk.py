@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import queue
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,42 @@ def write_error(path: Path, error: OSError) -> CheckpointError:
             "it resumes."
         )
     return CheckpointError(f"{path} cannot be written ({error.strerror}).")
+
+
+def read_error(path: Path, error: OSError) -> CheckpointError:
+    """The one-line error for a failed read."""
+    if error.errno == errno.ELOOP:
+        return CheckpointError(f"{path} became a link after the folder was listed; run the command again.")
+    return CheckpointError(f"{path} cannot be read ({error.strerror}).")
+
+
+def open_to_read(path: Path) -> int:
+    """Open a regular file whose path has its links followed already; a link that took its place is refused.
+
+    Raises:
+        CheckpointError: when it cannot be opened, or is no regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _SAFELY)  # opening a pipe would wait for a writer
+    except OSError as error:
+        raise read_error(path, error) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path} is not a regular file; remove it.")
+    return descriptor
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a small file, opened as :func:`open_to_read` does.
+
+    Raises:
+        CheckpointError: when it cannot be read.
+    """
+    with os.fdopen(open_to_read(path), "rb") as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise read_error(path, error) from error
 
 
 @dataclass(frozen=True)

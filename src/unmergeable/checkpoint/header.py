@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unmergeable.checkpoint.disk import open_to_read
 from unmergeable.checkpoint.dtypes import ITEMSIZE, PACKED, SAVE_RANK
 from unmergeable.errors import CheckpointError
 
@@ -97,8 +98,8 @@ def read_header(path: Path, shard: str) -> Header:
     Raises:
         CheckpointError: for a file that is truncated, longer than its header says, or malformed in any way.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with os.fdopen(open_to_read(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if prefix == b"version ":
             raise CheckpointError(f"{shard}: a Git LFS pointer, not the weights; run `git lfs pull` in {path.parent}.")
@@ -217,7 +218,7 @@ def save_file_order(tensors: Mapping[str, TensorSpec]) -> list[str]:
     return sorted(tensors, key=lambda name: (SAVE_RANK[tensors[name].dtype], name.encode()))
 
 
-def raw_header(path: Path | str, nbytes: int) -> bytes:
+def raw_header(path: Path, nbytes: int) -> bytes:
     """The first ``nbytes`` of a file, as stored."""
-    with open(os.fspath(path), "rb") as file:  # noqa: PTH123 - a path or a descriptor's link
+    with os.fdopen(open_to_read(path), "rb") as file:
         return file.read(nbytes)

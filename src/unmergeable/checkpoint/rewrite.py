@@ -22,14 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.disk import Disk, write_file
-from unmergeable.checkpoint.index import CheckpointIndex, state_of
+from unmergeable.checkpoint.disk import Disk, read_file, write_file
+from unmergeable.checkpoint.index import CheckpointIndex
+from unmergeable.checkpoint.listing import CONFIG_NAME, MANIFEST_NAME, FileState
 from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, record_file, record_header, require_details
 from unmergeable.checkpoint.partial import FILES, PartialFolder, Safe, partial_of, require_absent, sync_folder
 from unmergeable.checkpoint.pipeline import InputHashes, Job, Piece, stream
 from unmergeable.checkpoint.plan import Layout, OutputTensor, ShardLayout, lay_out, output_like
 from unmergeable.checkpoint.reader import Checkpoint
-from unmergeable.checkpoint.side_files import CONFIG_NAME, MANIFEST_NAME
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.checkpoint.writer import OutputFile, sha256_of_start
 from unmergeable.errors import BadInput, CheckpointError
@@ -97,7 +97,9 @@ def rewrite(
     with PartialFolder(out, token) as folder:
         folder.remove_all_but({shard.name for shard in layout.shards})
         records = [_write_small(folder.files / name, data) for name, data in layout.small_files]
-        records += [_write_small(folder.files / path.name, path.read_bytes()) for path in source.index.side_files]
+        records += [
+            _write_small(folder.files / name, read_file(path)) for name, path in source.index.side_files.items()
+        ]
         hashes = _input_hashes(folder, sources.values()) if checksums else InputHashes({}, {})
         records += _write_shards(
             folder, layout, hashes, checksums=checksums, threads=threads, memory_budget=memory_budget, progress=progress
@@ -153,8 +155,16 @@ def _require_unchanged(sources: Iterable[TensorSource]) -> None:
     """The headers are believed for as long as nobody touches the files."""
     for source in sources:
         for path, state in source.index.states.items():
-            if not path.exists() or state_of(path) != state:
+            if _state_of(path) != state:
                 raise CheckpointError(f"{path} was changed after it was opened: run the command again.")
+
+
+def _state_of(path: Path) -> FileState | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _fingerprint(resume_token: str, headers_digests: Sequence[str], layout: Layout) -> str:
@@ -180,9 +190,9 @@ def _input_hashes(folder: PartialFolder, sources: Iterable[TensorSource]) -> Inp
 
 
 def _input_records(index: CheckpointIndex, hashes: InputHashes, *, checksums: bool) -> tuple[FileRecord, ...]:
-    small = {path: path.name for path in index.side_files} | {index.config_file: CONFIG_NAME}
-    if index.weights_index_file is not None:
-        small[index.weights_index_file] = index.weights_index_file.name
+    small = {path: name for name, path in index.side_files.items()} | {index.config_file: CONFIG_NAME}
+    if index.weights_index_file is not None and index.weights_index_name is not None:
+        small[index.weights_index_file] = index.weights_index_name
     if checksums:
         large = [hashes.records[path] for path in _tensor_files(index)]
     else:
