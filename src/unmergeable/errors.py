@@ -1,6 +1,7 @@
 """Every error the library raises on purpose.
 
     UnmergeableError               1   anything that failed
+    ├── DiskError                  1   a file cannot be written: the disk is full, failed or not ours
     ├── UsageError                 2   the command or a setting is wrong
     ├── BadInput                   3   a checkpoint, base, plan or adapter cannot be used
     │   ├── CheckpointError            files: truncated, unsafe names, pickle, missing shards
@@ -20,6 +21,10 @@ class UnmergeableError(Exception):
     """Base of every error raised on purpose by this package."""
 
     exit_code: ClassVar[int] = 1
+
+
+class DiskError(UnmergeableError):
+    """A file cannot be written: the disk is full, has failed, or may not be written to."""
 
 
 class UsageError(UnmergeableError):

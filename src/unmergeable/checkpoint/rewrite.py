@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,18 +23,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.disk import Disk, read_file, write_file
+from unmergeable.checkpoint.disk import Disk, read_file, sync_folder, write_file
 from unmergeable.checkpoint.index import CheckpointIndex
 from unmergeable.checkpoint.listing import CONFIG_NAME, MANIFEST_NAME, FileState
-from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, record_file, record_header, require_details
-from unmergeable.checkpoint.partial import FILES, PartialFolder, Safe, partial_of, require_absent, sync_folder
+from unmergeable.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    by_name,
+    read_manifest,
+    record_file,
+    record_header,
+    require_details,
+)
+from unmergeable.checkpoint.partial import (
+    FILES,
+    PartialFolder,
+    Safe,
+    completed_earlier,
+    partial_of,
+    require_creatable,
+    require_outside,
+)
 from unmergeable.checkpoint.pipeline import InputHashes, Job, Piece, stream
 from unmergeable.checkpoint.plan import Layout, OutputTensor, ShardLayout, lay_out, output_like
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.checkpoint.writer import OutputFile, sha256_of_start
-from unmergeable.errors import BadInput, CheckpointError
+from unmergeable.errors import CheckpointError, DiskError
 from unmergeable.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["MEMORY_BUDGET", "OutputTensor", "output_like", "rewrite"]
 
@@ -61,7 +80,8 @@ def rewrite(
 ) -> Manifest:
     """Write a new checkpoint folder; it appears complete and verified, or not at all.
 
-    Killed, interrupted or out of disk, it leaves ``OUT.partial``, and the same call resumes there.
+    Killed, interrupted or out of disk, it leaves ``OUT.partial``, and the same call resumes there. Killed after the
+    result was in its place, the same call verifies it once more, removes what is left of ``OUT.partial`` and returns.
 
     Args:
         source: gives the layout, the side files, and the tensors that are copied or edited.
@@ -81,19 +101,27 @@ def rewrite(
 
     Raises:
         BadInput: when ``out`` exists, overlaps an input folder, or is being written by another process.
-        CheckpointError: when a file cannot be read or written, or an edit changes a shape or dtype.
+        CheckpointError: when a file cannot be read, or an edit changes a shape or dtype.
+        DiskError: when the disk is full or a file cannot be written.
         UsageError: when plan or manifest are malformed.
     """
-    out = _absolute(Path(out))
+    out = Path(out)
+    require_creatable(out)
+    out = out.parent.resolve() / out.name
     sources = {"source": source, **(also_read or {})}
-    require_absent(out)
-    _require_apart(out, sources.values())
+    require_outside(out, *_folders_read(sources.values()))
     require_details(manifest)
     layout = lay_out(source, plan, config_changes)
-    _require_space(out, layout.nbytes)
     _require_unchanged(sources.values())
 
     token = _fingerprint(resume_token, [member.index.headers_digest for member in sources.values()], layout)
+    if completed_earlier(out, token):
+        logger.info("%s was complete already, made by the same call", out)
+        _verified(out, verify)
+        written = read_manifest(out)
+        assert written is not None, "it is written before the folder gets its name"
+        return written
+    _require_space(out, layout.nbytes)
     with PartialFolder(out, token) as folder:
         folder.remove_all_but({shard.name for shard in layout.shards})
         records = [_write_small(folder.files / name, data) for name, data in layout.small_files]
@@ -125,18 +153,11 @@ def rewrite(
     return record
 
 
-def _absolute(out: Path) -> Path:
-    if out.name in ("", "..") or not out.parent.is_dir():
-        raise BadInput(f"{out} cannot be created: its parent folder {out.parent} does not exist; create it first.")
-    return out.parent.resolve() / out.name
-
-
-def _require_apart(out: Path, sources: Iterable[TensorSource]) -> None:
+def _folders_read(sources: Iterable[TensorSource]) -> Iterator[Path]:
     for source in sources:
-        files = (source.index.config_file, *_tensor_files(source.index))
-        for folder in dict.fromkeys((source.folder.resolve(), *(path.resolve().parent for path in files))):
-            if out == folder or folder in out.parents or out in folder.parents:
-                raise BadInput(f"{out} and the input {folder} lie inside each other: choose another output folder.")
+        yield source.folder
+        for path in (source.index.config_file, *_tensor_files(source.index)):
+            yield path.parent
 
 
 def _require_space(out: Path, nbytes: int) -> None:
@@ -145,7 +166,7 @@ def _require_space(out: Path, nbytes: int) -> None:
     needed = nbytes - there + _SPARE_DISK
     free = shutil.disk_usage(out.parent).free
     if needed > free:
-        raise CheckpointError(
+        raise DiskError(
             f"disk too small: {out} takes {needed / 1e9:,.3f} GB more and {out.parent} has {free / 1e9:,.3f} GB free; "
             "free space or choose another disk."
         )
