@@ -14,7 +14,20 @@ The number is the exit code of the command line (see ``docs/command-line.md``).
 A message is one line: what, where, what to do.
 """
 
+import reprlib
 from typing import ClassVar
+
+_BOUNDED = reprlib.Repr()
+_BOUNDED.maxlevel = 2
+_BOUNDED.maxstring = _BOUNDED.maxother = _BOUNDED.maxlong = 100
+
+
+def shown(value: object) -> str:
+    """A value as a message may show it: its ``repr``, with the middle left out where it is long or deep.
+
+    Whatever comes from a file goes through here: a few bytes of YAML can stand for gigabytes of text.
+    """
+    return _BOUNDED.repr(value)
 
 
 class UnmergeableError(Exception):

@@ -104,6 +104,7 @@ def test_runs_as_a_module() -> None:
 
 EXIT_CODES = {
     errors.UnmergeableError: 1,
+    errors.DiskError: 1,
     errors.UsageError: 2,
     errors.BadInput: 3,
     errors.CheckpointError: 3,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
@@ -28,10 +29,13 @@ from unmergeable.checkpoint.listing import ADAPTER_CONFIG_NAME, CONFIG_NAME, Lef
 from unmergeable.checkpoint.pickled import load_state
 from unmergeable.checkpoint.reader import OpenFiles
 from unmergeable.checkpoint.source import Extent, IndexedSource, StoredSource, TensorSource, empty_tensor
-from unmergeable.errors import CheckpointError, Mismatch
+from unmergeable.errors import CheckpointError, Mismatch, shown
 
 _SAFE_WEIGHTS, _PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
+_MAX_ALPHA = 1e6
+_PATTERN_SECONDS = 1.0
+_PLAIN_NAME = re.compile(r"\w+")
 _BLOCK_ELEMENTS = 1 << 21  # 16 MB of float64
 
 BASE_HAS_ONE = "the base has one of the same name, which is kept"
@@ -88,32 +92,32 @@ class LoraSettings:
             CheckpointError: naming the setting and why it is refused.
         """
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-            kind = config.get("peft_type") if isinstance(config, dict) else None
+            kind = str(config.get("peft_type"))[:100] if isinstance(config, dict) else None
             raise CheckpointError(
                 f"{where}: adapter of type {kind}: only LORA can be merged; merge it with peft first."
             )
         for key, value in config.items():
             if value and key not in _WITHOUT_EFFECT:
                 reason = _REASONS.get(key, "this version does not know what it does")
-                raise CheckpointError(f"{where}: setting {key}: {reason}; merge it with peft first.")
+                raise CheckpointError(f"{where}: setting {key[:100]}: {reason}; merge it with peft first.")
         start = config.get("init_lora_weights")
         if isinstance(start, str) and start.lower() not in _INITS_KEEPING_BASE:
             raise CheckpointError(
-                f"{where}: init_lora_weights {start!r} trains on a changed base; save the adapter with peft's "
+                f"{where}: init_lora_weights {shown(start)} trains on a changed base; save the adapter with peft's "
                 "path_initial_model_for_weight_conversion, or merge it with peft first."
             )
         try:
             return cls(
-                rank=int(config["r"]),
-                alpha=float(config["lora_alpha"]),
-                rank_pattern={str(key): int(value) for key, value in (config.get("rank_pattern") or {}).items()},
-                alpha_pattern={str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
+                rank=_rank(config["r"], where),
+                alpha=_alpha(config["lora_alpha"], where),
+                rank_pattern={key: _rank(value, where) for key, value in (config.get("rank_pattern") or {}).items()},
+                alpha_pattern={key: _alpha(value, where) for key, value in (config.get("alpha_pattern") or {}).items()},
                 rank_stabilised=bool(config.get("use_rslora")),
                 fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-                modules_to_save=tuple(config.get("modules_to_save") or ()),
+                modules_to_save=tuple(map(str, config.get("modules_to_save") or ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{where}: malformed ({error!r}); download it again.") from error
+            raise CheckpointError(f"{where}: malformed ({shown(error)}); download it again.") from error
 
     def rank_of(self, module: str) -> int:
         """The rank of a module, by the first pattern that matches the end of its path."""
@@ -126,14 +130,36 @@ class LoraSettings:
         return alpha / (rank**0.5 if self.rank_stabilised else rank)
 
 
+def _rank(value: object, where: str) -> int:
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{where}: malformed ({shown(value)} is no rank); download it again.")
+    return value
+
+
+def _alpha(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < _MAX_ALPHA:
+        raise CheckpointError(f"{where}: malformed ({shown(value)} is no alpha); download it again.")
+    return float(value)
+
+
 def _matching(patterns: Mapping[str, object], module: str) -> str:
     """The first pattern that peft would apply to ``module``, or the module itself."""
     for pattern in patterns:
+        if module == pattern or module.endswith(f".{pattern}"):  # what peft writes itself: the path of a module
+            return pattern
+        if _PLAIN_NAME.fullmatch(pattern):
+            continue
         try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            # A stranger's expression may search without end, so not with the standard library, which cannot be stopped.
+            if regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATTERN_SECONDS):
                 return pattern
-        except re.error as error:
-            raise CheckpointError(f"{ADAPTER_CONFIG_NAME}: pattern {pattern!r} is malformed ({error}).") from error
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(f"{ADAPTER_CONFIG_NAME}: pattern {shown(pattern)} is malformed ({error}).") from error
+        except TimeoutError:
+            raise CheckpointError(
+                f"{ADAPTER_CONFIG_NAME}: pattern {shown(pattern)} takes more than {_PATTERN_SECONDS:g} s on one name; "
+                "write it without nested repetitions."
+            ) from None
     return module
 
 

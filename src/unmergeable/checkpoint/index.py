@@ -26,7 +26,7 @@ from unmergeable.checkpoint.listing import (
     Listing,
     list_folder,
 )
-from unmergeable.errors import CheckpointError
+from unmergeable.errors import CheckpointError, shown
 
 __all__ = [
     "CheckpointIndex",
@@ -198,7 +198,7 @@ def require_shard_name(name: str, where: str) -> None:
     """
     if not _SHARD_NAME.fullmatch(name):
         raise CheckpointError(
-            f"{where} names the shard {name[:200]!r}, which is not a plain *.safetensors file name; "
+            f"{where} names the shard {shown(name)}, which is not a plain *.safetensors file name; "
             "do not trust this checkpoint."
         )
 
@@ -297,10 +297,13 @@ def _collect_entries(headers: Iterable[Header]) -> dict[str, TensorEntry]:
 def _require_agreement(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry], where: str) -> None:
     for name, shard in weight_map.items():
         if name not in entries:
-            raise CheckpointError(f"{where} promises tensor {name!r} in {shard}, which lacks it; download both again.")
+            raise CheckpointError(
+                f"{where} promises tensor {shown(name)} in {shard}, which lacks it; download both again."
+            )
         if entries[name].shard != shard:
             raise CheckpointError(
-                f"{where} places tensor {name!r} in {shard}, but it is in {entries[name].shard}; download both again."
+                f"{where} places tensor {shown(name)} in {shard}, but it is in {entries[name].shard}; "
+                "download both again."
             )
     for name, entry in entries.items():
         if name not in weight_map:
@@ -318,9 +321,8 @@ def refuse_quantised(folder: Path, config: Mapping[str, Any], entries: Iterable[
         for key in ("quantization_config", "compression_config"):
             if part.get(key):
                 method = part[key].get("quant_method") if isinstance(part[key], dict) else None
-                raise CheckpointError(
-                    f"{folder} is already quantised ({key}: {method or 'no method named'}); {remedy}."
-                )
+                named = shown(method) if method else "no method named"
+                raise CheckpointError(f"{folder} is already quantised ({key}: {named}); {remedy}.")
     for entry in entries:
         if entry.spec.dtype in _EIGHT_BIT_FLOATS:
             reason = f"holds {entry.spec.dtype}"

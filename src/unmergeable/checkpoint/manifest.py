@@ -17,7 +17,7 @@ from typing import Any
 from unmergeable.checkpoint.disk import open_to_read, read_error, read_file
 from unmergeable.checkpoint.header import MAX_HEADER_BYTES, strict_json
 from unmergeable.checkpoint.listing import MANIFEST_NAME, LeftOut, Listing, list_folder
-from unmergeable.errors import CheckpointError, UsageError
+from unmergeable.errors import CheckpointError, UsageError, shown
 
 FORMAT_VERSION = 1
 TOOL = "unmergeable"
@@ -81,9 +81,8 @@ class Manifest:
         if not isinstance(record, dict) or record.get("tool") != TOOL:
             raise CheckpointError(f"{where}: not a manifest of {TOOL}.")
         if record.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{where}: format {record.get('format_version')}, this version reads {FORMAT_VERSION}; update {TOOL}."
-            )
+            found = shown(record.get("format_version"))
+            raise CheckpointError(f"{where}: format {found}, this version reads {FORMAT_VERSION}; update {TOOL}.")
         try:
             return cls(
                 outputs=tuple(_file_record(item) for item in record["outputs"]),
@@ -92,8 +91,8 @@ class Manifest:
                 details={key: value for key, value in record.items() if key not in _OWN_KEYS},
                 tool_version=record["tool_version"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{where}: not a complete manifest ({error!r}).") from error
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise CheckpointError(f"{where}: not a complete manifest ({shown(error)}).") from error
 
 
 def require_details(details: Mapping[str, Any]) -> None:

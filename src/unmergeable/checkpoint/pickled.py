@@ -7,7 +7,6 @@ tensors and plain containers and refuses everything else. The files are mapped, 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from unmergeable.checkpoint.header import save_file_order
 from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec, identified, lay_out_virtual, refuse_quantised
 from unmergeable.checkpoint.listing import CONFIG_NAME, Listing, list_folder
 from unmergeable.checkpoint.source import IndexedSource
-from unmergeable.errors import CheckpointError
+from unmergeable.errors import CheckpointError, shown
 
 _STEMS = ("pytorch_model", "diffusion_pytorch_model", "model")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(bin|pth|pt)")
@@ -84,8 +83,8 @@ def load_state(path: Path, name: str) -> dict[str, torch.Tensor]:
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a damaged pickle can make its machine raise anything
+        reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
         raise CheckpointError(f"{name} cannot be unpickled safely ({reason}): convert it to safetensors.") from error
     if not isinstance(state, dict):
         raise CheckpointError(
@@ -94,8 +93,8 @@ def load_state(path: Path, name: str) -> dict[str, torch.Tensor]:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             raise CheckpointError(
-                f"{name} holds a {type(value).__name__} under {key!r} where only tensors may be: extract the weights "
-                "and save them as safetensors."
+                f"{name} holds a {type(value).__name__} under {shown(key)} where only tensors may be: extract the "
+                "weights and save them as safetensors."
             )
     return state
 
@@ -111,7 +110,7 @@ def _find_files(listing: Listing) -> tuple[tuple[str, ...], str | None]:
             for name in weight_map.values():
                 if not isinstance(name, str) or not _SAFE_NAME.fullmatch(name):
                     raise CheckpointError(
-                        f"{index_name} names the file {str(name)[:200]!r}, which is not a plain file name; "
+                        f"{index_name} names the file {shown(name)}, which is not a plain file name; "
                         "do not trust this checkpoint."
                     )
             return tuple(sorted(set(weight_map.values()))), index_name

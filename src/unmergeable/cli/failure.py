@@ -14,6 +14,7 @@ from unmergeable.cli.command import Interrupted
 from unmergeable.errors import UnmergeableError
 
 INTERRUPTED = 130
+MAX_MESSAGE = 4000
 
 # Newer versions of typer carry their own copy of click, so click's classes are reached through typer.
 PARSING_ERROR = typer.BadParameter.__mro__[2]
@@ -55,7 +56,8 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def _failure(kind: str, message: str, exit_code: int) -> Failure:
-    return Failure(kind, " ".join(message.split()), exit_code)
+    words = " ".join(message.split())
+    return Failure(kind, words if len(words) <= MAX_MESSAGE else words[:MAX_MESSAGE] + " …", exit_code)
 
 
 def _parsing_message(error: Any) -> str:

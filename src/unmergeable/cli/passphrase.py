@@ -40,10 +40,16 @@ def _ask(prompt: str) -> str:
         answer = getpass.getpass(prompt)
     except EOFError:
         answer = ""
+    except UnicodeDecodeError:
+        raise UsageError("the passphrase is not UTF-8 text; set the locale of the terminal to UTF-8.") from None
     return _require_some(answer, "no passphrase was given; leave --passphrase out to do without.")
 
 
 def _require_some(passphrase: str, otherwise: str) -> str:
     if not passphrase:
         raise UsageError(otherwise)
+    try:
+        passphrase.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the passphrase is not UTF-8 text; set the locale of the terminal to UTF-8.") from None
     return passphrase
