@@ -30,6 +30,9 @@ def shown(value: object) -> str:
     return _BOUNDED.repr(value)
 
 
+NEEDS_POSIX = "unmergeable needs Linux or macOS, whose locks on files it uses; on Windows, run it in WSL."
+
+
 class UnmergeableError(Exception):
     """Base of every error raised on purpose by this package."""
 

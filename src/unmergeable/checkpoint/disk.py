@@ -9,7 +9,6 @@ without it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import mmap
 import os
@@ -23,7 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmergeable.errors import CheckpointError, DiskError
+from unmergeable.errors import NEEDS_POSIX, CheckpointError, DiskError, UnmergeableError
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    raise UnmergeableError(NEEDS_POSIX) from None
 
 BLOCK_BYTES = 4 << 20
 ALIGNMENT = 4096

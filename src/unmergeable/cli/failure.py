@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from unmergeable.cli.command import Interrupted
-from unmergeable.errors import UnmergeableError
+from unmergeable.errors import NEEDS_POSIX, UnmergeableError
 
 INTERRUPTED = 130
 MAX_MESSAGE = 4000
@@ -44,6 +44,8 @@ def failure_of(error: BaseException) -> Failure:
         return _failure("Interrupted", str(error), INTERRUPTED)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return _failure("Interrupted", "interrupted.", INTERRUPTED)
+    if isinstance(error, ModuleNotFoundError) and error.name == "fcntl":
+        return _failure(kind, NEEDS_POSIX, 1)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "unmergeable").startswith("unmergeable"):
         remedy = "python -m pip install 'unmergeable[demo,diffusion]'  (brings everything optional)"
         return _failure(kind, f"the Python package {error.name} is not installed; run: {remedy}", 1)
