@@ -319,7 +319,7 @@ def test_interrupted_work_says_how_to_go_on(ops: RecordingOps, run: Runner) -> N
     shown = run(*PROTECT)
 
     assert (shown.exit_code, shown.stdout) == (130, "")
-    assert shown.stderr == "error: interrupted; run the same command again to go on from here.\n"
+    assert shown.stderr == "error: interrupted; run the same command again to resume.\n"
     assert run(*PROTECT, "--json").document["error"]["kind"] == "Interrupted"
 
 

@@ -305,8 +305,8 @@ def _match(
     for key in adapter.specs:
         if not key.startswith(_PREFIX):
             raise Mismatch(f"{adapter.name}: key {key!r} does not start with {_PREFIX}; save the adapter with peft.")
-        if found := _LORA_KEY.fullmatch(key.removeprefix(_PREFIX)):
-            parts.setdefault(found["module"], {})[found["part"]] = key
+        if named := _LORA_KEY.fullmatch(key.removeprefix(_PREFIX)):
+            parts.setdefault(named["module"], {})[named["part"]] = key
         elif ".lora_" in key:
             raise CheckpointError(
                 f"{adapter.name}: key {key!r} belongs to a variant of LoRA; merge it with peft first."

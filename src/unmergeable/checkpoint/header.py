@@ -78,14 +78,14 @@ def strict_json(text: bytes | str, where: str) -> Any:
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
+        parsed = dict(items)
+        if len(parsed) != len(items):
             seen: set[str] = set()
             for key, _ in items:
                 if key in seen:
                     raise CheckpointError(f"{where}: key {shown(key)} appears twice; the file is malformed.")
                 seen.add(key)
-        return found
+        return parsed
 
     try:
         return json.loads(text, object_pairs_hook=pairs)

@@ -227,10 +227,10 @@ def list_folder(folder: str | os.PathLike[str] | Listing) -> Listing:
     folder = Path(folder)
     try:
         with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
+            by_name = sorted(entries, key=lambda entry: entry.name)
         real_folder = folder.resolve()
         allowed = (real_folder, *_hub_blobs(real_folder))
-        return Listing(folder, {entry.name: _listed(folder, real_folder, entry, allowed) for entry in found})
+        return Listing(folder, {entry.name: _listed(folder, real_folder, entry, allowed) for entry in by_name})
     except FileNotFoundError:
         raise CheckpointError(f"{folder} does not exist: check the path.") from None
     except NotADirectoryError:

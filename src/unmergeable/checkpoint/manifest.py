@@ -81,8 +81,8 @@ class Manifest:
         if not isinstance(record, dict) or record.get("tool") != TOOL:
             raise CheckpointError(f"{where}: not a manifest of {TOOL}.")
         if record.get("format_version") != FORMAT_VERSION:
-            found = shown(record.get("format_version"))
-            raise CheckpointError(f"{where}: format {found}, this version reads {FORMAT_VERSION}; update {TOOL}.")
+            theirs = shown(record.get("format_version"))
+            raise CheckpointError(f"{where}: format {theirs}, this version reads {FORMAT_VERSION}; update {TOOL}.")
         try:
             return cls(
                 outputs=tuple(_file_record(item) for item in record["outputs"]),
@@ -150,18 +150,18 @@ def check_files(folder: str | os.PathLike[str]) -> tuple[Alteration, ...]:
     manifest = read_manifest(listing)
     if manifest is None:
         raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: nothing to compare its files with.")
-    found: list[Alteration] = []
+    alterations: list[Alteration] = []
     for record in manifest.outputs:
         file = listing.files.get(record.name)
         if file is None or file.problem is not None:
-            found.append(Alteration(record.name, "missing"))
+            alterations.append(Alteration(record.name, "missing"))
         elif file.state[0] != record.size:
-            found.append(Alteration(record.name, "resized"))
+            alterations.append(Alteration(record.name, "resized"))
         elif record != (record_header if record.sha256 is None else record_file)(file.path, record.name):
-            found.append(Alteration(record.name, "altered"))
+            alterations.append(Alteration(record.name, "altered"))
     known = {record.name for record in manifest.outputs} | {MANIFEST_NAME}
-    found += [Alteration(name, "added") for name in listing.files if name not in known]
-    return tuple(found)
+    alterations += [Alteration(name, "added") for name in listing.files if name not in known]
+    return tuple(alterations)
 
 
 def record_file(path: Path, name: str | None = None) -> FileRecord:

@@ -260,8 +260,8 @@ def _take_lock(out: Path, folder: Path) -> int:
 def _require_ours(folder: Path) -> None:
     """Nothing is deleted in, or written through, what somebody else put there."""
     ours = {_LOCK, _JOURNAL, FILES}
-    found = (folder, *folder.iterdir())
-    if any(path.is_symlink() for path in found) or any(path.name not in ours for path in found[1:]):
+    inside = list(folder.iterdir())
+    if any(path.is_symlink() for path in (folder, *inside)) or any(path.name not in ours for path in inside):
         raise BadInput(f"{folder} holds files of somebody else: move it away or choose another output folder.")
 
 

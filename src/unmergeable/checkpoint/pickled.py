@@ -49,8 +49,8 @@ class PickledCheckpoint(IndexedSource):
             for key in state.keys() & tensors.keys():
                 raise CheckpointError(f"tensor {key!r} is in {name} and in another file; the checkpoint is malformed.")
             tensors |= state
-            found = {key: TensorSpec(dtype_code(value.dtype), tuple(value.shape)) for key, value in state.items()}
-            specs[_safetensors_name(name)] = {key: found[key] for key in save_file_order(found)}
+            stored = {key: TensorSpec(dtype_code(value.dtype), tuple(value.shape)) for key, value in state.items()}
+            specs[_safetensors_name(name)] = {key: stored[key] for key in save_file_order(stored)}
         entries, shards = lay_out_virtual(specs, {"format": "pt"})
         refuse_quantised(listing.folder, config, entries.values())
         side_files, left_out = listing.side_files([CONFIG_NAME, *files, *([index_name] if index_name else [])])

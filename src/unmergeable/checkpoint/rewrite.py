@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["MEMORY_BUDGET", "OutputTensor", "output_like", "rewrite"]
 
 MEMORY_BUDGET = 512 << 20
-"""Bytes of tensors between reading and writing, unless told otherwise."""
+"""Default bytes of changed tensors held between reading and writing."""
 
 _SYNC_BYTES = 256 << 20  # at most this much is written again after a kill, plus one tensor
 _SPARE_DISK = 1 << 20  # manifest, journal and the file system's own needs
@@ -97,7 +97,7 @@ def rewrite(
             and the hashes of their headers, and a resumed run believes what its journal says of bytes on the disk.
         threads: workers for edits and makes; None for processors divided by torch's own threads.
         memory_budget: bytes of changed tensors held between reading and writing. A larger tensor travels alone.
-        progress: told of bytes written and, first, of bytes found written by an earlier run.
+        progress: receives the bytes written, those of an earlier run first.
 
     Raises:
         BadInput: when ``out`` exists, overlaps an input folder, or is being written by another process.
@@ -231,9 +231,9 @@ def _verified(written: Path, verify: Callable[[TensorSource], Mapping[str, Any]]
     """Open what was written as anybody would, and let the caller judge it."""
     checkpoint = Checkpoint.open(written)
     try:
-        found = {} if verify is None else verify(checkpoint)
-        require_details(found)
-        return found
+        details = {} if verify is None else verify(checkpoint)
+        require_details(details)
+        return details
     finally:
         checkpoint.close()
 
@@ -262,19 +262,19 @@ def _resume(folder: PartialFolder, shard: ShardLayout, progress: Progress, *, ch
     """
     path = folder.files / shard.name
     length = path.stat().st_size if path.is_file() else 0
-    told = partial(progress, f"checking {shard.name}", unit="bytes")
+    report = partial(progress, f"checking {shard.name}", unit="bytes")
     finished = folder.done.finished.get(shard.name)
     if finished is not None and finished.size == shard.size == length:
         if not checksums:
             return _Start(shard, shard.size, finished=_record(shard, None))
-        digest = sha256_of_start(path, shard.size, told)
+        digest = sha256_of_start(path, shard.size, report)
         if digest is not None and finished.sha256 in (None, digest.hexdigest()):
             return _Start(shard, shard.size, finished=_record(shard, digest.hexdigest()))
     safe = folder.done.begun.get(shard.name)
     if safe is not None and safe.position in (*shard.begins, shard.size) and safe.position <= length:
         if not checksums:
             return _Start(shard, safe.position)
-        digest = sha256_of_start(path, safe.position, told)
+        digest = sha256_of_start(path, safe.position, report)
         if digest is not None and safe.sha256 in (None, digest.hexdigest()):
             return _Start(shard, safe.position, digest)
     path.unlink(missing_ok=True)
@@ -362,7 +362,7 @@ def _note_inputs(folder: PartialFolder, hashes: InputHashes, disk: Disk) -> None
 
 
 class _Report:
-    """Bytes of the result that are done, told to a progress callback."""
+    """Counts the finished bytes of the result for a progress callback."""
 
     def __init__(self, progress: Progress, done: int, total: int) -> None:
         self._progress, self._done, self._total = progress, done, total

@@ -1,4 +1,4 @@
-"""Where a passphrase comes from: the environment or a hidden prompt, never an argument (others can list those)."""
+"""Read a passphrase from the environment or a hidden prompt; never from an argument, which other users can list."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_passphrase(*, is_asked_for: bool, is_new: bool) -> str | None:
     if not sys.stdin.isatty():
         raise UsageError(f"--passphrase needs a terminal to ask on; in a script set {VARIABLE} instead.")
     passphrase = _ask("Passphrase of the key file: ")
-    if is_new and _ask("The same again: ") != passphrase:
+    if is_new and _ask("Repeat the passphrase: ") != passphrase:
         raise UsageError("the two passphrases differ; run the command again.")
     return passphrase
 

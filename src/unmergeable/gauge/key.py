@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from unmergeable.checkpoint.disk import create_whole, is_full, remove_leftovers, write_error
+from unmergeable.checkpoint.disk import create_whole, is_disk_failure, remove_leftovers, write_error
 from unmergeable.errors import KeyFileError
 from unmergeable.randomness import KEY_BYTES, Stream
 
@@ -75,7 +75,7 @@ def write_key(path: Path, key: Key, passphrase: str | None = None) -> None:
     except FileExistsError:
         raise KeyFileError(f"key file {path} exists and is never overwritten; name another, or move it away.") from None
     except OSError as error:
-        if is_full(error):
+        if is_disk_failure(error):
             raise write_error(path, error) from None
         raise KeyFileError(f"key file {path} cannot be created: {error.strerror}; choose another place.") from None
 
