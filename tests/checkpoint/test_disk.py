@@ -26,6 +26,8 @@ from unmergeable.checkpoint.disk import (
     replace_file,
     write_file,
 )
+from unmergeable.checkpoint.header import read_header
+from unmergeable.checkpoint.manifest import record_file
 from unmergeable.errors import CheckpointError, DiskError
 
 
@@ -286,3 +288,8 @@ def test_a_read_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "open", broken)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read \(Input/output error\)"):
         read_file(path)
+    monkeypatch.undo()
+    if (memory := Path("/proc/self/mem")).exists():  # opens like any file, and has nothing to read at its beginning
+        for read in (read_file, record_file, lambda path: read_header(path, "x")):
+            with pytest.raises(CheckpointError, match=r"mem cannot be read \(Input/output error\)"):
+                read(memory)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from unmergeable.checkpoint import partial
 from unmergeable.checkpoint.manifest import check_files
 from unmergeable.cli import main
 
@@ -76,6 +77,32 @@ def test_kill_at_random_points_then_rerun(expert: Path, tmp_path: Path) -> None:
     assert (
         main(["restore", str(tmp_path / "out"), "--key", str(tmp_path / "the.key"), "--out", str(tmp_path / "r")]) == 0
     )
+
+
+def test_the_same_command_on_what_it_had_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed after OUT had its name, before the journal beside it was gone: nothing is left to do but to tidy up."""
+    for number, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "toy"}')
+        save_file({"weight": torch.full((4, 4), float(number))}, tmp_path / name / "model.safetensors")
+    models = ["--expert", str(tmp_path / "a"), "--expert", str(tmp_path / "b")]
+    command = ["merge", "--method", "linear", *models, "--out", str(tmp_path / "out"), "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(partial, "_remove_partial", lambda folder: None)
+        assert main(command) == 0
+    assert (tmp_path / "out.partial").exists()
+    whole = files_of(tmp_path / "out")
+    capsys.readouterr()
+
+    assert main([*command, "--set", "normalize=false"]) == 3, "other work is not taken for this one"
+    assert "exists" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "is complete" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
+    assert main(command) == 3
 
 
 def test_a_full_disk(expert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

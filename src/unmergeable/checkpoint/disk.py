@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import mmap
 import os
 import queue
@@ -86,17 +87,24 @@ def open_to_read(path: Path) -> int:
     return descriptor
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a small file, opened as :func:`open_to_read` does.
+@contextmanager
+def reading(path: Path) -> Iterator[io.BufferedReader]:
+    """A file opened by :func:`open_to_read`; errors of reading inside name it.
 
     Raises:
-        CheckpointError: when it cannot be read.
+        CheckpointError: when it cannot be opened or read.
     """
     with os.fdopen(open_to_read(path), "rb") as file:
         try:
-            return file.read()
+            yield file
         except OSError as error:
             raise read_error(path, error) from error
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a small file; raises as :func:`reading`."""
+    with reading(path) as file:
+        return file.read()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.disk import open_to_read
+from unmergeable.checkpoint.disk import reading
 from unmergeable.checkpoint.dtypes import ITEMSIZE, PACKED, SAVE_RANK
 from unmergeable.errors import CheckpointError, shown
 
@@ -99,7 +99,7 @@ def read_header(path: Path, shard: str) -> Header:
     Raises:
         CheckpointError: for a file that is truncated, longer than its header says, or malformed in any way.
     """
-    with os.fdopen(open_to_read(path), "rb") as file:
+    with reading(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if prefix == b"version ":
@@ -223,5 +223,5 @@ def save_file_order(tensors: Mapping[str, TensorSpec]) -> list[str]:
 
 def raw_header(path: Path, nbytes: int) -> bytes:
     """The first ``nbytes`` of a file, as stored."""
-    with os.fdopen(open_to_read(path), "rb") as file:
+    with reading(path) as file:
         return file.read(nbytes)

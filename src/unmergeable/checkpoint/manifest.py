@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.disk import open_to_read, read_error, read_file
+from unmergeable.checkpoint.disk import read_file, reading
 from unmergeable.checkpoint.header import MAX_HEADER_BYTES, strict_json
 from unmergeable.checkpoint.listing import MANIFEST_NAME, LeftOut, Listing, list_folder
 from unmergeable.errors import CheckpointError, UsageError, shown
@@ -169,19 +169,16 @@ def record_file(path: Path, name: str | None = None) -> FileRecord:
     digest = hashlib.sha256()
     size = 0
     buffer = memoryview(bytearray(_HASH_CHUNK))
-    with os.fdopen(open_to_read(path.resolve()), "rb", buffering=0) as file:
-        try:
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-                size += count
-        except OSError as error:
-            raise read_error(path, error) from error
+    with reading(path.resolve()) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
     return FileRecord(name or path.name, size, digest.hexdigest())
 
 
 def record_header(path: Path, name: str | None = None) -> FileRecord:
     """Hash the header of a safetensors file, and leave its weights unread."""
-    with os.fdopen(open_to_read(path), "rb") as file:
+    with reading(path) as file:
         prefix = file.read(8)
         header = file.read(min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES))
         size = os.fstat(file.fileno()).st_size

@@ -116,7 +116,7 @@ def rewrite(
 
     token = _fingerprint(resume_token, [member.index.headers_digest for member in sources.values()], layout)
     if completed_earlier(out, token):
-        logger.info("%s was complete already, made by the same call", out)
+        logger.warning("%s is complete: an earlier run of this command was interrupted after writing it", out)
         _verified(out, verify)
         written = read_manifest(out)
         assert written is not None, "it is written before the folder gets its name"
