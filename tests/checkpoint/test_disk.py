@@ -17,7 +17,7 @@ import pytest
 from unmergeable.checkpoint.disk import (
     BLOCK_BYTES,
     Disk,
-    _temporary_prefix,
+    _temporary,
     create_whole,
     open_again,
     open_new,
@@ -234,8 +234,7 @@ def test_a_small_file_is_whole_or_not_there_whenever_its_writer_is_killed(what: 
 def test_leftovers_are_removed_and_the_file_of_a_living_writer_is_not(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     replace_file(tmp_path / "probe", b"")
-    dead = path.with_name(f"{_temporary_prefix(path)}01234567.tmp")
-    living, foreign = dead.with_name(dead.name.replace("01234567", "89abcdef")), tmp_path / "precious.tmp"
+    living, dead, foreign = _temporary(path, 0), _temporary(path, 1), tmp_path / "precious.tmp"
     for file in (dead, living, foreign):
         file.touch()
     with living.open() as held:

@@ -23,16 +23,16 @@ LAYERS = 6
 
 @pytest.fixture(scope="module")
 def expert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 60 MB in three shards: large enough to be killed in the middle."""
+    """A Llama of 22 MB in three shards: large enough to be killed in the middle."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=2000, hidden_size=512, intermediate_size=1376, num_hidden_layers=LAYERS,
+        vocab_size=2000, hidden_size=256, intermediate_size=688, num_hidden_layers=LAYERS,
         num_attention_heads=8, num_key_value_heads=2,
     )  # fmt: skip
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("interruption") / "expert"
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="30MB")
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="10MB")
     return folder
 
 
@@ -108,7 +108,7 @@ def test_the_same_command_on_what_it_had_finished(
 def test_a_full_disk(expert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(small)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=15m", "tmpfs", str(small)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("mounting a small tmpfs needs root; the disk is filled by a size limit in tests/checkpoint instead")
     try:

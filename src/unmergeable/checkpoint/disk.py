@@ -14,10 +14,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import itertools
 import mmap
 import os
 import queue
-import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ _BLOCKS = 4
 _DIRECT: int = getattr(os, "O_DIRECT", 0)  # macOS has none
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # what FAT and some FUSE systems answer
-_TEMPORARY_SUFFIX = ".tmp"
+_SWEPT = 4  # leftovers looked for: of so many processes, killed while they wrote the same file at the same time
 
 _SAFELY = os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -252,8 +252,9 @@ def create_whole(path: Path, data: bytes, *, is_private: bool = False) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files of processes that were killed while they wrote ``path``; those of living ones stay."""
-    for leftover in path.parent.glob(f"{_temporary_prefix(path)}*{_TEMPORARY_SUFFIX}"):
+    for number in range(_SWEPT):
         with suppress(OSError):
+            leftover = _temporary(path, number)
             descriptor = os.open(leftover, os.O_RDWR | os.O_NONBLOCK | _SAFELY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
@@ -266,11 +267,8 @@ def remove_leftovers(path: Path) -> None:
 def _written_beside(path: Path, data: bytes, *, is_private: bool) -> Iterator[Path]:
     """A temporary file in the folder of ``path`` that holds ``data`` on the disk, and is gone afterwards."""
     remove_leftovers(path)
-    temporary = path.with_name(f"{_temporary_prefix(path)}{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFELY, 0o600 if is_private else 0o644)
+    temporary, descriptor = _locked_temporary(path, 0o600 if is_private else 0o644)
     try:
-        with suppress(OSError):  # without locks, leftovers stay
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         if is_private:
             os.fchmod(descriptor, 0o600)  # a strict umask takes bits from the owner too
         view = memoryview(data)
@@ -283,9 +281,26 @@ def _written_beside(path: Path, data: bytes, *, is_private: bool) -> Iterator[Pa
         os.close(descriptor)
 
 
-def _temporary_prefix(path: Path) -> str:
+def _locked_temporary(path: Path, mode: int) -> tuple[Path, int]:
+    """A new file beside ``path`` and its descriptor; more than one where others are writing the same file."""
+    for number in itertools.count():
+        temporary = _temporary(path, number)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFELY, mode)
+        except FileExistsError:
+            continue
+        with suppress(OSError):  # without locks, leftovers stay
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            break
+        os.close(descriptor)  # somebody took it for a leftover before it was locked
+    return temporary, descriptor
+
+
+def _temporary(path: Path, number: int) -> Path:
     # A hash, because with anything appended the name itself may be too long for the file system.
-    return f".unmergeable-{hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}."
+    name = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
+    return path.with_name(f".unmergeable-{name}.{number}.tmp")
 
 
 def sync_folder(folder: Path) -> None:

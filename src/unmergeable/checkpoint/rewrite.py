@@ -332,9 +332,9 @@ def _write_shard(
             for piece in pieces:
                 nbytes = len(piece.data)
                 try:
-                    file.write(piece.data, piece.origin, lent=piece.of_ring)
+                    file.write(piece.data, piece.origin, lent=piece.is_aligned)
                 finally:
-                    if piece.of_ring:
+                    if piece.is_aligned:
                         disk.submit_always(piece.release)
                     else:
                         piece.release()
