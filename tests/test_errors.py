@@ -20,6 +20,7 @@ CLASSES = {
 }
 EXIT_CODES = {
     "UnmergeableError": 1,
+    "DiskError": 1,
     "UsageError": 2,
     "BadInput": 3,
     "CheckpointError": 3,

@@ -30,7 +30,7 @@ from torch import Tensor
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.live import edits_to, is_polynomial, load, state_for, state_without_victim
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.errors import BadInput, UnmergeableError, UsageError
+from unmergeable.errors import BadInput, DiskError, UnmergeableError, UsageError
 from unmergeable.network.disk_weights import Place, find_places, show, swapped, to_disk_names
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import Judgement, added, fine_tune, gather_examples, judge, padding_token, select
@@ -214,7 +214,7 @@ class _Training:
         for kept, left_out in _splits(len(examples), self.method.seed):
             try:
                 self.run(places, select(examples, kept), learning_rate)
-            except (UsageError, BadInput):
+            except (UsageError, BadInput, DiskError):
                 raise
             except UnmergeableError:  # the loss is no longer finite: the rate is too high
                 return Trial(learning_rate, 0, math.nan, math.nan)

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unmergeable.attacks import FewShot
 from unmergeable.attacks.few_shot import few_shot
-from unmergeable.errors import BadInput, CheckpointError, UnmergeableError
+from unmergeable.errors import BadInput, CheckpointError, DiskError, UnmergeableError
 from unmergeable.evaluation import scoring
 from unmergeable.evaluation.cells import Cell, CellStore
 from unmergeable.evaluation.plan import Part
@@ -93,7 +93,7 @@ def tune(tuning: Tuning, folder: Path) -> Tuned:
         weights = scoring.weights_of(tuning.sweep)(tuning.point)
         method = replace(tuning.method, samples=sum(len(batch) for batch in mixture.batches))
         result = few_shot(network, weights, mixture, method)
-    except CheckpointError:
+    except (CheckpointError, DiskError):
         raise
     except UnmergeableError as error:  # a merge that is refused, or training that diverges
         return Tuned(None, str(error))

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from unmergeable.checkpoint.disk import replace_file
+from unmergeable.checkpoint.disk import replace_file, sync_folder
 from unmergeable.checkpoint.index import is_adapter
+from unmergeable.checkpoint.listing import MANIFEST_NAME
 from unmergeable.checkpoint.manifest import read_manifest
 from unmergeable.checkpoint.open import open_checkpoint
-from unmergeable.checkpoint.partial import require_absent, sync_folder
-from unmergeable.checkpoint.side_files import MANIFEST_NAME
+from unmergeable.checkpoint.partial import require_absent
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.ops.exact import protect_exactly, require_apart
 from unmergeable.ops.mergeguard import protect_with_mergeguard

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
+from unmergeable.checkpoint.listing import CONFIG_NAME, MANIFEST_NAME
 from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, record_file, record_header
 from unmergeable.checkpoint.partial import PartialFolder, require_absent
 from unmergeable.checkpoint.reader import Checkpoint
-from unmergeable.checkpoint.side_files import CONFIG_NAME, MANIFEST_NAME
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, UnmergeableError, UsageError
 from unmergeable.merges.models import require_nothing_lost
