@@ -399,7 +399,9 @@ class Protected:
 def protected_copy(expert: Path, folder: Path, *, seed: int, **settings: float) -> Protected:
     """``expert`` protected by the default method; settings left out are the defaults."""
     key = folder.with_name(f"{folder.name}.key")
-    result = unmergeable.protect(expert, base=expert, out=folder, key=key, settings=settings, seed=seed)
+    result = unmergeable.protect(
+        expert, base=expert, out=folder, method="mergelock", key=key, settings=settings, seed=seed
+    )
     assert result.logits is not None
     figures = {
         "condition": result.condition_bound,

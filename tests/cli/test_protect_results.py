@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from unmergeable.cli.protect import KEYLESS_METHODS
 from unmergeable.network.criticality import Criticality
-from unmergeable.network.polynomial_network import Approximation
 from unmergeable.ops.mergeguard import MergeGuardResult
 from unmergeable.ops.polynomials import PolynomialResult
-from unmergeable.ops.protection import ComposedResult
 from unmergeable.ops.sensitivity_shield import ShieldResult
+
+from unmergeable.cli.protect import KEYLESS_METHODS
+from unmergeable.network.polynomial_network import Approximation
+from unmergeable.ops.protection import ComposedResult
 from unmergeable.protections import POLYNOMIAL_PROTECTIONS, WEIGHT_PROTECTIONS
 
 from .conftest import RecordingOps, Run

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from unmergeable.network.criticality import Criticality, find_critical_layers
 
 from network.small_classifier import predict
 from unmergeable.errors import BadInput, Mismatch, UsageError
-from unmergeable.network.criticality import Criticality, find_critical_layers
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.load import load_network

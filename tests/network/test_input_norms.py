@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from unmergeable.network.input_norms import input_norms
 
 from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.input_norms import input_norms
 
 from .small_classifier import Classifier, make_task
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from unmergeable.ops.polynomials import protect_with_polynomials
 
 import unmergeable
 from unmergeable.attacks import NearestOrbit
 from unmergeable.cli.recover import describe
 from unmergeable.errors import BadInput, Mismatch, UsageError
 from unmergeable.network.load import load_network
-from unmergeable.ops.polynomials import protect_with_polynomials
 from unmergeable.tasks import FeatureHead, write_head
 from zoo import TOYS, write_toy
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from unmergeable.ops.mergeguard import MergeGuardResult, protect_with_mergeguard
 
 from low_rank_folder import write_adapter
 from toy_checkpoints import toy_checkpoint
 from unmergeable.checkpoint.manifest import check_files, read_manifest
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.load import load_network
-from unmergeable.ops.mergeguard import MergeGuardResult, protect_with_mergeguard
 from unmergeable.protections import MergeGuard
 from zoo import TOYS, write_toy
 

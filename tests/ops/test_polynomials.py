@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from unmergeable.ops.polynomials import protect_with_polynomials
 
 from unmergeable.checkpoint.manifest import read_manifest
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import BadInput, Mismatch, UsageError
 from unmergeable.ops.merging import merge
-from unmergeable.ops.polynomials import protect_with_polynomials
 from unmergeable.ops.recovery import recover
 from zoo import TOYS, load_toy, outputs, write_toy
 

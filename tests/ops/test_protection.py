@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from unmergeable.ops.exact import ProtectResult
+from unmergeable.ops.polynomials import PolynomialResult
+from unmergeable.ops.sensitivity_shield import ShieldResult
 
 import unmergeable
 from unmergeable.checkpoint.manifest import check_files, read_manifest
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import BadInput, KeyFileError, UsageError
 from unmergeable.ops import protection
-from unmergeable.ops.exact import ProtectResult
-from unmergeable.ops.polynomials import PolynomialResult
 from unmergeable.ops.protection import ComposedResult, Protected
-from unmergeable.ops.sensitivity_shield import ShieldResult
 from unmergeable.ops.steps import METHODS, steps_of
 from unmergeable.protections import POLYNOMIAL_PROTECTIONS, PROTECTIONS, WEIGHT_PROTECTIONS
 from zoo import TOYS, write_toy

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from unmergeable.ops.sensitivity_shield import ShieldResult, protect_with_shield
 
 import unmergeable
 from low_rank_folder import write_adapter
@@ -20,7 +21,6 @@ from unmergeable.checkpoint.manifest import read_manifest
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import BadInput, Mismatch, UsageError
 from unmergeable.ops.recovery import recover
-from unmergeable.ops.sensitivity_shield import ShieldResult, protect_with_shield
 from zoo import TOYS, load_toy, write_toy
 
 SETTINGS = {"unit": 0.1, "perturbation": 0.5}

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from unmergeable.ops.recipe import condition_bound
 
 from toy_checkpoints import ToyCheckpoint, toy_checkpoint
 from unmergeable.checkpoint.memory import MemorySource
@@ -17,7 +18,6 @@ from unmergeable.gauge.assignment import best_assignment
 from unmergeable.gauge.elements import pair_indices
 from unmergeable.gauge.equivalence import compare
 from unmergeable.gauge.gauge import Gauge, undo
-from unmergeable.ops.recipe import condition_bound
 from unmergeable.progress import silent
 from unmergeable.protections import LargestGauge, MergeLock, PaRaMS, Weights
 from unmergeable.protections.params import NEAR, furthest_order

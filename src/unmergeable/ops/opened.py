@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from unmergeable.checkpoint.index import TensorSpec
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, Mismatch
+
+AnyPath = str | os.PathLike[str]
+"""A file or folder; where it names a checkpoint also ``hub:OWNER/NAME``."""
 
 
 def open_with_architecture(

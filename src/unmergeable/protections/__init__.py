@@ -1,9 +1,10 @@
-"""Protections, one file each: they draw a gauge (see :mod:`.protection`), plan another structure, or other weights."""
+"""Protections, one file (or folder) each: what they are is in :mod:`.base`, what exact ones share in :mod:`.exact`."""
 
 from collections.abc import Mapping
 
-from unmergeable.protections.base import GaugeProtection, Weights
-from unmergeable.protections.controls import CONTROLS, Control
+from unmergeable.protections.base import Extras, Facts, Inputs, Protection, ProtectionRequirements, Rewrite
+from unmergeable.protections.controls import Control, Identity, Noise, Scale
+from unmergeable.protections.exact import ExactProtection, Weights
 from unmergeable.protections.gauge import LargestGauge
 from unmergeable.protections.mergebarrier import MergeBarrier
 from unmergeable.protections.mergeguard import MergeGuard
@@ -11,32 +12,36 @@ from unmergeable.protections.mergelock import MergeLock
 from unmergeable.protections.params import PaRaMS
 from unmergeable.protections.sensitivity_shield import SensitivityShield
 from unmergeable.protections.taylor_mlp import TaylorMLP
+from unmergeable.registry import Registry
 
 __all__ = [
     "CONTROLS",
-    "POLYNOMIAL_PROTECTIONS",
     "PROTECTIONS",
-    "WEIGHT_PROTECTIONS",
     "Control",
-    "GaugeProtection",
+    "ExactProtection",
+    "Extras",
+    "Facts",
+    "Inputs",
     "LargestGauge",
     "MergeBarrier",
     "MergeGuard",
     "MergeLock",
     "PaRaMS",
+    "Protection",
+    "ProtectionRequirements",
+    "Rewrite",
     "SensitivityShield",
     "TaylorMLP",
     "Weights",
+    "register_protection",
 ]
 
-PROTECTIONS: dict[str, type[GaugeProtection]] = {cls.name: cls for cls in (MergeLock, PaRaMS, LargestGauge)}
+PROTECTIONS = Registry(
+    "protection",
+    "unmergeable.protections",
+    (MergeLock, PaRaMS, LargestGauge, TaylorMLP, MergeBarrier, MergeGuard, SensitivityShield),
+)
+register_protection = PROTECTIONS.register
 
-POLYNOMIAL_PROTECTIONS: Mapping[str, type[TaylorMLP | MergeBarrier]] = {
-    cls.name: cls for cls in (TaylorMLP, MergeBarrier)
-}
-"""Those that change the structure of the network: calibrated on data, without a key."""
-
-WEIGHT_PROTECTIONS: Mapping[str, type[MergeGuard | SensitivityShield]] = {
-    cls.name: cls for cls in (MergeGuard, SensitivityShield)
-}
-"""Those that change weights and with them the function, and keep the structure: no key."""
+CONTROLS: Mapping[str, type[Control]] = {cls.name: cls for cls in (Identity, Noise, Scale)}
+"""Protections in form only, for audits; ``protect`` refuses them."""

@@ -19,7 +19,7 @@ from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.input_grams import linear_layers
 from unmergeable.network.tasks import answer, device_of
 from unmergeable.progress import Progress, silent
-from unmergeable.protections.sensitivity_shield import InputNorms
+from unmergeable.protections.sensitivity_shield.arithmetic import InputNorms
 
 
 @torch.no_grad()
