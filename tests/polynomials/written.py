@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from unmergeable.network.activation_ranges import activation_ranges
 
 from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.reader import Checkpoint
@@ -17,6 +16,7 @@ from unmergeable.checkpoint.rewrite import rewrite
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.ops.opened import architecture_of
 from unmergeable.polynomials.rewriting import Polynomials, Rewriting, UnitRanges, rewriting
+from unmergeable.protections.activation_ranges import activation_ranges
 from zoo import TOYS, Toy, load_toy, write_toy
 
 GATED = (

@@ -21,8 +21,8 @@ _DEFAULT = " ".join([DEFAULT_METHOD, *(f"{name}={str(value).lower()}" for name, 
 
 def protect(
     context: typer.Context,
-    expert: Annotated[str, typer.Argument(metavar="EXPERT", help="Your fine-tune: a checkpoint or LoRA folder.")],
-    base: Annotated[str, typer.Option("--base", metavar="BASE", help="The checkpoint it was fine-tuned from.")],
+    expert: Annotated[Path, typer.Argument(metavar="EXPERT", help="Your fine-tune: a checkpoint or LoRA folder.")],
+    base: Annotated[Path, typer.Option("--base", metavar="BASE", help="The checkpoint it was fine-tuned from.")],
     out: OutOption,
     method: Annotated[
         str | None,
@@ -46,7 +46,7 @@ def protect(
         ),
     ] = None,
     siblings: Annotated[
-        list[str] | None,
+        list[Path] | None,
         typer.Option(
             "--sibling", metavar="PATH", help="Another fine-tune of BASE, for sensitivity_shield; repeat it for more."
         ),
@@ -83,14 +83,14 @@ def protect(
       unmergeable protect ./my-llama-8b-medical --base ./Llama-3.1-8B --out ./release
     """
     methods, settings = _requested(method, assignments, recipe)
+    makes_key = _makes_key(methods, settings)
+    for option, given in {"--key": key, "--passphrase": passphrase}.items():
+        if given and not makes_key:
+            raise UsageError(f"{','.join(methods or ())} makes no key: leave out {option}.")
+    secret = read_passphrase(is_asked_for=passphrase, is_new=True) if makes_key else None
     with working(context, can_resume=not dry_run) as progress:
         from unmergeable import ops
-        from unmergeable.ops.steps import steps_of
 
-        makes_key = any(step.has_key for step in steps_of(methods, settings))
-        for option, given in {"--key": key, "--passphrase": passphrase}.items():
-            if given and not makes_key:
-                raise UsageError(f"{','.join(methods or ())} makes no key: leave out {option}.")
         result = ops.protect(
             expert,
             base=base,
@@ -99,7 +99,7 @@ def protect(
             key=key,
             settings=settings,
             seed=seed,
-            passphrase=read_passphrase(is_asked_for=passphrase, is_new=True) if makes_key else None,
+            passphrase=secret,
             data=data,
             head=head,
             encoder=encoder,
@@ -110,6 +110,12 @@ def protect(
             progress=progress,
         )
     return Outcome(result.to_json(), result.lines())
+
+
+def _makes_key(methods: Sequence[str] | None, settings: Mapping[str, object]) -> bool:
+    from unmergeable.ops.steps import steps_of
+
+    return any(step.has_key for step in steps_of(methods, settings))
 
 
 def _requested(

@@ -14,7 +14,7 @@ from unmergeable.cli.passphrase import read_passphrase
 
 def restore(
     context: typer.Context,
-    protected: Annotated[str, typer.Argument(metavar="PROTECTED", help="Folder that `protect` wrote.")],
+    protected: Annotated[Path, typer.Argument(metavar="PROTECTED", help="Folder that `protect` wrote.")],
     key: Annotated[Path, typer.Option("--key", metavar="FILE", help="The key file made with it.")],
     out: OutOption,
     passphrase: PassphraseSwitch = False,

@@ -12,7 +12,7 @@ from unmergeable.cli.options import ThreadsOption
 from unmergeable.errors import NotEquivalent
 
 if TYPE_CHECKING:
-    pass
+    from unmergeable.ops.verification import VerifyResult
 
 
 def verify(
@@ -45,4 +45,16 @@ def verify(
 
         result = ops.verify(expert, other, base=base, probe=probe, threads=threads, progress=progress)
     exit_code = 0 if result.is_equal else NotEquivalent.exit_code
-    return Outcome(result.to_json(), result.lines(), exit_code)
+    return Outcome(result.to_json(), describe(result, expert, other), exit_code)
+
+
+def describe(result: VerifyResult, expert: Path, other: Path) -> list[str]:
+    """The verdict, and the measurements it rests on."""
+    if not result.is_equal:
+        return [f"Not equal: {other} does not compute what {expert} computes: {result.explain()}."]
+    blocks = result.equivalence.blocks
+    lines = [f"Equal up to rounding: {expert} and {other} ({len(blocks)} blocks; {result.architecture})"]
+    worst = result.equivalence.worst
+    if worst is not None:
+        lines += [f"Block nearest to its bound: {worst.name}, {worst.error:.1e} relative; bound {worst.bound:.1e}"]
+    return [*lines, f"Difference of the networks' outputs: {result.logits.describe()}"]

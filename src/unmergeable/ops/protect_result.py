@@ -72,24 +72,20 @@ class ProtectResult:
         return tuple(dict.fromkeys(note for step in self.steps for note in step.notes))
 
     @property
-    def facts(self) -> Facts | None:
-        """Of the last step, which wrote ``out``."""
-        return self.steps[-1].facts
-
-    @property
     def measured_error(self) -> float | None:
         """Largest relative output error of a block, of the exact step; None where there is none, or in a dry run."""
-        exact = self._exact
+        exact = self.exact
         return None if exact is None else exact.measured_error
 
     @property
     def predicted_error(self) -> float | None:
         """Bound on :attr:`measured_error`, from rounding."""
-        exact = self._exact
+        exact = self.exact
         return None if exact is None else exact.predicted_error
 
     @property
-    def _exact(self) -> ExactFacts | None:
+    def exact(self) -> ExactFacts | None:
+        """What the exact step measured; None where there is none, or an interrupted run finished it."""
         return next((step.facts for step in self.steps if isinstance(step.facts, ExactFacts)), None)
 
     def to_json(self) -> dict[str, Any]:

@@ -26,8 +26,6 @@ CONDITION_WITHOUT_MANIFEST = 4.0
 class VerifyResult:
     """``is_equal``: every block equal up to rounding and every other tensor equal."""
 
-    expert: Path
-    other: Path
     architecture: str
     equivalence: Equivalence
     logits: LogitGap
@@ -42,17 +40,6 @@ class VerifyResult:
         if not self.equivalence.is_equal:
             return self.equivalence.explain()
         return f"outputs move by {self.logits.gap:.2e}, rounding explains {self.logits.bound:.2e}"
-
-    def lines(self) -> list[str]:
-        """The verdict, and the measurements it rests on, for a terminal."""
-        if not self.is_equal:
-            return [f"Not equal: {self.other} does not compute what {self.expert} computes: {self.explain()}."]
-        count = len(self.equivalence.blocks)
-        lines = [f"Equal up to rounding: {self.expert} and {self.other} ({count} blocks; {self.architecture})"]
-        worst = self.equivalence.worst
-        if worst is not None:
-            lines += [f"Block nearest to its bound: {worst.name}, {worst.error:.1e} relative; bound {worst.bound:.1e}"]
-        return [*lines, f"Difference of the networks' outputs: {self.logits.describe()}"]
 
     def to_json(self) -> dict[str, Any]:
         worst = self.equivalence.worst
@@ -114,7 +101,7 @@ def verify(
             )
     inputs = None if probe is None else Path(probe)
     gap = logit_gap(stored[0][0], stored[1][0], condition, probe=inputs, is_requested=True, progress=progress)
-    return VerifyResult(*folders, architecture.family, found, gap, condition)
+    return VerifyResult(architecture.family, found, gap, condition)
 
 
 Opened = tuple[TensorSource, Architecture]

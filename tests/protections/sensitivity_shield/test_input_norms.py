@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from unmergeable.network.input_norms import input_norms
 
+from network.small_classifier import Classifier, make_task
 from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
-
-from .small_classifier import Classifier, make_task
+from unmergeable.protections.sensitivity_shield.input_norms import input_norms
 
 
 class Reader(nn.Module):

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from unmergeable.network.dispersal import disperse
-from unmergeable.network.weight_penalty import weight_penalty
 
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.load import load_network
@@ -17,6 +15,7 @@ from unmergeable.network.tasks import Task, accuracy
 from unmergeable.network.train import Batch, Schedule, train
 from unmergeable.network.training_state import Kept
 from unmergeable.protections import MergeGuard
+from unmergeable.protections.mergeguard.dispersal import disperse, weight_penalty
 from zoo import TOYS, write_toy
 
 MATRICES = {
