@@ -65,7 +65,12 @@ def open_base(
         raise BadInput(
             f"base {folder} does not exist; give the folder of the checkpoint this model was fine-tuned from."
         )
-    base = open_checkpoint(folder, allow_pickle=allow_pickle)
+    return base_of(open_checkpoint(folder, allow_pickle=allow_pickle), expert, architecture)
+
+
+def base_of(base: TensorSource, expert: TensorSource, architecture: Architecture) -> TensorSource:
+    """An open base of ``expert``, under the expert's tensor names; raises as :func:`open_base`."""
+    folder = base.description
     kinds = [source.config.get("model_type") or source.config.get("_class_name") for source in (expert, base)]
     if kinds[0] != kinds[1]:
         raise Mismatch(
