@@ -1,7 +1,9 @@
 """Protections, one file (or folder) each: what they are is in :mod:`.base`, what exact ones share in :mod:`.exact`."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
+from unmergeable.errors import UsageError
 from unmergeable.protections.base import Extras, Facts, Inputs, Protection, ProtectionRequirements, Rewrite
 from unmergeable.protections.controls import Control, Identity, Noise, Scale
 from unmergeable.protections.exact import ExactProtection, Weights
@@ -41,7 +43,18 @@ PROTECTIONS = Registry(
     "unmergeable.protections",
     (MergeLock, PaRaMS, LargestGauge, TaylorMLP, MergeBarrier, MergeGuard, SensitivityShield),
 )
-register_protection = PROTECTIONS.register
-
 CONTROLS: Mapping[str, type[Control]] = {cls.name: cls for cls in (Identity, Noise, Scale)}
 """Protections in form only, for audits; ``protect`` refuses them."""
+
+Method = TypeVar("Method", bound=type[Protection])
+
+
+def register_protection(method: Method) -> Method:
+    """Add a protection under its ``name``; returns the class, to be used as a decorator.
+
+    Raises:
+        UsageError: it is no :class:`Protection`, has no name, or one that is taken.
+    """
+    if not issubclass(method, Protection):
+        raise UsageError(f"{method.__qualname__} is no protection: derive it from unmergeable.protections.Protection.")
+    return PROTECTIONS.register(method)
