@@ -12,7 +12,7 @@ import pytest
 
 import unmergeable
 import unmergeable.evaluation.run
-from unmergeable import evaluation, ops
+from unmergeable import evaluation, ops, protections
 from unmergeable.progress import Progress, silent
 
 PACKAGE = Path(unmergeable.__file__).parent
@@ -20,10 +20,11 @@ ROOT = PACKAGE.parent.parent
 
 
 def test_the_public_names_are_those_of_the_api_and_audit() -> None:
-    assert sorted(unmergeable.__all__) == sorted([*ops.__all__, "audit"])
+    homes = {"audit": evaluation.run, "register_protection": protections, **dict.fromkeys(ops.__all__, ops)}
+    assert sorted(unmergeable.__all__) == sorted(homes)
     for name in unmergeable.__all__:
         function = getattr(unmergeable, name)
-        assert function is getattr(evaluation.run if name == "audit" else ops, name)
+        assert function is getattr(homes[name], name)
         assert inspect.isfunction(function)
         assert inspect.getdoc(function)
 

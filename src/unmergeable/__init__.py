@@ -1,9 +1,8 @@
 """Protect an open-weight transformer against merging, restore it, attack it, and say what the protection is worth.
 
-    from pathlib import Path
     import unmergeable
 
-    unmergeable.protect(Path("my-finetune"), base=Path("the-base"), out=Path("release"), key=Path("release.key"))
+    unmergeable.protect("my-finetune", base="the-base", out="release", key="release.key")
 
 The functions below are the whole public interface; ``unmergeable.errors`` holds what they raise.
 """
@@ -12,9 +11,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unmergeable.evaluation.run import audit
-    from unmergeable.ops import inspect, merge, methods, protect, recover, restore, schema, verify
+    from unmergeable.ops import (
+        inspect,
+        merge,
+        methods,
+        protect,
+        protect_state_dict,
+        recover,
+        restore,
+        restore_state_dict,
+        schema,
+        verify,
+    )
+    from unmergeable.protections import register_protection
 
-__all__ = ["audit", "inspect", "merge", "methods", "protect", "recover", "restore", "schema", "verify"]
+__all__ = [
+    "audit",
+    "inspect",
+    "merge",
+    "methods",
+    "protect",
+    "protect_state_dict",
+    "recover",
+    "register_protection",
+    "restore",
+    "restore_state_dict",
+    "schema",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +47,10 @@ def __getattr__(name: str) -> Any:
         from unmergeable.evaluation.run import audit
 
         return audit
+    if name == "register_protection":
+        from unmergeable.protections import register_protection
+
+        return register_protection
     if name in __all__:
         from unmergeable import ops
 

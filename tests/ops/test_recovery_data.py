@@ -16,7 +16,6 @@ import unmergeable
 from unmergeable.attacks import NearestOrbit
 from unmergeable.errors import BadInput, Mismatch, UsageError
 from unmergeable.network.load import load_network
-from unmergeable.ops.polynomials import protect_with_polynomials
 from unmergeable.tasks import FeatureHead, write_head
 from zoo import TOYS, write_toy
 
@@ -140,9 +139,7 @@ def test_without_a_source_the_control_starts_from_the_base_and_no_head_of_the_vi
 def test_a_network_of_polynomials_can_be_trained_too(work: Path) -> None:
     """Its control is the base, which has another structure."""
     protected = work / "polynomial"
-    protect_with_polynomials(
-        work / "expert", base=work / "base", out=protected, method="taylor_mlp", data=work / "data.npz"
-    )
+    unmergeable.protect(work / "expert", base=work / "base", out=protected, method="taylor_mlp", data=work / "data.npz")
     result = recover(work, "polynomial", settings={"learning_rates": "1e-3"})
     before, after = read(protected), read(work / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -154,7 +151,7 @@ def test_a_network_of_polynomials_can_be_trained_too(work: Path) -> None:
 def test_polynomials_are_seen_in_files_that_name_tensors_as_the_network_does(work: Path) -> None:
     """The base's files say ``encoder.layer.0.intermediate``, where the protected one's say ``layers.0.mlp.fc1``."""
     options = {"base": work / "base", "method": "taylor_mlp", "data": work / "data.npz"}
-    protect_with_polynomials(work / "expert", out=work / "polynomial", **options)
+    unmergeable.protect(work / "expert", out=work / "polynomial", **options)
     comparison = unmergeable.inspect(work / "polynomial", base=work / "base").comparison
     assert [(sign.name, sign.recovery) for sign in comparison.signs] == [("polynomial FFN", "taylor_inversion")]
     assert "2 of the base's" in comparison.signs[0].evidence  # the two projections, and nothing that was only renamed
@@ -178,7 +175,7 @@ def test_layerwise_ridge_takes_keys_and_polynomials(method: str, work: Path) -> 
         options = {"base": work / "base", "out": work / "protected", "key": work / "key", "method": method}
         unmergeable.protect(work / "near", **options)
     else:
-        protect_with_polynomials(work / "near", base=work / "base", out=work / "protected", method=method, data=inputs)
+        unmergeable.protect(work / "near", base=work / "base", out=work / "protected", method=method, data=inputs)
     result = unmergeable.recover(
         work / "protected", base=work / "base", method="layerwise_ridge", data=inputs, out=work / "out"
     )

@@ -48,7 +48,7 @@ from unmergeable.attacks.live import edits_to, is_polynomial, load, state_for
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.disk_weights import find_places, show, swapped
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.input_grams import MEMORY_BUDGET, LinearLayer, linear_layers
+from unmergeable.network.linear_layers import MEMORY_BUDGET, LinearLayer, linear_layers
 from unmergeable.network.tasks import Task, answer, device_of
 from unmergeable.polynomials.layout import under_names_on_disk
 from unmergeable.progress import Progress, silent

@@ -9,7 +9,7 @@ from typing import Any
 from unmergeable.attacks import ATTACKS
 from unmergeable.evaluation.plan import joined
 from unmergeable.evaluation.verdict import short
-from unmergeable.protections import PROTECTIONS
+from unmergeable.ops.steps import steps_of
 
 RELEASE, RECOVERED, MERGED = "release", "recovered", "merged"
 
@@ -29,7 +29,7 @@ def attack_commands(plan: Mapping[str, Any], protection: str, trial: Mapping[str
         victim = paths[plan["protect"]["expert"]]
         protect = _find(plan["protect"]["methods"], protection)
         if protect is not None:
-            is_keyed = any(name.strip() in PROTECTIONS for name in protect["method"].split(","))
+            is_keyed = any(step.has_key for step in steps_of(protect["method"], protect.get("settings") or {}))
             key = ["--key", "release.key"] if is_keyed else []
             seed = ["--seed", str(trial["seed"])]
             commands.append(["protect", victim, *against, *_method(protect), *seed, *key, "--out", RELEASE])

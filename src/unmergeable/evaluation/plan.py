@@ -84,7 +84,7 @@ class ProtectionEntry:
     @property
     def is_exact(self) -> bool:
         """Whether the function stays as it is, and a key leads back."""
-        return all(step.is_exact for step in steps_of(self.method, self.settings))
+        return all(step.has_key for step in steps_of(self.method, self.settings))
 
     @property
     def reads(self) -> frozenset[str]:

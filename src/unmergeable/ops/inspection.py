@@ -22,10 +22,10 @@ from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UnsupportedArchitecture, UsageError
 from unmergeable.gauge.equivalence import UNIT_ROUNDOFF
-from unmergeable.ops.exact import describe_groups
 from unmergeable.ops.opened import open_base, open_with_architecture
 from unmergeable.polynomials.layout import under_names_on_disk
 from unmergeable.progress import Progress, silent
+from unmergeable.protections.exact import describe_groups
 
 GROUP = 128
 """Weights that share a scale in the usual 4-bit formats."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from unmergeable.architecture import Architecture, detect
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import RenamedSource, TensorSource
 from unmergeable.errors import BadInput, Mismatch
+
+AnyPath = str | os.PathLike[str]
+"""A file or folder; where it names a checkpoint also ``hub:OWNER/NAME``."""
 
 
 def open_with_architecture(
@@ -39,7 +43,12 @@ def open_base(
         raise BadInput(
             f"base {folder} does not exist; give the folder of the checkpoint this model was fine-tuned from."
         )
-    base = open_checkpoint(folder, allow_pickle=allow_pickle)
+    return base_of(open_checkpoint(folder, allow_pickle=allow_pickle), expert, architecture)
+
+
+def base_of(base: TensorSource, expert: TensorSource, architecture: Architecture) -> TensorSource:
+    """An open base of ``expert``, under the expert's tensor names; raises as :func:`open_base`."""
+    folder = base.description
     kinds = [source.config.get("model_type") or source.config.get("_class_name") for source in (expert, base)]
     if kinds[0] != kinds[1]:
         raise Mismatch(

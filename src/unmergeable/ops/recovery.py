@@ -21,10 +21,10 @@ from unmergeable.checkpoint.rewrite import rewrite
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.ops.inspection import inspect
 from unmergeable.ops.opened import architecture_of, open_base
-from unmergeable.ops.workers import one_thread_per_kernel
 from unmergeable.polynomials.layout import SECTION
 from unmergeable.progress import Progress, silent
 from unmergeable.settings import configure, settings_of
+from unmergeable.threads import one_thread_per_kernel
 
 AUTO = "auto"
 

@@ -1,16 +1,19 @@
-"""Stage 1 of MergeGuard in a live network: fine-tuning with a penalty on weights (arXiv 2511.11851).
+"""Stage 1 of MergeGuard in a live network: fine-tuning with a penalty on the squares of weights (arXiv 2511.11851).
 
-See :mod:`unmergeable.protections.mergeguard` for the formula.
+:mod:`.method` has the formula. Of a weight with a low-rank update beside it (:mod:`unmergeable.network.low_rank`) the
+whole is penalised, without ever being put together:
+
+    |W + s B A|^2 = |W|^2 + 2 s <B^T W, A> + s^2 <B^T B, A A^T>
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unmergeable.network.disk_weights import find_places
 from unmergeable.network.fine_tune import fine_tune, gather_examples, padding_token
@@ -18,9 +21,12 @@ from unmergeable.network.low_rank import low_rank_updates
 from unmergeable.network.tasks import Task, device_of
 from unmergeable.network.train import Schedule
 from unmergeable.network.training_state import Kept
-from unmergeable.network.weight_penalty import weight_penalty
 from unmergeable.progress import Progress, silent
-from unmergeable.protections import MergeGuard
+
+if TYPE_CHECKING:
+    from unmergeable.protections.mergeguard.method import MergeGuard
+
+Penalty = Literal["sum", "mean"]
 
 
 def disperse(
@@ -90,3 +96,48 @@ def _trained(
             if hasattr(module, "base_layer") and id(module.base_layer.weight) in chosen
         }
         yield lambda name: is_update(name) and name.rpartition(".lora_")[0] in adapted
+
+
+def weight_penalty(
+    network: nn.Module, layers: Sequence[Sequence[Tensor]], alpha: float, kind: Penalty
+) -> Callable[[], Tensor]:
+    """``alpha`` times the sum over layers of the sum, or the mean, of the squares of their weights: a scalar.
+
+    Args:
+        network: whose weights they are, with low-rank updates or without.
+        layers: live parameters; an update of one is found by the weight it is of.
+        alpha: its weight in the loss.
+        kind: which; the mean is over each layer.
+    """
+    adapted: list[Any] = [module for module in network.modules() if _is_adapted(module)]
+    updates = {id(module.base_layer.weight): module for module in adapted}
+    device = layers[0][0].device
+
+    def penalty() -> Tensor:
+        total = torch.zeros((), device=device)
+        with torch.autocast(device.type, enabled=False):  # sums of millions of squares need all of float32
+            for weights in layers:
+                squares = torch.stack([_square(weight, updates.get(id(weight))) for weight in weights]).sum()
+                total = total + (squares if kind == "sum" else squares / sum(map(torch.numel, weights)))
+        return alpha * total
+
+    return penalty
+
+
+def _is_adapted(module: Any) -> bool:
+    """Whether it is one of peft's linear layers."""
+    return "default" in getattr(module, "lora_A", ()) and hasattr(module, "base_layer")
+
+
+def _square(weight: Tensor, update: Any | None) -> Tensor:
+    flat = weight.reshape(-1)
+    if update is None:
+        return torch.dot(flat, flat)
+    a: Tensor = update.lora_A["default"].weight
+    b: Tensor = update.lora_B["default"].weight
+    scale: float = update.scaling["default"]
+    fixed = weight.detach()
+    if not isinstance(update.base_layer, nn.Linear):  # GPT-2's layers are stored inputs by outputs
+        fixed = fixed.T
+    cross = ((b.T @ fixed) * a).sum()
+    return torch.dot(flat.detach(), flat.detach()) + 2 * scale * cross + scale**2 * ((b.T @ b) * (a @ a.T)).sum()

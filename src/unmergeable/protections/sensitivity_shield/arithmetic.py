@@ -1,33 +1,6 @@
-"""sensitivity_shield: siblings mixed in, then the task vector taken away and doubled in turns.
+"""The arithmetic of the shield: mixtures, scores, units and the weights that are released. No files, no networks.
 
-"Sensitivity as a Shield" (ICLR 2026 submission), with base theta_0 and expert theta_d. Global part: public siblings
-theta_t of the same base, weak in the owner's domain, are mixed in,
-
-    theta_G = theta_d + sum_t lambda_t (theta_t - theta_d)
-
-Local part: with tau_G = theta_G - theta_0, weights that the model is sensitive to stay. Those are the top 20 % of their
-output row by Wanda's score |W_ij| ||x_j|| (arXiv 2306.11695) on data of the domain, in theta_G and also in G1, which is
-theta_G merged with a sibling by task arithmetic,
-
-    S = S_G and S_G1        G1 = theta_G + perturbation (theta_1 - theta_0)
-
-The rest is ranked by |tau_G| over the whole model, largest first, and cut into units of 2 %. Odd units lose tau_G,
-which makes them the base's; even units get it twice:
-
-    theta_p = theta_G - tau_G = theta_0  in units 1, 3, …    theta_G + tau_G  in units 2, 4, …    theta_G  in S
-
-What is ours where the paper is silent: the strength of the perturbation, and that matrices of attention and
-feed-forwards are ranked (``tensors=all``: everything that is mixed), since Wanda has a score for those only. A matrix
-that is no linear layer of the live network (experts fused into one tensor, tables of relative positions) has none and
-is not ranked either: whether it is sensitive is not known.
-
-Magnitudes are those of float32. Of equal ones none is preferred: all magnitudes that reach the last of a unit belong to
-it, and all scores that reach the last of a top share to that. So the result depends neither on the order of tensors nor
-on shards, pieces or threads.
-
-What it does not stop: the siblings are public, and least squares finds how much of each is in the release
-(``recover --method source_subtraction``). Units that were doubled or set back are seen by comparing with the base. The
-function changes: measure it.
+Names and formulas are those of :mod:`.method`.
 """
 
 from __future__ import annotations
@@ -36,121 +9,21 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.errors import BadInput, UsageError
+from unmergeable.errors import BadInput
 from unmergeable.quantile import DIGITS, KthLargest, magnitude_bits
 from unmergeable.randomness import Stream
 
-Parts = Literal["global", "local", "both"]
-Exclusion = Literal["wanda", "wanda_once", "random", "none"]
-Tensors = Literal["matrices", "all"]
+if TYPE_CHECKING:
+    from unmergeable.protections.sensitivity_shield.method import SensitivityShield
 
 PIECE_ELEMENTS = 1 << 21
 """Numbers of a tensor worked on at a time: 16 MB in float64. Random exclusion is drawn piece by piece."""
-
-
-@dataclass(frozen=True)
-class SensitivityShield:
-    """``parts``: mix siblings in (global), take away and double (local), or both.
-
-    ``coefficients``: the lambdas, separated by commas, one for each sibling. ``top_share`` of a row that is sensitive;
-    ``unit``: share of the ranked weights. ``exclusion``: wanda, wanda_once (theta_G alone), random (``random_share`` of
-    the weights) or none. ``perturbation``: coefficient of the first sibling in G1. ``tensors``: matrices of attention
-    and feed-forwards, or all that are mixed. ``examples`` of the data to look at, at most.
-    """
-
-    name: ClassVar[str] = "sensitivity_shield"
-    summary: ClassVar[str] = "siblings mixed in, and the task vector taken away and doubled in turns"
-    exact: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("base", "siblings", "data")
-
-    parts: Parts = "both"
-    coefficients: str = "0.3,0.05"
-    top_share: float = 0.2
-    unit: float = 0.02
-    exclusion: Exclusion = "wanda"
-    perturbation: float = 0.1
-    random_share: float = 0.05
-    tensors: Tensors = "matrices"
-    examples: int = 128
-
-    def validate(self) -> None:
-        """Raises UsageError for a setting out of range."""
-        _ = self.mixed_shares
-        if not 0 < self.top_share < 1:
-            raise UsageError(f"sensitivity_shield: top_share must lie between 0 and 1, not {self.top_share}.")
-        if not 1e-4 <= self.unit <= 0.5:
-            raise UsageError(f"sensitivity_shield: unit must lie between 0.0001 and 0.5, not {self.unit}.")
-        if not 0 < self.perturbation <= 1:
-            raise UsageError(
-                f"sensitivity_shield: perturbation must be above 0 and at most 1, not {self.perturbation}."
-            )
-        if not 0 <= self.random_share < 1:
-            raise UsageError(f"sensitivity_shield: random_share must lie between 0 and 1, not {self.random_share}.")
-        if self.examples < 1:
-            raise UsageError(f"sensitivity_shield: at least one example is needed, not {self.examples}.")
-
-    @property
-    def mixed_shares(self) -> tuple[float, ...]:
-        """The lambdas; empty where nothing is mixed in.
-
-        Raises:
-            UsageError: one is no number or out of range, or they leave nothing of the expert.
-        """
-        try:
-            shares = tuple(float(text) for text in self.coefficients.split(","))
-        except ValueError:
-            shares = (math.nan,)
-        if not all(0 <= share < 1 for share in shares) or sum(shares) >= 1:
-            raise UsageError(
-                "sensitivity_shield: coefficients must be numbers from 0 to 1 with a sum below 1, separated by commas, "
-                f"not {self.coefficients!r}."
-            )
-        return shares if self.is_global else ()
-
-    @property
-    def is_global(self) -> bool:
-        return self.parts != "local"
-
-    @property
-    def is_local(self) -> bool:
-        return self.parts != "global"
-
-    @property
-    def scored_models(self) -> int:
-        """How many networks weights are scored in: theta_G, and G1. 0 where none is."""
-        if not self.is_local:
-            return 0
-        return {"wanda": 2, "wanda_once": 1}.get(self.exclusion, 0)
-
-    @property
-    def reads_data(self) -> bool:
-        return self.scored_models > 0
-
-    @property
-    def reads_siblings(self) -> bool:
-        return self.is_global or self.scored_models > 1
-
-    def require_siblings(self, count: int) -> None:
-        """Raises UsageError unless there are as many siblings as these settings use."""
-        if not self.reads_siblings:
-            if count:
-                raise UsageError("sensitivity_shield: these settings mix nothing in; leave the siblings out.")
-            return
-        if count == 0:
-            raise UsageError(
-                "sensitivity_shield mixes in siblings, other fine-tunes of the base; give one for each coefficient."
-            )
-        if self.is_global and count != len(self.mixed_shares):
-            raise UsageError(
-                f"sensitivity_shield: coefficients={self.coefficients} are {len(self.mixed_shares)} and siblings "
-                f"{count}; give one for each."
-            )
 
 
 @dataclass(frozen=True)
@@ -211,14 +84,14 @@ class Rows:
 
     def sensitivity(self, norms: Sequence[Tensor], top_share: float) -> Sensitivity:
         """Wanda's thresholds: the score of the last weight in the top share of each row."""
-        found: list[list[Tensor]] = [[] for _ in norms]
+        thresholds: list[list[Tensor]] = [[] for _ in norms]
         inputs = self.expert.shape[1]
         kept = max(1, math.floor(_fraction(top_share) * inputs))
         for window in self.windows():
             models = self.models(window, self.mixture(window), len(norms))
-            for its, model, its_norms in zip(found, models, norms, strict=True):
-                its.append((model.abs() * its_norms).kthvalue(inputs - kept + 1, dim=1, keepdim=True).values)
-        return Sensitivity(tuple(norms), tuple(torch.cat(pieces) for pieces in found))
+            for found, model, input_norms in zip(thresholds, models, norms, strict=True):
+                found.append((model.abs() * input_norms).kthvalue(inputs - kept + 1, dim=1, keepdim=True).values)
+        return Sensitivity(tuple(norms), tuple(torch.cat(pieces) for pieces in thresholds))
 
     def is_sensitive(self, window: slice, mixture: Tensor, by: Sensitivity) -> Tensor:
         """S, bool [rows of the window, inputs]."""
@@ -296,16 +169,16 @@ class Shield:
     def model(self, name: str, *, is_perturbed: bool) -> Tensor:
         """One tensor of theta_G or G1, float32 in its stored shape: what a live network is given."""
         rows = self.rows(name)
-        found = torch.empty(rows.expert.shape, dtype=torch.float32)
+        filled = torch.empty(rows.expert.shape, dtype=torch.float32)
         for window in rows.windows():
             mixture = rows.mixture(window)
-            found[window] = rows.perturbed(window, mixture) if is_perturbed else mixture
-        return found.reshape(self.expert.spec(name).shape)
+            filled[window] = rows.perturbed(window, mixture) if is_perturbed else mixture
+        return filled.reshape(self.expert.spec(name).shape)
 
     def sensitivity(self, name: str, rows: Rows) -> Sensitivity | None:
         """Of a tensor that has a score."""
         norms = self.input_norms.get(name)
-        return None if norms is None else rows.sensitivity([its.norms for its in norms], self.settings.top_share)
+        return None if norms is None else rows.sensitivity([layer.norms for layer in norms], self.settings.top_share)
 
     def is_excluded(
         self, name: str, rows: Rows, window: slice, mixture: Tensor, by: Sensitivity | None
@@ -338,15 +211,15 @@ class Shield:
         rows = self.rows(name, tensor)
         is_ranked = name in self.ranked
         for window in rows.windows():
-            found = mixture = rows.mixture(window)
+            released = mixture = rows.mixture(window)
             if is_ranked:
                 start = rows.base[window].double()
                 is_odd = unit_numbers(task_vector_magnitudes(mixture, rows.base[window]), boundaries) % 2 == 1
-                found = torch.where(is_odd, start, 2 * mixture - start)
+                released = torch.where(is_odd, start, 2 * mixture - start)
                 excluded = self.is_excluded(name, rows, window, mixture, by)
                 if excluded is not None:
-                    found = torch.where(excluded, mixture, found)
-            rows.expert[window] = found.to(tensor.dtype)
+                    released = torch.where(excluded, mixture, released)
+            rows.expert[window] = released.to(tensor.dtype)
             if not bool(rows.expert[window].isfinite().all()):
                 raise BadInput(
                     f"sensitivity_shield: tensor {name} would hold NaN or infinity; get undamaged copies of "

@@ -17,6 +17,7 @@ from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput
 from unmergeable.gauge.equivalence import UNIT_ROUNDOFF
+from unmergeable.network.load import load_network, load_tokenizer
 from unmergeable.progress import Progress, silent
 
 NETWORK_FACTOR = 64
@@ -40,6 +41,12 @@ class LogitGap:
     @property
     def is_beyond_bound(self) -> bool:
         return self.gap is not None and not self.gap <= self.bound  # a NaN is beyond any bound
+
+    def describe(self) -> str:
+        """The figure beside its bound, or why there is none."""
+        if self.gap is None:
+            return f"not measured: {self.reason}"
+        return f"{self.gap:.1e} relative; bound {self.bound:.1e}"
 
     def to_json(self) -> dict[str, Any]:
         return {"relative_gap": self.gap, "bound": self.bound, "not_measured_because": self.reason or None}
@@ -97,8 +104,6 @@ def _obstacle(first: TensorSource, second: TensorSource, is_requested: bool) -> 
 
 @torch.no_grad()
 def _outputs(folder: Path, probe: Path | None, seed: int) -> Tensor:
-    from unmergeable.network.load import load_network
-
     network = load_network(folder, dtype=torch.float32)
     if probe is None:
         batches = [random_inputs(network, seed)]
@@ -187,6 +192,4 @@ def _probe_row(line: str, where: str) -> Mapping[str, Any]:
 def _probe_inputs(row: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
     if "input_ids" in row:
         return {"input_ids": torch.tensor([row["input_ids"]], dtype=torch.long)}
-    from unmergeable.network.load import load_tokenizer
-
     return dict(load_tokenizer(folder)(row["text"], return_tensors="pt"))

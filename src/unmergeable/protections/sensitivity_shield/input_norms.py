@@ -16,10 +16,10 @@ from torch import Tensor
 
 from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.input_grams import linear_layers
+from unmergeable.network.linear_layers import linear_layers
 from unmergeable.network.tasks import answer, device_of
 from unmergeable.progress import Progress, silent
-from unmergeable.protections.sensitivity_shield import InputNorms
+from unmergeable.protections.sensitivity_shield.arithmetic import InputNorms
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 from unmergeable.architecture import Architecture
 from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.input_grams import linear_layers
+from unmergeable.network.linear_layers import linear_layers
 from unmergeable.network.tasks import answer, device_of
 from unmergeable.polynomials.rewriting import UnitRanges
 from unmergeable.progress import Progress, silent

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import BadInput
-from unmergeable.network.activation_ranges import activation_ranges
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.ops.opened import architecture_of
+from unmergeable.protections.activation_ranges import activation_ranges
 from zoo import TOYS, load_toy, write_toy
 
 

@@ -19,8 +19,9 @@ from low_rank_folder import write_adapter
 from unmergeable.checkpoint.manifest import read_manifest
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import BadInput, Mismatch, UsageError
+from unmergeable.ops.protection import protect
 from unmergeable.ops.recovery import recover
-from unmergeable.ops.sensitivity_shield import ShieldResult, protect_with_shield
+from unmergeable.protections.sensitivity_shield.method import ShieldFacts
 from zoo import TOYS, load_toy, write_toy
 
 SETTINGS = {"unit": 0.1, "perturbation": 0.5}
@@ -50,7 +51,7 @@ def gpt2(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def shield(work: Path, **options: Any) -> ShieldResult:
+def shield(work: Path, **options: Any) -> ShieldFacts:
     options = {
         "base": work / "base",
         "out": work / "out",
@@ -59,7 +60,9 @@ def shield(work: Path, **options: Any) -> ShieldResult:
         "settings": SETTINGS,
         **options,
     }
-    return protect_with_shield(options.pop("expert", work / "expert"), **options)
+    (step,) = protect(options.pop("expert", work / "expert"), method="sensitivity_shield", **options).steps
+    assert isinstance(step.facts, ShieldFacts)
+    return step.facts
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -277,8 +280,8 @@ def test_what_is_no_sibling_is_refused(gpt2: Path) -> None:
         ({"siblings": []}, "give one for each coefficient"),
         ({"settings": {"coefficients": "0.3"}}, "siblings 2; give one for each"),
         ({"data": None}, "give some with data=FILE"),
-        ({"settings": {"parts": "global"}}, "score no weights; leave the data out"),
-        ({"settings": {"exclusion": "none"}}, "score no weights; leave the data out"),
+        ({"settings": {"parts": "global"}}, "reads no data: leave out data"),
+        ({"settings": {"exclusion": "none"}}, "reads no data: leave out data"),
         ({"settings": {"unit": 0}}, "unit must lie between"),
     ],
 )

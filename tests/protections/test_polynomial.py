@@ -8,12 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from polynomials.written import original
 from unmergeable.checkpoint.manifest import read_manifest
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import BadInput, Mismatch, UsageError
+from unmergeable.network.encoding import EncodedBatch
+from unmergeable.network.load import load_network
+from unmergeable.network.polynomial_network import load_polynomial_network
 from unmergeable.ops.merging import merge
-from unmergeable.ops.polynomials import protect_with_polynomials
+from unmergeable.ops.protect_result import ProtectResult
+from unmergeable.ops.protection import protect as protect_files
 from unmergeable.ops.recovery import recover
+from unmergeable.polynomials.rewriting import Polynomials
+from unmergeable.protections.polynomial import PolynomialFacts, approximation
 from zoo import TOYS, load_toy, outputs, write_toy
 
 
@@ -27,9 +34,15 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def protect(work: Path, **options: Any) -> Any:
+def protect(work: Path, **options: Any) -> ProtectResult:
     options = {"base": work / "base", "out": work / "out", "method": "taylor_mlp", "data": work / "data.npz", **options}
-    return protect_with_polynomials(work / "expert", **options)
+    return protect_files(work / "expert", **options)
+
+
+def facts(result: ProtectResult) -> Any:
+    (step,) = result.steps
+    assert isinstance(step.facts, PolynomialFacts)
+    return step.facts
 
 
 def test_protects_measures_and_says_so(work: Path) -> None:
@@ -41,13 +54,13 @@ def test_protects_measures_and_says_so(work: Path) -> None:
     assert 0 < measured["output_error"] < 1e-3
     assert 0 <= measured["outside_mean"] < 0.01  # measured on data it was calibrated on
     assert result.to_json()["approximation"] == measured
-    assert set(result.errors) == {"transformer.h.0.mlp", "transformer.h.1.mlp"}
+    assert set(facts(result).errors) == {"transformer.h.0.mlp", "transformer.h.1.mlp"}
     assert manifest.details["recipe"]["settings"]["order"] == 8
     assert "modeling_polynomial.py" in {file.name for file in manifest.outputs}
     assert json.loads((work / "out" / "config.json").read_text())["model_type"] == "polynomial_gpt2"
     # Control: a polynomial of first order is worse, and the measurement shows it.
     poor = protect(work, out=work / "poor", settings={"order": "1", "tolerance": "1e6"})
-    assert poor.approximation.output_error > 20 * result.approximation.output_error
+    assert facts(poor).approximation.output_error > 20 * facts(result).approximation.output_error
 
 
 def test_a_merge_has_nothing_to_average(work: Path) -> None:
@@ -77,7 +90,7 @@ def test_attention_alone_needs_no_data_and_keeps_the_structure(work: Path) -> No
     toy = TOYS["gpt2"]
     found, expert = (outputs(load_toy(work / name, toy), toy) for name in ("out", "expert"))
 
-    assert result.approximation is None
+    assert facts(result).approximation is None
     assert float((found - expert).norm() / expert.norm()) <= 64 * 2.0**-24
     key = "transformer.h.0.attn.c_attn.weight"
     assert not torch.equal(Checkpoint.open(work / "out").tensor(key), Checkpoint.open(work / "expert").tensor(key))
@@ -91,7 +104,6 @@ def test_attention_alone_needs_no_data_and_keeps_the_structure(work: Path) -> No
         ({"settings": {"order": "0"}}, "order must lie between 1 and 32, not 0"),
         ({"method": "mergebarrier", "settings": {"top_k": "8"}}, "top_k=8 is not below the 8 directions"),
         ({"method": "mergebarrier", "settings": {"basis": "fourier"}}, "basis must be one of taylor, hermite"),
-        ({"examples": 0}, "at least one example"),
     ],
 )
 def test_wrong_requests_are_refused_before_any_work(work: Path, options: dict[str, Any], message: str) -> None:
@@ -105,3 +117,21 @@ def test_does_not_overwrite(work: Path) -> None:
     (work / "out").mkdir()
     with pytest.raises(BadInput, match="exists"):
         protect(work)
+
+
+def test_measures_the_error_without_padding(tmp_path: Path) -> None:
+    llama = original("llama", tmp_path / "original")
+    network = load_polynomial_network(llama.write(tmp_path / "out", Polynomials("taylor", 6, 0.7)))
+    plain = load_network(llama.folder)
+    ids = llama.inputs["input_ids"]
+    padded = torch.cat([ids, torch.full((2, 30), 5)], dim=1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(2, 30, dtype=torch.int64)], dim=1)
+    alone = approximation(plain, network, EncodedBatch({"input_ids": ids}))
+    with_padding = approximation(plain, network, EncodedBatch({"input_ids": padded, "attention_mask": mask}))
+
+    assert 0 < alone.output_error < 0.05
+    # Rounding, of other sums in another order.
+    assert with_padding.output_error == pytest.approx(alone.output_error, rel=1e-2)
+    assert set(alone.to_json()) == {"output_error", "outside_largest", "outside_mean"}
+    # Control: a network is at no distance from itself.
+    assert approximation(network, network, EncodedBatch({"input_ids": ids})).output_error == 0

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import BadInput, UsageError
-from unmergeable.protections import sensitivity_shield
-from unmergeable.protections.sensitivity_shield import (
+from unmergeable.protections import SensitivityShield
+from unmergeable.protections.sensitivity_shield import arithmetic
+from unmergeable.protections.sensitivity_shield.arithmetic import (
     Boundaries,
     InputNorms,
-    SensitivityShield,
     Shield,
     first_digits,
     unit_ends,
@@ -157,7 +157,7 @@ def test_is_the_dense_computation(parts: str, exclusion: str, monkeypatch: pytes
         torch.testing.assert_close(whole[name], expected[name], rtol=2.0**-23, atol=0, msg=name)
     if settings.is_local:
         assert not torch.equal(whole["first"], dense(replace(settings, parts="global"))["first"])
-    monkeypatch.setattr(sensitivity_shield, "PIECE_ELEMENTS", 13)
+    monkeypatch.setattr(arithmetic, "PIECE_ELEMENTS", 13)
     pieces = run(make(settings))
     assert all(torch.equal(whole[name], pieces[name]) for name in SHAPES), "the result does not depend on the pieces"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from unmergeable.architecture import Architecture
+from unmergeable.architecture import Architecture, detect
 from unmergeable.architecture.residual import OUTPUT_HEAD
 from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
@@ -49,8 +49,8 @@ class UntiedSource(DerivedSource):
         return self.embedding if name == OUTPUT_HEAD else name
 
 
-def untied(source: TensorSource, architecture: Architecture) -> UntiedSource:
-    """The source with its output head apart.
+def untied(source: TensorSource, architecture: Architecture) -> tuple[UntiedSource, Architecture]:
+    """The source with its output head apart, and its architecture then.
 
     Raises:
         UsageError: it is stored apart already, or untying would not change what may be done.
@@ -59,7 +59,8 @@ def untied(source: TensorSource, architecture: Architecture) -> UntiedSource:
         # T5 scales what it ties; elsewhere the tied and the untied network are one.
         gains = stream.kind == "rms" and architecture.family != "t5"
         if stream.tied is not None and gains and OUTPUT_HEAD not in source.names:
-            return UntiedSource(source, stream.tied)
+            apart = UntiedSource(source, stream.tied)
+            return apart, detect(apart.config, {name: apart.spec(name).shape for name in apart.names})
     raise UsageError(
         f"untie: {source.description} has no output head to store apart, or gains nothing by it; leave untie off."
     )

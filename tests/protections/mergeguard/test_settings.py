@@ -16,8 +16,8 @@ from torch import Tensor
 from toy_checkpoints import toy_checkpoint
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import UsageError
-from unmergeable.protections import WEIGHT_PROTECTIONS
-from unmergeable.protections.mergeguard import MergeGuard, block_of
+from unmergeable.protections import PROTECTIONS
+from unmergeable.protections.mergeguard.method import MergeGuard, block_of
 from unmergeable.settings import configure
 
 
@@ -154,14 +154,14 @@ def test_refuses_settings_out_of_range(setting: str, value: str) -> None:
 
 
 def test_published_settings_are_the_defaults() -> None:
-    method = configure(WEIGHT_PROTECTIONS["mergeguard"], {})
+    method = configure(PROTECTIONS["mergeguard"], {})
     assert isinstance(method, MergeGuard)
     published = (method.stages, method.alpha, method.excluded_layers, method.significant_share, method.beta)
     assert published == ("both", 0.01, 0.1, 0.1, 1.0)
 
 
 def test_every_setting_is_on_its_page() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "mergeguard.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "mergeguard.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, re.MULTILINE))
     shown = {
         field.name: f"{field.default:g}" if isinstance(field.default, float) else str(field.default)

@@ -20,8 +20,10 @@ from toy_checkpoints import toy_checkpoint
 from unmergeable.checkpoint.manifest import check_files, read_manifest
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.load import load_network
-from unmergeable.ops.mergeguard import MergeGuardResult, protect_with_mergeguard
+from unmergeable.ops.protect_result import ProtectResult
+from unmergeable.ops.protection import protect as protect_files
 from unmergeable.protections import MergeGuard
+from unmergeable.protections.mergeguard.method import MergeGuardFacts
 from zoo import TOYS, write_toy
 
 QUICK = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3}
@@ -43,9 +45,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def protect(work: Path, out: Path, **options: Any) -> MergeGuardResult:
-    given = {"base": work / "base", "out": out, "data": work / "data.npz", **options}
-    return protect_with_mergeguard(work / "expert", **given)
+def protect(work: Path, out: Path, **options: Any) -> ProtectResult:
+    given = {"method": "mergeguard", "base": work / "base", "out": out, "data": work / "data.npz", **options}
+    return protect_files(work / "expert", **given)
+
+
+def facts(result: ProtectResult) -> Any:
+    (step,) = result.steps
+    assert isinstance(step.facts, MergeGuardFacts)
+    return step.facts
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -60,15 +68,15 @@ def layers() -> dict[str, tuple[str, ...]]:
 def test_masking_is_the_dense_formula(work: Path, tmp_path: Path) -> None:
     result = protect(work, tmp_path / "out", settings={"stages": "masking", "significant_share": 0.2})
     base, expert, written = tensors(work / "base"), tensors(work / "expert"), tensors(tmp_path / "out")
-    assert result.criticality is not None
-    critical = set(result.criticality.critical)
+    assert facts(result).criticality is not None
+    critical = set(facts(result).criticality.critical)
     assert len(critical) == math.ceil(0.1 * len(layers()))
     masked = [name for layer, names in layers().items() if layer not in critical for name in names]
     vectors = {name: (expert[name].float() - base[name].float()).abs() for name in masked}
     everything = torch.cat([vector.reshape(-1) for vector in vectors.values()])
     threshold = everything.sort(descending=True).values[math.ceil(0.2 * len(everything)) - 1]
-    assert result.threshold == float(threshold)
-    assert result.masked == math.ceil(0.2 * len(everything))
+    assert facts(result).threshold == float(threshold)
+    assert facts(result).masked == math.ceil(0.2 * len(everything))
     for name in expert:
         expected = expert[name]
         if name in vectors:
@@ -107,8 +115,8 @@ def test_training_alone_changes_matrices_in_blocks(work: Path, tmp_path: Path, l
     inside = {name for names in layers().values() for name in names}
     assert changed == {name for name in inside if expert[name].dim() > 1}
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
-    assert result.threshold is None
-    assert result.criticality is None
+    assert facts(result).threshold is None
+    assert facts(result).criticality is None
 
 
 def test_a_low_rank_expert_is_merged_into_the_base_first(work: Path, tmp_path: Path) -> None:
@@ -116,37 +124,37 @@ def test_a_low_rank_expert_is_merged_into_the_base_first(work: Path, tmp_path: P
     shutil.copytree(work / "base", merged)
     layer = "vit.encoder.layer.0.attention.attention.query"
     write_adapter(adapter, work / "base", layer, merged=merged, scale=0.3)
-    options = {"base": work / "base", "data": work / "data.npz", "settings": QUICK}
-    first = protect_with_mergeguard(adapter, out=tmp_path / "first", **options)
-    second = protect_with_mergeguard(merged, out=tmp_path / "second", **options)
-    assert (first.losses, first.threshold, first.accuracies) == (second.losses, second.threshold, second.accuracies)
+    options = {"method": "mergeguard", "base": work / "base", "data": work / "data.npz", "settings": QUICK}
+    first = protect_files(adapter, out=tmp_path / "first", **options)
+    second = protect_files(merged, out=tmp_path / "second", **options)
+    assert facts(first) == facts(second)
     found, expected = tensors(tmp_path / "first"), tensors(tmp_path / "second")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     # Control: the base itself would have given other losses.
-    protect_with_mergeguard(work / "base", out=tmp_path / "third", **options)
+    protect_files(work / "base", out=tmp_path / "third", **options)
     assert not torch.equal(tensors(tmp_path / "third")[f"{layer}.weight"], found[f"{layer}.weight"])
 
 
 def test_both_stages_are_one_after_the_other(work: Path, tmp_path: Path) -> None:
     both = protect(work, tmp_path / "both", settings=QUICK)
     protect(work, tmp_path / "trained", settings={**QUICK, "stages": "training"})
-    assert both.criticality is not None
+    assert facts(both).criticality is not None
     base, trained, written = tensors(work / "base"), tensors(tmp_path / "trained"), tensors(tmp_path / "both")
     for layer, names in layers().items():
         for name in names:
             vector = (trained[name].float() - base[name].float()).abs()
-            is_masked = vector >= both.threshold if layer not in both.criticality.critical else vector < 0
+            is_masked = vector >= facts(both).threshold if layer not in facts(both).criticality.critical else vector < 0
             assert torch.equal(written[name], torch.where(is_masked, base[name], trained[name])), name
 
 
 def test_masking_needs_no_data_where_no_layer_is_excluded(work: Path, tmp_path: Path) -> None:
     settings = {"stages": "masking", "excluded_layers": 0}
     result = protect(work, tmp_path / "out", data=None, settings=settings)
-    assert result.criticality is None
-    assert not result.accuracies
+    assert facts(result).criticality is None
+    assert not facts(result).accuracies
     base, written = tensors(work / "base"), tensors(tmp_path / "out")
     masked = sum(int((written[name] == base[name]).sum()) for names in layers().values() for name in names)
-    assert masked >= result.masked > 0
+    assert masked >= facts(result).masked > 0
 
 
 LONGER = {"steps": 110, "batch_size": 4, "learning_rate": 1e-3, "excluded_layers": 0.3}
@@ -154,7 +162,7 @@ LONGER = {"steps": 110, "batch_size": 4, "learning_rate": 1e-3, "excluded_layers
 KILLED = f"""
 import os, signal, sys
 from pathlib import Path
-from unmergeable.ops.mergeguard import protect_with_mergeguard
+from unmergeable.ops.protection import protect
 
 def kill(stage, done, total, unit):
     if stage == "dispersing" and done == 105:
@@ -162,7 +170,7 @@ def kill(stage, done, total, unit):
 
 work = Path(sys.argv[1])
 options = dict(base=work / "base", out=Path(sys.argv[2]), data=work / "data.npz", settings={LONGER})
-protect_with_mergeguard(work / "expert", progress=kill, **options)
+protect(work / "expert", method="mergeguard", progress=kill, **options)
 """
 
 
@@ -201,7 +209,7 @@ def test_killed_in_any_stage_it_goes_on_to_the_same_bytes(work: Path, tmp_path: 
 def test_a_dry_run_writes_nothing(work: Path, tmp_path: Path) -> None:
     result = protect(work, tmp_path / "out", dry_run=True)
     assert result.is_dry_run
-    assert result.layers == len(layers())
+    assert facts(result).layers == len(layers())
     assert not list(tmp_path.iterdir())
     with pytest.raises(BadInput, match="no label"):
         protect(work, tmp_path / "out", dry_run=True, data=work / "unlabelled.npz")
@@ -215,7 +223,7 @@ def test_refuses_before_any_work(work: Path, tmp_path: Path) -> None:
         protect(work, out, settings={"stages": "second"})
     with pytest.raises(UsageError, match="give some with data=FILE"):
         protect(work, out, data=None)
-    with pytest.raises(UsageError, match="looks at no data"):
+    with pytest.raises(UsageError, match="reads no data: leave out data"):
         protect(work, out, settings={"stages": "masking", "excluded_layers": 0})
     with pytest.raises(UsageError, match="leaves none of"):
         protect(work, out, settings={"excluded_layers": 0.999})

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from network.small_classifier import Classifier, make_task
 from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.input_norms import input_norms
-
-from .small_classifier import Classifier, make_task
+from unmergeable.protections.sensitivity_shield.input_norms import input_norms
 
 
 class Reader(nn.Module):

@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from unmergeable.network.dispersal import disperse
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.load import load_network
 from unmergeable.network.low_rank import low_rank_updates
 from unmergeable.network.tasks import Task, accuracy
 from unmergeable.network.train import Batch, Schedule, train
 from unmergeable.network.training_state import Kept
-from unmergeable.network.weight_penalty import weight_penalty
 from unmergeable.protections import MergeGuard
+from unmergeable.protections.mergeguard.dispersal import disperse, weight_penalty
 from zoo import TOYS, write_toy
 
 MATRICES = {
