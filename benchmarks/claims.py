@@ -1,0 +1,195 @@
+"""What the committed audits allow to be said of each protection: ``src/unmergeable/claims.json``, and tables of it.
+
+    python -m benchmarks.claims
+
+makes the file anew from ``benchmarks/results/*_audit.json``, and then every block of README.md and docs/ that is made
+of it: what stands between ``<!-- claims: NAME -->`` and ``<!-- end of claims -->``. Run it after committing an audit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unmergeable.claims import EFFORT, THREAT_MODELS, DStar, Measurement, Study, limits, measured, measurements
+from unmergeable.ops.steps import METHODS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CLAIMS = ROOT / "src" / "unmergeable" / "claims.json"
+
+DATE = "2026-11-28"
+
+STUDIES = (
+    Study("language_model_audit", "language_model", "SmolLM2-135M", 135_000_000, "question types", "spam", DATE),
+    Study("vision_audit", "vision", "DINOv2-small", 22_000_000, "digits", "silhouettes of animals", DATE),
+    Study("encoder_decoder_audit", "encoder_decoder", "a T5 (2M)", 2_000_000, "question types", "spam", DATE),
+    Study("diffusion_audit", "diffusion", "a diffusion UNet (1M)", 1_000_000, "digits", "clothes", DATE),
+)
+"""The audits that claims rest on. The date is that of the commit."""
+
+TIERS = dict(zip(("T0", "T1", "T2", "T3"), THREAT_MODELS, strict=True))
+"""What the files of audits call the threat models."""
+
+_BLOCK = re.compile(r"(<!-- claims: (\w+)(?: (\w+))? -->\n).*?(<!-- end of claims -->)", re.DOTALL)
+
+
+def claims_document() -> list[dict[str, Any]]:
+    """The content of ``claims.json``, from the audits."""
+    return [
+        {
+            "study": dataclasses.asdict(study),
+            "protections": protections_of(json.loads((RESULTS / f"{study.name}.json").read_text(encoding="utf-8"))),
+        }
+        for study in STUDIES
+    ]
+
+
+def protections_of(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What an audit found for each protection; ValueError if its own controls say that it is not to be trusted."""
+    if not audit["passed"]:
+        raise ValueError("a control of this audit failed: nothing can be claimed from it")
+    entries = []
+    for planned in audit["plan"]["protect"]["methods"]:
+        entry: dict[str, Any] = {"method": planned} if isinstance(planned, str) else planned
+        method = entry["method"]
+        found = audit["protections"][entry.get("name", method)]
+        entries.append(
+            {
+                "method": method,
+                "settings": distinguishing(method, entry.get("settings", {})),
+                "utility_loss": round(100 * found["utility"]["loss"], 1),
+                "d_star": {TIERS[tier]: d_star(tried["worst"]) for tier, tried in found["tiers"].items()},
+            }
+        )
+    return entries
+
+
+def distinguishing(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make this another protection than the method's defaults are."""
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(METHODS[method])}
+    return {name: value for name, value in settings.items() if name not in EFFORT and value != defaults[name]}
+
+
+def d_star(worst: Mapping[str, Any] | None) -> list[float | None]:
+    """D* and the ends of its interval; nothing where there was too little to steal for the figures to mean anything."""
+    if worst is None or worst["is_denominator_small"]:
+        return [None, None, None]
+    return [None if value is None else round(value, 6) for value in (worst["d_star"], *worst["interval"])]
+
+
+def leaderboard(entries: Sequence[Measurement] | None = None) -> str:
+    """Every protection on every audited model, in Markdown; those of a model by what they withstand, best first."""
+    rows = measurements() if entries is None else entries
+    order = [study.name for study in STUDIES]
+    ranked = sorted(rows, key=lambda row: (order.index(row.study.name), *(-figure for figure in _withstood(row))))
+    audited = [threat_model for threat_model in THREAT_MODELS if any(threat_model in row.d_star for row in rows)]
+    return table(
+        ["model", "protection", *(f"D\\* `{threat_model}`" for threat_model in audited), "points lost", "date"],
+        (
+            [
+                row.study.model.removeprefix("a "),
+                _name(row),
+                *(cell(row.d_star.get(threat_model)) for threat_model in audited),
+                f"{row.utility_loss:.1f}",
+                row.study.date,
+            ]
+            for row in ranked
+        ),
+    )
+
+
+def summary() -> str:
+    """One row for each protection at its defaults, in Markdown: off the shelf by model, then the white box over all."""
+    methods = list(dict.fromkeys(row.method for row in measurements()))
+    rows = []
+    for method in methods:
+        found = {row.study.name: row for row in measured(method)}
+        white_box = [row.d_star["white_box"].value for row in found.values()]
+        losses = [row.utility_loss for row in found.values()]
+        rows.append(
+            [
+                f"`{method}`",
+                *(
+                    cell(found[study.name].d_star["off_the_shelf"] if study.name in found else None)
+                    for study in STUDIES
+                ),
+                _span([value for value in white_box if value is not None], 2),
+                _span(losses, 1),
+            ]
+        )
+    rows.sort(key=lambda row: [cells == "–" for cells in row])
+    models = [f"{study.model.removeprefix('a ')}, off the shelf" for study in STUDIES]
+    return table(["protection", *models, "white box, every model", "points lost"], rows)
+
+
+def sentences() -> str:
+    """What may be said of each protection, one row each, in Markdown."""
+    methods = list(dict.fromkeys(row.method for row in measurements()))
+    return table(["protection", "what the audits allow to be said of it"], ([f"`{m}`", limits(m)] for m in methods))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines).replace("D*", "D\\*") + "\n"
+
+
+def cell(found: DStar | None) -> str:
+    """D* with its interval; a dash where it was not measured."""
+    if found is None:
+        return "–"
+    if found.value is None or found.low is None or found.high is None:
+        return "too little to steal"
+    shown = f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+    return f"**{shown}**" if found.judgement == "stops" else shown
+
+
+def with_claims(page: str) -> str:
+    """A page with its blocks made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        name, method = match[2], match[3]
+        made = {"leaderboard": leaderboard, "summary": summary, "sentences": sentences}
+        text = f"{limits(method)}\n".replace("D*", "D\\*") if name == "limits" else made[name]()
+        return f"{match[1]}\n{text}\n{match[4]}"
+
+    return _BLOCK.sub(block, page)
+
+
+def pages() -> list[Path]:
+    """The pages that have such blocks."""
+    every = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in every if _BLOCK.search(page.read_text(encoding="utf-8"))]
+
+
+def main() -> None:
+    CLAIMS.write_text(json.dumps(claims_document(), indent=1) + "\n", encoding="utf-8")
+    measurements.cache_clear()
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        page.write_text(with_claims(text), encoding="utf-8")
+
+
+def _name(row: Measurement) -> str:
+    settings = ", ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in row.settings.items()
+    )
+    return f"`{row.method}`" + (f" `{settings}`" if settings else "")
+
+
+def _withstood(row: Measurement) -> list[float]:
+    """Lower end and value of D*, threat model by threat model; what is not known counts as nothing."""
+    return [figure or 0.0 for found in row.d_star.values() for figure in (found.low, found.value)]
+
+
+def _span(values: Sequence[float], digits: int) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+if __name__ == "__main__":
+    main()
