@@ -82,32 +82,33 @@ def d_star(worst: Mapping[str, Any] | None) -> list[float | None]:
     return [None if value is None else round(value, 6) for value in (worst["d_star"], *worst["interval"])]
 
 
-def leaderboard(entries: Sequence[Measurement] | None = None) -> str:
-    """Every protection on every audited model, in Markdown; those of a model by what they withstand, best first."""
-    rows = measurements() if entries is None else entries
-    order = [study.name for study in STUDIES]
-    ranked = sorted(rows, key=lambda row: (order.index(row.study.name), *(-figure for figure in _withstood(row))))
+def leaderboard() -> str:
+    """Every protection, in Markdown: a table for each audited model."""
+    return "\n".join(
+        f"### {_title(study)}\n\n{study.kind.replace('_', ' ').capitalize()}, {study.parameters / 1e6:g} million "
+        f"parameters. The owner's task: {study.victim_task}; the attacker's own: {study.attacker_task}. "
+        f"Audited {study.date}.\n\n{ranking(study)}"
+        for study in STUDIES
+    )
+
+
+def ranking(study: Study) -> str:
+    """The protections of one audit, in Markdown, by the lower end of D* off the shelf."""
+    rows = sorted(
+        (row for row in measurements() if row.study.name == study.name),
+        key=lambda row: -(row.d_star["off_the_shelf"].low or 0.0),
+    )
     audited = [threat_model for threat_model in THREAT_MODELS if any(threat_model in row.d_star for row in rows)]
     return table(
-        ["model", "protection", *(f"D\\* `{threat_model}`" for threat_model in audited), "points lost", "date"],
-        (
-            [
-                row.study.model.removeprefix("a "),
-                _name(row),
-                *(cell(row.d_star.get(threat_model)) for threat_model in audited),
-                f"{row.utility_loss:.1f}",
-                row.study.date,
-            ]
-            for row in ranked
-        ),
+        ["protection", *(f"D* `{threat_model}`" for threat_model in audited), "points lost"],
+        ([_name(row), *(cell(row.d_star[name]) for name in audited), f"{row.utility_loss:.1f}"] for row in rows),
     )
 
 
 def summary() -> str:
     """One row for each protection at its defaults, in Markdown: off the shelf by model, then the white box over all."""
-    methods = list(dict.fromkeys(row.method for row in measurements()))
     rows = []
-    for method in methods:
+    for method in _ranked():
         found = {row.study.name: row for row in measured(method)}
         white_box = [row.d_star["white_box"].value for row in found.values()]
         losses = [row.utility_loss for row in found.values()]
@@ -122,15 +123,13 @@ def summary() -> str:
                 _span(losses, 1),
             ]
         )
-    rows.sort(key=lambda row: [cells == "–" for cells in row])
-    models = [f"{study.model.removeprefix('a ')}, off the shelf" for study in STUDIES]
-    return table(["protection", *models, "white box, every model", "points lost"], rows)
+    return table(["protection", *map(_title, STUDIES), "white box, all models", "points lost"], rows)
 
 
 def sentences() -> str:
     """What may be said of each protection, one row each, in Markdown."""
-    methods = list(dict.fromkeys(row.method for row in measurements()))
-    return table(["protection", "what the audits allow to be said of it"], ([f"`{m}`", limits(m)] for m in methods))
+    rows = ([f"`{method}`", limits(method)] for method in _ranked())
+    return table(["protection", "what the audits allow to be said of it"], rows)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -144,7 +143,7 @@ def cell(found: DStar | None) -> str:
         return "–"
     if found.value is None or found.low is None or found.high is None:
         return "too little to steal"
-    shown = f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+    shown = f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
     return f"**{shown}**" if found.judgement == "stops" else shown
 
 
@@ -152,9 +151,13 @@ def with_claims(page: str) -> str:
     """A page with its blocks made anew."""
 
     def block(match: re.Match[str]) -> str:
-        name, method = match[2], match[3]
-        made = {"leaderboard": leaderboard, "summary": summary, "sentences": sentences}
-        text = f"{limits(method)}\n".replace("D*", "D\\*") if name == "limits" else made[name]()
+        name, about = match[2], match[3]
+        if name == "limits":
+            text = f"> {limits(about)}\n".replace("D*", "D\\*")
+        elif name == "model":
+            text = "\n".join(ranking(study) for study in STUDIES if study.kind == about)
+        else:
+            text = {"leaderboard": leaderboard, "summary": summary, "sentences": sentences}[name]()
         return f"{match[1]}\n{text}\n{match[4]}"
 
     return _BLOCK.sub(block, page)
@@ -174,16 +177,25 @@ def main() -> None:
         page.write_text(with_claims(text), encoding="utf-8")
 
 
+def _ranked() -> list[str]:
+    """Every method, by the lowest end of D* off the shelf over all models at its defaults."""
+
+    def withstood(method: str) -> tuple[float, int]:
+        found = [row.d_star["off_the_shelf"].low or 0.0 for row in measured(method)]
+        return min(found), len(found)
+
+    return sorted(dict.fromkeys(row.method for row in measurements()), key=withstood, reverse=True)
+
+
+def _title(study: Study) -> str:
+    return study.model.removeprefix("a ").removeprefix("diffusion ")
+
+
 def _name(row: Measurement) -> str:
     settings = ", ".join(
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in row.settings.items()
     )
     return f"`{row.method}`" + (f" `{settings}`" if settings else "")
-
-
-def _withstood(row: Measurement) -> list[float]:
-    """Lower end and value of D*, threat model by threat model; what is not known counts as nothing."""
-    return [figure or 0.0 for found in row.d_star.values() for figure in (found.low, found.value)]
 
 
 def _span(values: Sequence[float], digits: int) -> str:

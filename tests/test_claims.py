@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.claims import CLAIMS, RESULTS, STUDIES, TIERS, claims_document, leaderboard, protections_of
+from benchmarks.claims import CLAIMS, RESULTS, STUDIES, TIERS, claims_document, protections_of, ranking
 
 from unmergeable import claims
 from unmergeable.claims import DStar, Measurement, limits, measured, measurements
@@ -75,8 +75,8 @@ def test_a_flattering_figure_would_be_noticed() -> None:
 def test_the_leaderboard_has_the_figures_of_the_audits_own_tables(study: claims.Study) -> None:
     published = (RESULTS / f"{study.name}.md").read_text(encoding="utf-8")
     audits = sorted(re.findall(r"(-?\d\.\d\d), 95 % interval (-?\d\.\d\d) to (-?\d\.\d\d)", published))
-    ours = leaderboard([row for row in measurements() if row.study.name == study.name])
-    assert sorted(re.findall(r"(-?\d\.\d\d) \((-?\d\.\d\d) to (-?\d\.\d\d)\)", ours)) == audits
+    ours = re.findall(r"(-?\d\.\d\d) \[(-?\d\.\d\d), (-?\d\.\d\d)\]", ranking(study))
+    assert sorted(ours) == audits
 
 
 @pytest.mark.parametrize("row", measurements(), ids=named)
