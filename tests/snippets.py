@@ -2,7 +2,8 @@
 
     python tests/snippets.py FOLDER      writes every Python example as a module of its own, for mypy
 
-An example is a fenced block. One that a comment ``<!-- needs: WHAT -->`` stands before asks for what is not there yet.
+An example is a fenced block. Comments on lines before it: ``<!-- needs: WHAT -->`` where it asks for what is not
+there yet, ``<!-- slow -->`` where it takes minutes to run.
 """
 
 from __future__ import annotations
@@ -17,18 +18,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "plans" / "README.md"])
 
-_BLOCK = re.compile(r"(?:^<!-- needs: (?P<needs>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+_BLOCK = re.compile(
+    r"(?:^<!-- needs: (?P<needs>[^\n]*) -->\n)?(?P<slow>^<!-- slow -->\n)?"
+    r"^```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A fenced block: where it stands, what it holds, and what it needs that is not there yet."""
+    """A fenced block: where it stands, what it holds, what it needs that is not there, whether it takes minutes."""
 
     page: Path
     line: int
     language: str
     text: str
     needs: str | None
+    is_slow: bool
 
     @property
     def name(self) -> str:
@@ -42,7 +48,7 @@ def examples(language: str) -> Iterator[Example]:
         for match in _BLOCK.finditer(text):
             if match["language"] == language:
                 line = text.count("\n", 0, match.start("text"))
-                yield Example(page, line, language, match["text"], match["needs"])
+                yield Example(page, line, language, match["text"], match["needs"], bool(match["slow"]))
 
 
 @dataclass(frozen=True)

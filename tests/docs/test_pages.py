@@ -11,6 +11,7 @@ from benchmarks.claims import pages, with_claims
 
 from snippets import PAGES, ROOT
 from unmergeable import claims
+from unmergeable.cli import app
 
 DOCS = ROOT / "docs"
 
@@ -74,3 +75,12 @@ def test_the_citation_is_of_this_version() -> None:
     assert citation["version"] == declared["version"]
     assert citation["license"] == declared["license"]
     assert [author["name"] for author in citation["authors"]] == ["The unmergeable authors"]
+
+
+@pytest.mark.xfail(strict=True, reason="needs gauge as the default of protect")
+def test_the_default_protection_is_the_one_that_pages_describe() -> None:
+    option = next(option for option in app._command().commands["protect"].params if option.name == "method")
+    assert "gauge" in option.help
+    assert "mergelock" not in option.help
+    for page in ("tutorial-owner", "protections", "command-line"):
+        assert re.search(r"`gauge` with\s+`quantisation_friendly=true`", text_of(DOCS / f"{page}.md")), page
