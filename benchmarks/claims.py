@@ -9,14 +9,15 @@ of it: what stands between ``<!-- claims: NAME -->`` and ``<!-- end of claims --
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unmergeable import ops
 from unmergeable.claims import EFFORT, THREAT_MODELS, DStar, Measurement, Study, limits, measured, measurements
-from unmergeable.ops.steps import METHODS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,8 +72,15 @@ def protections_of(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def distinguishing(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that make this another protection than the method's defaults are."""
-    defaults = {setting.name: setting.default for setting in dataclasses.fields(METHODS[method])}
+    defaults = defaults_of_protections()[method]
     return {name: value for name, value in settings.items() if name not in EFFORT and value != defaults[name]}
+
+
+@functools.cache
+def defaults_of_protections() -> Mapping[str, Mapping[str, Any]]:
+    """The settings of every protection with their defaults."""
+    listed = ops.methods().to_json()["protections"]
+    return {entry["name"]: {setting["name"]: setting["default"] for setting in entry["settings"]} for entry in listed}
 
 
 def d_star(worst: Mapping[str, Any] | None) -> list[float | None]:

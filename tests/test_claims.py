@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.claims import CLAIMS, RESULTS, STUDIES, TIERS, claims_document, protections_of, ranking
+from benchmarks.claims import (
+    CLAIMS,
+    RESULTS,
+    STUDIES,
+    TIERS,
+    claims_document,
+    defaults_of_protections,
+    protections_of,
+    ranking,
+)
 
 from unmergeable import claims
 from unmergeable.claims import DStar, Measurement, limits, measured, measurements
-from unmergeable.ops.steps import METHODS
 
 DEFAULTS = [row for row in measurements() if not row.settings]
 
@@ -124,7 +132,7 @@ def test_a_protection_of_another_package_is_not_spoken_for() -> None:
 
 
 def test_every_protection_was_audited() -> None:
-    assert {row.method for row in DEFAULTS} == set(METHODS)
+    assert {row.method for row in DEFAULTS} == set(defaults_of_protections())
 
 
 def test_an_audit_whose_controls_failed_supports_nothing() -> None:
