@@ -294,7 +294,9 @@ def _require_apart(key: Path, out: Path) -> None:
     for folder in (out, partial_of(out), _steps_folder(out)):
         place = folder.parent.resolve() / folder.name
         if target == place or place in target.parents:
-            raise KeyFileError(f"key file {key} would lie inside {folder}; keep it elsewhere.")
+            raise KeyFileError(
+                f"key file {key} would lie inside {folder}, which is published or removed; keep it elsewhere."
+            )
 
 
 def _remove(leftovers: Sequence[Path], work: Path) -> None:
