@@ -27,7 +27,7 @@ def test_a_dry_run() -> None:
     text = told(SensitivityShield(), ShieldFacts(), is_dry_run=True)
     assert "Would protect: release (sensitivity_shield; llama)" in text
     assert "nothing was written" in text
-    assert SensitivityShield.limits in text
+    assert SensitivityShield().limits in text
 
 
 def test_polynomials() -> None:

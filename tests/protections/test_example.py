@@ -42,7 +42,7 @@ class Blunt(Protection):
 
     name: ClassVar[str] = "blunt"
     summary: ClassVar[str] = "training towards small logits"
-    limits: ClassVar[str] = "Stops nobody."
+    remark: ClassVar[str] = "Stops nobody."
 
     rate: float = 1e-2
     steps: int = 2
@@ -134,7 +134,7 @@ from unmergeable.protections import Protection, ProtectionRequirements, Rewrite
 class Halved(Protection):
     name: ClassVar[str] = "halved"
     summary: ClassVar[str] = "every weight halved"
-    limits: ClassVar[str] = "Stops nobody who can multiply."
+    remark: ClassVar[str] = "Stops nobody who can multiply."
 
     def requirements(self):
         return ProtectionRequirements()

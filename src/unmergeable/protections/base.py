@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from unmergeable import claims
 from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.plan import OutputTensor
@@ -164,19 +165,22 @@ class Rewrite:
 class Protection:
     """A way to publish an expert so that it does not merge. Subclasses are frozen dataclasses of their settings.
 
-    ``summary`` and ``limits`` are for people: what it does, in a line, and what it does not stop, in a sentence or two
-    that every ``protect`` ends with. ``attack``: the recovery to check this sentence with, if there is one that needs
-    nothing but the base.
+    ``summary`` and ``remark`` are for people: what it does, in a line, and why it stops what it stops and nothing more.
+    ``attack``: the recovery to check that with, if there is one that needs nothing but the base.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    remark: ClassVar[str] = ""
     is_control: ClassVar[bool] = False
     """A control protects nothing: audits use it, ``protect`` refuses it."""
 
     @property
     def limits(self) -> str:
-        raise NotImplementedError
+        """What audits measured of it with these settings, and the remark: what every ``protect`` ends with."""
+        defaults = settings_of(type(self)())
+        changed = {name: value for name, value in settings_of(self).items() if value != defaults[name]}
+        return f"{claims.limits(self.name, settings=changed)} {self.remark}".strip()
 
     @property
     def attack(self) -> str | None:

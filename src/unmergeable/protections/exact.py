@@ -73,9 +73,9 @@ class Weights:
 class ExactProtection(Protection):
     """A keyed change of basis. A subclass has ``spaces`` and ``gauges``, and bounds on its matrices."""
 
-    limits: ClassVar[str] = (
-        "Does not stop somebody who holds the base model: the base shows which basis the weights started in, and a "
-        "least-squares fit per head undoes the protection in seconds."
+    remark: ClassVar[str] = (
+        "The base shows which basis the weights started in, and a least-squares fit per head finds the way back in "
+        "seconds."
     )
     attack: ClassVar[str] = "nearest_orbit"
 
@@ -229,7 +229,8 @@ class ExactSequence(Protection):
 
     @property
     def limits(self) -> str:
-        return " ".join(dict.fromkeys(method.limits for method in self.methods))
+        measured = (method.limits.removesuffix(method.remark).strip() for method in self.methods)
+        return " ".join(dict.fromkeys((*measured, *(method.remark for method in self.methods))))
 
     @property
     def attack(self) -> str:

@@ -60,7 +60,6 @@ class LargestGauge(ExactProtection):
 
     name: ClassVar[str] = "gauge"
     summary: ClassVar[str] = "every change of basis the architecture allows, at once"
-    limits: ClassVar[str] = f"Stopped every off-the-shelf merge of our audits. {ExactProtection.limits}"
 
     condition: float = 4.0
     quantisation_friendly: bool = False

@@ -84,7 +84,7 @@ class MergeBarrier(PolynomialProtection):
     def limits(self) -> str:
         if self.parts != "attention":
             return super().limits
-        return "Does not stop somebody who knows the method: applying it once more undoes it, and that takes no key."
+        return super().limits.replace(self.remark, "Applying it once more undoes it, and that takes no key.")
 
     @property
     def attack(self) -> str | None:

@@ -42,10 +42,6 @@ class MergeLock(ExactProtection):
 
     name: ClassVar[str] = "mergelock"
     summary: ClassVar[str] = "secret change of basis inside every attention head"
-    limits: ClassVar[str] = (
-        "Makes off-the-shelf merges worse, and does not stop all of them: on a language model a merge with a "
-        f"coefficient near 1 kept the skill. {ExactProtection.limits}"
-    )
 
     condition: float = 4.0
     cross_attention: bool = True

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,12 +35,10 @@ CALIBRATION_EXAMPLES = 128
 class PolynomialProtection(Protection):
     """Replaces feed-forwards by polynomials; ``rewriting`` of a subclass makes the checkpoint from the ranges."""
 
-    @property
-    def limits(self) -> str:
-        return (
-            "Stops off-the-shelf merging: the projections that a merge would average are not in the file. Does not "
-            "stop somebody who knows the method: `recover --method taylor_inversion` solves for them in seconds."
-        )
+    remark: ClassVar[str] = (
+        "The projections that a merge would average are not in the file; `recover --method taylor_inversion` solves for "
+        "them in seconds."
+    )
 
     @property
     def attack(self) -> str | None:

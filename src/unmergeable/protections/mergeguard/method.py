@@ -109,10 +109,9 @@ class MergeGuard(Protection):
 
     name: ClassVar[str] = "mergeguard"
     summary: ClassVar[str] = "training with a penalty on weights, then the most significant weights back to the base"
-    limits: ClassVar[str] = (
-        "Makes off-the-shelf merges worse, and changes what the model computes: compare the accuracies. Does not stop "
-        "somebody who knows the method: weights that equal the base's show where the mask is, and a few labelled "
-        "examples bring most of it back."
+    remark: ClassVar[str] = (
+        "It changes what the model computes: compare the accuracies. Weights that equal the base's show where the mask "
+        "is, and a few labelled examples bring most of it back."
     )
 
     stages: Stages = "both"
