@@ -41,7 +41,7 @@ def test_polynomials() -> None:
 
 def test_heads_alone_are_not_recovered_by_inverting_polynomials() -> None:
     text = told(MergeBarrier(parts="attention"), PolynomialFacts())
-    assert "applying it once more undoes it" in text
+    assert "Applying it once more undoes it" in text
     assert "taylor_inversion" not in text
     assert "taylor_inversion" in told(MergeBarrier(), PolynomialFacts()), "control"
 

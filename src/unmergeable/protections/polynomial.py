@@ -36,8 +36,8 @@ class PolynomialProtection(Protection):
     """Replaces feed-forwards by polynomials; ``rewriting`` of a subclass makes the checkpoint from the ranges."""
 
     remark: ClassVar[str] = (
-        "The projections that a merge would average are not in the file; `recover --method taylor_inversion` solves for "
-        "them in seconds."
+        "The projections that a merge would average are not in the file; `recover --method taylor_inversion` solves "
+        "for them in seconds."
     )
 
     @property

@@ -94,8 +94,8 @@ class SensitivityShield(Protection):
     name: ClassVar[str] = "sensitivity_shield"
     summary: ClassVar[str] = "siblings mixed in, and the task vector taken away and doubled in turns"
     remark: ClassVar[str] = (
-        "It changes what the model computes: measure the release on its own task. `recover --method source_subtraction` "
-        "finds how much of each sibling is mixed in, for whoever holds them."
+        "It changes what the model computes: measure the release on its own task. For whoever holds the siblings, "
+        "`recover --method source_subtraction` finds how much of each is mixed in."
     )
 
     parts: Parts = "both"
