@@ -11,18 +11,18 @@ The functions below are the whole public interface; ``unmergeable.errors`` holds
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unmergeable.evaluation.run import audit
+    from unmergeable.evaluation import Audit, audit
     from unmergeable.ops import inspect, merge, methods, protect, recover, restore, schema, verify
 
-__all__ = ["audit", "inspect", "merge", "methods", "protect", "recover", "restore", "schema", "verify"]
+__all__ = ["Audit", "audit", "inspect", "merge", "methods", "protect", "recover", "restore", "schema", "verify"]
 
 
 def __getattr__(name: str) -> Any:
     # torch takes a second to import, and `unmergeable --help` does not need it.
-    if name == "audit":
-        from unmergeable.evaluation.run import audit
+    if name in ("Audit", "audit"):
+        from unmergeable import evaluation
 
-        return audit
+        return getattr(evaluation, name)
     if name in __all__:
         from unmergeable import ops
 

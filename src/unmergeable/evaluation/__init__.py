@@ -1,4 +1,53 @@
-"""Audits: protections against an attacker who knows about them, and the worst case on one page.
+"""Evaluation: what a protection is worth against an attacker who knows about it, and why.
 
-The road is in :mod:`unmergeable.evaluation.run`, the measure in :mod:`unmergeable.evaluation.worst_case`.
+    audit, Audit, AuditResult          the worst case over a menu of attacks, with controls
+    table, TableResult                 merges with published settings, as a paper's table has them
+    write_report, model_card           an audit as a page, and as a block for a model card
+    connectivity, landscape, ...       what weights look like from outside
+
+An audit starts in :mod:`unmergeable.evaluation.audits`; the measure is in :mod:`unmergeable.evaluation.worst_case`.
 """
+
+from unmergeable.evaluation.analysis import (
+    Backpropagate,
+    CanonicalSource,
+    Curve,
+    Landscape,
+    NoiseSensitivity,
+    PartGram,
+    Place,
+    Plane,
+    Score,
+    Scored,
+    Sharpness,
+    backpropagate_task,
+    barrier,
+    canonical_source,
+    connectivity,
+    grid,
+    landscape,
+    noise_sensitivity,
+    part_grams,
+    plane_through,
+    principal_plane,
+    scaling,
+    score_task,
+    sharpness,
+    taken_together,
+    task_vector_gram,
+)
+from unmergeable.evaluation.audits import Audit, audit
+from unmergeable.evaluation.report.page import render_report, write_report
+from unmergeable.evaluation.report.verdict import model_card, summary
+from unmergeable.evaluation.results import AuditResult, read_audit
+from unmergeable.evaluation.table_results import TableResult
+from unmergeable.evaluation.tables import table
+from unmergeable.evaluation.threat_models import ThreatModel
+
+__all__ = [
+    "Audit", "AuditResult", "Backpropagate", "CanonicalSource", "Curve", "Landscape", "NoiseSensitivity", "PartGram",
+    "Place", "Plane", "Score", "Scored", "Sharpness", "TableResult", "ThreatModel", "audit", "backpropagate_task",
+    "barrier", "canonical_source", "connectivity", "grid", "landscape", "model_card", "noise_sensitivity",
+    "part_grams", "plane_through", "principal_plane", "read_audit", "render_report", "scaling", "score_task",
+    "sharpness", "summary", "table", "taken_together", "task_vector_gram", "write_report",
+]  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.fields import Entry
+from unmergeable.evaluation.plans.fields import Entry
 
 
 @dataclass(frozen=True)

@@ -6,50 +6,50 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unmergeable.attacks import ATTACKS
-from unmergeable.evaluation.plan import joined
-from unmergeable.evaluation.verdict import short
-from unmergeable.protections import PROTECTIONS
+from unmergeable.evaluation.attackers import attacker_named
+from unmergeable.evaluation.methods import attack_reads, has_key
+from unmergeable.evaluation.plans.entries import joined
+from unmergeable.evaluation.report.verdict import short
+from unmergeable.evaluation.results import Trial
 
 RELEASE, RECOVERED, MERGED = "release", "recovered", "merged"
 
 
-def attack_commands(plan: Mapping[str, Any], protection: str, trial: Mapping[str, Any]) -> list[str]:
+def attack_commands(plan: Mapping[str, Any], protection: str, trial: Trial) -> list[str]:
     """Protect, recover and merge as the best attack of a trial did; paths are those of the plan.
 
     Args:
         plan: the document of the plan.
         protection: its name in the plan; what is none of the plan's (a control) is taken for the expert itself.
-        trial: of a tier, from the result of the audit.
+        trial: from the result of the audit.
     """
     paths = {expert["name"]: expert["path"] for expert in plan["experts"]}
-    best, against = trial["best"]["protected"], ["--base", plan["base"]]
-    commands, experts = [], [paths[trial["rider"]]]
-    if best["uses_victim"]:
+    best, against = trial.best["protected"], ["--base", plan["base"]]
+    commands, experts = [], [paths[trial.rider]]
+    if best.uses_victim:
         victim = paths[plan["protect"]["expert"]]
         protect = _find(plan["protect"]["methods"], protection)
         if protect is not None:
-            is_keyed = any(name.strip() in PROTECTIONS for name in protect["method"].split(","))
-            key = ["--key", "release.key"] if is_keyed else []
-            seed = ["--seed", str(trial["seed"])]
+            key = ["--key", "release.key"] if has_key(protect["method"]) else []
+            seed = ["--seed", str(trial.seed)]
             commands.append(["protect", victim, *against, *_method(protect), *seed, *key, "--out", RELEASE])
             victim = RELEASE
-        recovery = _find(plan.get("recoveries") or [], best["recovery"])
+        recovery = _find(_listed(plan, "recoveries"), best.recovery)
         steps = [] if recovery is None else _steps(recovery)
         for number, step in enumerate(steps, start=1):
             out = RECOVERED if number == len(steps) else f"{RECOVERED}-{number}"
             commands.append(["recover", victim, *against, *_method(step), "--out", out])
             victim = out
         experts.insert(0, victim)
-    merge = _find([*plan["merges"], "task_arithmetic"], best["merge"])
+    merge = _find([*_listed(plan, "merges"), "task_arithmetic"], best.merge)
     if merge is not None:
-        given = [text for weighted in _weighted(experts, best["coefficients"]) for text in ("--expert", weighted)]
+        given = [text for weighted in _weighted(experts, best.coefficients) for text in ("--expert", weighted)]
         commands.append(["merge", *against, *given, *_method(merge), "--out", MERGED])
     lines = [shlex.join(["unmergeable", *command]) for command in commands]
-    if best.get("samples"):
-        rate = f"at a learning rate of {short(best['learning_rate'])}"
+    if best.samples and best.learning_rate is not None:
+        rate = f"at a learning rate of {short(best.learning_rate)}"
         lines.append(
-            f"# then {best['samples']} labelled examples, and its own task's, are learnt {rate} by the audit itself"
+            f"# then {best.samples} labelled examples, and its own task's, are learnt {rate} by the audit itself"
         )
     return lines
 
@@ -61,11 +61,20 @@ def _weighted(experts: Sequence[str], coefficients: Sequence[float] | None) -> l
     return [f"{path}={value:.12g}" for path, value in zip(experts, coefficients[-len(experts) :], strict=True)]
 
 
+def _listed(plan: Mapping[str, Any], key: str) -> Sequence[Any]:
+    """A list of the plan, or that of the attacker it names."""
+    entries = plan.get(key) or []
+    return getattr(attacker_named(entries, key), key) if isinstance(entries, str) else entries
+
+
 def _find(entries: Sequence[Any], name: str | None) -> Mapping[str, Any] | None:
     """What a plan calls by this name; a method that goes by its own name may stand there as a text."""
     for entry in entries:
         described: Mapping[str, Any] = {"method": entry} if isinstance(entry, str) else entry
-        if described.get("name", described.get("method") or joined(_steps(described))) == name:
+        if (
+            described.get("name", described.get("method") or joined(step["method"] for step in _steps(described)))
+            == name
+        ):
             return described
     return None
 
@@ -77,7 +86,7 @@ def _steps(recovery: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     else:
         sources = {"sources": recovery.get("sources")}
         steps = [{**sources, **({"method": step} if isinstance(step, str) else step)} for step in recovery["steps"]]
-    return [step if "sources" in ATTACKS[step["method"]].needs else {**step, "sources": None} for step in steps]
+    return [step if "sources" in attack_reads(step["method"]) else {**step, "sources": None} for step in steps]
 
 
 def _method(entry: Mapping[str, Any]) -> list[str]:
