@@ -115,6 +115,15 @@ def plan_file(workshop: Path, document: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def small_plan(plan_file: Path, document: dict[str, Any]) -> Path:
+    """The same with two sets of coefficients, for an attacker with ordinary tools."""
+    document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
+    document["tiers"] = ["T0"]
+    plan_file.write_text(yaml.safe_dump(document))
+    return plan_file
+
+
 @pytest.fixture(scope="session")
 def trio(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that sees the workshop, and a third expert, ``both``, which has something of the other two."""

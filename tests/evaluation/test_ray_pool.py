@@ -13,14 +13,15 @@ import yaml
 
 from evaluation.timeless import timeless
 from unmergeable.errors import BadInput, UnmergeableError, UsageError
+from unmergeable.evaluation.audits import audit
 from unmergeable.evaluation.pool import ATTEMPTS, Call
 from unmergeable.evaluation.ray_pool import LOCAL, RayPool
-from unmergeable.evaluation.run import audit
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("default")  # Ray leaves sockets and files for the interpreter to close
 
 
+@pytest.mark.slow
 def test_an_audit_gives_what_it_gives_without(plan_file: Path, document: dict[str, Any], tmp_path: Path) -> None:
     """First: there is one cluster at a time."""
     document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 2}

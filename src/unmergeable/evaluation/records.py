@@ -57,7 +57,7 @@ class Record:
                 values[field.name] = _read(kinds[field.name], own)
             elif field.name in document:
                 values[field.name] = _read(kinds[field.name], document[field.name])
-            elif field.default is dataclasses.MISSING:
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 raise KeyError(field.name)
         return cls(**values)
 

@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from unmergeable.errors import BadInput, UnmergeableError
-from unmergeable.evaluation.table_file import downloaded, parse_table_plan, read_table_plan
-from unmergeable.evaluation.table_plan import VariantName
+from unmergeable.evaluation.plans.table_plan import VariantName, parse_table_plan, read_table_plan
 
 
 @pytest.fixture
@@ -33,12 +32,15 @@ def test_a_plan(trio: Path, document: dict[str, Any]) -> None:
         "polynomials",
         "polynomials, after nearest_orbit",
     ]
-    assert [(merge.name, merge.coefficient) for merge in plan.merges] == [("task_arithmetic, 0.5", 0.5), ("ties", None)]
+    assert [(merge.name, merge.coefficients) for merge in plan.merges] == [
+        ("task_arithmetic, 0.5", (0.5,)),
+        ("ties", ()),
+    ]
     entry = plan.protections[1]
     assert entry.data is None
-    assert plan.given(entry, "mine").data == trio / "mine-train.npz"
-    assert plan.given(entry, "theirs").data == trio / "theirs-train.npz"
-    assert plan.given(plan.protections[0], "mine").paths == ()
+    assert entry.given(plan.expert("mine")).data == trio / "mine-train.npz"
+    assert entry.given(plan.expert("theirs")).data == trio / "theirs-train.npz"
+    assert plan.protections[0].given(plan.expert("mine")).paths == ()
     assert plan.label(VariantName("mergelock"), plan.merges[1], 2) == "mergelock / ties / triples"
 
 
@@ -88,7 +90,11 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ),
     ("no such protection", lambda d: d["protect"].update(methods=["mergelok"]), "did you mean 'mergelock'"),
     ("no such recovery", lambda d: d.update(recoveries=["kabsh"]), "did you mean 'kabsch'"),
-    ("recovery learns", lambda d: d.update(recoveries=["layerwise_ridge"]), "it learns from data"),
+    (
+        "recovery learns",
+        lambda d: d.update(recoveries=["layerwise_ridge"]),
+        "layerwise_ridge reads examples; give train",
+    ),
     ("no such merge", lambda d: d.update(merges=["tise"]), "no merge is called 'tise'; did you mean 'ties'"),
     ("no such setting", lambda d: d.update(merges=[{"method": "ties", "settings": {"desnity": 1}}]), "'desnity'"),
     ("merge learns", lambda d: d.update(merges=["adamerging"]), "adamerging learns from data"),
@@ -134,17 +140,17 @@ def test_what_is_wrong_is_said(
 def test_what_lies_on_the_hub_is_downloaded(
     trio: Path, document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unmergeable.evaluation.downloads.download", lambda name: tmp_path / name.rpartition("/")[2])
-    monkeypatch.setattr("unmergeable.evaluation.downloads.download_data", lambda name: tmp_path / "data")
+    monkeypatch.setattr("unmergeable.evaluation.plans.plan.download", lambda name: tmp_path / name.rpartition("/")[2])
+    monkeypatch.setattr("unmergeable.evaluation.plans.plan.download_data", lambda name: tmp_path / "data")
     document["experts"][0] |= {"path": "hub:owner/mine", "data": "hub:owner/mine-data#train"}
     plan = parse_table_plan(document, trio)
-    local = downloaded(plan)
+    local = plan.downloaded()
     assert (local.expert("mine").path, local.expert("mine").data) == (tmp_path / "mine", tmp_path / "data")
     assert local.experts[1:] == plan.experts[1:]
 
 
 def test_the_documented_plan_is_one(tmp_path: Path) -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "tables.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[3] / "docs" / "tables.md").read_text(encoding="utf-8")
     text = guide.split("```yaml\n")[1].split("```")[0]
     for name in re.findall(r"[\w-]+\.(?:npz|safetensors)|expert-\w+", text):
         (tmp_path / name).touch()

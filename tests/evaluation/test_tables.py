@@ -17,8 +17,8 @@ import yaml
 from evaluation.timeless import timeless
 from unmergeable import ops
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.table import table
-from unmergeable.evaluation.table_file import parse_table_plan
+from unmergeable.evaluation.plans.table_plan import parse_table_plan
+from unmergeable.evaluation.tables import table
 from unmergeable.network.load import load_network
 from unmergeable.tasks import read_head
 
@@ -175,6 +175,7 @@ def test_the_page(finished: Path, found: Any) -> None:
     assert "Refused: polynomials; polynomials, after nearest_orbit." in triples
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_workers(plan_file: Path, found: Any, tmp_path: Path) -> None:
     assert timeless(table(plan_file, out=tmp_path / "two", workers=2)) == timeless(found)
 

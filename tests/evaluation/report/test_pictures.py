@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 
 from evaluation.documents import analysed, document
-from unmergeable.evaluation.pictures import Looks, front_picture, line_pictures, number, percent
+from unmergeable.evaluation.analyses import Analyses
+from unmergeable.evaluation.report.pictures import Looks, front_picture, line_pictures, number, percent
+from unmergeable.evaluation.results import AuditResult, Fronts
 from unmergeable.page import Chart, Series
 from unmergeable.page.charts import STYLES
 
 
 def looks(**found: object) -> Looks:
-    return Looks({**analysed()["analyses"], **found})
+    return Looks(Analyses.from_json({**analysed()["analyses"], **found}))
 
 
 def test_a_front_joins_what_nothing_beats(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,14 +24,15 @@ def test_a_front_joins_what_nothing_beats(monkeypatch: pytest.MonkeyPatch) -> No
         drawn.update((one.label, one) for one in series)
         return Chart("", ())
 
-    monkeypatch.setattr("unmergeable.evaluation.pictures.line_chart", chart)
+    monkeypatch.setattr("unmergeable.evaluation.report.pictures.line_chart", chart)
     front = {
         "rider": "theirs",
+        "seed": 0,
         "unprotected": [[0.8, 0.7], [0.5, 0.65], [0.5, 0.9]],
         "protected": [],
         "without_victim": [],
     }
-    picture = front_picture("lock", front)
+    picture = front_picture("lock", Fronts.from_json(front))
     assert (drawn["unprotected"].xs, drawn["unprotected"].ys) == ([90.0, 70.0], [50.0, 80.0])
     assert len(picture.table.rows) == 3
     assert drawn["protected"].xs == []
@@ -37,13 +40,13 @@ def test_a_front_joins_what_nothing_beats(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_tables_hold_the_figures() -> None:
     (front,) = document()["protections"]["lock"]["fronts"]
-    assert front_picture("lock", front).table.rows == (
+    assert front_picture("lock", Fronts.from_json(front)).table.rows == (
         ("unprotected", "80.0", "70.0"),
         ("unprotected", "50.0", "90.0"),
         ("protected", "20.0", "70.0"),
         ("without the expert", "10.0", "90.0"),
     )
-    (line,) = line_pictures(document())
+    (line,) = line_pictures(AuditResult.from_json(document()))
     assert line.title == "lock, theirs"
     assert line.table.columns == ("model", "0", "1")
     assert line.table.rows == (("unprotected", "90", "10"), ("lock", "90", "10"))
@@ -58,7 +61,7 @@ def test_without_protections_the_expert_has_its_own_picture() -> None:
     found = document()
     del found["protections"]["lock"]
     found["connectivity"] = found["connectivity"][:2]
-    assert [picture.title for picture in line_pictures(found)] == ["unprotected, theirs"]
+    assert [picture.title for picture in line_pictures(AuditResult.from_json(found))] == ["unprotected, theirs"]
 
 
 def test_a_protection_looks_the_same_in_both_forms() -> None:

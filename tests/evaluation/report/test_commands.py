@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
-from evaluation.documents import PLAN
+from evaluation.documents import PLAN, WORST
 from unmergeable.cli.app import main
-from unmergeable.evaluation.commands import attack_commands
+from unmergeable.evaluation.report.commands import attack_commands
+from unmergeable.evaluation.results import Trial
 
 
-def trial(**best: Any) -> dict[str, Any]:
-    attack = {"recovery": "kabsch", "merge": "ties", "coefficients": [1.0, 0.25], "uses_victim": True, **best}
-    return {"rider": "theirs", "seed": 2, "best": {"protected": attack}}
+def trial(**best: Any) -> Trial:
+    attack = {"recovery": "kabsch", "merge": "ties", "coefficients": [1.0, 0.25], "uses_victim": True, "cpu_seconds": 1}
+    found = {**WORST, "rider": "theirs", "seed": 2, "attacks_tried": 1, "best": {"protected": {**attack, **best}}}
+    return Trial.from_json(found)
 
 
 def test_protect_recover_merge() -> None:

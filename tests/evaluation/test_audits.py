@@ -15,12 +15,18 @@ import yaml
 from evaluation.timeless import timeless
 from unmergeable import ops
 from unmergeable.errors import BadInput, CheckpointError
+from unmergeable.evaluation.audits import audit
 from unmergeable.evaluation.cells import Cell, CellStore
-from unmergeable.evaluation.lock import locked
-from unmergeable.evaluation.run import audit
-from unmergeable.evaluation.verdict import verdict
+from unmergeable.evaluation.report.verdict import verdict
+from unmergeable.evaluation.results import ProtectionResult
+from unmergeable.evaluation.run import locked
 from unmergeable.network.load import load_network
 from unmergeable.tasks import read_head
+
+
+def run(plan: Path, *, out: Path, workers: int = 1) -> Any:
+    """The result of an audit as it stands in audit.json."""
+    return audit(plan, out=out, workers=workers).to_json()
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,7 @@ def finished(workshop: Path, whole_plan: dict[str, Any], tmp_path_factory: pytes
     plan = workshop / "plan.yaml"
     plan.write_text(yaml.safe_dump(whole_plan))
     out = tmp_path_factory.mktemp("audit") / "out"
-    audit(plan, out=out, workers=1)
+    run(plan, out=out, workers=1)
     return out
 
 
@@ -62,12 +68,12 @@ def test_a_menu_that_is_too_small_fails_a_control(plan_file: Path, document: dic
     document["tiers"] = ["T0"]
     document["connectivity"] = 0
     plan_file.write_text(yaml.safe_dump(document))
-    full = audit(plan_file, out=tmp_path / "full", workers=1)
+    full = run(plan_file, out=tmp_path / "full", workers=1)
     assert full["connectivity"] == []
     assert full["passed"], "1.0 of the shrunk one is 0.65 of the other"
     document["coefficients"]["defended"] = [0.3, 1.0]
     plan_file.write_text(yaml.safe_dump(document))
-    found = audit(plan_file, out=tmp_path / "small", workers=1)
+    found = run(plan_file, out=tmp_path / "small", workers=1)
     assert not found["passed"]
     assert [control["name"] for control in found["controls"] if not control["passed"]] == ["scale"]
 
@@ -103,9 +109,9 @@ def test_scores_are_those_of_the_obvious_loop(audited: dict[str, Any], workshop:
             assert cell["scores"]["test"][f"{name}-task"] == pytest.approx(right, abs=1e-12)
 
 
-def test_the_result_does_not_depend_on_workers(workshop: Path, audited: dict[str, Any], tmp_path: Path) -> None:
-    two = audit(workshop / "plan.yaml", out=tmp_path / "two", workers=2)
-    assert timeless(two) == timeless(audited)
+def test_the_result_does_not_depend_on_workers(small_plan: Path, tmp_path: Path) -> None:
+    one, two = (run(small_plan, out=tmp_path / str(workers), workers=workers) for workers in (1, 2))
+    assert timeless(one) == timeless(two)
 
 
 def test_what_was_lost_is_computed_again_and_nothing_else(workshop: Path, finished: Path, tmp_path: Path) -> None:
@@ -119,7 +125,7 @@ def test_what_was_lost_is_computed_again_and_nothing_else(workshop: Path, finish
     cells[1].write_bytes(cells[1].read_bytes()[:100])
     kept = {path: path.stat().st_mtime_ns for path in cells[3::2]}
     models = {path: path.stat().st_mtime_ns for path in (out / "models").iterdir()}
-    again = audit(workshop / "plan.yaml", out=out, workers=1)
+    again = run(workshop / "plan.yaml", out=out, workers=1)
     assert timeless(again) == timeless(expected)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert {path: path.stat().st_mtime_ns for path in models} == models
@@ -149,7 +155,7 @@ def test_another_structure_is_no_attack_until_it_is_undone(
     document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
     document["connectivity"] = 3
     plan_file.write_text(yaml.safe_dump(document))
-    found = audit(plan_file, out=tmp_path / "out", workers=1)
+    found = run(plan_file, out=tmp_path / "out", workers=1)
     assert {tuple(line["share"]) for line in found["connectivity"]} == {(0.0, 0.5, 1.0)}
     assert ("polynomials", None) not in {(line["protection"], line["recovery"]) for line in found["connectivity"]}
     for name in ("polynomials", "and heads"):
@@ -167,14 +173,14 @@ def test_another_structure_is_no_attack_until_it_is_undone(
         assert str(tmp_path) not in json.dumps([found["refused"], found["models"]])
         refused = [item for item in found["refused"] if item["protection"] == name and item["recovery"] is None]
         assert [item["merge"] for item in refused] == ["task_arithmetic"]
-        assert "no merge with it is possible" in verdict(name, protection)
+        assert "no merge with it is possible" in verdict(name, ProtectionResult.from_json(protection))
     looked_at = {(model["protection"], model["form"]): model["refused"] for model in found["analyses"]["models"]}
     assert not looked_at["identity", "raw"]
     assert "belong to another network" in looked_at["polynomials", "raw"]["noise"]
     # Control: what can be merged is.
     unprotected = found["protections"]["identity"]
     assert unprotected["tiers"]["T0"]["worst"]["attacks_tried"] == 2
-    assert "no merge" not in verdict("identity", unprotected)
+    assert "no merge" not in verdict("identity", ProtectionResult.from_json(unprotected))
 
 
 def test_examples_help_every_attacker_alike(plan_file: Path, document: dict[str, Any], tmp_path: Path) -> None:
@@ -187,7 +193,7 @@ def test_examples_help_every_attacker_alike(plan_file: Path, document: dict[str,
     for task in document["tasks"]:
         task["train"] = f"{task['name'].removesuffix('-task')}-train.npz"
     plan_file.write_text(yaml.safe_dump(document))
-    found = audit(plan_file, out=tmp_path / "out", workers=1)
+    found = run(plan_file, out=tmp_path / "out", workers=1)
     tiers = found["protections"]["mergelock"]["tiers"]
     (ordinary,), (trained,), (informed,) = (tiers[tier]["trials"] for tier in ("T0", "T2", "T3"))
     assert [trial["samples"] for trial in (ordinary, trained, informed)] == [None, 20, 20]
@@ -204,14 +210,14 @@ def test_examples_help_every_attacker_alike(plan_file: Path, document: dict[str,
     }
     assert found["passed"], found["controls"]
     cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
-    assert timeless(audit(plan_file, out=tmp_path / "out", workers=1)) == timeless(found)
+    assert timeless(run(plan_file, out=tmp_path / "out", workers=1)) == timeless(found)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()} == cells
     # Control: without training, the examples are worth nothing.
     document["few_shot"]["settings"]["learning_rates"] = "1e-12"
-    document["tiers"] = ["T0", "T2"]
-    document["merges"], document["recoveries"] = ["task_arithmetic"], []
+    document["tiers"], document["recoveries"] = ["T0", "T2"], ["neuron_matching"]
+    document["merges"] = ["task_arithmetic"]
     plan_file.write_text(yaml.safe_dump(document))
-    (still,) = audit(plan_file, out=tmp_path / "out", workers=1)["protections"]["mergelock"]["tiers"]["T2"]["trials"]
+    (still,) = run(plan_file, out=tmp_path / "out", workers=1)["protections"]["mergelock"]["tiers"]["T2"]["trials"]
     for who in ("unprotected", "protected", "without_victim"):
         assert still[who] == ordinary[who]
 
@@ -227,47 +233,42 @@ def test_an_expert_of_another_base_is_refused_before_any_compute(
     document["experts"][1]["path"] = "other"
     plan_file.write_text(yaml.safe_dump(document))
     with pytest.raises(BadInput):
-        audit(plan_file, out=tmp_path / "out", workers=1)
+        run(plan_file, out=tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(plan_file: Path, tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_bytes(b"")
     with pytest.raises(BadInput, match="not the folder of an earlier audit"):
-        audit(plan_file, out=tmp_path, workers=1)
+        run(plan_file, out=tmp_path, workers=1)
 
 
 def test_one_audit_at_a_time(plan_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "cells").mkdir(parents=True)
     with locked(out), pytest.raises(BadInput, match="an audit that is running") as error:
-        audit(plan_file, out=out, workers=1)
+        run(plan_file, out=out, workers=1)
     assert "\n" not in str(error.value)
     with locked(out):  # control: it was let go
         pass
 
 
-def test_ctrl_c_loses_nothing(
-    plan_file: Path, document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Interrupted after every fourth cell, the same call comes to the result of one that was not."""
-    document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
-    document["tiers"] = ["T0"]
-    plan_file.write_text(yaml.safe_dump(document))
-    expected = audit(plan_file, out=tmp_path / "whole", workers=1)
+def test_ctrl_c_loses_nothing(small_plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after every seventh cell, the same call comes to the result of one that was not."""
+    expected = run(small_plan, out=tmp_path / "whole", workers=1)
     put, written = CellStore.put, []
 
     def interrupted(store: CellStore, cell: Cell) -> None:
         put(store, cell)
         written.append(cell)
-        if len(written) % 4 == 0:
+        if len(written) % 7 == 0:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(CellStore, "put", interrupted)
     interruptions = 0
     while True:
         try:
-            found = audit(plan_file, out=tmp_path / "out", workers=1)
+            found = run(small_plan, out=tmp_path / "out", workers=1)
             break
         except KeyboardInterrupt:
             interruptions += 1
@@ -286,4 +287,4 @@ def test_a_full_disk_stops_the_audit(plan_file: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(cells, "replace_file", full)
     with pytest.raises(CheckpointError, match="disk full"):
-        audit(plan_file, out=tmp_path / "out", workers=1)
+        run(plan_file, out=tmp_path / "out", workers=1)

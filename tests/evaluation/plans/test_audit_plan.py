@@ -11,14 +11,15 @@ import pytest
 import yaml
 
 from unmergeable.errors import BadInput, UnmergeableError
-from unmergeable.evaluation.plan_file import downloaded, parse_plan, read_plan
+from unmergeable.evaluation.plans.audit_plan import parse_plan, read_plan
+from unmergeable.evaluation.threat_models import ThreatModel
 
 
 def test_a_plan(workshop: Path, document: dict[str, Any]) -> None:
     plan = parse_plan(document, workshop)
     assert (plan.victim.name, [rider.name for rider in plan.riders]) == ("mine", ["theirs"])
     assert plan.coefficients.defended == (0.3, 0.65, 1.0, 1.5)
-    assert plan.tiers == ("T0", "T1")
+    assert plan.threat_models == (ThreatModel.OFF_THE_SHELF, ThreatModel.WHITE_BOX)
     assert plan.task("mine-task").validation == workshop / "mine-validation.npz"
 
 
@@ -40,17 +41,21 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("rider has the skill", lambda d: d["experts"][1].update(task="mine-task"), "it has the defended task"),
     ("no full use", lambda d: d["coefficients"].update(defended=[0.3, 0.9]), "defended must contain 1.0"),
     ("text for a number", lambda d: d["coefficients"].update(rider=["much"]), "must be a list of numbers"),
-    ("tier", lambda d: d.update(tiers=["T0", "T7"]), "'T7' is not known"),
+    ("tier", lambda d: d.update(tiers=["T0", "T7"]), "no threat model is called 'T7'; known: off_the_shelf"),
     ("both kinds of data", lambda d: d["tasks"][0].update(data="mine-test.npz"), "either data, which is split, or"),
     ("needs data", lambda d: d.update(merges=["fisher"]), "fisher needs"),
     ("no tier", lambda d: d.update(tiers=[]), "tiers: none is left"),
-    ("nothing to learn from", lambda d: d.update(tiers=["T2"]), "tiers T2 and T3 learn from examples; give train"),
+    ("nothing to learn from", lambda d: d.update(tiers=["T2"]), "unlabelled learn from examples; give train"),
     ("learns from the test", lambda d: d["tasks"][0].update(train="mine-test.npz"), "train must be other data"),
-    ("learns without T3", lambda d: d.update(merges=["adamerging"]), "it needs data, which tier T3 has"),
-    ("reads without T3", lambda d: d.update(recoveries=["layerwise_ridge"]), "it needs data, which tier T3 has"),
+    ("learns without T3", lambda d: d.update(merges=["adamerging"]), "it needs data, which threat model unlabelled"),
+    (
+        "reads without T3",
+        lambda d: d.update(recoveries=["layerwise_ridge"]),
+        "it needs data, which threat model unlabelled",
+    ),
     ("half a sample", lambda d: d.update(few_shot={"samples": [2.5]}), "whole numbers of at least 2"),
     ("no such rate", lambda d: d.update(few_shot={"settings": {"learning_rates": "much"}}), "learning_rates='much'"),
-    ("not before merging", lambda d: d.update(recoveries=["few_shot"]), "is what an attacker of tier T2 does after"),
+    ("not before merging", lambda d: d.update(recoveries=["few_shot"]), "few_shot works on merges, not on releases"),
     ("no sources", lambda d: d.update(recoveries=["source_subtraction"]), "needs sources"),
     ("a chain", lambda d: d.update(recoveries=["taylor_inversion, kabsh"]), "did you mean 'kabsch'"),
     (
@@ -68,6 +73,10 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
         lambda d: d["protect"].update(methods=[{"method": "sensitivity_shield", "siblings": ["brother"]}]),
         "brother does not exist",
     ),
+    ("no attacks", lambda d: d.update(recoveries=[]), "recoveries: there are none, and an attacker of threat"),
+    ("attacks left out", lambda d: d.pop("recoveries"), "add `recoveries: standard`, or `threat_models: [off_the_sh"),
+    ("no such attacker", lambda d: d.update(recoveries="standrad"), "'standrad'; did you mean 'standard'"),
+    ("tiers twice", lambda d: d.update(tiers=["T0"], threat_models=["T0"]), "tiers is the older name of threat_models"),
     ("a line without a middle", lambda d: d.update(connectivity=2), "must be at least 3, or 0 to leave it out"),
     ("an analysis", lambda d: d.update(analyses={"exmaples": 5}), "did you mean 'examples'"),
     ("a list", lambda d: d.update(protect=[]), "protect: a mapping is wanted"),
@@ -105,12 +114,12 @@ def test_checkpoints_on_the_hub_are_downloaded_once_the_plan_is_right(
         asked.append(name)
         return tmp_path / name.rpartition("/")[2]
 
-    monkeypatch.setattr("unmergeable.evaluation.downloads.download", download)
+    monkeypatch.setattr("unmergeable.evaluation.plans.plan.download", download)
     document["base"] = "hub:owner/base"
     document["experts"][0]["path"] = "hub:owner/mine@v1"
     plan = parse_plan(document, workshop)
     assert asked == []
-    local = downloaded(plan)
+    local = plan.downloaded()
     assert (local.base, local.victim.path) == (tmp_path / "base", tmp_path / "mine@v1")
     assert {task.encoder for task in local.tasks} == {tmp_path / "base"}
     assert local.riders == plan.riders
@@ -132,8 +141,8 @@ def test_what_attackers_learn_from(workshop: Path, document: dict[str, Any]) -> 
         (16, "0.0001", 4),
         (16, "0.001", 4),
     ]
-    assert [merge.tier for merge in plan.merges] == ["T0", "T3"]
-    assert [(entry.name, entry.tier) for entry in plan.recoveries] == [
+    assert [merge.threat_model.code for merge in plan.merges] == ["T0", "T3"]
+    assert [(entry.name, entry.threat_model.code) for entry in plan.recoveries] == [
         ("taylor_inversion, nearest_orbit", "T1"),
         ("ridge", "T3"),
     ]
@@ -143,11 +152,11 @@ def test_what_attackers_learn_from(workshop: Path, document: dict[str, Any]) -> 
 
 
 def test_the_documented_plan_is_one(tmp_path: Path) -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+    guide = (Path(__file__).parents[3] / "docs" / "audit.md").read_text()
     text = guide.split("```yaml\n")[1].split("```")[0]
     for name in re.findall(r"[\w-]+\.(?:npz|safetensors)|expert-\w+", text):
         (tmp_path / name).touch()
     (tmp_path / "base").mkdir()
     plan = parse_plan(yaml.safe_load(text), tmp_path)
-    assert plan.tiers == ("T0", "T1", "T2")
+    assert [model.code for model in plan.threat_models] == ["T0", "T1", "T2"]
     assert [entry.is_exact for entry in plan.protections] == [True, True, False, False]

@@ -12,14 +12,6 @@ import yaml
 from unmergeable.cli.app import main
 
 
-@pytest.fixture
-def small_plan(plan_file: Path, document: dict[str, Any]) -> Path:
-    document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
-    document["tiers"] = ["T0"]
-    plan_file.write_text(yaml.safe_dump(document))
-    return plan_file
-
-
 def test_audit_and_report(small_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "audit"
     assert main(["audit", str(small_plan), "--out", str(out), "--workers", "1", "--json"]) == 0

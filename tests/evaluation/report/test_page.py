@@ -11,10 +11,23 @@ from typing import Any
 
 import pytest
 
-from evaluation.documents import WORST, analysed, document
+from evaluation.documents import analysed, document
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.report import PAGE, read_audit, render_report, write_report
-from unmergeable.evaluation.verdict import TIERS, judgement, model_card, star, summary
+from unmergeable.evaluation.report.page import PAGE, render_report, write_report
+from unmergeable.evaluation.report.verdict import judgement, model_card, summary
+from unmergeable.evaluation.results import AuditResult, Verdicts, read_audit, star
+from unmergeable.evaluation.threat_models import ThreatModel
+
+
+def typed(found: dict[str, Any]) -> AuditResult:
+    return AuditResult.from_json(found)
+
+
+def page_of(found: dict[str, Any]) -> str:
+    return render_report(typed(found))
+
+
+BEST_STAR = star(typed(document()).protections["lock"].tiers[ThreatModel.OFF_THE_SHELF].worst)
 
 
 @pytest.mark.parametrize(
@@ -29,24 +42,24 @@ from unmergeable.evaluation.verdict import TIERS, judgement, model_card, star, s
 )
 def test_a_judgement_is_made_from_the_lower_end(worst: dict[str, Any], expected: str) -> None:
     found = document(**worst)
-    assert judgement(found["protections"]["lock"]["tiers"]["T0"]) == expected
-    assert judgement({"worst": None}) == "cannot be judged"
+    assert judgement(typed(found).protections["lock"].tiers[ThreatModel.OFF_THE_SHELF]) == expected
+    assert judgement(Verdicts(worst=None, trials=())) == "cannot be judged"
     if expected != "cannot be judged":
-        assert f"It {expected} ordinary merging" in summary(found)[0]
+        assert f"It {expected} ordinary merging" in summary(typed(found))[0]
 
 
 def test_the_same_figures_everywhere() -> None:
     found = document()
     sentence = (
-        "lock costs 2.0 points on its own task. It stops ordinary merging (D* = 0.90, 95 % interval 0.85 to 0.95): the "
-        "best merge gets 20 %, against 80 % unprotected and 15 % without the expert."
+        "lock costs 2.0 points on its own task. It stops ordinary merging (off_the_shelf: D* = 0.90, 95 % interval "
+        "0.85 to 0.95): the best merge gets 20 %, against 80 % unprotected and 15 % without the expert."
     )
-    assert summary(found) == [sentence]
-    page = render_report(found).replace("<strong>lock</strong>", "lock")
-    for text in (sentence, star(WORST), "ties with 1 and 0.5", "&lt;base&gt; &amp; more", "not that &lt;structure&gt;"):
+    assert summary(typed(found)) == [sentence]
+    page = page_of(found).replace("<strong>lock</strong>", "lock")
+    for text in (sentence, BEST_STAR, "ties with 1 and 0.5", "&lt;base&gt; &amp; more", "not that &lt;structure&gt;"):
         assert text in page
-    assert f"| lock | 2.0 | {star(WORST)} |" in model_card(found)
-    assert "nvalid" not in page + model_card(found)
+    assert f"| lock | 2.0 | {BEST_STAR} |" in model_card(typed(found))
+    assert "nvalid" not in page + model_card(typed(found))
 
 
 def test_a_heat_map_inks_what_was_stolen() -> None:
@@ -57,7 +70,7 @@ def test_a_heat_map_inks_what_was_stolen() -> None:
         {"recovery": None if name == "none" else name, "merge": "ties", "score": score, "attacks": 1}
         for name, score in cells
     ]
-    (section,) = re.findall(r'id="matrix".*?</table>', render_report(found), flags=re.DOTALL)
+    (section,) = re.findall(r'id="matrix".*?</table>', page_of(found), flags=re.DOTALL)
     head, body = section.split("<tbody>")
     assert re.findall(r'class="number">([^<]+)<', head) == [name for name, _ in cells]
     (row,) = re.findall(r'<th scope="row">lock</th>(.*?)</tr>', body, flags=re.DOTALL)
@@ -82,7 +95,7 @@ def test_what_was_refused_for_one_reason_stands_together() -> None:
         )
     ]
     found["refused"][-1]["samples"] = 16
-    page = render_report(found)
+    page = page_of(found)
     for line in (
         "kabsch of lock, unprotected: no heads",
         "ties of lock, what is there without the expert: other names",
@@ -96,9 +109,9 @@ def test_an_invalid_audit_says_so_first() -> None:
     found["controls"][0] |= {"value": 0.3, "passed": False}
     found["passed"] = False
     failed = "control identity is 0.30, allowed 0.05"
-    assert summary(found)[0] == f"INVALID: {failed}. The figures below mean nothing."
-    assert failed in model_card(found)
-    page = render_report(found)
+    assert summary(typed(found))[0] == f"INVALID: {failed}. The figures below mean nothing."
+    assert failed in model_card(typed(found))
+    page = page_of(found)
     assert page.index(failed) < page.index("lock</strong> costs")
 
 
@@ -124,7 +137,7 @@ def test_there_must_be_a_result(tmp_path: Path, content: str | None) -> None:
 @pytest.fixture(scope="module")
 def page() -> str:
     """A page with everything on it."""
-    return render_report(analysed())
+    return page_of(analysed())
 
 
 def test_every_picture_has_its_table_and_a_name(page: str) -> None:
@@ -142,46 +155,44 @@ def test_parts_that_are_not_there_leave_no_heading() -> None:
     found = analysed()
     for model in found["analyses"]["models"]:
         model["noise"] = model["landscape"] = None
-    page = render_report(found)
+    page = page_of(found)
     for heading, is_there in (("noise", False), ("landscapes", False), ("scaling", True), ("refused", True)):
         assert (f'id="{heading}"' in page) == is_there
     assert "so only the first is here" not in page
     found["analyses"]["models"] = [model for model in found["analyses"]["models"] if model["form"] == "raw"]
-    assert "so only the first is here" in render_report(found)
+    assert "so only the first is here" in page_of(found)
     found["refused"] = []
-    assert 'id="refused"' not in render_report(found)
-    assert 'id="analyses"' not in render_report(document())
+    assert 'id="refused"' not in page_of(found)
+    assert 'id="analyses"' not in page_of(document())
 
 
-def test_as_many_attackers_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_attackers_as_there_are() -> None:
     """An attacker who learns from data gets a column, and the page no longer says that nobody did."""
-    monkeypatch.setitem(TIERS, "T2", "an attacker with data")
     found = document()
-    assert "Nobody here had labelled" in render_report(found)
+    assert "Nobody here had labelled" in page_of(found)
     for entry in found["protections"].values():
         trial = {**entry["tiers"]["T0"]["worst"], "samples": 16}
         entry["tiers"]["T2"] = {"worst": trial, "trials": [trial]}
-    page = render_report(found)
-    assert "<td>T2, 16 labelled</td>" in page
-    assert f"{star(WORST)}, 16 labelled</span>" in page
-    assert "T2: D* against an attacker with data" in page
+    page = page_of(found)
+    assert "<td>few_shot, 16 labelled</td>" in page
+    assert f"{BEST_STAR}, 16 labelled</span>" in page
+    assert "few_shot: D* against an attacker who has labelled examples as well" in page
     assert "Nobody here had labelled" not in page
 
 
 def test_refusals_of_one_model_stand_together() -> None:
-    assert "<li>linear after kabsch, slerp after kabsch of lock: not that &lt;structure&gt;</li>" in render_report(
-        document()
-    )
+    page = page_of(document())
+    assert "<li>linear after kabsch, slerp after kabsch of lock: not that &lt;structure&gt;</li>" in page
 
 
 def test_the_best_attack_can_be_done_by_hand() -> None:
-    page = render_report(document())
+    page = page_of(document())
     assert "--expert release=1 --expert t=0.5 --method ties --out merged" in page
 
 
 def test_how_tasks_were_scored_is_said() -> None:
     tasks = {"mine": {"kind": "code", "isolation": "<namespaces>"}, "theirs": {"kind": "classification"}}
-    page = render_report({**document(), "tasks": tasks})
+    page = page_of({**document(), "tasks": tasks})
     assert "Task mine: code, isolation &lt;namespaces&gt;." in page
     assert "Task theirs: classification." in page
 
@@ -190,7 +201,7 @@ def test_without_its_cells_the_result_still_makes_a_page() -> None:
     """As it is committed."""
     found = document()
     del found["cells"]
-    assert "550 sets of weights" in render_report({**found, "scored": 550})
+    assert "550 sets of weights" in page_of({**found, "scored": 550})
 
 
 PROBE = """
