@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import unmergeable
-import unmergeable.evaluation.run
 from unmergeable import evaluation, ops
 from unmergeable.progress import Progress, silent
 
@@ -20,12 +19,19 @@ ROOT = PACKAGE.parent.parent
 
 
 def test_the_public_names_are_those_of_the_api_and_audit() -> None:
-    assert sorted(unmergeable.__all__) == sorted([*ops.__all__, "audit"])
+    assert sorted(unmergeable.__all__) == sorted([*ops.__all__, "Audit", "audit"])
     for name in unmergeable.__all__:
         function = getattr(unmergeable, name)
-        assert function is getattr(evaluation.run if name == "audit" else ops, name)
-        assert inspect.isfunction(function)
+        assert function is getattr(ops if name in ops.__all__ else evaluation, name)
+        assert inspect.isfunction(function) or name == "Audit"
         assert inspect.getdoc(function)
+
+
+def test_what_evaluation_exports_is_there() -> None:
+    for name in evaluation.__all__:
+        assert getattr(evaluation, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'audt'"):
+        evaluation.audt  # noqa: B018
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -89,7 +89,8 @@ def whole_plan() -> dict[str, Any]:
         "protect": {"expert": "mine", "methods": ["mergelock"]},
         "merges": ["task_arithmetic"],
         "recoveries": ["nearest_orbit"],
-        "coefficients": {"defended": [0.3, 0.65, 1.0, 1.5], "rider": [0.75, 1.0], "refinements": 8},
+        "coefficients": {"defended": [0.3, 0.65, 1.0, 1.5], "rider": [0.75, 1.0], "refinements": 4},
+        "connectivity": 5,
         "tasks": [
             {
                 "name": f"{name}-task",

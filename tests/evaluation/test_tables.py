@@ -209,3 +209,77 @@ def test_one_checkpoint_under_two_names(trio: Path, table_document: dict[str, An
     plan.write_text(yaml.safe_dump(document))
     with pytest.raises(BadInput, match="experts mine and both are the same checkpoint"):
         table(plan, out=tmp_path / "out", workers=1)
+
+
+@pytest.fixture(scope="module")
+def chosen(trio: Path, table_document: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A table whose merges choose a coefficient, and are attacked."""
+    document = copy.deepcopy(table_document)
+    document["protect"] = {"experts": ["mine"], "methods": ["mergelock"]}
+    document["experts"] = document["experts"][:2]
+    training = {"samples": 20, "learning_rates": "1e-3", "steps": 10}
+    added = {"method": "task_arithmetic", "coefficient": 0.5}
+    document["merges"] = [
+        *({**added, "coefficient": value} for value in GRID),
+        {"method": "task_arithmetic", "coefficients": GRID},
+        {**added, "then": {"method": "few_shot", "settings": training}},
+        {**added, "then": {"method": "unmask", "settings": {"scaling_coefficient": 0.5}}},
+    ]
+    document |= {"recoveries": [{"method": "layerwise_ridge", "settings": {"examples": 200}}], "partners": [1]}
+    document["tasks"] = document["tasks"][:2]
+    for task in document["tasks"]:
+        name = task["name"].removesuffix("-task")
+        task |= {"train": f"{name}-train.npz", "validation": f"{name}-validation.npz"}
+    del document["published"]
+    path = trio / "chosen.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return table(path, out=tmp_path_factory.mktemp("chosen") / "out", workers=1).to_json()
+
+
+GRID = [0.25, 0.5, 0.75]
+
+
+def test_the_coefficient_that_does_best_on_validation_examples_is_taken(
+    chosen: Any, trio: Path, tmp_path: Path
+) -> None:
+    """Both tasks count alike; the test examples have no say."""
+    scores = []
+    for value in GRID:
+        out = tmp_path / f"{value}"
+        experts = [(trio / name, value) for name in ("mine", "theirs")]
+        ops.merge(base=trio / "base", experts=experts, method="task_arithmetic", out=out)
+        scores.append(fmean(right(out, trio, name, "validation") for name in ("mine", "theirs")))
+    best = GRID[int(np.argmax(scores))]
+    cell = cell_of(chosen, "mine", "unprotected", ["theirs"], "task_arithmetic, best")
+    assert cell["coefficient"] == best
+    assert cell["scores"] == cell_of(chosen, "mine", "unprotected", ["theirs"], f"task_arithmetic, {best:g}")["scores"]
+    assert max(scores) > min(scores) + 0.05, "control: it matters"
+    assert "coefficient" not in cell_of(chosen, "mine", "unprotected", ["theirs"], "task_arithmetic, 0.5")
+
+
+def test_attacks_on_merges(chosen: Any, trio: Path, tmp_path: Path) -> None:
+    """What the commands do one after another: protect, merge, attack the merge with what it reads."""
+    name = "task_arithmetic, 0.5, then few_shot"
+    ops.merge(
+        base=trio / "base",
+        experts=[(trio / "mine", 0.5), (trio / "theirs", 0.5)],
+        method="task_arithmetic",
+        out=tmp_path / "merge",
+    )
+    ops.recover(
+        tmp_path / "merge",
+        base=trio / "base",
+        method="few_shot",
+        settings={"samples": 20, "learning_rates": "1e-3", "steps": 10},
+        data=trio / "mine-train.npz",
+        head=trio / "mine-head.safetensors",
+        out=tmp_path / "trained",
+    )
+    cell = cell_of(chosen, "mine", "unprotected", ["theirs"], name)
+    assert cell["scores"]["mine-task"] == pytest.approx(right(tmp_path / "trained", trio, "mine"), abs=1e-6)
+    plain = cell_of(chosen, "mine", "unprotected", ["theirs"], "task_arithmetic, 0.5")
+    assert cell["scores"] != plain["scores"], "control: training changes something"
+    assert "scores" in cell_of(chosen, "mine", "mergelock", ["theirs"], "task_arithmetic, 0.5, then unmask")
+    recovered = cell_of(chosen, "mine", "mergelock, after layerwise_ridge", ["theirs"], "task_arithmetic, 0.5")
+    hidden = cell_of(chosen, "mine", "mergelock", ["theirs"], "task_arithmetic, 0.5")
+    assert recovered["scores"]["mine-task"] > hidden["scores"]["mine-task"] + 0.1

@@ -20,6 +20,9 @@ def test_a_plan(workshop: Path, document: dict[str, Any]) -> None:
     assert (plan.victim.name, [rider.name for rider in plan.riders]) == ("mine", ["theirs"])
     assert plan.coefficients.defended == (0.3, 0.65, 1.0, 1.5)
     assert plan.threat_models == (ThreatModel.OFF_THE_SHELF, ThreatModel.WHITE_BOX)
+    assert plan.connectivity == 5
+    del document["connectivity"]
+    assert parse_plan(document, workshop).connectivity == 11
     assert plan.task("mine-task").validation == workshop / "mine-validation.npz"
 
 

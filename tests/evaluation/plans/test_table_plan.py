@@ -97,6 +97,22 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ),
     ("no such merge", lambda d: d.update(merges=["tise"]), "no merge is called 'tise'; did you mean 'ties'"),
     ("no such setting", lambda d: d.update(merges=[{"method": "ties", "settings": {"desnity": 1}}]), "'desnity'"),
+    (
+        "two kinds of coefficients",
+        lambda d: d["merges"][0].update(coefficients=[0.3, 0.5]),
+        "give either coefficient or coefficients",
+    ),
+    (
+        "nothing to choose on",
+        lambda d: d.update(merges=[{"method": "task_arithmetic", "coefficients": [0.3, 0.5]}]),
+        "task_arithmetic, best chooses a coefficient on it; give validation",
+    ),
+    (
+        "then what",
+        lambda d: d["merges"][0].update(then="nearest_orbit"),
+        "then: nearest_orbit works on releases; list it among the recoveries",
+    ),
+    ("then learns", lambda d: d["merges"][0].update(then="few_shot"), "reads examples; give train"),
     ("merge learns", lambda d: d.update(merges=["adamerging"]), "adamerging learns from data"),
     ("merges two only", lambda d: d.update(merges=["slerp"]), "merge slerp: slerp takes 2 experts, not 3"),
     ("coefficient", lambda d: d["merges"][0].update(coefficient="much"), "coefficient: must be a number, not 'much'"),

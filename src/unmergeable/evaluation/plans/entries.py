@@ -109,12 +109,12 @@ class ProtectionEntry(MethodEntry):
         return (*(path for path in (self.data, self.head, self.encoder) if path is not None), *self.siblings)
 
     def given(self, owner: ExpertEntry) -> ProtectionEntry:
-        """The same with what it reads of the owner of an expert."""
+        """The same with what it reads of the owner of an expert; siblings of its own come first."""
         return replace(
             self,
             data=owner.data if "data" in self.reads else None,
             head=owner.head if "head" in self.reads else None,
-            siblings=owner.siblings if "siblings" in self.reads else (),
+            siblings=(self.siblings or owner.siblings) if "siblings" in self.reads else (),
         )
 
     def require_reads(self, where: str) -> None:
@@ -216,7 +216,7 @@ def read_expert(item: object, where: str, folder: Path, *, is_owner: bool = Fals
 
 
 def read_protection(item: object, where: str, folder: Path, *, owned: Sequence[str] = OWNED) -> ProtectionEntry:
-    """A name, or a method with settings and what it reads of the owner's, where the entry may say that (``owned``)."""
+    """A name, or a method with settings and what it reads of the owner's: those things that the entry may name."""
     entry = _named(item, ("name", "method", "settings", *owned), where)
     method = entry.text("method")
     found = ProtectionEntry(
@@ -228,10 +228,9 @@ def read_protection(item: object, where: str, folder: Path, *, owned: Sequence[s
         encoder=entry.checkpoint("encoder", folder) if "encoder" in entry else None,
         siblings=entry.checkpoints("siblings", folder),
     )
-    if owned:
+    _ = found.reads  # refuses unknown methods and settings
+    if owned == OWNED:
         found.require_reads(where)
-    else:
-        _ = found.reads  # refuses unknown methods and settings
     return found
 
 

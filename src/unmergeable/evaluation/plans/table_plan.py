@@ -180,7 +180,7 @@ def parse_table_plan(document: object, folder: Path, where: str = "the plan") ->
         base=base,
         experts=experts,
         victims=protect.texts("experts", list(names)),
-        protections=protect.listed("methods", partial(read_protection, folder=folder, owned=()), default=()),
+        protections=protect.listed("methods", partial(read_protection, folder=folder, owned=("siblings",)), default=()),
         recoveries=top.listed("recoveries", partial(read_recovery, folder=folder), default=()),
         merges=top.listed("merges", read_table_merge),
         partners=top.listed("partners", partial(_partners, names=names), default=(1,)),
