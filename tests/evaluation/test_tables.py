@@ -280,6 +280,16 @@ def test_attacks_on_merges(chosen: Any, trio: Path, tmp_path: Path) -> None:
     plain = cell_of(chosen, "mine", "unprotected", ["theirs"], "task_arithmetic, 0.5")
     assert cell["scores"] != plain["scores"], "control: training changes something"
     assert "scores" in cell_of(chosen, "mine", "mergelock", ["theirs"], "task_arithmetic, 0.5, then unmask")
-    recovered = cell_of(chosen, "mine", "mergelock, after layerwise_ridge", ["theirs"], "task_arithmetic, 0.5")
+
+
+def test_a_recovery_that_reads_examples_has_those_of_the_victim(chosen: Any, trio: Path, tmp_path: Path) -> None:
+    base, released, recovered = trio / "base", tmp_path / "released", tmp_path / "recovered"
+    ops.protect(trio / "mine", base=base, out=released, key=tmp_path / "key", method="mergelock", seed=0)
+    examples = {"data": trio / "mine-train.npz", "settings": {"examples": 200}}
+    ops.recover(released, base=base, method="layerwise_ridge", out=recovered, **examples)
+    experts = [(recovered, 0.5), (trio / "theirs", 0.5)]
+    ops.merge(base=base, experts=experts, method="task_arithmetic", out=tmp_path / "merge")
+    cell = cell_of(chosen, "mine", "mergelock, after layerwise_ridge", ["theirs"], "task_arithmetic, 0.5")
+    assert cell["scores"]["mine-task"] == pytest.approx(right(tmp_path / "merge", trio, "mine"), abs=1e-6)
     hidden = cell_of(chosen, "mine", "mergelock", ["theirs"], "task_arithmetic, 0.5")
-    assert recovered["scores"]["mine-task"] > hidden["scores"]["mine-task"] + 0.1
+    assert cell["scores"]["mine-task"] > hidden["scores"]["mine-task"], "control: it changes something"

@@ -204,14 +204,14 @@ def subjects_of(variants: Sequence[Variant]) -> list[Subject]:
     first: dict[str, int] = {}
     for variant in variants:
         first.setdefault(variant.protection, variant.seed)
-    found = []
+    subjects = []
     for variant in variants:
         form: Form = "raw" if variant.recovery is None else "canonical"
         is_form = variant.recovery is None or variant.facts.get("method") == CANONICAL
         is_first = variant.protection != SCALE and variant.seed == first[variant.protection]
         if variant.checkpoint is not None and is_form and is_first:
-            found.append(Subject(variant.protection, variant.seed, form, variant.checkpoint))
-    return found
+            subjects.append(Subject(variant.protection, variant.seed, form, variant.checkpoint))
+    return subjects
 
 
 def analyse(
@@ -224,7 +224,7 @@ def analyse(
         around: what they are looked at against.
         folder: where measurements are kept; created if it is not there.
         pool: runs the calls.
-        progress: told of models done.
+        progress: called as models are done.
 
     Raises:
         CheckpointError: a measurement cannot be written.
@@ -306,14 +306,14 @@ def map_models(form: Form, subjects: Sequence[Subject], around: Surroundings, fo
         return {"shares": shares, "places": [asdict(place) for place in plane.places(gram)]}
 
     try:
-        found = _kept(folder, recipe, compute)
+        located = _kept(folder, recipe, compute)
     except CheckpointError:
         raise
     except BadInput as error:
         return ModelMap(form=form, points=None, shares=None, refused=str(error))
     names = ["base", *(name for name, _ in models)]
-    points = tuple(MapPoint(name=name, **place) for name, place in zip(names, found["places"], strict=True))
-    return ModelMap(form=form, points=points, shares=tuple(found["shares"]), refused="")
+    points = tuple(MapPoint(name=name, **place) for name, place in zip(names, located["places"], strict=True))
+    return ModelMap(form=form, points=points, shares=tuple(located["shares"]), refused="")
 
 
 @dataclass(frozen=True)
@@ -346,21 +346,21 @@ class _Look:
 
     def noise(self) -> NoiseRows:
         """Random noise on its weights."""
-        found = noise_sensitivity(
+        measured = noise_sensitivity(
             self._network,
             scoring.state_of(self.subject.checkpoint),
             self._score,
             sizes=self.around.settings.noise,
             draws=self.around.settings.draws,
         )
-        return NoiseRows(sizes=tuple(found.sizes), losses=_rows(found.losses), credits=_rows(found.credits))
+        return NoiseRows(sizes=tuple(measured.sizes), losses=_rows(measured.losses), credits=_rows(measured.credits))
 
     def sharpness(self) -> SharpnessRises:
         """The worst loss nearby."""
         settings = self.around.settings
         weights = scoring.state_of(self.subject.checkpoint)
-        found = sharpness(self._network, weights, self._backpropagate, radii=settings.radii, steps=settings.steps)
-        return SharpnessRises(loss=_number(found.loss), radii=tuple(found.radii), rises=_numbers(found.rises))
+        measured = sharpness(self._network, weights, self._backpropagate, radii=settings.radii, steps=settings.steps)
+        return SharpnessRises(loss=_number(measured.loss), radii=tuple(measured.radii), rises=_numbers(measured.rises))
 
     def landscape(self, rider: Checkpoint) -> LandscapeGrid:
         """The plane in which it is merged with the free-rider's model: that one on the x axis, this one above it."""
@@ -371,13 +371,13 @@ class _Look:
         places = plane.places(gram)
         count = self.around.settings.points
         xs, ys = (grid([getattr(place, axis) for place in places], count) for axis in ("x", "y"))
-        found = landscape(self._network, self._task_vectors(*models), plane, self._score, xs=xs, ys=ys)
+        measured = landscape(self._network, self._task_vectors(*models), plane, self._score, xs=xs, ys=ys)
         named = zip(("base", "rider", "model"), places, strict=True)
         return LandscapeGrid(
             xs=tuple(xs),
             ys=tuple(ys),
-            losses=_rows(found.losses),
-            credits=_rows(found.credits),
+            losses=_rows(measured.losses),
+            credits=_rows(measured.credits),
             places={name: (place.x, place.y) for name, place in named},
         )
 

@@ -45,7 +45,7 @@ def attacker_named(name: str, where: str) -> Attacker:
     Raises:
         BadInput: there is none; ``where`` begins the message.
     """
-    found = ATTACKERS.get(NEWEST.get(name, name))
-    if found is None:
+    attacker = ATTACKERS.get(NEWEST.get(name, name))
+    if attacker is None:
         raise BadInput(f"{where}: no attacker is called {name!r}{nearest(name, dict.fromkeys([*NEWEST, *ATTACKERS]))}")
-    return found
+    return attacker

@@ -117,7 +117,7 @@ class Auditor:
         protections = Judge(self.plan, contests, alone.scores()).protections(released)
         checked = controls(protections, variants)
         analyses = self._analyses(variants)
-        refused = [found.job.refusal(found.outcome.refusal) for found in searched if found.outcome.refusal]
+        refused = [done.job.refusal(done.outcome.refusal) for done in searched if done.outcome.refusal]
         refused = [
             replace(refusal, reason=self._without_paths(refusal.reason, made)) for refusal in [*refused, *failures]
         ]
@@ -201,23 +201,23 @@ class Auditor:
 
     def _tested(self, searched: Sequence[_Searched], alone: _Alone) -> list[ScoredAttack]:
         """All attacks; those that a selection may pick with their test."""
-        without = {found.job.rider.name: found.menu for found in searched if found.job.variant is None}
+        without = {merges.job.rider.name: merges.menu for merges in searched if merges.job.variant is None}
         wanted = []
-        for found in searched:
-            points, rider = found.points, found.job.rider
-            if points and found.job.variant is not None:
-                numbers = contenders(found.menu, without[rider.name], alone.rider(rider))
+        for merges in searched:
+            points, rider = merges.points, merges.job.rider
+            if points and merges.job.variant is not None:
+                numbers = contenders(merges.menu, without[rider.name], alone.rider(rider))
                 points = [points[number] for number in numbers]
             wanted.append(points)
         calls: list[Call] = [
-            (score_points, (found.job.group, points, "test", self.run.cells))
-            for found, points in zip(searched, wanted, strict=True)
+            (score_points, (merges.job.group, points, "test", self.run.cells))
+            for merges, points in zip(searched, wanted, strict=True)
         ]
         tested = self.run.done("testing contenders", calls, "merges")
         return [
-            found.job.attack(point, cell, test.cells.get(point))
-            for found, test in zip(searched, tested, strict=True)
-            for point, cell in found.outcome.cells.items()
+            merges.job.attack(point, cell, test.cells.get(point))
+            for merges, test in zip(searched, tested, strict=True)
+            for point, cell in merges.outcome.cells.items()
         ]
 
     def _trained(self, searched: Sequence[_Searched], alone: _Alone) -> tuple[list[ScoredAttack], list[Refusal]]:
@@ -249,11 +249,11 @@ class Auditor:
         """
         groups: dict[tuple[str, tuple[str, int] | None, ThreatModel], list[int]] = {}
         for model in (model for model in ThreatModel if model.trains and self.plan.reaches(model)):
-            for number, found in enumerate(searched):
-                variant = found.job.variant
-                if model.includes(found.job.threat_model):
+            for number, merges in enumerate(searched):
+                variant = merges.job.variant
+                if model.includes(merges.job.threat_model):
                     owner = None if variant is None else (variant.protection, variant.seed)
-                    groups.setdefault((found.job.rider.name, owner, model), []).append(number)
+                    groups.setdefault((merges.job.rider.name, owner, model), []).append(number)
         chosen: dict[tuple[int, Coefficients | None], None] = {}
         for (rider, _, _), numbers in groups.items():
             scores = [mean_scores(searched[number].job.group, searched[number].outcome.cells) for number in numbers]

@@ -245,22 +245,22 @@ def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: 
     protected = contest.attacks_on(name, seed, model, samples)
     without = contest.without_victim(model, samples)
     menu = contest.menu
-    found = worst_case(menu.only(unprotected), menu.only(protected), menu.only(without), contest.rider_alone)
+    worst = worst_case(menu.only(unprotected), menu.only(protected), menu.only(without), contest.rider_alone)
     chosen = {
-        "unprotected": (*unprotected, *without)[found.best_unprotected],
-        "protected": (*protected, *without)[found.best_protected],
-        "without_victim": without[found.best_reference],
+        "unprotected": (*unprotected, *without)[worst.best_unprotected],
+        "protected": (*protected, *without)[worst.best_protected],
+        "without_victim": without[worst.best_reference],
     }
     return Trial(
         rider=contest.rider,
         seed=seed,
         samples=samples,
-        d_star=_number(found.d_star),
-        interval=(_number(found.low), _number(found.high)),
-        unprotected=found.unprotected,
-        protected=found.protected,
-        without_victim=found.reference,
-        is_denominator_small=found.is_small,
+        d_star=_number(worst.d_star),
+        interval=(_number(worst.low), _number(worst.high)),
+        unprotected=worst.unprotected,
+        protected=worst.protected,
+        without_victim=worst.reference,
+        is_denominator_small=worst.is_small,
         attacks_tried=len(protected),
         search_cpu_seconds=round(sum(contest.attacks[number].cpu_seconds for number in protected), 1),
         best={label: contest.attacks[number].describe() for label, number in chosen.items()},
@@ -332,8 +332,8 @@ def bounded(protections: Mapping[str, ProtectionResult], name: str, bound: float
     """The control that a protection of this name has a D* of at most ``bound``, in either direction."""
     values = [
         _distance_from_nothing(model, trial)
-        for model, found in protections[name].tiers.items()
-        for trial in found.trials
+        for model, verdicts in protections[name].tiers.items()
+        for trial in verdicts.trials
     ]
     value = max((value for value in values if value is not None), default=None)
     passed = value is not None and value <= bound

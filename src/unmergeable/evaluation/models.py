@@ -73,13 +73,11 @@ def make_variants(plan: AuditPlan, folder: Path, digests: Mapping[Path, str], pr
     maker = ModelMaker(plan.base, plan.victim, plan.task(plan.victim.task), folder, digests, progress)
     released = [maker.unprotected(), maker.scaled()]
     released += [maker.protected(entry, seed) for entry in plan.protections for seed in plan.seeds]
-    found = []
+    recoveries = [entry for entry in plan.recoveries if plan.reaches(entry.threat_model)]
+    made = []
     for variant in released:
-        found.append(variant)
-        found += [
-            maker.recovered(variant, recovery) for recovery in plan.recoveries if plan.reaches(recovery.threat_model)
-        ]
-    return found
+        made += [variant, *(maker.recovered(variant, entry) for entry in recoveries)]
+    return made
 
 
 @dataclass(frozen=True)
@@ -146,17 +144,17 @@ class ModelMaker:
         """A recovery that refuses a model (its structure, for one) is no failure of the audit."""
         assert variant.checkpoint is not None
         recovered = replace(variant, recovery=entry.name, threat_model=entry.threat_model, facts={})
-        found, seconds = variant.checkpoint, 0.0
+        made, seconds = variant.checkpoint, 0.0
         facts: Mapping[str, Any] = {}
         try:
             for step in entry.steps:
-                found, facts = self._recovered(found, step, entry.sources)
+                made, facts = self._recovered(made, step, entry.sources)
                 seconds += float(facts["cpu_seconds"])
         except CheckpointError:
             raise
         except (BadInput, UsageError) as error:
             return replace(recovered, checkpoint=None, refusal=str(error))
-        return replace(recovered, checkpoint=found, cpu_seconds=seconds, facts=facts)
+        return replace(recovered, checkpoint=made, cpu_seconds=seconds, facts=facts)
 
     def _recovered(self, start: Checkpoint, step: MethodEntry, sources: Sequence[Path]) -> tuple[Checkpoint, Any]:
         needs, task = attack_reads(step.method), self.task

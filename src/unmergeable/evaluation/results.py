@@ -234,7 +234,7 @@ class AuditResult(Record):
     @property
     def audited(self) -> dict[str, ProtectionResult]:
         """The protections of the plan, without the controls unless there is nothing else."""
-        own = {name: found for name, found in self.protections.items() if name not in (IDENTITY, SCALE)}
+        own = {name: protection for name, protection in self.protections.items() if name not in (IDENTITY, SCALE)}
         return own or dict(self.protections)
 
     @property
@@ -256,17 +256,17 @@ class AuditResult(Record):
     def table(self) -> Table:
         """D* of each protection under each threat model, to be printed."""
         rows = tuple(
-            (name, f"{100 * found.utility.loss:.1f}", *(star(entry.worst) for entry in found.tiers.values()))
-            for name, found in self.audited.items()
+            (name, f"{100 * protection.utility.loss:.1f}", *(star(entry.worst) for entry in protection.tiers.values()))
+            for name, protection in self.audited.items()
         )
         return Table(("protection", "points lost alone", *map(str, self.threat_models)), rows)
 
     @property
     def _worst(self) -> dict[tuple[str, str], Trial | None]:
         return {
-            (name, model.label): found.worst
+            (name, model.label): verdicts.worst
             for name, protection in self.audited.items()
-            for model, found in protection.tiers.items()
+            for model, verdicts in protection.tiers.items()
         }
 
 

@@ -84,14 +84,14 @@ def next_points(scores: Scores, kept: float, left: int) -> list[Coefficients]:
         left: how many points may still be looked at.
     """
     wanted = min(left, BATCH)
-    found: dict[Coefficients, None] = {}
+    proposed: dict[Coefficients, None] = {}
     for point in _ranking(scores, kept):
         for middle in _middles(point, scores):
-            if len(found) == wanted:
-                return list(found)
+            if len(proposed) == wanted:
+                return list(proposed)
             if middle not in scores:
-                found[middle] = None
-    return list(found)
+                proposed[middle] = None
+    return list(proposed)
 
 
 def best_starts(
@@ -126,12 +126,12 @@ def _best_points(
         defended, rider = score
         return rider >= kept, defended if rider >= kept else rider
 
-    found = []
+    places = []
     for number, scores in enumerate(sweeps):
         ranked = sorted(scores, key=lambda point: merit(scores[point]), reverse=True)[:count]
-        found += [(place, merit(scores[point]), number, point) for place, point in enumerate(ranked)]
-    found.sort(key=lambda entry: (entry[0], *(-value for value in entry[1]), entry[2]))
-    return [(number, point) for _, _, number, point in found[:count]]
+        places += [(place, merit(scores[point]), number, point) for place, point in enumerate(ranked)]
+    places.sort(key=lambda entry: (entry[0], *(-value for value in entry[1]), entry[2]))
+    return [(number, point) for _, _, number, point in places[:count]]
 
 
 def _ranking(scores: Scores, kept: float) -> list[Coefficients]:

@@ -79,19 +79,19 @@ def _average(
     refused = 0
     for victim in plan.victims:
         task = plan.expert(victim).task
-        found, plain, beside = [], [], []
+        merged, plain, beside = [], [], []
         for partners in (group for group in plan.groups(victim) if len(group) == size):
             cell = cells[Place(victim, variant, partners, merge.name)]
             if not isinstance(cell, Cell):
                 refused += 1
                 continue
-            found.append(cell.credits[task])
+            merged.append(cell.credits[task])
             beside += [float(cell.credits[plan.expert(name).task].mean()) for name in partners]
             unprotected = cells[Place(victim, VariantName(), partners, merge.name)]
             if isinstance(unprotected, Cell):
                 plain.append(cell.credits[task] - unprotected.credits[task])
-        if found:
-            rows[victim] = np.mean(found, axis=0)
+        if merged:
+            rows[victim] = np.mean(merged, axis=0)
             others.append(float(np.mean(beside)))
         if plain:
             gaps[victim] = np.mean(plain, axis=0)
@@ -135,14 +135,14 @@ def _drop_ratio(plan: TablePlan, alone: Alone, rows: Mapping[str, Credits]) -> f
     return rounded(float((expert - merged) / (expert - base))) if expert > base else None
 
 
-def figures(plan: TablePlan, alone: Alone, found: Sequence[Average]) -> dict[str, float | None]:
+def figures(plan: TablePlan, alone: Alone, means: Sequence[Average]) -> dict[str, float | None]:
     """Every figure of the table by its label, as a share."""
     values: dict[str, float | None] = {f"base / {task}": score for task, score in alone.base.items()}
     values |= _by_label(alone.experts, alone.protected)
     for task, there in (alone.elsewhere or {}).items():
         scores = _by_label(there.experts, there.protected)
         values |= {f"{label} / {task}": score for label, score in scores.items()}
-    for average in found:
+    for average in means:
         values[average.label] = average.mean
         values[f"drop ratio / {average.label}"] = average.drop_ratio
         for victim in plan.victims:

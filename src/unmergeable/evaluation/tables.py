@@ -145,14 +145,14 @@ class _Tabulator:
         models = self._models()
         alone = self._alone(models)
         cells = self._cells(models)
-        found = averages(self.plan, {place: cell for place, (cell, _) in cells.items()}, alone)
+        means = averages(self.plan, {place: cell for place, (cell, _) in cells.items()}, alone)
         return TableResult(
             title=self.plan.title,
             source=self.plan.source,
             **self.run.facts(),
             alone=alone,
-            averages=tuple(found),
-            figures=figures(self.plan, alone, found),
+            averages=tuple(means),
+            figures=figures(self.plan, alone, means),
             published=dict(self.plan.published),
             cells=tuple(_cell(place, cell, coefficient) for place, (cell, coefficient) in cells.items()),
         )
@@ -185,11 +185,11 @@ class _Tabulator:
         made = [(f"{victim} ({name})", variant) for (victim, name), variant in models.items() if name != VariantName()]
         cells: dict[Place, tuple[Cell | str, float | None]] = {}
         for place, group in places.items():
-            found = next(scored) if isinstance(group, Group) else group
-            if isinstance(found, str):
-                cells[place] = self.run.without_paths(found, made), None
+            outcome = next(scored) if isinstance(group, Group) else group
+            if isinstance(outcome, str):
+                cells[place] = self.run.without_paths(outcome, made), None
             else:
-                cells[place] = found.cell, found.coefficient
+                cells[place] = outcome.cell, outcome.coefficient
         return cells
 
     def _group(self, victim: str, variant: Variant, partners: tuple[str, ...], merge: MergeEntry) -> Group | str:

@@ -92,14 +92,14 @@ def tune(tuning: Tuning, folder: Path) -> Tuned:
         raise
     except UnmergeableError as error:  # a merge that is refused, or training that diverges
         return Tuned(None, str(error))
-    found = {}
+    cells = {}
     with swapped(network, result.weights):
         for part in parts:
             credits_by_task = {name: scorer.credits(network) for name, scorer in scorers[part].items()}
-            found[part] = Cell(tuning.recipe(part), credits_by_task, thread_time() - began)
-    for cell in found.values():
+            cells[part] = Cell(tuning.recipe(part), credits_by_task, thread_time() - began)
+    for cell in cells.values():
         store.put(cell)
-    return Tuned(found)
+    return Tuned(cells)
 
 
 def _examples(tuning: Tuning, network: Any) -> list[Task]:
@@ -114,11 +114,11 @@ def _examples(tuning: Tuning, network: Any) -> list[Task]:
 def _labelled(task: ScoredTask, least: int, limit: int, tuning: Tuning, network: Any) -> Task:
     """At most ``limit`` examples to learn a task from, and not fewer than ``least``."""
     scorer = scoring.scorer_of(task.entry, task.digests["train"], "train", tuning.group.base.path, limit=limit)
-    found = scorer.task if isinstance(scorer, ChoiceScorer) else _said(task.entry.name, _answers(scorer), network)
-    count = _count(found)
+    labelled = scorer.task if isinstance(scorer, ChoiceScorer) else _said(task.entry.name, _answers(scorer), network)
+    count = _count(labelled)
     if count < least:
         raise BadInput(f"task {task.entry.name}: {count} examples to learn from, {least} are asked for; give more.")
-    return found
+    return labelled
 
 
 def _count(task: Task) -> int:
@@ -177,18 +177,18 @@ def _mixture(tasks: Sequence[Task]) -> Task:
     def predict(network: Any, batch: EncodedBatch) -> Prediction:
         assert batch.labels is not None
         whose, labels = batch.labels.T
-        found = []
+        predictions = []
         for number, task in enumerate(tasks):
             (rows,) = torch.nonzero(whose == number, as_tuple=True)
             if len(rows):
-                its = EncodedBatch(select(batch, rows).inputs, labels[rows] if is_labelled[number] else None)
-                found.append(task.predict(network, its))
-        widest = max(prediction.logits.shape[1] for prediction in found)
+                own = EncodedBatch(select(batch, rows).inputs, labels[rows] if is_labelled[number] else None)
+                predictions.append(task.predict(network, own))
+        widest = max(prediction.logits.shape[1] for prediction in predictions)
         # A class that a task does not have is never chosen, and takes no part in its softmax.
         logits = [
             functional.pad(prediction.logits, (0, widest - prediction.logits.shape[1]), value=-torch.inf)
-            for prediction in found
+            for prediction in predictions
         ]
-        return Prediction(torch.cat(logits), torch.cat([prediction.require_targets() for prediction in found]))
+        return Prediction(torch.cat(logits), torch.cat([prediction.require_targets() for prediction in predictions]))
 
     return Task(" and ".join(task.name for task in tasks), batches, predict)

@@ -110,11 +110,11 @@ def contenders(
     """
     joined = menu.joined(without_victim)
     count = len(menu.defended)
-    found = {_select(joined, rider_alone, _whole(joined))}
+    picked = {_select(joined, rider_alone, _whole(joined))}
     for weights in _draws(joined, seed, resamples):
-        found.add(_select(joined, rider_alone, weights))
+        picked.add(_select(joined, rider_alone, weights))
     front = pareto_front(menu.defended.mean(axis=1), menu.rider.mean(axis=1))
-    return sorted({number for number in found if number < count} | set(front))
+    return sorted({number for number in picked if number < count} | set(front))
 
 
 @dataclass(frozen=True)

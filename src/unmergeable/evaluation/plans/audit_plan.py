@@ -205,9 +205,9 @@ def _few_shot(top: Entry) -> FewShotEntry:
     settings = entry.mapping("settings")
     if "samples" in settings:
         raise BadInput(f"{entry.where}, settings: samples stands beside settings, as a list.")
-    found = FewShotEntry(tuple(map(int, samples)), entry.whole("starts", default.starts), settings)
-    found.methods(FEWEST_SAMPLES)
-    return found
+    few_shot = FewShotEntry(tuple(map(int, samples)), entry.whole("starts", default.starts), settings)
+    few_shot.methods(FEWEST_SAMPLES)
+    return few_shot
 
 
 def _connectivity(top: Entry) -> int:

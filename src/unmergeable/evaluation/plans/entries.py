@@ -219,7 +219,7 @@ def read_protection(item: object, where: str, folder: Path, *, owned: Sequence[s
     """A name, or a method with settings and what it reads of the owner's: those things that the entry may name."""
     entry = _named(item, ("name", "method", "settings", *owned), where)
     method = entry.text("method")
-    found = ProtectionEntry(
+    protection = ProtectionEntry(
         name=entry.text("name", method),
         method=method,
         settings=entry.mapping("settings"),
@@ -228,21 +228,21 @@ def read_protection(item: object, where: str, folder: Path, *, owned: Sequence[s
         encoder=entry.checkpoint("encoder", folder) if "encoder" in entry else None,
         siblings=entry.checkpoints("siblings", folder),
     )
-    _ = found.reads  # refuses unknown methods and settings
+    _ = protection.reads  # refuses unknown methods and settings
     if owned == OWNED:
-        found.require_reads(where)
-    return found
+        protection.require_reads(where)
+    return protection
 
 
 def read_merge(item: object, where: str) -> MergeEntry:
     """A name, or a method with settings."""
     entry = _named(item, ("name", "method", "settings"), where)
     method = entry.text("method")
-    found = MergeEntry(entry.text("name", method), method, entry.mapping("settings"))
-    _require_known(found, where, "merge")
+    merge = MergeEntry(entry.text("name", method), method, entry.mapping("settings"))
+    _require_known(merge, where, "merge")
     if merge_learns(method) and not merge_learns_coefficients(method):
         raise BadInput(f"{where}: {method} needs data, which no attacker here merges with; adamerging can.")
-    return found
+    return merge
 
 
 def read_table_merge(item: object, where: str) -> MergeEntry:
@@ -260,19 +260,19 @@ def read_table_merge(item: object, where: str) -> MergeEntry:
         name += ", best" if len(coefficients) > 1 else f", {coefficients[0]:g}"
     if then is not None:
         name += f", then {then.name}"
-    found = MergeEntry(entry.text("name", name), method, entry.mapping("settings"), coefficients, then)
-    _require_known(found, where, "merge")
+    merge = MergeEntry(entry.text("name", name), method, entry.mapping("settings"), coefficients, then)
+    _require_known(merge, where, "merge")
     if merge_learns(method):
         raise BadInput(f"{where}: {method} learns from data; a table has fixed merges, an audit learns.")
     if then is not None and then.method not in ON_MERGES:
         raise BadInput(f"{where}, then: {then.method} works on releases; list it among the recoveries.")
-    return found
+    return merge
 
 
 def read_recovery(item: object, where: str, folder: Path) -> RecoveryEntry:
     """A name, several with commas between them, a method with settings, or a list of steps."""
     if isinstance(item, str):
-        found = RecoveryEntry(item, tuple(read_step(part.strip(), where) for part in item.split(",")))
+        recovery = RecoveryEntry(item, tuple(read_step(part.strip(), where) for part in item.split(",")))
     else:
         entry = Entry(item, ("name", "method", "settings", "steps", "sources"), where)
         if ("method" in entry) == ("steps" in entry):
@@ -282,18 +282,18 @@ def read_recovery(item: object, where: str, folder: Path) -> RecoveryEntry:
         else:
             steps = (read_step({"method": entry.text("method"), "settings": entry.mapping("settings")}, where),)
         name = entry.text("name", joined(step.method for step in steps))
-        found = RecoveryEntry(name, steps, entry.checkpoints("sources", folder))
-    _require_sensible(found, where)
-    return found
+        recovery = RecoveryEntry(name, steps, entry.checkpoints("sources", folder))
+    _require_sensible(recovery, where)
+    return recovery
 
 
 def read_step(item: object, where: str) -> MethodEntry:
     """One attack: a name, or a method with settings."""
     entry = _named(item, ("name", "method", "settings"), where)
     method = entry.text("method")
-    found = MethodEntry(entry.text("name", method), method, entry.mapping("settings"))
-    _require_known(found, where, "recovery")
-    return found
+    step = MethodEntry(entry.text("name", method), method, entry.mapping("settings"))
+    _require_known(step, where, "recovery")
+    return step
 
 
 def joined(methods: Iterable[str]) -> str:

@@ -104,13 +104,13 @@ class TablePlan(Plan):
     def groups(self, victim: str) -> tuple[tuple[str, ...], ...]:
         """The partners that the victim is merged with, group by group, each in the order of the experts."""
         others = [expert.name for expert in self.experts if expert.name != victim]
-        found: list[tuple[str, ...]] = []
+        groups: list[tuple[str, ...]] = []
         for wanted in self.partners:
             if isinstance(wanted, int):
-                found += combinations(others, wanted)
+                groups += combinations(others, wanted)
             elif victim not in wanted:
-                found.append(tuple(name for name in others if name in wanted))
-        return tuple(dict.fromkeys(found))
+                groups.append(tuple(name for name in others if name in wanted))
+        return tuple(dict.fromkeys(groups))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -209,12 +209,12 @@ def _partners(item: object, where: str, names: Mapping[str, object]) -> Partners
 
 
 def _published(top: Entry) -> dict[str, float | str]:
-    found: dict[str, float | str] = {}
+    figures: dict[str, float | str] = {}
     for label, value in top.mapping("published").items():
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise BadInput(f"{top.where}, published: {label!r} must be a number or a text, not {value!r}.")
-        found[label] = value
-    return found
+        figures[label] = value
+    return figures
 
 
 def _require_consistent(plan: TablePlan, where: str) -> None:

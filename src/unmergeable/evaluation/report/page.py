@@ -50,7 +50,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 def render_report(result: AuditResult) -> str:
     """The page as text."""
     entries = result.audited
-    judgements = {name: {t: judgement(found) for t, found in e.tiers.items()} for name, e in entries.items()}
+    judgements = {name: {t: judgement(entry) for t, entry in e.tiers.items()} for name, e in entries.items()}
     return render(
         "evaluation/report/page.html.j2",
         result=result,
@@ -59,7 +59,7 @@ def render_report(result: AuditResult) -> str:
         judgements=judgements,
         tones=TONES,
         worst={name: _worst_tone(judged.values()) for name, judged in judgements.items()},
-        stars={name: {t: star(found.worst) for t, found in e.tiers.items()} for name, e in entries.items()},
+        stars={name: {t: star(entry.worst) for t, entry in e.tiers.items()} for name, e in entries.items()},
         stops=STOPS,
         hinders=HINDERS,
         attack=attack,
@@ -68,7 +68,7 @@ def render_report(result: AuditResult) -> str:
         failed="" if result.passed else failed_controls(result),
         heat_maps=_heat_maps(result.protections),
         refused=_refusals(result.refused),
-        fronts=[front_picture(name, front) for name, found in entries.items() for front in found.fronts],
+        fronts=[front_picture(name, front) for name, entry in entries.items() for front in entry.fronts],
         lines=line_pictures(result),
         looks=Looks(result.analyses) if result.analyses and result.analyses.models else None,
         by_hand=_by_hand(result),
@@ -91,27 +91,31 @@ class HeatMap:
 
 def _heat_maps(protections: Mapping[str, ProtectionResult]) -> list[HeatMap]:
     """One heat map per merge. Colour is the share of the victim's skill recovered: none without the expert."""
-    found = {
+    stolen = {
         (cell.merge, name, cell.recovery): cell.score
         for name, protection in protections.items()
         for cell in protection.matrix
     }
-    scores = [score for score in found.values() if score is not None]
-    worst = [found.worst for protection in protections.values() for found in protection.tiers.values()]
+    scores = [score for score in stolen.values() if score is not None]
+    worst = [stolen.worst for protection in protections.values() for stolen in protection.tiers.values()]
     least = min((trial.without_victim for trial in worst if trial is not None), default=0.0)
     span = max(scores, default=1.0) - least
 
     def inked(score: float | None) -> tuple[float | None, float]:
         return score, 0.0 if score is None or span <= 0 else min(1.0, max(0.0, (score - least) / span))
 
-    recoveries = list(dict.fromkeys(recovery for _, _, recovery in found))
+    recoveries = list(dict.fromkeys(recovery for _, _, recovery in stolen))
+
+    def row(merge: str, name: str) -> tuple[tuple[float | None, float], ...]:
+        return tuple(inked(stolen.get((merge, name, recovery))) for recovery in recoveries)
+
     return [
         HeatMap(
             merge,
             tuple(recovery or "none" for recovery in recoveries),
-            {name: tuple(inked(found.get((merge, name, recovery))) for recovery in recoveries) for name in protections},
+            {name: row(merge, name) for name in protections},
         )
-        for merge in dict.fromkeys(merge for merge, _, _ in found)
+        for merge in dict.fromkeys(merge for merge, _, _ in stolen)
     ]
 
 

@@ -95,8 +95,8 @@ def line_pictures(result: AuditResult) -> list[Picture]:
         # The unprotected expert is in every picture, and has one of its own only where nothing is protected.
         if name == SCALE or (name == IDENTITY and len(result.protections) > 2):
             continue
-        its = [line for line in lines if (line.protection, line.rider) == (name, rider)]
-        first = [line for line in its if line.seed == its[0].seed]
+        own = [line for line in lines if (line.protection, line.rider) == (name, rider)]
+        first = [line for line in own if line.seed == own[0].seed]
         unprotected = [line for line in plain if line.rider == rider and name != IDENTITY]
         pictures.append(_line_picture([*unprotected, *first], name, rider, result.task))
     return pictures
@@ -218,9 +218,9 @@ class Looks:
     def maps(self) -> list[Picture]:
         """All models on one plane."""
         return [
-            _map_picture(found.form, found.points, found.shares)
-            for found in self.analyses.maps
-            if found.points is not None and found.shares is not None
+            _map_picture(plane.form, plane.points, plane.shares)
+            for plane in self.analyses.maps
+            if plane.points is not None and plane.shares is not None
         ]
 
     @cached_property

@@ -90,12 +90,12 @@ def _alone(result: TableResult) -> list[str]:
     elsewhere = alone.elsewhere or {}
     if elsewhere:
         lines += ["What the victims score on tasks that no expert was tuned for:", ""]
-    for task, found in elsewhere.items():
-        lines += _alone_on(found, alone.base, dict.fromkeys(found.experts, task))
+    for task, there in elsewhere.items():
+        lines += _alone_on(there, alone.base, dict.fromkeys(there.experts, task))
     return lines
 
 
-def _alone_on(found: Alone | ModelScores, base: Scores, tasks: Mapping[str, str]) -> list[str]:
+def _alone_on(models: Alone | ModelScores, base: Scores, tasks: Mapping[str, str]) -> list[str]:
     """A row for each expert, with the task it is scored on."""
     rows = [
         [
@@ -103,11 +103,11 @@ def _alone_on(found: Alone | ModelScores, base: Scores, tasks: Mapping[str, str]
             tasks[expert],
             _percent(base[tasks[expert]]),
             _percent(score),
-            *(_percent(scores.get(expert)) for scores in found.protected.values()),
+            *(_percent(scores.get(expert)) for scores in models.protected.values()),
         ]
-        for expert, score in found.experts.items()
+        for expert, score in models.experts.items()
     ]
-    return _table(["expert", "task", "base", UNPROTECTED, *found.protected], rows)
+    return _table(["expert", "task", "base", UNPROTECTED, *models.protected], rows)
 
 
 def _is_matrix(result: TableResult, size: int) -> bool:
@@ -127,13 +127,13 @@ def _matrices(result: TableResult, averages: Sequence[Average]) -> list[str]:
         if average.mean is None:
             continue
         lines += [f"**{average.variant}**", ""]
-        found = {
+        cells = {
             (cell.victim, cell.partners[0]): cell for cell in _cells_of(result, average) if cell.scores is not None
         }
         rows = []
-        for victim in _ordered(victim for victim, _ in found):
+        for victim in _ordered(victim for victim, _ in cells):
             own = [
-                _percent(_own_score(result, found[victim, name])) if (victim, name) in found else ""
+                _percent(_own_score(result, cells[victim, name])) if (victim, name) in cells else ""
                 for name in partners
             ]
             rows.append([victim, *own, *_end_of_row(average, victim)])
@@ -149,11 +149,11 @@ def _refused(averages: Sequence[Average]) -> list[str]:
 
 
 def _end_of_row(average: Average, victim: str) -> list[str]:
-    found = [_with_error(average.rows[victim])]
+    ends = [_with_error(average.rows[victim])]
     if average.row_differences:
         gap = average.row_differences.get(victim)
-        found.append("" if gap is None else _with_error(gap, signed=True))
-    return found
+        ends.append("" if gap is None else _with_error(gap, signed=True))
+    return ends
 
 
 def _rows(result: TableResult, averages: Sequence[Average]) -> list[str]:
@@ -194,7 +194,7 @@ def _refusals(result: TableResult) -> list[str]:
             reasons.setdefault(cell.variant, []).append(cell.refused)
     if not reasons:
         return []
-    rows = [[variant, str(len(found)), found[0]] for variant, found in reasons.items()]
+    rows = [[variant, str(len(same)), same[0]] for variant, same in reasons.items()]
     return ["## Refused", "", *_table(["variant", "merges", "reason of the first"], rows)]
 
 
