@@ -215,10 +215,11 @@ def test_another_structure_is_no_attack_until_it_is_undone(
 
 def test_examples_help_every_attacker_alike(plan_file: Path, document: dict[str, Any], tmp_path: Path) -> None:
     """Tier T2 has what T0 has and trains besides, with and without the victim; T3 has more merges and recoveries."""
-    document["recoveries"] = ["layerwise_ridge"]
+    document["recoveries"] = [{"method": "layerwise_ridge", "settings": {"examples": 64}}]
     document["merges"] = ["task_arithmetic", {"method": "adamerging", "settings": {"steps": 2, "examples": 32}}]
     document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
     document["tiers"] = ["T0", "T2", "T3"]
+    document["connectivity"] = 0
     document["few_shot"] = {"samples": [20], "starts": 1, "settings": {"learning_rates": "1e-3,3e-3", "steps": 20}}
     for task in document["tasks"]:
         task["train"] = f"{task['name'].removesuffix('-task')}-train.npz"

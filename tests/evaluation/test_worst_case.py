@@ -66,7 +66,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     for trial in range(200):
         rider = flips(0.8)
         unprotected, protected, without = (Menu(flips(p), rider, flips(p)) for p in (0.8, 0.6, 0.3))
-        found = worst_case(unprotected, protected, without, rider[0], seed=trial, resamples=200)
+        found = worst_case(unprotected, protected, without, rider[0], seed=trial, resamples=100)
         held += found.low <= 0.4 <= found.high
         quarter = (found.high - found.low) / 4
         held_by_half += found.low + quarter <= 0.4 <= found.high - quarter
