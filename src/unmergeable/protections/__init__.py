@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from unmergeable.protections.base import Extras, Facts, Inputs, Protection, ProtectionRequirements, Rewrite
+from unmergeable.protections.collapse import Collapse
 from unmergeable.protections.controls import Control, Identity, Noise, Scale
 from unmergeable.protections.exact import ExactProtection, Weights
 from unmergeable.protections.gauge import LargestGauge
@@ -17,6 +18,7 @@ from unmergeable.registry import Registry
 __all__ = [
     "CONTROLS",
     "PROTECTIONS",
+    "Collapse",
     "Control",
     "ExactProtection",
     "Extras",
@@ -39,7 +41,7 @@ __all__ = [
 PROTECTIONS = Registry(
     "protection",
     "unmergeable.protections",
-    (MergeLock, PaRaMS, LargestGauge, TaylorMLP, MergeBarrier, MergeGuard, SensitivityShield),
+    (MergeLock, PaRaMS, LargestGauge, TaylorMLP, MergeBarrier, MergeGuard, SensitivityShield, Collapse),
 )
 register_protection = PROTECTIONS.register
 
