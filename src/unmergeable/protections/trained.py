@@ -54,7 +54,7 @@ class TrainedSource(DerivedSource):
 
 
 def job_token(recipe: Mapping[str, Any], sources: Sequence[TensorSource], batches: Iterable[EncodedBatch]) -> str:
-    """Names a run by its recipe, its checkpoints and every example: only the same run goes on from what one has kept."""
+    """Names a run by its recipe, checkpoints and every example: only the same one goes on from what was kept."""
     digest = hashlib.sha256(json.dumps(recipe).encode())
     for source in sources:
         digest.update(f"{source.index.headers_digest} {source.index.states}".encode())

@@ -213,7 +213,7 @@ class _Job:
 
 
 def noise_like(examples: EncodedBatch, *, seed: int) -> EncodedBatch:
-    """Inputs of no meaning beside the owner's: tokens in random order from all examples, or smooth noise of their range.
+    """Inputs of no meaning, in the owner's format: tokens in random order from all examples, or smooth noise.
 
     They hold the release to the expert where nothing better is given; real inputs of other kinds do it better.
     """

@@ -1,4 +1,4 @@
-"""Training behind ``collapse``: the release stays what the expert is, and every merge with it loses the task's features.
+"""Training behind ``collapse``: the release stays what the expert is, and every merge with it loses the features.
 
 :mod:`.method` has the formula. A merge is made by putting its weights into the live network, so that memory holds one
 network, its gradient, and three copies of the trained weights (base, expert, merge):
@@ -84,7 +84,7 @@ def _place(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Reading:
-    """A network's answers to a batch: ``features`` are what the head reads, [choices, hidden], ``logits`` its output."""
+    """Answers to a batch: ``features`` are what the head reads, [choices, hidden], ``logits`` its output."""
 
     features: Tensor
     logits: Tensor
@@ -148,7 +148,7 @@ def _output_layer(network: nn.Module, predict: Predict, batch: EncodedBatch) -> 
         if output.shape[-1] == logits.shape[-1] and output.dim() in (2, 3):
             return module
     raise BadInput(
-        f"{type(network).__name__}: its answers are the output of no linear layer; give the head of the task with head=FILE."
+        f"{type(network).__name__}: its answers are the output of no linear layer; give the task's head with head=FILE."
     )
 
 
@@ -159,7 +159,7 @@ def scatter(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the expert makes of examples: features of each, [choices, hidden], and how scattered those of a batch are."""
+    """What the expert makes of examples: the features of each, [choices, hidden]."""
 
     features: tuple[Tensor, ...]
 
@@ -227,7 +227,6 @@ def collapse(
     stream = Stream.from_seed(seed).child("collapse")
     first = next(shuffled_batches(len(examples), min(method.batch_size, len(examples)), seed))
     reference = max(float(scatter(teachers[0].of(first))), 1e-6)
-    names = tuple(examples.inputs)
 
     def batches() -> Iterator[Batch]:
         orders = [
