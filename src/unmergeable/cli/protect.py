@@ -51,6 +51,10 @@ def protect(
             "--sibling", metavar="PATH", help="Another fine-tune of BASE, for sensitivity_shield; repeat it for more."
         ),
     ] = None,
+    generic: Annotated[
+        Path | None,
+        typer.Option("--generic", metavar="PATH", help="Inputs of other kinds than the task's, for collapse."),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", metavar="FILE", help="Methods and settings from a JSON or YAML file.")
     ] = None,
@@ -104,6 +108,7 @@ def protect(
             head=head,
             encoder=encoder,
             siblings=siblings or [],
+            generic=generic,
             dry_run=dry_run,
             allow_pickle=allow_pickle,
             threads=threads,

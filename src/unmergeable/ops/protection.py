@@ -54,6 +54,7 @@ def protect(
     head: AnyPath | None = None,
     encoder: AnyPath | None = None,
     siblings: Sequence[AnyPath] = (),
+    generic: AnyPath | None = None,
     dry_run: bool = False,
     allow_pickle: bool = False,
     threads: int | None = None,
@@ -79,6 +80,7 @@ def protect(
         head: file of the task's head, where the expert ends in features (:mod:`unmergeable.tasks`).
         encoder: folder whose tokenizer or image processor prepares the data; None for the expert's.
         siblings: other fine-tunes of the base, for ``sensitivity_shield``.
+        generic: inputs of other kinds than the task's, for ``collapse``; without labels.
         dry_run: check everything, write nothing.
         allow_pickle: read a checkpoint that has no safetensors files; exact methods only.
         threads: how many tensors are worked on at a time; None for one per processor.
@@ -89,7 +91,11 @@ def protect(
     """
     steps = steps_of(method, settings or {})
     extras = Extras(
-        data=_path(data), head=_path(head), encoder=_path(encoder), siblings=tuple(map(folder_of, siblings))
+        data=_path(data),
+        head=_path(head),
+        encoder=_path(encoder),
+        siblings=tuple(map(folder_of, siblings)),
+        generic=_path(generic),
     )
     _require_use(steps, extras, allow_pickle=allow_pickle)
     out = Path(out)

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from unmergeable.errors import UsageError
 from unmergeable.protections.base import Extras, Facts, Inputs, Protection, ProtectionRequirements, Rewrite
+from unmergeable.protections.collapse import Collapse
 from unmergeable.protections.controls import Control, Identity, Noise, Scale
 from unmergeable.protections.exact import ExactProtection, Weights
 from unmergeable.protections.gauge import LargestGauge
@@ -19,6 +20,7 @@ from unmergeable.registry import Registry
 __all__ = [
     "CONTROLS",
     "PROTECTIONS",
+    "Collapse",
     "Control",
     "ExactProtection",
     "Extras",
@@ -41,7 +43,7 @@ __all__ = [
 PROTECTIONS = Registry(
     "protection",
     "unmergeable.protections",
-    (MergeLock, PaRaMS, LargestGauge, TaylorMLP, MergeBarrier, MergeGuard, SensitivityShield),
+    (MergeLock, PaRaMS, LargestGauge, TaylorMLP, MergeBarrier, MergeGuard, SensitivityShield, Collapse),
 )
 CONTROLS: Mapping[str, type[Control]] = {cls.name: cls for cls in (Identity, Noise, Scale)}
 """Protections in form only, for audits; ``protect`` refuses them."""

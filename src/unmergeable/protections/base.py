@@ -59,12 +59,14 @@ class Extras:
         head: file of the task's head, where the expert ends in features.
         encoder: folder whose tokenizer or image processor prepares the data; None for the expert's.
         siblings: other fine-tunes of the base.
+        generic: inputs of other kinds than the task's, without labels: what the release is to do as before.
     """
 
     data: Path | None = None
     head: Path | None = None
     encoder: Path | None = None
     siblings: tuple[Path, ...] = ()
+    generic: Path | None = None
 
 
 @dataclass(frozen=True)

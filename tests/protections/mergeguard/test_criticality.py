@@ -18,7 +18,7 @@ from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.load import load_network
 from unmergeable.network.tasks import Prediction, Task, accuracy
 from unmergeable.protections.mergeguard.criticality import Criticality, find_critical_layers
-from unmergeable.protections.mergeguard.method import block_of
+from unmergeable.protections.trained import block_of
 from zoo import TOYS, write_toy
 
 WIDTH, CLASSES, BLOCKS = 8, 5, 12

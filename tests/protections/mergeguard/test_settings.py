@@ -17,7 +17,8 @@ from toy_checkpoints import toy_checkpoint
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import UsageError
 from unmergeable.protections import PROTECTIONS
-from unmergeable.protections.mergeguard.method import MergeGuard, block_of
+from unmergeable.protections.mergeguard.method import MergeGuard
+from unmergeable.protections.trained import block_of
 from unmergeable.settings import configure
 
 

@@ -37,7 +37,6 @@ What it does not stop: see ``docs/mergeguard.md``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -49,7 +48,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from unmergeable.architecture import Architecture
@@ -57,7 +55,7 @@ from unmergeable.architecture.streams import ASIDE
 from unmergeable.checkpoint.disk import replace_file
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.plan import output_like
-from unmergeable.checkpoint.source import DerivedSource, TensorSource, tensor_bytes
+from unmergeable.checkpoint.source import TensorSource
 from unmergeable.data import DataSource
 from unmergeable.errors import BadInput, Mismatch, UsageError
 from unmergeable.network.disk_weights import find_places, show, to_disk_names
@@ -68,6 +66,7 @@ from unmergeable.progress import Progress, silent
 from unmergeable.protections.base import Facts, Inputs, Protection, ProtectionRequirements, Rewrite, shared_tensors
 from unmergeable.protections.mergeguard.criticality import Criticality, find_critical_layers
 from unmergeable.protections.mergeguard.dispersal import Penalty, disperse
+from unmergeable.protections.trained import TrainedSource, block_of, job_token, numbered_blocks
 from unmergeable.quantile import DIGIT_BITS, DIGITS, KthLargest
 from unmergeable.tasks import LabelledData
 from unmergeable.threads import one_thread_per_kernel
@@ -90,9 +89,6 @@ _LOSSES = "losses of every step"
 
 DIFFUSION = ("UNet2DConditionModel",)
 """Families without a task that has right and wrong answers."""
-
-_BLOCK = re.compile(r"(?:.+?\.)?\d+(?=\.)")
-"""A tensor's name up to its first number: the repeated block it lies in."""
 
 _BUFFER = re.compile("|".join(f"(?:{pattern})" for pattern in ASIDE))
 
@@ -249,8 +245,7 @@ class MergeGuard(Protection):
         Raises:
             BadInput: none of the tensors lies in a numbered block.
         """
-        body = architecture.symmetry.select("query_key", "value_output", "heads", "feed_forward", "experts")
-        blocks = {block_of(name) for name in architecture.symmetry.tensors_of(body)} - {None}
+        blocks = numbered_blocks(architecture)
         found: dict[str, list[str]] = {}
         for name in names:
             block = block_of(name)
@@ -310,12 +305,6 @@ class MergeGuard(Protection):
         vector = task_vector(expert, base)
         moved = (expert.double() - self.beta * (expert.double() - base.double())).to(expert.dtype)
         return torch.where(vector.abs() >= threshold, moved, expert)
-
-
-def block_of(name: str) -> str | None:
-    """The numbered block a tensor lies in (``model.layers.3``), None outside of all."""
-    found = _BLOCK.match(name)
-    return found.group() if found else None
 
 
 def task_vector(expert: Tensor, base: Tensor) -> Tensor:
@@ -406,17 +395,10 @@ class _Job:
 
     @cached_property
     def token(self) -> str:
-        """Names the job: its recipe, its checkpoints and every example."""
-        digest = hashlib.sha256(json.dumps(self.recipe).encode())
-        for source in (self.expert, self.base):
-            digest.update(f"{source.index.headers_digest} {source.index.states}".encode())
-        for task in (self.tasks.learnt, self.tasks.scored) if self.tasks else ():
-            for batch in task.batches:
-                labels = {} if batch.labels is None else {"labels": batch.labels}
-                for name, tensor in sorted({**batch.inputs, **labels}.items()):
-                    digest.update(f"{name} {list(tensor.shape)}".encode())
-                    digest.update(tensor_bytes(tensor))
-        return digest.hexdigest()
+        """Names the job."""
+        tasks = (self.tasks.learnt, self.tasks.scored) if self.tasks else ()
+        batches = (batch for task in tasks for batch in task.batches)
+        return job_token(self.recipe, (self.expert, self.base), batches)
 
 
 @dataclass(frozen=True)
@@ -429,25 +411,6 @@ class _Learnt:
     accuracies: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _TrainedSource(DerivedSource):
-    """The expert, but for the tensors that ``file`` holds."""
-
-    file: Path
-
-    @cached_property
-    def _trained(self) -> frozenset[str]:
-        with safe_open(self.file, "pt") as stored:
-            return frozenset(stored.keys())
-
-    def tensor(self, name: str) -> Tensor:
-        if name not in self._trained:
-            return self.original.tensor(name)
-        with safe_open(self.file, "pt") as stored:
-            tensor: Tensor = stored.get_tensor(name)
-        return tensor
-
-
 def _learn(job: _Job, network: Any, tasks: _Tasks) -> _Learnt:
     """Train, and rank the layers of what comes out; what an earlier run of the same job has done is taken from it."""
     job.work.mkdir(exist_ok=True)
@@ -457,7 +420,7 @@ def _learn(job: _Job, network: Any, tasks: _Tasks) -> _Learnt:
     released = job.expert
     if job.method.trains:
         losses = _train(job, network, tasks.learnt)
-        released = _TrainedSource(job.expert, job.work / _TRAINED)
+        released = TrainedSource(job.expert, job.work / _TRAINED)
         accuracies["trained"] = accuracy(network, tasks.scored)
     criticality = None
     if job.method.masks and job.method.excluded_count(job.layers):
