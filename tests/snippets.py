@@ -2,8 +2,7 @@
 
     python tests/snippets.py FOLDER      writes every Python example as a module of its own, for mypy
 
-An example is a fenced block. Comments on lines before it: ``<!-- needs: WHAT -->`` where it asks for what is not
-there yet, ``<!-- slow -->`` where it takes minutes to run.
+An example is a fenced block; ``<!-- slow -->`` on the line before it says that it takes minutes to run.
 """
 
 from __future__ import annotations
@@ -18,22 +17,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "plans" / "README.md"])
 
-_BLOCK = re.compile(
-    r"(?:^<!-- needs: (?P<needs>[^\n]*) -->\n)?(?P<slow>^<!-- slow -->\n)?"
-    r"^```(?P<language>\w*)\n(?P<text>.*?)^```$",
-    re.MULTILINE | re.DOTALL,
-)
+_BLOCK = re.compile(r"(?P<slow>^<!-- slow -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A fenced block: where it stands, what it holds, what it needs that is not there, whether it takes minutes."""
+    """A fenced block: where it stands, what it holds, whether it takes minutes."""
 
     page: Path
     line: int
     language: str
     text: str
-    needs: str | None
     is_slow: bool
 
     @property
@@ -48,7 +42,7 @@ def examples(language: str) -> Iterator[Example]:
         for match in _BLOCK.finditer(text):
             if match["language"] == language:
                 line = text.count("\n", 0, match.start("text"))
-                yield Example(page, line, language, match["text"], match["needs"], bool(match["slow"]))
+                yield Example(page, line, language, match["text"], bool(match["slow"]))
 
 
 @dataclass(frozen=True)
@@ -80,9 +74,8 @@ def main(folder: Path) -> None:
     for stale in folder.glob("*.py"):
         stale.unlink()
     for example in examples("python"):
-        if example.needs is None:
-            name = re.sub(r"\W", "_", f"{example.page.stem}_{example.line}")
-            (folder / f"{name}.py").write_text(example.text, encoding="utf-8")
+        name = re.sub(r"\W", "_", f"{example.page.stem}_{example.line}")
+        (folder / f"{name}.py").write_text(example.text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from attacks.planted import Build, Network
 from unmergeable import attacks
 from unmergeable.attacks import ATTACKS, OrbitFit, RecoveredWeights
 from unmergeable.errors import Mismatch, UsageError
-from unmergeable.ops.polynomials import protect_with_polynomials
 from zoo import TOYS, load_toy
 
 State = dict[str, torch.Tensor]
@@ -97,7 +96,7 @@ def test_inverts_polynomials_in_memory(network: Build, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", **{name: tensor.numpy() for name, tensor in inputs.items()})
     release = tmp_path / "release"
     options: dict[str, Any] = {"data": tmp_path / "data.npz", "method": "taylor_mlp", "out": release}
-    protect_with_polynomials(write(toy, toy.expert(0.05).tensors, tmp_path / "expert"), base=toy.folder, **options)
+    unmergeable.protect(write(toy, toy.expert(0.05).tensors, tmp_path / "expert"), base=toy.folder, **options)
     tensors = load_file(next(release.glob("*.safetensors")))
 
     config = json.loads((release / "config.json").read_text())

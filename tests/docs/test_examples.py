@@ -50,8 +50,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python_examples() -> Iterator[Any]:
     for example in examples("python"):
         marks = [pytest.mark.slow] if example.is_slow else []
-        if example.needs:
-            marks.append(pytest.mark.xfail(strict=True, reason=f"needs {example.needs}"))
         yield pytest.param(example, marks=marks, id=example.name)
 
 

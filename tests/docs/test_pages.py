@@ -77,7 +77,6 @@ def test_the_citation_is_of_this_version() -> None:
     assert [author["name"] for author in citation["authors"]] == ["The unmergeable authors"]
 
 
-@pytest.mark.xfail(strict=True, reason="needs gauge as the default of protect")
 def test_the_default_protection_is_the_one_that_pages_describe() -> None:
     option = next(option for option in app._command().commands["protect"].params if option.name == "method")
     assert "gauge" in option.help

@@ -14,7 +14,7 @@ package derives from :class:`Merge` and is added with :func:`register_merge`, or
 
 from unmergeable.merges.adamerging import AdaMerging, adamerging
 from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf
-from unmergeable.merges.blocks import merge_blocks, merge_whole
+from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, merge_whole
 from unmergeable.merges.breadcrumbs import Breadcrumbs, breadcrumbs
 from unmergeable.merges.consensus_ta import ConsensusTa, consensus_ta
 from unmergeable.merges.dare_linear import DareLinear, dare_linear
@@ -86,8 +86,10 @@ __all__ = [
     "Linear",
     "Merge",
     "ModelStock",
+    "Operand",
     "RegMean",
     "Requirements",
+    "Scratch",
     "Slerp",
     "Soup",
     "TaskArithmetic",

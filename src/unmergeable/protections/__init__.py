@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TypeVar
 
+from unmergeable.checkpoint.plan import output_like
 from unmergeable.errors import UsageError
 from unmergeable.protections.base import Extras, Facts, Inputs, Protection, ProtectionRequirements, Rewrite
 from unmergeable.protections.collapse import Collapse
@@ -37,6 +38,7 @@ __all__ = [
     "SensitivityShield",
     "TaylorMLP",
     "Weights",
+    "output_like",
     "register_protection",
 ]
 
