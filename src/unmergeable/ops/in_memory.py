@@ -100,9 +100,11 @@ def protect_state_dict(
 
 @one_thread_per_kernel()
 def restore_state_dict(
-    state: State, config: Any = None, *, key: Key, threads: int | None = None, progress: Progress = silent
+    state: State, config: Any, key: Key, *, threads: int | None = None, progress: Progress = silent
 ) -> dict[str, Tensor]:
     """Undo :func:`protect_state_dict`, up to rounding; tensors that were not changed are shared with ``state``.
+
+    ``state`` and ``config`` as there; of a live network ``config`` may be None.
 
     Nothing in the tensors says which key they belong to: another key of the same methods gives another network of the
     same function, which is not the original.
