@@ -94,8 +94,8 @@ class Reading:
 Read = Callable[[nn.Module, EncodedBatch], Reading]
 
 
-def reader_of(network: nn.Module, predict: Predict, batch: EncodedBatch) -> tuple[Read, nn.Module | None]:
-    """How to read features beside answers, and the output layer inside the network, if it has one.
+def reader_of(network: nn.Module, predict: Predict, batch: EncodedBatch) -> Read:
+    """How to read features beside answers.
 
     ``predict`` of a head outside the network (:class:`unmergeable.tasks.FeatureHead`) knows its features. Otherwise the
     output layer is the linear layer whose output the logits are, and its inputs are the features.
@@ -110,7 +110,7 @@ def reader_of(network: nn.Module, predict: Predict, batch: EncodedBatch) -> tupl
             features: Tensor = head.features(network, batch)
             return Reading(features, head.logits(features), batch.labels)
 
-        return read_pooled, None
+        return read_pooled
     layer = _output_layer(network, predict, batch)
     seen: list[Tensor] = []
 
@@ -128,7 +128,7 @@ def reader_of(network: nn.Module, predict: Predict, batch: EncodedBatch) -> tupl
             hidden = hidden[:, :-1][mask[:, :-1] & mask[:, 1:]]
         return Reading(hidden, prediction.logits, prediction.targets)
 
-    return read, layer
+    return read
 
 
 @torch.no_grad()
@@ -217,7 +217,7 @@ def collapse(
     """
     device = device_of(network)
     network.eval()
-    read, _ = reader_of(network, predict, select(examples, torch.arange(1)).to(device))
+    read = reader_of(network, predict, select(examples, torch.arange(1)).to(device))
     teachers = [
         ask_teacher(network, read, data, batch_size=method.batch_size)
         for data in (examples, *([] if generic is None else [generic]))
@@ -252,7 +252,7 @@ def collapse(
         own = own + method.fidelity * (1 - torch.cat(cosines)).mean()
         merge = sample_merge(list(parameters), stream.child(f"step {int(step)}"))
         ramp = min(1.0, (int(step) + 1) / max(1, method.steps // 10))
-        trap, gradients = _trap(
+        trap, gradients = trap_of(
             network, read, owner, parameters, base, sizes, merge, stream.child(f"noise {int(step)}")
         )
         weight = ramp * method.strength / reference
@@ -273,7 +273,7 @@ def collapse(
     )
 
 
-def _trap(
+def trap_of(
     network: nn.Module,
     read: Read,
     batch: EncodedBatch,
@@ -284,7 +284,7 @@ def _trap(
     stream: Stream,
 ) -> tuple[float, dict[str, Tensor]]:
     """Scatter of the batch's features in a merge, and its gradient by the release's weights."""
-    with _merged(parameters, base, sizes, merge, stream), torch.enable_grad():
+    with merged(parameters, base, sizes, merge, stream), torch.enable_grad():
         value = scatter(read(network, batch).features)
         touched = {name: parameter for name, parameter in parameters.items() if merge.coefficients[name] != 0}
         if not touched:
@@ -299,7 +299,7 @@ def _trap(
 
 
 @contextmanager
-def _merged(
+def merged(
     parameters: Mapping[str, nn.Parameter],
     base: Weights,
     sizes: Mapping[str, float],

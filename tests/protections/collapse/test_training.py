@@ -1,0 +1,191 @@
+"""The training of ``collapse``: what is drawn, what is measured, and that the gradient is the one of the formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unmergeable.network.encoding import EncodedBatch
+from unmergeable.network.fine_tune import select
+from unmergeable.network.tasks import Prediction, predict
+from unmergeable.protections import Collapse
+from unmergeable.protections.collapse.training import (
+    SCALES,
+    Reading,
+    SampledMerge,
+    collapse,
+    merged,
+    reader_of,
+    sample_merge,
+    scatter,
+    trap_of,
+)
+from unmergeable.randomness import Stream
+from zoo import TOYS, random_network
+
+NAMES = [f"layers.{block}.{kind}.weight" for block in range(6) for kind in ("attention.q", "attention.v", "mlp.up")]
+
+
+def draws(count: int) -> list[SampledMerge]:
+    return [sample_merge(NAMES, Stream.from_seed(seed)) for seed in range(count)]
+
+
+def test_the_release_itself_is_never_drawn() -> None:
+    for merge in draws(500):
+        is_whole = all(abs(value - 1) < 0.149 for value in merge.coefficients.values())
+        assert merge.noise > 0 or not is_whole
+
+
+def test_every_kind_of_merge_is_drawn() -> None:
+    found = draws(500)
+    whole = [merge for merge in found if len(set(merge.coefficients.values())) == 1]
+    scales = [next(iter(merge.coefficients.values())) for merge in whole]
+
+    assert 0.3 < len(whole) / len(found) < 0.7
+    assert all(SCALES[0] <= scale <= SCALES[1] for scale in scales if scale)
+    assert sum(scale == 1 for scale in scales) > 20
+    assert sum(merge.noise == 0 for merge in found) > 100
+    # A run of neighbouring blocks, and a kind of matrix in all blocks.
+    kept = [{name for name, value in merge.coefficients.items() if value} for merge in found]
+    assert any({name for name in NAMES if name.startswith("layers.3.")} == names for names in kept)
+    assert any(names and all(".attention." in name for name in names) and len(names) >= 6 for names in kept)
+
+
+def test_draws_depend_on_the_seed_alone() -> None:
+    assert sample_merge(NAMES, Stream.from_seed(4)) == sample_merge(NAMES, Stream.from_seed(4))
+    assert sample_merge(NAMES, Stream.from_seed(4)) != sample_merge(NAMES, Stream.from_seed(5))
+
+
+def test_scatter() -> None:
+    one_way = torch.tensor([[1.0, 2.0], [2.0, 4.0], [0.5, 1.0]])
+
+    assert float(scatter(one_way)) == pytest.approx(0, abs=1e-6)
+    assert float(scatter(torch.eye(4))) == pytest.approx(1 - 1 / 4)
+    assert float(scatter(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))) == pytest.approx(1)
+
+
+class Small(nn.Module):
+    """Two blocks and a head; what the head reads are the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 3)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 6**0.5
+
+    def forward(self, x: Tensor) -> Any:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return type("Output", (), {"logits": self.head(x)})()
+
+
+def predict_small(network: Any, batch: EncodedBatch) -> Prediction:
+    return Prediction(network(**batch.inputs).logits, batch.labels)
+
+
+def examples(count: int = 24) -> EncodedBatch:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(count, 6, generator=generator)
+    return EncodedBatch({"x": inputs}, (inputs[:, 0] > 0).long())
+
+
+def base_of(network: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        name: parameter.detach() + 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        for name, parameter in network.named_parameters()
+        if name.startswith("blocks")
+    }
+
+
+def test_features_are_what_the_output_layer_reads() -> None:
+    network = Small()
+    reading = reader_of(network, predict_small, select(examples(), torch.arange(2)))(network, examples(5))
+
+    assert isinstance(reading, Reading)
+    assert torch.equal(network.head(reading.features), reading.logits)
+
+
+def test_features_of_a_language_model_are_those_of_its_choices() -> None:
+    network = random_network(TOYS["llama"])
+    ids = torch.arange(3, 15).reshape(2, 6)
+    batch = EncodedBatch({"input_ids": ids, "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])})
+
+    reading = reader_of(network, predict, batch)(network, batch)
+
+    assert len(reading.features) == len(reading.logits) == 5 + 3
+    assert torch.allclose(network.lm_head(reading.features), reading.logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.7])
+def test_the_gradient_is_that_of_the_scatter_at_the_merge(noise: float) -> None:
+    network = Small().double()
+    base = base_of(network)
+    batch = EncodedBatch({"x": examples(8).inputs["x"].double()}, examples(8).labels)
+    read = reader_of(network, predict_small, batch)
+    parameters = {name: parameter for name, parameter in network.named_parameters() if name in base}
+    sizes = dict.fromkeys(base, 0.2)
+    coefficients = {name: 0.6 if "blocks.0" in name else 0.0 for name in base}
+    merge, stream = SampledMerge(coefficients, noise), Stream.from_seed(9)
+
+    def value() -> float:
+        with merged(parameters, base, sizes, merge, stream), torch.no_grad():
+            return float(scatter(read(network, batch).features))
+
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    found, gradients = trap_of(network, read, batch, parameters, base, sizes, merge, stream)
+    assert found == pytest.approx(value())
+    assert all(torch.equal(parameters[name], before[name]) for name in before)  # the network has its own weights again
+    assert set(gradients) == {name for name in base if "blocks.0" in name}
+
+    weight = parameters["blocks.0.weight"]
+    step = 1e-3  # scatter is computed in float32
+    for row, column in ((0, 0), (2, 5)):
+        with torch.no_grad():
+            weight[row, column] += step
+            above = value()
+            weight[row, column] -= 2 * step
+            below = value()
+            weight[row, column] += step
+        slope = (above - below) / (2 * step)
+        assert float(gradients["blocks.0.weight"][row, column]) == pytest.approx(slope, abs=2e-4)
+
+
+def mean_scatter(network: nn.Module, base: dict[str, Tensor]) -> float:
+    read = reader_of(network, predict_small, examples(2))
+    parameters = {name: parameter for name, parameter in network.named_parameters() if name in base}
+    total = 0.0
+    for seed in range(100, 120):
+        stream = Stream.from_seed(seed)
+        drawn = sample_merge(list(parameters), stream)
+        with merged(parameters, base, dict.fromkeys(base, 0.2), drawn, stream), torch.no_grad():
+            total += float(scatter(read(network, examples()).features))
+    return total / 20
+
+
+def trained(strength: float) -> tuple[float, float]:
+    """Mean scatter of merges never seen in training, and how near the features stay to the expert's."""
+    network = Small()
+    base = base_of(network)
+    read = reader_of(network, predict_small, examples(2))
+    before = read(network, examples()).features.detach()
+    method = Collapse(steps=60, learning_rate=1e-2, batch_size=12, strength=strength)
+    losses = collapse(network, base, predict_small, examples(), None, method, seed=0)
+    assert len(losses) == 60
+    after = read(network, examples()).features.detach()
+    return mean_scatter(network, base), float(functional.cosine_similarity(before, after, dim=-1).mean())
+
+
+def test_merges_collapse_and_the_release_stays() -> None:
+    untouched, same = trained(strength=0)
+    collapsed, similarity = trained(strength=12)
+
+    assert collapsed < 0.7 * untouched
+    assert similarity > 0.95
+    assert same > 0.99
