@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from unmergeable.attacks.base import Attack, Estimate, Fit, Inputs, Recovered, WeightAttack
+from unmergeable.attacks.canonicalise import Canonicalise
 from unmergeable.attacks.diagonal_ratio import DiagonalRatio
 from unmergeable.attacks.few_shot import FewShot
 from unmergeable.attacks.grad_erase import GradErase
@@ -20,6 +21,7 @@ __all__ = [
     "ATTACKS",
     "OF_ANY_STRUCTURE",
     "Attack",
+    "Canonicalise",
     "DiagonalRatio",
     "Estimate",
     "FewShot",
@@ -43,6 +45,7 @@ ATTACKS: dict[str, type[Attack]] = {
     cls.name: cls
     for cls in (
         NearestOrbit,
+        Canonicalise,
         Kabsch,
         NeuronMatching,
         DiagonalRatio,

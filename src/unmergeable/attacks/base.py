@@ -57,10 +57,14 @@ class Estimate:
 
     ``unmergeable.gauge.plan.transformed`` applies them, left to right: the residual stream, experts, heads and hidden
     units in order, the bases inside them. The network stays the same function.
+
+    ``template``: what they apply to, where that is not the checkpoint itself: biases, gains and scales had been traded
+    between tensors too (:mod:`unmergeable.attacks.canonicalise`), which no gauge undoes.
     """
 
     gauges: tuple[Gauge, ...]
     fits: tuple[Fit, ...]
+    template: TensorSource | None = None
 
     def condition(self) -> float:
         """A bound on the condition number of what is applied: the product over the gauges."""
@@ -83,6 +87,8 @@ class Estimate:
 
 
 Finding = float | int | str
+
+NOT_RECOGNISED = "not recognised: the base explains nothing of these weights in any basis that was tried"
 
 
 @dataclass(frozen=True)
@@ -147,4 +153,10 @@ class GaugeAttack(Protocol):
     def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
         """See :meth:`estimate`."""
         estimate = self.estimate(inputs.protected, inputs.base, inputs.architecture, progress)
-        return Recovered(inputs.protected, estimate=estimate)
+        return recovered_by(estimate, inputs.protected)
+
+
+def recovered_by(estimate: Estimate, protected: TensorSource) -> Recovered:
+    """What an estimate makes of the checkpoint. One that explains nothing says so."""
+    findings: dict[str, Finding] = {} if estimate.confidence > 0 else {"result": NOT_RECOGNISED}
+    return Recovered(estimate.template or protected, findings=findings, estimate=estimate)

@@ -15,17 +15,22 @@ From the outside in, each compared by what the later ones do not alter: the resi
 scales of everything (:mod:`~unmergeable.attacks.closed_forms`). An order is recognised, not optimised: it is the
 planted one as long as a head or unit resembles its origin more than any other, which at real widths it does however far
 a fine-tune goes. The stream is only touched where the embedding or the gains show that it was moved.
+
+Biases, gains and scales may have been traded between tensors besides, which is no change of basis. Where there are
+traces of it (:mod:`~unmergeable.attacks.canonicalise`) the bases are found between the neutral forms of both
+checkpoints, which no trade alters, and the result is kept if it is nearer by more than the numbers it fits explain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from unmergeable.architecture import Architecture, Space
 from unmergeable.architecture.symmetry import GroupKind, Role
 from unmergeable.attacks.base import Estimate, GaugeAttack
+from unmergeable.attacks.canonicalise import Home, balanced, traces
 from unmergeable.attacks.closed_forms import (
     nearest_block_scale,
     nearest_block_sign,
@@ -36,12 +41,19 @@ from unmergeable.attacks.closed_forms import (
     nearest_quarter_turn,
     nearest_rotary,
 )
+from unmergeable.attacks.distance import part_distance, parts
 from unmergeable.attacks.estimate import Nearest, Solvers, estimate_gauges
 from unmergeable.attacks.general_linear import nearest_general_linear
 from unmergeable.attacks.moments import LegPair, dense_moments
+from unmergeable.attacks.reading import GaugedSource, Reader
+from unmergeable.attacks.residual_stream import find_stream
 from unmergeable.checkpoint.source import TensorSource
+from unmergeable.gauge.additive import Neutral, freedoms_of
 from unmergeable.gauge.elements import Dense
 from unmergeable.progress import Progress, silent
+
+CLEARLY = 0.1
+"""Share of what an estimate leaves unexplained that undoing trades has to explain."""
 
 ROLES: tuple[Role, ...] = ("query_key", "value_output", "heads", "feed_forward", "experts", "norm", "residual")
 
@@ -76,7 +88,34 @@ class NearestOrbit(GaugeAttack):
             Mismatch: when the checkpoints do not hold the same tensors in attention and feed-forward.
             BadInput: when one of them holds NaN or infinity.
         """
-        return estimate_gauges(protected, base, architecture, Solvers(NEAREST), self.spaces(architecture), progress)
+        spaces = self.spaces(architecture)
+        source, scales = balanced(protected, base, architecture)
+        estimate = estimate_gauges(source, base, architecture, Solvers(NEAREST), spaces, progress)
+        if scales.spaces:
+            before = [part_distance(part, protected.tensor, base.tensor) for part in parts(architecture)]
+            fits = (replace(fit, before=stored) for fit, stored in zip(estimate.fits, before, strict=True))
+            estimate = Estimate((scales, *estimate.gauges), tuple(fits))
+        freedoms = freedoms_of(architecture, protected.names)
+        ours, theirs = (Reader(side, architecture.symmetry) for side in (source, base))
+        stream = find_stream(ours, theirs, architecture, spaces)
+        if not traces(GaugedSource(source, ours.under(*stream.gauges)), base, freedoms):
+            return estimate
+        neutral = Neutral(source, freedoms), Neutral(base, freedoms)
+        found = estimate_gauges(*neutral, architecture, Solvers(NEAREST), spaces, progress)
+        moved = Reader(neutral[0], architecture.symmetry).under(*found.gauges)
+        home = Home(protected, freedoms, base, moved.read)
+        after = [part_distance(part, home.tensor, base.tensor) for part in parts(architecture)]
+        fitted = freedoms.count(protected) // len(after)
+        undone = Estimate(
+            (),
+            tuple(
+                replace(fit, before=known.before, after=reached, freedoms=fit.freedoms + fitted)
+                for fit, known, reached in zip(found.fits, estimate.fits, after, strict=True)
+            ),
+            home,
+        )
+        is_nearer = 1 - undone.confidence < (1 - CLEARLY) * (1 - estimate.confidence)
+        return undone if is_nearer else estimate
 
 
 def _nearest_dense(space: Space, legs: Sequence[LegPair]) -> Dense:

@@ -22,6 +22,7 @@ from unmergeable.attacks import (
     Recovered,
     WeightAttack,
 )
+from unmergeable.attacks.base import recovered_by
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.partial import require_absent
 from unmergeable.checkpoint.rewrite import OutputTensor, output_like, rewrite
@@ -128,7 +129,7 @@ def recover(
         found = DATA_DRIVEN[method](configured, inputs, AttackersData(data, encoder or base, head), progress)
         recovered, learnt = found.recovered, found.facts
     elif known is not None and configured == NearestOrbit():
-        recovered = Recovered(inputs.protected, estimate=known)
+        recovered = recovered_by(known, inputs.protected)
     else:
         recovered = cast(WeightAttack, configured).recover(inputs, progress)
     seconds = process_time() - started
@@ -144,9 +145,9 @@ def recover(
             _plan(recovered, inputs.architecture),
             manifest={"kind": "recovered", **details, "architecture": inputs.architecture.family},
             resume_token=f"recover {details} {inputs.base.index.headers_digest} {run}",
-            # Gauges are applied without reading the base again.
+            # Gauges alone are applied without reading the base again.
             also_read={role: source for role, source in read.items() if source is not recovered.template}
-            if estimate is None
+            if estimate is None or estimate.template is not None
             else None,
             threads=threads,
             progress=progress,
