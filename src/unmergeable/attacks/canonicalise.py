@@ -93,14 +93,14 @@ class Canonicalise:
         if not found:
             return Recovered(inputs.protected, findings={"traces": "none"})
         home = Home(inputs.protected, freedoms, inputs.base, Neutral(source, freedoms).tensor)
-        return Recovered(home, findings={"traces": ", ".join(found)})
+        return Recovered(AsStored(home), findings={"traces": ", ".join(found)})
 
 
 @dataclass(frozen=True)
 class Home(DerivedSource):
     """The neutral form that ``moved`` gives, in the basis of ``base``, with the constants and scales of ``base``.
 
-    ``original`` lends names, shapes and dtypes. Computed in float64 and rounded once.
+    ``original`` lends names and shapes; tensors are float64.
     """
 
     freedoms: Freedoms
@@ -109,9 +109,6 @@ class Home(DerivedSource):
     _scales: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def tensor(self, name: str) -> Tensor:
-        return self._exact(name).to(torch_dtype(self.spec(name).dtype))
-
-    def _exact(self, name: str) -> Tensor:
         if name not in self.freedoms.tensors:
             return self.moved(name)
         tensor = self.moved(name).double()
@@ -147,10 +144,10 @@ class Home(DerivedSource):
     def _take_from_output_bias(self, name: str, tensor: Tensor) -> None:
         for value in self.freedoms.values:
             if name == value.output_bias:
-                bias = self._exact(value.bias)
+                bias = self.tensor(value.bias)
                 if value.bias in self.freedoms.reader_of_bias:
                     bias = bias + self._constant(value.bias)
-                tensor -= of_values(value, self._exact(value.block.output.weight), bias)
+                tensor -= of_values(value, self.tensor(value.block.output.weight), bias)
         for norm in self.freedoms.norms:
             if name == norm.output_bias and norm.bias is not None:
                 tensor -= self._of_base(norm.bias)
@@ -169,7 +166,7 @@ class Home(DerivedSource):
         norm, reader = self.freedoms.reader_of_bias[bias]
         if norm.bias is None:
             return torch.zeros(())
-        return through(self._exact(reader.weight), reader.axis, self._of_base(norm.bias).repeat(reader.copies))
+        return through(self.tensor(reader.weight), reader.axis, self._of_base(norm.bias).repeat(reader.copies))
 
     def _read(self, name: str, tensor: Tensor) -> None:
         norm, reader = self.freedoms.reading[name]
@@ -220,6 +217,14 @@ class Home(DerivedSource):
             ]
             self._scales[name] = _nearest_scale(self.moved(name).double(), self._of_base(name), pairs)
         return self._scales[name]
+
+
+@dataclass(frozen=True)
+class AsStored(DerivedSource):
+    """``original``, which computes in a wider dtype, rounded once to the one it is stored in."""
+
+    def tensor(self, name: str) -> Tensor:
+        return self.original.tensor(name).to(torch_dtype(self.spec(name).dtype))
 
 
 def _nearest_scale(ours: Tensor, theirs: Tensor, beside: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -30,7 +30,7 @@ from typing import ClassVar
 from unmergeable.architecture import Architecture, Space
 from unmergeable.architecture.symmetry import GroupKind, Role
 from unmergeable.attacks.base import Estimate, GaugeAttack
-from unmergeable.attacks.canonicalise import Home, balanced, traces
+from unmergeable.attacks.canonicalise import AsStored, Home, balanced, traces
 from unmergeable.attacks.closed_forms import (
     nearest_block_scale,
     nearest_block_sign,
@@ -104,16 +104,15 @@ class NearestOrbit(GaugeAttack):
         found = estimate_gauges(*neutral, architecture, Solvers(NEAREST), spaces, progress)
         moved = Reader(neutral[0], architecture.symmetry).under(*found.gauges)
         home = Home(protected, freedoms, base, moved.read)
-        after = [part_distance(part, home.tensor, base.tensor) for part in parts(architecture)]
-        fitted = freedoms.count(protected) // len(after)
-        undone = Estimate(
-            (),
-            tuple(
-                replace(fit, before=known.before, after=reached, freedoms=fit.freedoms + fitted)
-                for fit, known, reached in zip(found.fits, estimate.fits, after, strict=True)
-            ),
-            home,
+        # Neutral forms weigh columns by gains; with the base's gains, bases are fitted to the weights themselves.
+        found = estimate_gauges(home, base, architecture, Solvers(NEAREST), spaces, progress)
+        template = AsStored(GaugedSource(home, Reader(home, architecture.symmetry).under(*found.gauges)))
+        fitted = freedoms.count(protected) // len(found.fits)
+        fits = (
+            replace(fit, before=known.before, freedoms=fit.freedoms + fitted)
+            for fit, known in zip(found.fits, estimate.fits, strict=True)
         )
+        undone = Estimate((), tuple(fits), template)
         is_nearer = 1 - undone.confidence < (1 - CLEARLY) * (1 - estimate.confidence)
         return undone if is_nearer else estimate
 

@@ -348,7 +348,7 @@ def through(weight: Tensor, axis: int, vector: Tensor) -> Tensor:
 
 
 def of_values(value: ValueFreedom, output: Tensor, bias: Tensor) -> Tensor:
-    """The output projection ``output`` (float64, as stored) applied to the heads' shares of ``bias``."""
-    columns = along(output, value.block.output.axis)
+    """The output projection ``output``, laid out as stored, applied to the heads' shares of ``bias``."""
+    columns = along(output.double(), value.block.output.axis)
     shares = bias[value.value][:, None].expand(value.output.shape)
     return columns[:, value.output.flatten()] @ shares.flatten()

@@ -10,20 +10,28 @@ from unmergeable.architecture import Architecture
 from unmergeable.architecture.residual import OUTPUT_HEAD
 from unmergeable.checkpoint.manifest import read_manifest
 from unmergeable.checkpoint.source import TensorSource, require_same_tensors
-from unmergeable.gauge.equivalence import Equivalence, compare
+from unmergeable.gauge.additive import Neutral, freedoms_of
+from unmergeable.gauge.equivalence import BlockError, Equivalence, Rounded, compare
 from unmergeable.ops.logits import LogitGap, logit_gap
 from unmergeable.ops.opened import architecture_of, open_with_architecture
 from unmergeable.ops.untied import untied
 from unmergeable.ops.workers import one_thread_per_kernel, worker_threads
 from unmergeable.progress import Progress, silent
+from unmergeable.randomness import Stream
 
-CONDITION_WITHOUT_MANIFEST = 4.0
-"""The default of the protections here: what rounding may explain when neither folder says how it was made."""
+CONDITION_WITHOUT_MANIFEST = 1.0
+"""When neither folder says how it was made, no rounding but that of what is stored is assumed."""
+
+INCONCLUSIVE = 0.25
+"""Relative error of a block from which on roundings hide everything: nothing is then called equal."""
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """``is_equal``: every block equal up to rounding and every other tensor equal."""
+    """``is_equal``: every block equal up to rounding, with a bound that says something, and every other tensor equal.
+
+    Bounds are measured: what roundings of the stored size, simulated, do to each block of these checkpoints.
+    """
 
     architecture: str
     equivalence: Equivalence
@@ -32,12 +40,23 @@ class VerifyResult:
 
     @property
     def is_equal(self) -> bool:
-        return self.equivalence.is_equal and not self.logits.is_beyond_bound
+        return self.equivalence.is_equal and not self.logits.is_beyond_bound and self.undecided is None
+
+    @property
+    def undecided(self) -> BlockError | None:
+        """The block that roundings alone may move furthest, where that is too far to tell anything; None elsewhere."""
+        worst = max(self.equivalence.blocks, key=lambda block: block.bound, default=None)
+        return worst if worst is not None and worst.error > 0 and worst.bound > INCONCLUSIVE else None
 
     def explain(self) -> str:
         """One clause: why they are not equal."""
         if not self.equivalence.is_equal:
             return self.equivalence.explain()
+        if self.undecided is not None:
+            block, bound = self.undecided.name, self.undecided.bound
+            return (
+                f"roundings alone may move block {block} by {bound:.2f} relative: it cannot be told at this precision"
+            )
         return f"outputs move by {self.logits.gap:.2e}, rounding explains {self.logits.bound:.2e}"
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +87,8 @@ def verify(
     """Compare two checkpoints block by block, and their outputs where the networks fit in memory.
 
     Where the same bases do not do, activations are taken from each checkpoint's own embeddings, so that residual
-    streams in different bases compare as what they compute. An output head tied in one and apart in the other is one.
+    streams in different bases compare as what they compute; and then biases, gains and scales that trade with others
+    (:mod:`unmergeable.gauge.additive`) are taken out of both. An output head tied in one and apart in the other is one.
 
     Args:
         expert, other: checkpoint folders; ``expert`` may be a LoRA folder on ``base``.
@@ -83,21 +103,49 @@ def verify(
     require_same_tensors(first, second, "comparing two checkpoints")
     condition = max(_condition(expert), _condition(other))
     with one_thread_per_kernel():
-        found = compare(
-            first, second, architecture, condition=condition, threads=worker_threads(threads), progress=progress
-        )
-        if not found.is_equal and architecture.residuals:
-            found = compare(
-                first,
-                second,
-                architecture,
-                condition=condition,
-                threads=worker_threads(threads),
-                through_streams=True,
-                progress=progress,
-            )
-    gap = logit_gap(stored[0][0], stored[1][0], condition, probe=probe, is_requested=True, progress=progress)
+        found = _compared(first, second, architecture, condition, worker_threads(threads), progress)
+    gap = logit_gap(
+        stored[0][0], stored[1][0], condition, probe=probe, is_requested=True, is_measured=True, progress=progress
+    )
     return VerifyResult(architecture.family, found, gap, condition)
+
+
+def _compared(
+    first: TensorSource,
+    second: TensorSource,
+    architecture: Architecture,
+    condition: float,
+    threads: int,
+    progress: Progress,
+) -> Equivalence:
+    """Compare as stored; if that is not equal, through bases of streams; and then without what biases, gains and scales
+    may trade, in the neutral forms of both.
+    """
+    stream = Stream.from_seed(0)
+    both = first, second
+    rounded = tuple(Rounded(source, stream.child(f"rounding.{side}")) for side, source in enumerate(both))
+    freedoms = freedoms_of(architecture, first.names)
+    attempts = [(both, rounded, False, frozenset[str]())]
+    if architecture.residuals:
+        attempts.append((both, rounded, True, frozenset()))
+    if freedoms.tensors:
+        neutral, rounded_neutral = (tuple(Neutral(side, freedoms) for side in sides) for sides in (both, rounded))
+        attempts.append((neutral, rounded_neutral, bool(architecture.residuals), freedoms.tensors))
+    for sides, with_noise, through_streams, computed in attempts:
+        found = compare(
+            sides[0],
+            sides[1],
+            architecture,
+            condition=condition,
+            threads=threads,
+            through_streams=through_streams,
+            rounded=(with_noise[0], with_noise[1]),
+            computed=computed,
+            progress=progress,
+        )
+        if found.is_equal:
+            return found
+    return found
 
 
 Opened = tuple[TensorSource, Architecture]
