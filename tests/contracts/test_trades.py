@@ -18,6 +18,7 @@ from rigged import REWRITES, Rigged, everything
 from unmergeable import ops
 from unmergeable.architecture import detect
 from unmergeable.attacks import Canonicalise, Inputs, NearestOrbit
+from unmergeable.attacks.signs import find_signs
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.gauge.additive import Neutral, freedoms_of
 from zoo import TOYS, load_toy, outputs, write_toy
@@ -162,6 +163,46 @@ def test_fine_tunes_and_changes_of_basis_show_no_trace(name: str, model: Callabl
         assert result.findings == {"traces": "none"}
         assert result.template is source
         assert NearestOrbit().estimate(source, network.base, network.architecture).template is None
+
+
+def test_traces_are_signs_of_a_protection(model: Callable[[str], Model]) -> None:
+    network = model("dinov2").network
+    expert = network.expert(0.1)
+    exact = {key: tensor.double() for key, tensor in expert.tensors.items()}
+    signs = {}
+    for kind in ("value_bias", "layer_scale", None):
+        rigged = None if kind is None else model("dinov2").rigged(kind, exact)
+        tensors = exact if rigged is None else rigged[0]
+        source = MemorySource({key: tensor.float() for key, tensor in tensors.items()}, expert.config)
+        estimate = NearestOrbit().estimate(source, network.base, network.architecture)
+        signs[kind] = find_signs(source, network.base, network.architecture, estimate)
+    assert [(sign.name, sign.recovery) for sign in signs["value_bias"]] == [("traded constants", "nearest_orbit")]
+    assert "value bias" in signs["value_bias"][0].evidence
+    assert "layer scale" in signs["layer_scale"][0].evidence
+    assert signs[None] == ()
+
+
+def test_two_added_tokens_do_not_blind_the_attack(model: Callable[[str], Model]) -> None:
+    network = model("llama").network
+    expert = network.expert(0.1)
+    added = {"model.embed_tokens.weight", "lm_head.weight"}
+    grown = {key: torch.cat([tensor, tensor[:2]]) if key in added else tensor for key, tensor in expert.tensors.items()}
+    architecture = detect(expert.config, {key: tuple(tensor.shape) for key, tensor in grown.items()})
+    larger = replace(network, architecture=architecture)
+    source = MemorySource(grown, expert.config)
+    protected = larger.transformed(source, *larger.stream_key(source, 4.0), larger.key(4.0))
+    estimate = NearestOrbit().estimate(protected, network.base, architecture)
+    assert estimate.before > 1
+    assert estimate.after <= 1.02 * network.distance(expert)
+
+
+def test_what_explains_nothing_is_no_recovery(model: Callable[[str], Model]) -> None:
+    network = model("bert-embedding").network
+    generator = torch.Generator().manual_seed(1)
+    other = {key: torch.randn(tensor.shape, generator=generator) for key, tensor in network.base.tensors.items()}
+    for source, status in ((MemorySource(other), "not recognised"), (network.expert(0.1), None)):
+        found = NearestOrbit().recover(Inputs(source, network.base, network.architecture)).findings
+        assert str(found.get("result")).startswith(str(status))
 
 
 @pytest.mark.parametrize("name", ["dinov2", "bert-embedding", "phi", "mixtral", "t5"])

@@ -59,12 +59,13 @@ class Estimate:
     units in order, the bases inside them. The network stays the same function.
 
     ``template``: what they apply to, where that is not the checkpoint itself: biases, gains and scales had been traded
-    between tensors too (:mod:`unmergeable.attacks.canonicalise`), which no gauge undoes.
+    between tensors too (:mod:`unmergeable.attacks.canonicalise`), which no gauge undoes; ``traces`` says which.
     """
 
     gauges: tuple[Gauge, ...]
     fits: tuple[Fit, ...]
     template: TensorSource | None = None
+    traces: tuple[str, ...] = ()
 
     def condition(self) -> float:
         """A bound on the condition number of what is applied: the product over the gauges."""

@@ -98,7 +98,8 @@ class NearestOrbit(GaugeAttack):
         freedoms = freedoms_of(architecture, protected.names)
         ours, theirs = (Reader(side, architecture.symmetry) for side in (source, base))
         stream = find_stream(ours, theirs, architecture, spaces)
-        if not traces(GaugedSource(source, ours.under(*stream.gauges)), base, freedoms):
+        traded = traces(GaugedSource(source, ours.under(*stream.gauges)), base, freedoms)
+        if not traded:
             return estimate
         neutral = Neutral(source, freedoms), Neutral(base, freedoms)
         found = estimate_gauges(*neutral, architecture, Solvers(NEAREST), spaces, progress)
@@ -112,7 +113,7 @@ class NearestOrbit(GaugeAttack):
             replace(fit, before=known.before, freedoms=fit.freedoms + fitted)
             for fit, known in zip(found.fits, estimate.fits, strict=True)
         )
-        undone = Estimate((), tuple(fits), template)
+        undone = Estimate((), tuple(fits), template, traded)
         is_nearer = 1 - undone.confidence < (1 - CLEARLY) * (1 - estimate.confidence)
         return undone if is_nearer else estimate
 
