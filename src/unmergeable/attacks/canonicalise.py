@@ -16,14 +16,14 @@ The result computes the same function. A checkpoint that shows no trace of such 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from unmergeable.architecture import Architecture
+from unmergeable.architecture import Architecture, Leg, Space
 from unmergeable.architecture.symmetry import GroupKind
 from unmergeable.attacks.base import Inputs, Recovered
 from unmergeable.attacks.closed_forms import over_pairs
@@ -42,7 +42,7 @@ from unmergeable.gauge.additive import (
     of_values,
     through,
 )
-from unmergeable.gauge.elements import Element, Monomial, split_pairs
+from unmergeable.gauge.elements import Element, Monomial, pair_indices
 from unmergeable.gauge.gauge import Gauge, fixed_gauge
 from unmergeable.progress import Progress, silent
 
@@ -71,6 +71,9 @@ EXTREME = 8.0
 
 SEEN = 0.01
 """Root mean square of logarithms of a scale below which a trade is not worth looking for."""
+
+SEEN_ALIKE = 0.1
+"""The same for scales that all moved by one factor."""
 
 
 @dataclass(frozen=True)
@@ -207,13 +210,11 @@ class Home(DerivedSource):
     def _layer_scale(self, name: str) -> Tensor:
         if name not in self._scales:
             # Not by its bias, which holds other constants as well.
+            writers = [writer for writer in self.freedoms.writers if writer.layer_scale == name and writer.is_matrix]
             pairs = [
-                tuple(
-                    along(side.double(), writer.axis)
-                    for side in (self.moved(writer.tensor), self._of_base(writer.tensor))
-                )
-                for writer in self.freedoms.writers
-                if writer.layer_scale == name and writer.is_matrix and self._is_comparable(writer.tensor)
+                (along(self.moved(item.tensor).double(), item.axis), along(self._of_base(item.tensor), item.axis))
+                for item in writers
+                if self._is_comparable(item.tensor)
             ]
             self._scales[name] = _nearest_scale(self.moved(name).double(), self._of_base(name), pairs)
         return self._scales[name]
@@ -263,10 +264,10 @@ def traces(protected: TensorSource, base: TensorSource, freedoms: Freedoms) -> t
 
     found: list[str] = []
     biases = [norm.bias for norm in freedoms.norms if norm.bias is not None and comparable(norm.bias)]
-    if _is_away([both(bias) for bias in biases]):
+    if _is_away(both(bias) for bias in biases):
         found.append("norm bias")
     outputs = [value.output_bias for value in freedoms.values if comparable(value.output_bias)]
-    if _is_away([both(output) for output in outputs]):
+    if _is_away(both(output) for output in outputs):
         found.append("value bias")
 
     unseen = {"key bias": _Share(), "unseen reading": _Share(), "unseen writing": _Share(), "router": _Share()}
@@ -301,8 +302,8 @@ def traces(protected: TensorSource, base: TensorSource, freedoms: Freedoms) -> t
                 unseen["unseen writing"].add_to(side, columns.mean(-1), columns)
         if writer.layer_scale is not None and writer.is_matrix and comparable(writer.layer_scale):
             scales = both(writer.layer_scale)
-            columns = [along(weight, writer.axis) for weight in both(writer.tensor)]
-            norms = [side.square().reshape(-1, side.shape[-1]).sum(0) for side in columns]
+            rows = [along(weight, writer.axis) for weight in both(writer.tensor)]
+            norms = [side.square().reshape(-1, side.shape[-1]).sum(0) for side in rows]
             ratios["layer scale"].append((_log_ratio(*scales), _log_ratio(*norms) / 2))
     for router in freedoms.routers:
         if comparable(router):
@@ -310,8 +311,8 @@ def traces(protected: TensorSource, base: TensorSource, freedoms: Freedoms) -> t
                 unseen["router"].add_to(side, weight.mean(0), weight.T)
     found += [kind for kind, pairs in ratios.items() if _is_traded(pairs)]
     found += [kind for kind, share in unseen.items() if share.is_larger]
-    scales = {writer.layer_scale for writer in freedoms.writers if writer.layer_scale is not None}
-    if "layer scale" not in found and _is_away([both(scale) for scale in sorted(scales) if comparable(scale)]):
+    layer_scales = {writer.layer_scale for writer in freedoms.writers if writer.layer_scale is not None}
+    if "layer scale" not in found and _is_away(both(scale) for scale in sorted(layer_scales) if comparable(scale)):
         found.append("layer scale")
     return tuple(found)
 
@@ -327,22 +328,29 @@ def balanced(protected: TensorSource, base: TensorSource, architecture: Architec
     legs = legs_by_space(symmetry)
     elements: dict[str, Element] = {}
     for name, space in symmetry.select("query_key", "value_output", "feed_forward").items():
-        if space.group.kind not in SCALABLE:
-            continue
-        names = list(dict.fromkeys(tensor for tensor, _ in legs[name]))
-        if not all(tensor in base.index.entries for tensor in names):
-            continue
-        pairs = leg_pairs(space, legs[name], ours(names), theirs(names), symmetry.gain_offset)
-        vectors, covectors = (diagonal_moments(space, pairs, variance) for variance in ("vector", "covector"))
-        apart = _log2(covectors.protected) - _log2(vectors.protected) + _log2(vectors.base) - _log2(covectors.base)
-        if space.group.kind == "rotary":
-            apart = over_pairs(space, sum(split_pairs(apart[..., None], space.group.pairing))[..., 0] / 2)
-        powers = torch.where(apart.abs() / 2 > EXTREME, (apart / 4).round(), 0.0)
-        if bool(powers.any()):
+        tensors = [tensor for tensor, _ in legs[name]]
+        is_comparable = all(
+            tensor in base.index.entries and protected.spec(tensor).shape == base.spec(tensor).shape
+            for tensor in tensors
+        )
+        powers = _powers(space, legs[name], ours, theirs) if space.group.kind in SCALABLE and is_comparable else None
+        if powers is not None and bool(powers.any()):
             order = torch.arange(space.size).expand(space.blocks, -1).clone()
             elements[name] = Monomial(order, 2.0**powers)
     gauge = fixed_gauge(symmetry.spaces, elements)
     return (GaugedSource(protected, ours.under(gauge)) if elements else protected), gauge
+
+
+def _powers(space: Space, legs: Sequence[tuple[str, Leg]], ours: Reader, theirs: Reader) -> Tensor:
+    """Exponents of two, [blocks, size], that bring the two sides of a space as far apart as the base's; 0 if near."""
+    names = list(dict.fromkeys(tensor for tensor, _ in legs))
+    pairs = leg_pairs(space, legs, ours(names), theirs(names), ours.symmetry.gain_offset)
+    vectors, covectors = (diagonal_moments(space, pairs, variance) for variance in ("vector", "covector"))
+    apart = _log2(covectors.protected) - _log2(vectors.protected) + _log2(vectors.base) - _log2(covectors.base)
+    if space.group.pairing is not None:
+        first, second = pair_indices(space.size, space.group.pairing)
+        apart = over_pairs(space, (apart[:, first] + apart[:, second]) / 2)
+    return torch.where(apart.abs() / 2 > EXTREME, (apart / 4).round(), 0.0)
 
 
 def _log2(values: Tensor) -> Tensor:
@@ -371,9 +379,11 @@ class _Share:
         return ours > LARGER * theirs + FLOOR
 
 
-def _is_away(pairs: list[tuple[Tensor, Tensor]]) -> bool:
-    away = sum(float((ours - theirs).square().sum()) for ours, theirs in pairs)
-    return away > MOVED**2 * sum(float(theirs.square().sum()) for _, theirs in pairs)
+def _is_away(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    away = whole = 0.0
+    for ours, theirs in pairs:
+        away, whole = away + float((ours - theirs).square().sum()), whole + float(theirs.square().sum())
+    return away > MOVED**2 * whole
 
 
 def _log_ratio(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -383,11 +393,14 @@ def _log_ratio(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def _is_traded(pairs: list[tuple[Tensor, Tensor]]) -> bool:
-    """Whether scales moved, and the norms of what lies beside them moved against it."""
+    """Whether scales moved, and the norms of what lies beside them moved against it: each by itself, or all alike."""
     if not pairs:
         return False
-    moved = float(torch.cat([scales for scales, _ in pairs]).square().mean())
-    # A change of basis may make all norms beside one scale larger: how large they are on the whole says nothing.
-    products = [scales + norms for scales, norms in pairs]
-    spread = float(torch.cat([product - product.median() for product in products]).square().mean())
-    return moved > SEEN**2 and spread < TRADED * moved
+    middles = torch.stack([torch.stack([scales.median(), norms.median()]) for scales, norms in pairs])
+    # A change of basis may make all norms beside one scale larger: single ones are compared with the middle.
+    single = torch.cat([torch.stack([scales - scales.median(), norms - norms.median()], 1) for scales, norms in pairs])
+    return any(
+        float(moved[:, 0].square().mean()) > least**2
+        and float(moved.sum(1).square().mean()) < TRADED * float(moved[:, 0].square().mean())
+        for moved, least in ((single, SEEN), (middles, SEEN_ALIKE))
+    )

@@ -122,15 +122,16 @@ def _compared(
     may trade, in the neutral forms of both.
     """
     stream = Stream.from_seed(0)
-    both = first, second
-    rounded = tuple(Rounded(source, stream.child(f"rounding.{side}")) for side, source in enumerate(both))
     freedoms = freedoms_of(architecture, first.names)
-    attempts = [(both, rounded, False, frozenset[str]())]
-    if architecture.residuals:
+    both: Pair = (first, second)
+    rounded: Pair = (Rounded(first, stream.child("rounding.0")), Rounded(second, stream.child("rounding.1")))
+    has_streams = bool(architecture.residuals)
+    attempts: list[tuple[Pair, Pair, bool, frozenset[str]]] = [(both, rounded, False, frozenset())]
+    if has_streams:
         attempts.append((both, rounded, True, frozenset()))
     if freedoms.tensors:
-        neutral, rounded_neutral = (tuple(Neutral(side, freedoms) for side in sides) for sides in (both, rounded))
-        attempts.append((neutral, rounded_neutral, bool(architecture.residuals), freedoms.tensors))
+        neutral, noisy = ((Neutral(one, freedoms), Neutral(other, freedoms)) for one, other in (both, rounded))
+        attempts.append((neutral, noisy, has_streams, freedoms.tensors))
     for sides, with_noise, through_streams, computed in attempts:
         found = compare(
             sides[0],
@@ -139,7 +140,7 @@ def _compared(
             condition=condition,
             threads=threads,
             through_streams=through_streams,
-            rounded=(with_noise[0], with_noise[1]),
+            rounded=with_noise,
             computed=computed,
             progress=progress,
         )
@@ -149,6 +150,7 @@ def _compared(
 
 
 Opened = tuple[TensorSource, Architecture]
+Pair = tuple[TensorSource, TensorSource]
 
 
 def _equally_tied(first: Opened, second: Opened) -> tuple[Opened, Opened]:
