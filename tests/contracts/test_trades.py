@@ -30,8 +30,14 @@ COVERING = (
     "llama-bias-tied-mqa", "phi", "gpt2", "opt-350m-like", "falcon-40b-like", "mixtral", "bert-embedding", "dinov2",
     "dinov2-swiglu", "clip", "t5", "unet-sd15",
 )  # fmt: skip
-EVERY = [pytest.param(name, marks=() if name in COVERING else pytest.mark.slow) for name in TOYS]
-ATTACKED = ("dinov2", "bert-embedding", "phi", "mixtral", "t5", "llama")
+QUICK = ("llama-bias-tied-mqa", "phi", "gpt2", "opt-350m-like", "mixtral", "bert-embedding", "dinov2", "clip")
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TOYS]
+
+# Norms before blocks with a layer scale, norms behind blocks in a stream that is given out, experts behind RMS norms.
+ATTACKED = [
+    *("dinov2", "bert-embedding", "mixtral"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("phi", "t5", "llama")),
+]
 
 WHERE = {
     "value_bias": {"phi", "gpt2", "bert-embedding", "dinov2", "clip", "llama-bias-tied-mqa", "falcon-40b-like"},
@@ -138,7 +144,7 @@ def test_an_attacker_with_the_base_undoes_every_rewrite(name: str, model: Callab
             assert network.distance(recovered) == pytest.approx(estimate.after, rel=1e-3), rewrite
 
 
-@pytest.mark.parametrize("name", ["dinov2", "bert-embedding", "phi", "mixtral"])
+@pytest.mark.parametrize("name", ["dinov2", "bert-embedding", "mixtral"])
 def test_what_is_undone_computes_the_same(name: str, model: Callable[[str], Model]) -> None:
     toy = model(name)
     network = toy.network
@@ -205,7 +211,7 @@ def test_what_explains_nothing_is_no_recovery(model: Callable[[str], Model]) -> 
         assert str(found.get("result")).startswith(str(status))
 
 
-@pytest.mark.parametrize("name", ["dinov2", "bert-embedding", "phi", "mixtral", "t5"])
+@pytest.mark.parametrize("name", ATTACKED)
 def test_verify_calls_equal_what_is_equal_and_no_more(name: str, model: Callable[[str], Model], tmp_path: Path) -> None:
     toy = model(name)
     expert = write_toy(TOYS[name], tmp_path / "expert")
