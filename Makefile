@@ -1,6 +1,7 @@
 # make demo    set up, and run the main job on a real model and real data (one to three minutes once installed)
 # make test    set up, and run the tests
-# make check   format, lint, types, import order
+# make check   format, lint, types (examples in the documentation too), import order, and the site
+# make docs    the documentation as a site, in build/site
 # make slow    the tests that take minutes each, left out of `make test`
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO   ?= demo
 
-.PHONY: demo test check slow format clean
+.PHONY: demo test check docs slow format clean
 
 # torch comes first: the CPU build that constraints.txt pins, whatever else asks for it later.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -32,15 +33,20 @@ test: $(VENV)/demo-installed
 slow: $(VENV)/demo-installed
 	$(BIN)/python -m pytest -m slow
 
-check: $(VENV)/installed
-	$(BIN)/ruff format --check src tests benchmarks plans
-	$(BIN)/ruff check src tests benchmarks plans
-	$(BIN)/mypy
+check: $(VENV)/installed docs
+	$(BIN)/ruff format --check src tests benchmarks plans docs
+	$(BIN)/ruff check src tests benchmarks plans docs
+	$(BIN)/python tests/snippets.py build/snippets
+	$(BIN)/mypy src build/snippets
 	$(BIN)/lint-imports
 
+# A warning, such as a link that leads nowhere, is an error.
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/site
+
 format: $(VENV)/installed
-	$(BIN)/ruff format src tests benchmarks plans
-	$(BIN)/ruff check --fix src tests benchmarks plans
+	$(BIN)/ruff format src tests benchmarks plans docs
+	$(BIN)/ruff check --fix src tests benchmarks plans docs
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

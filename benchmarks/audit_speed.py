@@ -9,7 +9,7 @@ weights, scored on the validation examples of both tasks. Each round goes one af
 
     commands   for every cell ``unmergeable merge`` on disk, then a script that loads the result and scores it
     loop       the same within one process: merge on disk, load, read and encode the data, score
-    one, two   the sweep that an audit runs, with one worker and with two
+    one, two   the group that an audit runs, with one worker and with two
     bare       two processes that do nothing but the forward passes, over what one of them does alone
 
 with the same coefficients: ``commands`` and ``loop`` do the first few of them, on all processors; a worker of an audit
@@ -44,10 +44,10 @@ from demo_experts import prepare
 
 from unmergeable import ops
 from unmergeable.data import DataSource
-from unmergeable.evaluation.plan import MethodEntry, Plan
-from unmergeable.evaluation.plan_file import read_plan
+from unmergeable.evaluation.plans.audit_plan import AuditPlan, read_plan
+from unmergeable.evaluation.plans.entries import MergeEntry
 from unmergeable.evaluation.pool import Call, WorkerPool
-from unmergeable.evaluation.scoring import Checkpoint, ScoredTask, Sweep, network_of, score_points, scorers_of
+from unmergeable.evaluation.scoring import Checkpoint, Group, ScoredTask, network_of, score_points, scorers_of
 from unmergeable.network.load import load_network
 from unmergeable.tasks import LabelledData, example_credits
 
@@ -64,13 +64,13 @@ def points(cells: int) -> list[Point]:
     return [(0.2 * x, 0.25 * y) for x, y in product(side, side)][:cells]
 
 
-def merge_on_disk(plan: Plan, method: str, point: Point, out: Path) -> None:
+def merge_on_disk(plan: AuditPlan, method: str, point: Point, out: Path) -> None:
     """What a loop does first."""
     experts = [(plan.victim.path, point[0]), (plan.riders[0].path, point[1])]
     ops.merge(base=plan.base, experts=experts, method=method, out=out)
 
 
-def load_and_score(plan: Plan, folder: Path, spent: dict[str, float]) -> Credits:
+def load_and_score(plan: AuditPlan, folder: Path, spent: dict[str, float]) -> Credits:
     """What it does next; ``spent`` is told the seconds of each part."""
     began = time.perf_counter()
     network = load_network(folder)
@@ -117,8 +117,8 @@ def by_bare_passes(pool: WorkerPool, plan_file: Path, passes: int, copies: int) 
 def score_again(plan_file: Path, passes: int) -> None:
     """What is left of a cell when nothing is merged: the forward passes of the base, in a worker of its own."""
     plan = read_plan(plan_file)
-    sweep = sweep_of(plan, "task_arithmetic")
-    scorers = scorers_of(sweep, "validation")
+    group = group_of(plan, "task_arithmetic")
+    scorers = scorers_of(group, "validation")
     network = network_of(plan.base)
     for _ in range(passes):
         for scorer in scorers.values():
@@ -144,13 +144,13 @@ def by_loop(
 def by_audit(
     plan_file: Path, method: str, chosen: Sequence[Point], work: Path, pool: WorkerPool
 ) -> tuple[list[Credits], float]:
-    """The sweep of an audit, in chunks as its search asks for them. Returns credits and seconds."""
+    """The group of an audit, in chunks as its search asks for them. Returns credits and seconds."""
     plan, cells = read_plan(plan_file), work / "cells"
     shutil.rmtree(cells, ignore_errors=True)
     cells.mkdir()
-    sweep = sweep_of(plan, method)
+    group = group_of(plan, method)
     chunks = [chosen[start : start + CHUNK] for start in range(0, len(chosen), CHUNK)]
-    calls: list[Call] = [(score_points, (sweep, chunk, "validation", cells)) for chunk in chunks]
+    calls: list[Call] = [(score_points, (group, chunk, "validation", cells)) for chunk in chunks]
     began = time.perf_counter()
     done = dict(pool.run(calls))
     seconds = time.perf_counter() - began
@@ -158,11 +158,11 @@ def by_audit(
     return [dict(scored[point].credits) for point in chosen], seconds
 
 
-def sweep_of(plan: Plan, method: str) -> Sweep:
+def group_of(plan: AuditPlan, method: str) -> Group:
     """What an audit calls the merges of the two experts; there is only one set of files, so digests may be names."""
     tasks = [ScoredTask(plan.task(name), {"validation": name}) for name in (plan.victim.task, plan.riders[0].task)]
     models = [Checkpoint(path, path.name) for path in (plan.base, plan.victim.path, plan.riders[0].path)]
-    return Sweep(models[0], models[1], models[2], MethodEntry(method, method, {}), (tasks[0], tasks[1]))
+    return Group(models[0], (models[1], models[2]), MergeEntry(method, method, {}), tuple(tasks))
 
 
 def measure(plan_file: Path, method: str, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cells", type=int, default=24, help="of a sweep; at least 8")
+    parser.add_argument("--cells", type=int, default=24, help="of a group; at least 8")
     parser.add_argument("--examples", type=int, default=200, help="of each task")
     parser.add_argument("--loop-cells", type=int, default=4, help="of commands and loop in each round")
     parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "ties"])

@@ -38,14 +38,15 @@ from unmergeable.demo.data import ANIMAL_SIZES, DIGIT_SIZES, Examples, ImageTask
 from unmergeable.demo.model import write_base_checkpoint
 from unmergeable.demo.train import Expert, finetune_experts, fit_prototypes, prepare_pixels
 from unmergeable.merges import AdaMerging, Fisher, Merge, RegMean, Ties, merge_state_dicts
+from unmergeable.merges.adamerging import learn_coefficients
+from unmergeable.merges.fisher import diagonal_fisher
+from unmergeable.merges.regmean import gather_input_grams
+from unmergeable.merges.task_vectors import TaskVectors, score_merges
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.fisher_information import diagonal_fisher
-from unmergeable.network.input_grams import gather_input_grams, linear_layers
-from unmergeable.network.learn_coefficients import learn_coefficients
+from unmergeable.network.linear_layers import linear_layers
 from unmergeable.network.load import load_network
 from unmergeable.network.statistics import write_statistics
-from unmergeable.network.task_vectors import TaskVectors, score_merges
 from unmergeable.network.tasks import Task, accuracy
 from unmergeable.tasks import FeatureHead
 
@@ -138,7 +139,7 @@ class Bench:
         print(json.dumps(self.rows[-1]), flush=True)
 
     def merge(self, method: Merge, coefficients: Sequence[float] | None = None) -> State:
-        return merge_state_dicts(self.base, self.experts, coefficients, method)
+        return merge_state_dicts(self.base, self.experts, method=method, coefficients=coefficients)
 
     def tuned(self, candidates: Mapping[float, Callable[[], State]]) -> tuple[float, State]:
         """The scale with the best average on the validation images, and its merge."""

@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from unmergeable.data import DataSource
-from unmergeable.network.criticality import CONFIDENCE, find_critical_layers
 from unmergeable.network.disk_weights import disk_gradients, find_places, show
 from unmergeable.network.fine_tune import gather_examples, judge
 from unmergeable.network.load import load_network
 from unmergeable.network.tasks import Task
 from unmergeable.ops.opened import open_with_architecture
 from unmergeable.protections import MergeGuard
+from unmergeable.protections.mergeguard.criticality import CONFIDENCE, find_critical_layers
 from unmergeable.tasks import LabelledData
 
 BATCH = 16

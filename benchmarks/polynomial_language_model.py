@@ -43,12 +43,12 @@ from unmergeable.attacks.taylor_inversion import TaylorInversion
 from unmergeable.checkpoint.plan import output_like
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.rewrite import rewrite
-from unmergeable.network.activation_ranges import activation_ranges
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.load import load_network, load_tokenizer, quiet
 from unmergeable.ops.opened import architecture_of
 from unmergeable.polynomials.modeling_polynomial import guard_counted
 from unmergeable.polynomials.rewriting import Polynomials, Rewriting, UnitRanges, rewriting
+from unmergeable.protections.activation_ranges import activation_ranges
 from unmergeable.protections.mergebarrier import MergeBarrier
 from unmergeable.protections.taylor_mlp import TaylorMLP
 from unmergeable.tasks.likelihood import cache_name

@@ -140,7 +140,7 @@ def protect(source: Path, out: Path) -> None:
 
     key = out.with_suffix(".key")
     key.unlink(missing_ok=True)
-    unmergeable.protect(source, base=source, out=out, key=key)
+    unmergeable.protect(source, base=source, out=out, method="mergelock", key=key)
 
 
 def run_child(work: Callable[[Path, Path], None], source: Path, out: Path) -> None:

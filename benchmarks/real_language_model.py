@@ -397,17 +397,20 @@ class Protected:
 
 
 def protected_copy(expert: Path, folder: Path, *, seed: int, **settings: float) -> Protected:
-    """``expert`` protected by the default method; settings left out are the defaults."""
+    """``expert`` protected by ``mergelock``; settings left out are the defaults."""
     key = folder.with_name(f"{folder.name}.key")
-    result = unmergeable.protect(expert, base=expert, out=folder, key=key, settings=settings, seed=seed)
-    assert result.logits is not None
+    result = unmergeable.protect(
+        expert, base=expert, out=folder, method="mergelock", key=key, settings=settings, seed=seed
+    )
+    assert result.exact is not None
+    assert result.exact.logits is not None
     figures = {
-        "condition": result.condition_bound,
+        "condition": result.exact.condition_bound,
         "seed": seed,
         "block_error": result.measured_error,
         "block_error_bound": result.predicted_error,
-        "relative_logit_gap": result.logits.gap,
-        "logit_bound": result.logits.bound,
+        "relative_logit_gap": result.exact.logits.gap,
+        "logit_bound": result.exact.logits.bound,
     }
     return Protected(folder, key, figures)
 

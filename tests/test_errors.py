@@ -20,6 +20,7 @@ CLASSES = {
 }
 EXIT_CODES = {
     "UnmergeableError": 1,
+    "DiskError": 1,
     "UsageError": 2,
     "BadInput": 3,
     "CheckpointError": 3,
@@ -75,7 +76,6 @@ BUILTIN_ON_PURPOSE = {
     "gauge/activations.py": {"KeyError"},  # of a table that is empty for networks without a stream
     "gauge/key.py": {"ValueError"},
     "cli/app.py": {"KeyboardInterrupt"},
-    "tasks/sandbox_child.py": {"OSError"},  # runs in a process of its own, where this package is not imported
 }
 
 

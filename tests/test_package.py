@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 import unmergeable
-import unmergeable.evaluation.run
-from unmergeable import evaluation, ops
+from unmergeable import attacks, evaluation, merges, ops, protections
 from unmergeable.progress import Progress, silent
 
 PACKAGE = Path(unmergeable.__file__).parent
@@ -20,12 +19,33 @@ ROOT = PACKAGE.parent.parent
 
 
 def test_the_public_names_are_those_of_the_api_and_audit() -> None:
-    assert sorted(unmergeable.__all__) == sorted([*ops.__all__, "audit"])
+    homes = {
+        **dict.fromkeys(ops.__all__, ops),
+        **dict.fromkeys(("Audit", "audit"), evaluation),
+        "register_attack": attacks,
+        "register_merge": merges,
+        "register_protection": protections,
+    }
+    assert sorted(unmergeable.__all__) == sorted(homes)
     for name in unmergeable.__all__:
-        function = getattr(unmergeable, name)
-        assert function is getattr(evaluation.run if name == "audit" else ops, name)
-        assert inspect.isfunction(function)
-        assert inspect.getdoc(function)
+        public = getattr(unmergeable, name)
+        assert public == getattr(homes[name], name)
+        assert callable(public)
+        assert inspect.getdoc(public)
+
+
+@pytest.mark.parametrize("package", ["attacks", "data", "evaluation", "merges", "protections", "tasks"])
+def test_packages_need_no_import_of_their_own(package: str) -> None:
+    program = f"import unmergeable; print(unmergeable.{package}.__name__)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.strip() == f"unmergeable.{package}"
+
+
+def test_what_evaluation_exports_is_there() -> None:
+    for name in evaluation.__all__:
+        assert getattr(evaluation, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'audt'"):
+        evaluation.audt  # noqa: B018
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -16,10 +16,14 @@ import yaml
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from unmergeable.errors import UnmergeableError
-from unmergeable.evaluation.table_file import read_table_plan
+from unmergeable.evaluation import model_card, read_audit
+from unmergeable.evaluation.plans.audit_plan import read_plan
+from unmergeable.evaluation.plans.table_plan import read_table_plan
 
 PLANS = Path(__file__).parents[1] / "plans"
-FILES = sorted([*PLANS.glob("full/*.yaml"), *PLANS.glob("offline/*.yaml")])
+RESULTS = PLANS.parent / "benchmarks" / "results"
+FILES = sorted([*PLANS.glob("full/*.yaml"), *PLANS.glob("offline/*.yaml"), *PLANS.glob("methods/*.yaml")])
+AUDITS = sorted(PLANS.glob("audits/*.yaml"))
 OF_PATHS = ("base", "path", "data", "head", "siblings", "sources", "test", "validation", "train", "encoder")
 
 
@@ -59,18 +63,61 @@ def test_every_plan_is_right(path: Path, tmp_path: Path) -> None:
         read_table_plan(broken, tmp_path)
 
 
+@pytest.mark.parametrize("path", AUDITS, ids=lambda path: path.stem)
+def test_every_audit_is_right(path: Path, tmp_path: Path) -> None:
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    stand_ins(document, tmp_path)
+    plan = read_plan(path, tmp_path)
+    assert {model.label for model in plan.threat_models} == {"off_the_shelf", "white_box", "few_shot"}
+    assert len(plan.protections) == 8
+
+
+def test_the_tables_of_all_methods_are_those_that_were_made() -> None:
+    """Their rows and columns are those of the results that are here, but for controls, which are no protections."""
+    made = json.loads((RESULTS / "protections_table.json").read_text(encoding="utf-8"))["studies"]
+    undone = json.loads((RESULTS / "recoveries_table.json").read_text(encoding="utf-8"))["studies"]
+    for study in ("vision", "text"):
+        tables = [yaml.safe_load((PLANS / "methods" / f"{study}-{kind}.yaml").read_text()) for kind in KINDS]
+        names = [[named(entry) for entry in table["protect"]["methods"]] for table in tables]
+        rows = [row["protection"] for row in made[study]["rows"]]
+        assert ["unprotected", *names[0]] == [row for row in rows if not row.startswith("control")]
+        assert ["unprotected", *names[1], "no victim"] == list(undone[study]["rows"])
+        columns = [named(entry) for entry in (*tables[1]["recoveries"], *tables[1]["merges"][1:])]
+        assert {"none", *columns} == {name for row in undone[study]["rows"].values() for name in row}
+        assert tables[1]["merges"][0]["coefficient"] == undone[study]["coefficient"]
+
+
+KINDS = ("protections", "recoveries")
+
+
+def named(entry: Any) -> str:
+    """What a plan calls a method."""
+    return str(entry if isinstance(entry, str) else entry.get("name", entry["method"]))
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*_audit.json")), ids=lambda path: path.stem)
+def test_audits_that_are_here_are_read_and_written_as_they_stand(path: Path) -> None:
+    result = read_audit(path)
+    assert result.to_json() == json.loads(path.read_text(encoding="utf-8"))
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == model_card(result)
+    assert set(result.d_star) == {(name, model.label) for name in result.audited for model in result.threat_models}
+    if path.stem == "vision_audit":
+        assert result.plan == yaml.safe_load((PLANS / "audits" / "vision.yaml").read_text(encoding="utf-8"))
+
+
 def test_there_are_plans_and_the_page_has_them() -> None:
     assert {path.stem for path in FILES if path.parent.name == "offline"} == {
         path.stem for path in FILES if path.parent.name == "full"
     } - {"mergeguard-tables-2-4-5", "mergeguard-table-3"} | {"mergeguard-tables-2-5"}
     page = (PLANS / "README.md").read_text(encoding="utf-8")
-    linked = {PLANS / name for name in re.findall(r"\]\(((?:full|offline)/[\w.-]+)\)", page)}
-    assert linked == set(FILES)
+    linked = {PLANS / name for name in re.findall(r"\]\(((?:full|offline|methods|audits)/[\w.-]+)\)", page)}
+    assert linked == {*FILES, *AUDITS}
 
 
 def test_results_are_those_of_plans_that_are_here() -> None:
     """Each was made from the plan of its name as it stands, and its page is that of its figures."""
-    from unmergeable.evaluation.table_page import page
+    from unmergeable.evaluation import TableResult
+    from unmergeable.evaluation.report.table_page import page
 
     results = sorted((PLANS / "results").glob("*.json"))
     assert results
@@ -78,7 +125,9 @@ def test_results_are_those_of_plans_that_are_here() -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
         plan = yaml.safe_load((PLANS / "offline" / f"{path.stem}.yaml").read_text(encoding="utf-8"))
         assert found["plan"] == plan, path.stem
-        assert path.with_suffix(".md").read_text(encoding="utf-8") == page(found)
+        result = TableResult.from_json(found)
+        assert result.to_json() == found, path.stem
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == page(result)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmergeable.attacks import ATTACKS
-from unmergeable.errors import UsageError
+from unmergeable.errors import UsageError, shown
 from unmergeable.merges import MERGES
 from unmergeable.protections import PROTECTIONS
 from unmergeable.settings import configure, nearest, parse_assignments, settings_of
@@ -151,3 +151,21 @@ def test_every_method_can_be_rebuilt_from_its_settings(method: Any) -> None:
     assert read_back == settings_of(default)
     assert configure(method, read_back) == default
     assert configure(method, {name: str(value) for name, value in read_back.items()}) == default
+
+
+def test_what_a_few_bytes_of_yaml_blow_up_to_is_refused_without_being_written_out() -> None:
+    bomb: object = "lol"
+    for _ in range(40):
+        bomb = [bomb] * 9
+    for key in ("condition", "rank", "signed", "label", "trim"):
+        with pytest.raises(UsageError) as refused:
+            configure(Method, {key: bomb})
+        assert len(str(refused.value)) < 1000
+    with pytest.raises(UsageError, match="must be of type"):
+        configure(Method, {"coefficients": "[" * 100_000})
+
+
+def test_a_message_shows_the_ends_of_a_long_value() -> None:
+    assert shown("x" * 10_000).startswith("'xxx")
+    assert len(shown("x" * 10_000)) <= 100
+    assert shown({"a": [1, 2]}) == repr({"a": [1, 2]})

@@ -1,4 +1,10 @@
-"""An audit of what a study made, and its results as they are kept beside the code."""
+"""An audit of what a study made, and its result as it is kept beside the code.
+
+    python -m benchmarks.real_experts.audited AUDIT STUDY --out benchmarks/results/vision_audit.json
+
+AUDIT is the output directory of ``unmergeable audit``, STUDY the folder of the experts. Writes the result without its
+cells as JSON, and the block for a model card beside it as Markdown.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +12,13 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from unmergeable.evaluation.report import write_report
-from unmergeable.evaluation.run import audit
-from unmergeable.evaluation.verdict import model_card, summary
+from unmergeable.evaluation import AuditResult, audit, model_card, read_audit, summary, write_report
 from unmergeable.progress import Progress
 
 
@@ -40,16 +45,10 @@ def audit_study(
     """
     plan_file, folder = study / "plan.yaml", study / "audit"
     plan_file.write_text(yaml.safe_dump(dict(plan), sort_keys=False))
-    document = audit(plan_file, out=folder, workers=workers, progress=told(time.monotonic()))
-    print(*summary(document), write_report(folder), sep="\n")
+    result = audit(plan_file, out=folder, workers=workers, progress=told(time.monotonic()))
+    print(*summary(result), write_report(folder), sep="\n")
     if out is not None:
-        write_results({**without_places(document, study), "prepared": prepared}, out)
-
-
-def without_places(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The result with paths as the plan has them: reasons name files, and where those lay is nobody's business."""
-    found: dict[str, Any] = json.loads(json.dumps(document).replace(f"{folder}/", ""))
-    return found
+        keep(result, study, prepared, out)
 
 
 def told(began: float) -> Progress:
@@ -62,8 +61,25 @@ def told(began: float) -> Progress:
     return progress
 
 
-def write_results(document: Mapping[str, Any], out: Path) -> None:
-    """What is small enough to keep beside the code: the result without its cells, and the block for a model card."""
-    kept = {name: value for name, value in document.items() if name != "cells"}
-    out.write_text(json.dumps({**kept, "scored": len(document["cells"])}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(model_card(document))
+def keep(result: AuditResult, study: Path, prepared: Mapping[str, Any], out: Path) -> None:
+    """Write what is small enough to keep beside the code: the result without its cells, and a block for a model card.
+
+    Reasons name files; they are written as the plan has them.
+    """
+    text = json.dumps(replace(result, cells=None, prepared=prepared, scored=result.count).to_json(), indent=1)
+    out.write_text(text.replace(f"{study}/", "") + "\n")
+    out.with_suffix(".md").write_text(model_card(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("audit", type=Path)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
+    arguments = parser.parse_args()
+    result = read_audit(arguments.audit)
+    keep(result, arguments.study, {"tasks": [task["name"] for task in result.plan["tasks"]], "seed": 0}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

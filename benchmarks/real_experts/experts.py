@@ -2,7 +2,8 @@
 
     SCRATCH/packages            what was downloaded
     SCRATCH/STUDY/base          the checkpoint that everything was fine-tuned from
-    SCRATCH/STUDY/TASK-*        examples of train, validation and test, and the head
+    SCRATCH/STUDY/TASK-*        examples of train, validation and test, and the head; ``judge`` and ``attacker`` are
+                                shares of the test part: what an audit scores, and what an attacker has labels for
     SCRATCH/STUDY/expert-TASK   the checkpoint fine-tuned on the task
 
 A head holds the mean direction of each class over the base's features of the training examples, and never changes, so
@@ -35,9 +36,8 @@ from unmergeable.demo.train import prepare_pixels
 from unmergeable.network.encoding import EncodedBatch, EncodedData, Encoder
 from unmergeable.network.load import load_network
 from unmergeable.network.save import write_network
-from unmergeable.network.tasks import Task
 from unmergeable.network.train import Batch, Schedule, shuffled_batches, train
-from unmergeable.tasks import FeatureHead, LabelledData, read_head, write_head
+from unmergeable.tasks import FeatureHead, read_head, write_head
 from unmergeable.tasks.heads import Pooling
 
 Part = Literal["train", "validation", "test"]
@@ -54,6 +54,9 @@ MINILM_FILES = r"model/(config|tokenizer|tokenizer_config|special_tokens_map)\.j
 
 BATCH_SIZE = 16
 SCORING_BATCH = 50
+ATTACKERS = 250
+"""Test examples that are an attacker's to learn from in an audit, which scores the others."""
+
 RUN = 250
 """Test texts are in order of length within runs of this size, so that the first run is like the others."""
 
@@ -106,15 +109,9 @@ class Study:
         """File of the examples of one part of a task."""
         return self.folder / f"{task}-{part}.{self.suffix}"
 
-    def classes(self, task: str) -> int:
-        """How many classes a task has."""
-        return len(read_head(self.head(task)).weight)
-
-    def task(self, name: str, part: Part, *, limit: int | None = None) -> Task:
-        """A task as networks are scored on it."""
-        source = DataSource(self.data(name, part), limit=limit)
-        data = LabelledData(source, self.base, self.head(name))
-        return data.task(None, name, batch_size=SCORING_BATCH)
+    def share(self, task: str, who: Literal["judge", "attacker"]) -> Path:
+        """File of somebody's share of the test part."""
+        return self.folder / f"{task}-{who}.{self.suffix}"
 
 
 def vision_study(scratch: Path, tasks: tuple[str, ...] = tuple(images.LOADERS)) -> Study:
@@ -163,6 +160,8 @@ def prepare(study: Study, *, seed: int = 0) -> None:
             _write_data(study, name)
             network = network or load_network(study.base)
             write_head(fit_prototypes(network, study, name), study.head(name))
+        if name in (study.owner, study.rider) and not study.share(name, "attacker").exists():
+            divide_test(study, name)
         if not study.expert(name).exists():
             losses = finetune(study, name, seed=seed)
             print(f"{study.name}: expert for {name}, loss {np.mean(losses[:8]):.3f} to {np.mean(losses[-8:]):.3f}")
@@ -200,6 +199,19 @@ def _write_data(study: Study, name: str) -> None:
             items = [item for run in runs for item in sorted(run, key=lambda item: len(item.text))]
         lines = [json.dumps({"text": item.text, "label": item.label}) for item in items]
         study.data(name, part).write_text("\n".join(lines) + "\n")
+
+
+def divide_test(study: Study, name: str) -> None:
+    """Cut the test part into what an audit scores and what an attacker has labels for."""
+    whole, judged, learnt = study.data(name, "test"), study.share(name, "judge"), study.share(name, "attacker")
+    if study.suffix == "npz":
+        with np.load(whole) as arrays:
+            np.savez(judged, **{key: rows[:-ATTACKERS] for key, rows in arrays.items()})
+            np.savez(learnt, **{key: rows[-ATTACKERS:] for key, rows in arrays.items()})
+    else:
+        lines = whole.read_text().splitlines(keepends=True)
+        judged.write_text("".join(lines[:-ATTACKERS]))
+        learnt.write_text("".join(lines[-ATTACKERS:]))
 
 
 @torch.no_grad()

@@ -1,30 +1,73 @@
 """Protect an open-weight transformer against merging, restore it, attack it, and say what the protection is worth.
 
-    from pathlib import Path
     import unmergeable
 
-    unmergeable.protect(Path("my-finetune"), base=Path("the-base"), out=Path("release"), key=Path("release.key"))
+    unmergeable.protect("my-finetune", base="the-base", out="release", key="release.key")
 
-The functions below are the whole public interface; ``unmergeable.errors`` holds what they raise.
+Besides the functions here, ``unmergeable.merges`` and ``unmergeable.attacks`` have every merge and every attack as a
+function of state dicts; ``unmergeable.protections``, ``unmergeable.evaluation``, ``unmergeable.tasks`` and
+``unmergeable.data`` what methods and audits are made of. ``unmergeable.errors`` holds what all of them raise. What is
+not exported by one of these is private.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unmergeable.evaluation.run import audit
-    from unmergeable.ops import inspect, merge, methods, protect, recover, restore, schema, verify
+    from unmergeable import attacks as attacks
+    from unmergeable import data as data
+    from unmergeable import evaluation as evaluation
+    from unmergeable import merges as merges
+    from unmergeable import protections as protections
+    from unmergeable import tasks as tasks
+    from unmergeable.attacks import register_attack
+    from unmergeable.evaluation import Audit, audit
+    from unmergeable.merges import register_merge
+    from unmergeable.ops import (
+        inspect,
+        merge,
+        protect,
+        protect_state_dict,
+        recover,
+        restore,
+        restore_state_dict,
+        verify,
+    )
+    from unmergeable.ops.methods import methods, schema
+    from unmergeable.protections import register_protection
 
-__all__ = ["audit", "inspect", "merge", "methods", "protect", "recover", "restore", "schema", "verify"]
+__all__ = [
+    "Audit",
+    "audit",
+    "inspect",
+    "merge",
+    "methods",
+    "protect",
+    "protect_state_dict",
+    "recover",
+    "register_attack",
+    "register_merge",
+    "register_protection",
+    "restore",
+    "restore_state_dict",
+    "schema",
+    "verify",
+]
+
+_HOMES = {
+    "Audit": "evaluation",
+    "audit": "evaluation",
+    "register_attack": "attacks",
+    "register_merge": "merges",
+    "register_protection": "protections",
+}
+_PACKAGES = ("attacks", "data", "evaluation", "merges", "protections", "tasks")
 
 
 def __getattr__(name: str) -> Any:
     # torch takes a second to import, and `unmergeable --help` does not need it.
-    if name == "audit":
-        from unmergeable.evaluation.run import audit
-
-        return audit
+    if name in _PACKAGES:
+        return importlib.import_module(f"unmergeable.{name}")
     if name in __all__:
-        from unmergeable import ops
-
-        return getattr(ops, name)
+        return getattr(importlib.import_module(f"unmergeable.{_HOMES.get(name, 'ops')}"), name)
     raise AttributeError(f"module 'unmergeable' has no attribute {name!r}")

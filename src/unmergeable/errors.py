@@ -1,6 +1,7 @@
 """Every error the library raises on purpose.
 
     UnmergeableError               1   anything that failed
+    ├── DiskError                  1   a file cannot be written: the disk is full, failed or not ours
     ├── UsageError                 2   the command or a setting is wrong
     ├── BadInput                   3   a checkpoint, base, plan or adapter cannot be used
     │   ├── CheckpointError            files: truncated, unsafe names, pickle, missing shards
@@ -13,13 +14,33 @@ The number is the exit code of the command line (see ``docs/command-line.md``).
 A message is one line: what, where, what to do.
 """
 
+import reprlib
 from typing import ClassVar
+
+_BOUNDED = reprlib.Repr()
+_BOUNDED.maxlevel = 2
+_BOUNDED.maxstring = _BOUNDED.maxother = _BOUNDED.maxlong = 100
+
+
+def shown(value: object) -> str:
+    """A value as a message may show it: its ``repr``, with the middle left out where it is long or deep.
+
+    Whatever comes from a file goes through here: a few bytes of YAML can stand for gigabytes of text.
+    """
+    return _BOUNDED.repr(value)
+
+
+NEEDS_POSIX = "unmergeable needs Linux or macOS, whose locks on files it uses; on Windows, run it in WSL."
 
 
 class UnmergeableError(Exception):
     """Base of every error raised on purpose by this package."""
 
     exit_code: ClassVar[int] = 1
+
+
+class DiskError(UnmergeableError):
+    """A file cannot be written: the disk is full, has failed, or may not be written to."""
 
 
 class UsageError(UnmergeableError):

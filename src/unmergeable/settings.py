@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from unmergeable.errors import UsageError
+from unmergeable.errors import UsageError, shown
 
 Method = TypeVar("Method")
 
@@ -57,7 +57,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, str]:
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator or not key:
-            raise UsageError(f"--set {assignment!r}: write it as name=value.")
+            raise UsageError(f"--set {shown(assignment)}: write it as name=value.")
         if key in values:
             raise UsageError(f"--set {key} is given twice; give it once.")
         values[key] = value
@@ -68,10 +68,12 @@ def _read(method: str, key: str, kind: Any, value: object) -> object:
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
-        raise UsageError(f"{method}: {key} must be one of {', '.join(map(str, get_args(kind)))}, not {value!r}.")
+        raise UsageError(f"{method}: {key} must be one of {', '.join(map(str, get_args(kind)))}, not {shown(value)}.")
     try:
         if kind is bool:
             return _read_bool(value)
+        if kind in (int, float, str) and not isinstance(value, (int, float, str)):
+            raise ValueError("a list or a mapping")  # noqa: TRY301 - one message for all that is wrong
         if kind in (int, float):
             # "True" is no number: a bool is refused although Python counts it as one.
             return kind(str(value))
@@ -79,15 +81,18 @@ def _read(method: str, key: str, kind: Any, value: object) -> object:
             return str(value)
         if isinstance(value, str):
             value = json.loads(value)
-    except ValueError:
-        raise UsageError(f"{method}: {key} must be of type {getattr(kind, '__name__', kind)}, not {value!r}.") from None
+    except (ValueError, RecursionError):
+        expected = getattr(kind, "__name__", kind)
+        raise UsageError(f"{method}: {key} must be of type {expected}, not {shown(value)}.") from None
     return tuple(value) if isinstance(value, list) else value
 
 
 def _read_bool(value: object) -> bool:
     if isinstance(value, bool):
         return value
+    if not isinstance(value, str):
+        raise ValueError("not a truth value")  # noqa: TRY004 - read above with what else is wrong
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if str(value).lower() not in words:
+    if value.lower() not in words:
         raise ValueError(value)
-    return words[str(value).lower()]
+    return words[value.lower()]

@@ -24,7 +24,7 @@ WHOLE = [
     "olmo2",
     "bert",
     "mixtral",
-    "unet-sd15",
+    pytest.param("unet-sd15", marks=pytest.mark.slow),
 ]
 
 

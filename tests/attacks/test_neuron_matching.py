@@ -13,7 +13,7 @@ from unmergeable.gauge.gauge import Gauge, fixed_gauge
 from unmergeable.gauge.groups import sample
 from unmergeable.randomness import Stream
 
-FAMILIES = ["gpt2", "bert", "llama", "phi3", "opt", "t5", "unet-sd15", "mixtral"]
+FAMILIES = ["gpt2", "bert", "llama", "phi3", "opt", "t5", "mixtral"]
 
 
 def shuffled(toy: Network, scale: float = 1.0) -> Gauge:
@@ -28,11 +28,11 @@ def shuffled(toy: Network, scale: float = 1.0) -> Gauge:
     return fixed_gauge(toy.architecture.symmetry.spaces, elements)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, pytest.param("unet-sd15", marks=pytest.mark.slow)])
 def test_undoes_a_permutation(name: str, network: Build) -> None:
     toy = network(name)
     key = shuffled(toy)
-    for share in (0.001, 0.01, 0.1, 0.3):
+    for share in (0.001, 0.3):
         expert = toy.expert(share)
         unprotected = toy.distance(expert, "feed_forward")
         protected = toy.transformed(expert, key)

@@ -52,7 +52,7 @@ _EDITS = {
 }
 
 
-@pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 0.3])
+@pytest.mark.parametrize("share", [0.001, 0.3])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_fine_tune_shows_none(name: str, share: float, network: Build) -> None:
     toy = network(name)

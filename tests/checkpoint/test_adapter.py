@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unmergeable.checkpoint.adapter import AdaptedCheckpoint, LoraSettings, add_low_rank
+from unmergeable.checkpoint.adapter import (
+    BASE_HAS_ONE,
+    AdaptedCheckpoint,
+    LoraSettings,
+    add_low_rank,
+    combine_side_files,
+)
+from unmergeable.checkpoint.listing import LeftOut
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.rewrite import output_like, rewrite
@@ -239,6 +247,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "OLoRA": ({"init_lora_weights": "olora"}, "changed base"),
     "LoftQ": ({"init_lora_weights": "loftq"}, "changed base"),
     "no rank": ({"r": None}, "malformed"),
+    "rank as text": ({"r": "1000000000"}, "'1000000000' is no rank"),
+    "rank as a fraction": ({"r": 1e12}, "is no rank"),
+    "rank of a module as text": ({"rank_pattern": {"m.square": "1000000000"}}, "is no rank"),
+    "endless alpha": ({"lora_alpha": float("inf")}, "is no alpha"),
     "broken pattern": ({"rank_pattern": {"(": 1}}, "is malformed"),
 }
 
@@ -249,6 +261,32 @@ def test_settings_beyond_the_formula_are_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         AdaptedCheckpoint.open(write_adapter(tmp_path / "adapter", config=config), base)
+
+
+def test_patterns_are_matched_as_peft_does() -> None:
+    patterns = {"q_proj": 1, r"layers\.[01]\..*v_proj": 2, "mlp.up": 3}
+    settings = LoraSettings(rank=9, alpha=1, rank_pattern=patterns)
+    ranks = {
+        "model.layers.0.q_proj": 1,
+        "q_proj": 1,
+        "model.layers.0.xq_proj": 9,
+        "model.layers.1.attn.v_proj": 2,
+        "model.layers.2.attn.v_proj": 9,
+        "a.mlp.up": 3,
+        "a.mlp_up": 3,  # a dot in an expression is any character
+        "a.mlp.up.b": 9,
+    }
+    assert {module: settings.rank_of(module) for module in ranks} == ranks
+    assert {module: patterns.get(get_pattern_key(patterns, module), 9) for module in ranks} == ranks, (
+        "the control: peft's own rule"
+    )
+
+
+def test_a_pattern_that_searches_without_end_is_refused() -> None:
+    settings = LoraSettings(rank=9, alpha=1, rank_pattern={"(a|aa)+": 1})
+    assert settings.rank_of("layers.aaa") == 1
+    with pytest.raises(CheckpointError, match=r"'\(a\|aa\)\+' takes more than 1 s on one name"):
+        settings.rank_of("a" * 60 + ".")
 
 
 KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
@@ -346,3 +384,21 @@ def test_the_settings_of_each_module() -> None:
     assert settings.rank_of("model.layers.1.self_attn.not_q_proj") == 8, "whole components only"
     assert settings.scale("model.layers.1.self_attn.k_proj") == 16 / 8**0.5
     assert settings.scale("model.layers.0.self_attn.v_proj") == 1 / 2**0.5
+
+
+def test_an_adapter_brings_its_tokenizer_whole_and_keeps_the_base_licence() -> None:
+    named = ("LICENSE", "generation_config.json", "tokenizer.model", "vocab.json")
+    base = {name: Path("base") / name for name in named}
+    own = {name: Path("adapter") / name for name in ("LICENSE", "README.md", "tokenizer.json")}
+
+    combined, left_out = combine_side_files(base, own)
+
+    assert [str(path) for path in combined.values()] == [
+        "base/LICENSE",
+        "adapter/README.md",
+        "base/generation_config.json",
+        "adapter/tokenizer.json",
+    ]
+    assert left_out == (LeftOut("LICENSE", BASE_HAS_ONE),)
+    without_tokenizer, _ = combine_side_files(base, {name: own[name] for name in ("LICENSE", "README.md")})
+    assert {"tokenizer.model", "vocab.json"} <= without_tokenizer.keys()

@@ -28,7 +28,7 @@ def test_an_index_of_two_shards(two_shards: Path) -> None:
     # Data order inside a shard: float32 before bfloat16, then by name, as safetensors lays them out.
     assert list(index.entries)[:3] == ["empty", "w00.weight", "w01.weight"]
     assert index.entries["w00.weight"].spec == TensorSpec("BF16", (40, 30))
-    assert [path.name for path in index.side_files] == ["tokenizer.json"]
+    assert list(index.side_files) == ["tokenizer.json"]
     assert [item.name for item in index.left_out] == ["pytorch_model.bin"]
     assert index.weights_index_name == "model.safetensors.index.json"
     assert index.nbytes == 9 * 2400 + 4

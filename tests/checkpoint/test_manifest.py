@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from unmergeable.checkpoint.listing import LeftOut
 from unmergeable.checkpoint.manifest import (
     Alteration,
     FileRecord,
@@ -20,7 +21,6 @@ from unmergeable.checkpoint.manifest import (
     record_header,
     tool_version,
 )
-from unmergeable.checkpoint.side_files import LeftOut
 from unmergeable.errors import CheckpointError, UsageError
 
 MANIFEST = Manifest(

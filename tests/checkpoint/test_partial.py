@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from unmergeable.checkpoint.manifest import FileRecord
-from unmergeable.checkpoint.partial import PartialFolder, Safe, partial_of
+from unmergeable.checkpoint.partial import (
+    PartialFolder,
+    Safe,
+    completed_earlier,
+    partial_of,
+    require_absent,
+    require_creatable,
+    require_outside,
+)
 from unmergeable.errors import BadInput, CheckpointError
 
 RECORD = FileRecord("a.safetensors", 10, "aa")
@@ -139,3 +147,58 @@ def test_a_journal_of_nonsense(out: Path) -> None:
     journal.write_bytes(journal.read_bytes() + b'{"finished": "x"}\n')
     with pytest.raises(CheckpointError, match="journal"):
         PartialFolder(out, "token")
+
+
+def test_a_result_without_its_journal_is_nobodys(out: Path) -> None:
+    """Killed before the very last call, an empty folder stays beside OUT: it is removed, and OUT refused."""
+    out.mkdir()
+    partial_of(out).mkdir()
+    with pytest.raises(BadInput, match="exists"):
+        completed_earlier(out, "token")
+    assert not partial_of(out).exists()
+    assert not completed_earlier(out.with_name("another"), "token")
+
+
+def test_a_result_beside_unfinished_work_is_refused(out: Path) -> None:
+    begin(out)
+    out.mkdir()
+    for check in (require_absent, require_creatable, lambda path: completed_earlier(path, "token")):
+        with pytest.raises(BadInput, match="exists"):
+            check(out)
+    assert (partial_of(out) / "checkpoint" / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent/out", "its parent folder .*absent does not exist"),
+        ("..", "no name of a folder"),
+        ("with a null \0 byte", "no name of a folder"),
+        ("x" * 250, "too long: names here have at most 255 bytes"),
+        ("\N{GREEK SMALL LETTER ALPHA}" * 125, "too long"),
+    ],
+)
+def test_names_that_no_folder_can_have_are_refused_at_once(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=message):
+        require_creatable(tmp_path / name)
+
+
+def test_names_that_a_folder_can_have(tmp_path: Path) -> None:
+    longest = tmp_path / ("x" * 247)
+    require_creatable(longest)
+    with PartialFolder(longest, "token") as folder:
+        folder.commit()
+    with pytest.raises(BadInput, match="exists"):
+        require_creatable(longest)
+
+
+def test_output_and_inputs_do_not_lie_in_one_another(tmp_path: Path) -> None:
+    for name in ("base", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("base")
+    for out in (tmp_path / "base" / "out", tmp_path / "base", tmp_path / "link" / "out"):
+        with pytest.raises(BadInput, match="lie inside each other"):
+            require_outside(out, tmp_path / "other", tmp_path / "base")
+    with pytest.raises(BadInput, match="lie inside each other"):
+        require_outside(tmp_path / "base", tmp_path / "base" / "nested")
+    require_outside(tmp_path / "base2", tmp_path / "base", tmp_path / "other")

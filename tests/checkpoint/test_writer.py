@@ -21,7 +21,7 @@ from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import TensorSpec, save_file_order
 from unmergeable.checkpoint.source import tensor_bytes
 from unmergeable.checkpoint.writer import Origin, OutputFile, ShardWriter, sha256_of_start
-from unmergeable.errors import CheckpointError
+from unmergeable.errors import CheckpointError, DiskError
 
 BLOCK = 2 * ALIGNMENT
 
@@ -102,7 +102,7 @@ def test_what_was_not_announced_is_refused(tmp_path: Path) -> None:
             writer.write_raw("a", [b"123"])
         with pytest.raises(CheckpointError, match="where nothing more was announced"):
             writer.write("a", torch.ones(2))
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(DiskError, match="cannot be written"):
         ShardWriter(tmp_path / "x", [], None)
 
 
@@ -117,7 +117,7 @@ def test_a_failed_write_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
             writer.write("a", torch.zeros(10 * BLOCK, dtype=torch.uint8))
             writer.finish()
 
-    with pytest.raises(CheckpointError, match=r"disk full while writing x .*it resumes"):
+    with pytest.raises(DiskError, match=r"disk full while writing x .*it resumes"):
         write()
 
 

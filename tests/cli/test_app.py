@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from unmergeable import errors
 from unmergeable.cli import main
 from unmergeable.cli.app import COMMANDS
 from unmergeable.cli.command import Switches
+from unmergeable.cli.failure import failure_of
 
 from .conftest import RecordingOps, Run
 
@@ -66,7 +68,7 @@ def test_each_command_explains_itself(command: str, run: Runner) -> None:
 def test_help_says_what_a_protection_does_not_stop(command: str, run: Runner) -> None:
     text = " ".join(run(command, "--help").stdout.split())
 
-    assert "they do not stop somebody who holds the base model" in text
+    assert re.search("stops? somebody who holds the base", text)
 
 
 def test_help_needs_no_heavy_import_and_no_second() -> None:
@@ -87,6 +89,29 @@ def test_help_needs_no_heavy_import_and_no_second() -> None:
     assert "loaded: ['numpy']" in control
 
 
+@pytest.mark.parametrize(("module", "code"), [("fcntl", 1), ("shelve", 3)], ids=["Windows", "the control"])
+def test_a_system_without_locks_on_files_is_named_in_one_line(module: str, code: int, tmp_path: Path) -> None:
+    script = (
+        f"import sys; sys.modules[{module!r}] = None; from unmergeable.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script, "inspect", str(tmp_path / "absent")],
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == code
+    assert found.stderr.count("\n") == 1
+    assert ("needs Linux or macOS" in found.stderr) == (module == "fcntl")
+
+
+def test_a_message_of_unreasonable_length_is_cut() -> None:
+    message = failure_of(errors.BadInput("x" * 10_000)).message
+    assert message.endswith("x …")
+    assert len(message) < 5000
+
+
 def test_runs_as_a_module() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "unmergeable", "frobnicate"],
@@ -104,6 +129,7 @@ def test_runs_as_a_module() -> None:
 
 EXIT_CODES = {
     errors.UnmergeableError: 1,
+    errors.DiskError: 1,
     errors.UsageError: 2,
     errors.BadInput: 3,
     errors.CheckpointError: 3,
@@ -294,7 +320,7 @@ def test_interrupted_work_says_how_to_go_on(ops: RecordingOps, run: Runner) -> N
     shown = run(*PROTECT)
 
     assert (shown.exit_code, shown.stdout) == (130, "")
-    assert shown.stderr == "error: interrupted; run the same command again to go on from here.\n"
+    assert shown.stderr == "error: interrupted; run the same command again to resume.\n"
     assert run(*PROTECT, "--json").document["error"]["kind"] == "Interrupted"
 
 

@@ -45,7 +45,7 @@ def test_protect_by_default(ops: RecordingOps, run: Runner) -> None:
     assert options == {
         "base": Path("base"),
         "out": Path("out"),
-        "method": ["mergelock"],
+        "method": None,
         "settings": {},
         "key": None,
         "seed": None,
@@ -62,15 +62,36 @@ def test_protect_by_default(ops: RecordingOps, run: Runner) -> None:
 
 def test_protect_with_everything(ops: RecordingOps, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "correct horse")
-    words = "--method a,b --set a.condition=2 --set b.depth=x=y --key k --seed 3 --dry-run --allow-pickle --threads 2"
+    words = "--method mergelock,params --set condition=2 --set params.largest=5"
+    words += " --key k --seed 3 --dry-run --allow-pickle --threads 2"
 
     _, options = asked(ops, run, "protect", "e", "--base", "b", "--out", "o", *words.split())
 
-    assert options["method"] == ["a", "b"]
-    assert options["settings"] == {"a.condition": "2", "b.depth": "x=y"}
+    assert options["method"] == ["mergelock", "params"]
+    assert options["settings"] == {"condition": "2", "params.largest": "5"}
     assert (options["key"], options["seed"], options["threads"]) == (Path("k"), 3, 2)
     assert (options["dry_run"], options["allow_pickle"]) == (True, True)
     assert options["passphrase"] == "correct horse"
+
+
+def test_protect_without_a_key(ops: RecordingOps, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "correct horse")  # it may be set for other commands
+    words = "--method mergeguard,sensitivity_shield --data d --head h --encoder e --sibling s --sibling t --seed 3"
+
+    _, options = asked(ops, run, "protect", "e", "--base", "b", "--out", "o", *words.split())
+
+    paths = {"data": Path("d"), "head": Path("h"), "encoder": Path("e"), "siblings": [Path("s"), Path("t")]}
+    assert {name: options[name] for name in paths} == paths
+    assert (options["seed"], options["passphrase"]) == (3, None)
+
+
+@pytest.mark.parametrize("option", [("--key", "k"), ("--passphrase",)])
+def test_a_key_where_none_is_made_is_refused(option: tuple[str, ...], ops: RecordingOps, run: Runner) -> None:
+    shown = run("protect", "e", "--base", "b", "--out", "o", "--method", "mergebarrier", *option)
+
+    assert shown.exit_code == 2
+    assert f"mergebarrier makes no key: leave out {option[0]}" in shown.stderr
+    assert not ops.calls
 
 
 def test_protect_from_a_recipe(ops: RecordingOps, run: Runner, tmp_path: Path) -> None:

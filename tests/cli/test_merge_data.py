@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from unmergeable.cli.merge import describe_learnt
 from unmergeable.ops.merging import MergeResult
 
 from .conftest import RecordingOps, Run
@@ -25,18 +24,11 @@ def test_a_merge_without_data_has_learnt_nothing(ops: RecordingOps, run: Callabl
     assert run(*COMMAND, "--method", "ties", "--json").document["learnt"] is None
 
 
-def test_a_soup_says_what_is_in_it() -> None:
-    trials = [
-        {"experts": [2], "score": 0.8, "kept": True},
-        {"experts": [2, 1], "score": 0.85, "kept": True},
-        {"experts": [2, 1, 3], "score": 0.5, "kept": False},
+def test_what_was_learnt_is_said_in_a_line(ops: RecordingOps, run: Callable[..., Run]) -> None:
+    ops.answer = MergeResult(Path("o"), "soup", {}, (("x", 1.0), ("y", None)), 7, summary="In the soup: experts 1")
+    assert run(*COMMAND, "--method", "soup").stdout.splitlines() == [
+        "Merged: o (soup; 7 tensors)",
+        "  1 of x",
+        "  y",
+        "  In the soup: experts 1",
     ]
-    assert describe_learnt({"soup": [2, 1], "trials": trials}) == [
-        "  In the soup: experts 2, 1 (score 0.8500; the best alone 0.8000)"
-    ]
-
-
-def test_adamerging_says_what_it_won() -> None:
-    learnt = {"entropies": [[1.0, 2.0], [0.5, 1.0]], "coefficients": {"a": [0.2, 0.4], "b": [0.4, 0.8]}}
-    assert describe_learnt(learnt) == ["  Entropy 1.500 -> 0.750 nats; mean coefficients 0.300, 0.600"]
-    assert describe_learnt({"data": ["p"]}) == []

@@ -74,3 +74,12 @@ def test_without_a_terminal_the_environment_is_named(typed: list[str], monkeypat
 
     with pytest.raises(UsageError, match=VARIABLE):
         read_passphrase(is_asked_for=True, is_new=False)
+
+
+def test_one_that_is_not_utf8_is_refused(typed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "caf\udce9")  # as Python reads the bytes of another encoding
+    with pytest.raises(UsageError, match="not UTF-8") as refused:
+        read_passphrase(is_asked_for=False, is_new=True)
+    assert "caf" not in str(refused.value)
+    monkeypatch.setenv(VARIABLE, "café")
+    assert read_passphrase(is_asked_for=False, is_new=True) == "café"

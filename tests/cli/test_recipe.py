@@ -10,7 +10,8 @@ import pytest
 
 from unmergeable.cli.recipe import read_recipe
 from unmergeable.errors import BadInput, UnmergeableError, UsageError
-from unmergeable.ops.steps import METHODS, steps_of
+from unmergeable.ops.steps import steps_of
+from unmergeable.protections import PROTECTIONS
 
 
 def write(folder: Path, name: str, content: object) -> Path:
@@ -57,7 +58,7 @@ def test_every_protection_may_stand_in_a_recipe(tmp_path: Path) -> None:
 
     assert [step.name for step in found] == [*names[:2], "mergelock,params,gauge", "taylor_mlp"]
     assert {name: values for step in found for name, values in step.settings.items() if values} == settings
-    assert set(names) | {"mergebarrier"} == set(METHODS)
+    assert set(names) | {"mergebarrier"} == set(PROTECTIONS)
 
 
 @pytest.mark.parametrize(

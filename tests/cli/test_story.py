@@ -114,7 +114,7 @@ def test_the_others_say_what_they_did(story: dict[str, Told]) -> None:
     assert story["verify"].text.startswith("Equal up to rounding: expert and release ")
     assert "  0.5 of release\n  0.3 of other" in story["merge"].text
     assert "Recovered: recovered-2 (nearest_orbit" in story["recover"].text
-    assert "Verdict: its unmergeable.json says: protected by mergelock." in story["inspect"].text
+    assert "Verdict: its unmergeable.json says: protected by gauge." in story["inspect"].text
     assert "mergelock" in story["methods"].text
     assert json.loads(story["schema"].text) == story["schema"].document
 

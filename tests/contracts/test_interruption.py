@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from unmergeable.checkpoint import partial
 from unmergeable.checkpoint.manifest import check_files
 from unmergeable.cli import main
 
@@ -22,16 +23,16 @@ LAYERS = 6
 
 @pytest.fixture(scope="module")
 def expert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 60 MB in three shards: large enough to be killed in the middle."""
+    """A Llama of 22 MB in three shards: large enough to be killed in the middle."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=2000, hidden_size=512, intermediate_size=1376, num_hidden_layers=LAYERS,
+        vocab_size=2000, hidden_size=256, intermediate_size=688, num_hidden_layers=LAYERS,
         num_attention_heads=8, num_key_value_heads=2,
     )  # fmt: skip
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("interruption") / "expert"
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="30MB")
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="10MB")
     return folder
 
 
@@ -54,7 +55,7 @@ def test_kill_at_random_points_then_rerun(expert: Path, tmp_path: Path) -> None:
 
     moments = random.Random(1)
     killed = 0
-    for _ in range(6):
+    for _ in range(3):  # tests/checkpoint/test_rewrite.py kills before each call that changes the disk
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(timeout=moments.uniform(0.3, 1.0) * duration)
@@ -78,20 +79,46 @@ def test_kill_at_random_points_then_rerun(expert: Path, tmp_path: Path) -> None:
     )
 
 
+def test_the_same_command_on_what_it_had_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed after OUT had its name, before the journal beside it was gone: nothing is left to do but to tidy up."""
+    for number, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "toy"}')
+        save_file({"weight": torch.full((4, 4), float(number))}, tmp_path / name / "model.safetensors")
+    models = ["--expert", str(tmp_path / "a"), "--expert", str(tmp_path / "b")]
+    command = ["merge", "--method", "linear", *models, "--out", str(tmp_path / "out"), "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(partial, "_remove_partial", lambda folder: None)
+        assert main(command) == 0
+    assert (tmp_path / "out.partial").exists()
+    whole = files_of(tmp_path / "out")
+    capsys.readouterr()
+
+    assert main([*command, "--set", "normalize=false"]) == 3, "other work is not taken for this one"
+    assert "exists" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "is complete" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
+    assert main(command) == 3
+
+
 def test_a_full_disk(expert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(small)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=15m", "tmpfs", str(small)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("mounting a small tmpfs needs root; the disk is filled by a size limit in tests/checkpoint instead")
     try:
-        assert main(arguments(expert, small)) == 3
+        assert main(arguments(expert, small)) == 1
         assert "disk" in capsys.readouterr().err
         assert not (small / "out").exists()
         # Room for less than it takes, found out only while writing: the check up front is told there is plenty.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
-            assert main(arguments(expert, small)) == 3
+            assert main(arguments(expert, small)) == 1
         printed = capsys.readouterr().err.strip()
         assert len([line for line in printed.splitlines() if "seed" not in line]) == 1, printed
         assert not (small / "out").exists()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unmergeable.data import DataSource, Example, Fields, class_number
+from unmergeable.data import DataSource, Example, Fields, class_number, lines
 from unmergeable.data.formats import FORMATS, find_format
 from unmergeable.errors import BadInput, UsageError
 
@@ -163,6 +166,32 @@ def image_tree(*names: str) -> Callable[[Path], Path]:
     return write
 
 
+def npy_bytes(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def zipped(name: str, data: bytes) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            archive.writestr(name, data)
+        return folder / "x.npz"
+
+    return write
+
+
+def image_of(width: int, height: int) -> Callable[[Path], Path]:
+    """A picture of one colour: kilobytes for millions of pixels."""
+
+    def write(folder: Path) -> Path:
+        (folder / "tree").mkdir()
+        Image.new("1", (width, height)).save(folder / "tree" / "a.png")
+        return folder / "tree" / "a.png"
+
+    return write
+
+
 def several(folder: Path) -> Path:
     rows = datasets.Dataset.from_list([{"text": "a"}])
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(folder / "several"))
@@ -197,6 +226,23 @@ REFUSED: list[tuple[str, Callable[[Path], Path], str]] = [
     ("parquet of numbers", columns({"text": [5]}), r"x.parquet\[0\]: 'text' is int; it must be text or an image"),
     ("parquet of other bytes", columns({"image": [{"bytes": b"x"}]}), r"x.parquet\[0\]: not a readable image"),
     ("several sets", several, r"several holds several data sets; give one of them: .*several/test, .*several/train"),
+    ("half a character", raw("x.jsonl", b'{"text": "\\ud800"}'), r"x.jsonl:1: the text holds half a character"),
+    ("nested without end", raw("x.jsonl", b'{"text": ' + b"[" * 100_000), r"x.jsonl:1: not JSON"),
+    ("endless number", raw("x.jsonl", b'{"label": 1' + b"0" * 10_000 + b"}"), r"x.jsonl:1: not JSON"),
+    (
+        "labels of arrays",
+        arrays(text=np.array(["a"]), label=np.ones((1, 2))),
+        r"x.npz\[0\]: the label is an array \[2\]",
+    ),
+    ("an array alone", raw("x.npz", npy_bytes(np.ones(3))), r"x.npz: not a readable archive"),
+    ("no arrays inside", zipped("notes.txt", b"text"), r"x.npz: arrays of different lengths"),
+    ("a bomb of zeros", zipped("text.npy", bytes(300_000_000)), r"x.npz: unpacks to 300,000,000 bytes"),
+    ("a large picture", image_of(8_000, 8_000), r"a.png: an image of 8000 x 8000 pixels; give one of at most 40"),
+    (
+        "a document",
+        raw("tree/a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9"),
+        r"a.png: not a readable image",
+    ),
     ("broken set", raw("set/state.json", b"{}"), r"set: not readable as a data set"),
 ]
 
@@ -208,6 +254,42 @@ def test_refuses_in_one_line(tmp_path: Path, write: Callable[[Path], Path], mess
     with pytest.raises(BadInput, match=message) as caught:
         list(DataSource(path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1000)
+    path = raw("x.txt", b"short\n" + b"x" * 1000 + b"\n")(tmp_path)
+    assert len(list(DataSource(path))) == 2
+    path = raw("x.txt", b"short\n" + b"x" * 1001 + b"\n")(tmp_path)
+    with pytest.raises(BadInput, match=r"x.txt:2: a line of more than 1,000 bytes"):
+        list(DataSource(path))
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.parquet", "a.png"])
+def test_whatever_is_damaged_is_refused_or_read_and_never_an_internal_error(name: str, tmp_path: Path) -> None:
+    """Bytes are flipped, cut out and doubled: 150 files of each format."""
+    if name == "x.npz":
+        whole = arrays(text=np.array(TEXTS), label=np.array(LABELS))(tmp_path).read_bytes()
+    elif name == "x.parquet":
+        whole = columns({"text": list(TEXTS), "label": list(LABELS)})(tmp_path).read_bytes()
+    else:
+        whole = image_tree("a.png")(tmp_path).joinpath("a.png").read_bytes()
+    chance = random.Random(0)
+    path = tmp_path / "tree" / name if name == "a.png" else tmp_path / name
+    refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            place, length = chance.randrange(len(data)), chance.randint(1, 20)
+            data[place : place + length] = chance.choice(
+                (chance.randbytes(length), b"", data[place : place + length] * 2)
+            )
+        path.write_bytes(data)
+        try:
+            list(DataSource(path.parent if name == "a.png" else path))
+        except BadInput:
+            refused += 1
+    assert refused > 75, "the damage did not show"
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -89,7 +89,8 @@ def whole_plan() -> dict[str, Any]:
         "protect": {"expert": "mine", "methods": ["mergelock"]},
         "merges": ["task_arithmetic"],
         "recoveries": ["nearest_orbit"],
-        "coefficients": {"defended": [0.3, 0.65, 1.0, 1.5], "rider": [0.75, 1.0], "refinements": 8},
+        "coefficients": {"defended": [0.3, 0.65, 1.0, 1.5], "rider": [0.75, 1.0], "refinements": 4},
+        "connectivity": 5,
         "tasks": [
             {
                 "name": f"{name}-task",
@@ -113,6 +114,15 @@ def plan_file(workshop: Path, document: dict[str, Any], tmp_path: Path) -> Path:
     path = folder / "plan.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
+
+
+@pytest.fixture
+def small_plan(plan_file: Path, document: dict[str, Any]) -> Path:
+    """The same with two sets of coefficients, for an attacker with ordinary tools."""
+    document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
+    document["tiers"] = ["T0"]
+    plan_file.write_text(yaml.safe_dump(document))
+    return plan_file
 
 
 @pytest.fixture(scope="session")

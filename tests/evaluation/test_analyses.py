@@ -17,12 +17,12 @@ from unmergeable import ops
 from unmergeable.errors import BadInput, CheckpointError
 from unmergeable.evaluation import analyses
 from unmergeable.evaluation.analyses import Subject, Surroundings, analyse, look_at, subjects_of
-from unmergeable.evaluation.analysis_settings import AnalysisSettings, read_analysis_settings
 from unmergeable.evaluation.cells import digest_of
 from unmergeable.evaluation.models import Variant
-from unmergeable.evaluation.plan_file import parse_plan
+from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings, read_analysis_settings
+from unmergeable.evaluation.plans.audit_plan import parse_plan
 from unmergeable.evaluation.pool import WorkerPool
-from unmergeable.evaluation.scoring import Checkpoint, ScoredTask, task_digest
+from unmergeable.evaluation.scoring import Checkpoint, ScoredTask
 
 SETTINGS = AnalysisSettings(
     examples=60, line=(0.0, 0.5, 1.0), coefficients=(0.0, 1.0), noise=(0.0, 0.2), draws=2, radii=(0.005,), points=3
@@ -49,7 +49,7 @@ def around(models: dict[str, Checkpoint], workshop: Path, whole_plan: dict[str, 
     plan = parse_plan(whole_plan, workshop)
     entry = plan.task("mine-task")
     digests = {path: digest_of(path) for path in plan.paths}
-    task = ScoredTask(entry, {"test": task_digest(entry, digests, "test")})
+    task = ScoredTask.of(entry, digests)
     return Surroundings(models["base"], models["mine"], (("theirs", models["theirs"]),), task, SETTINGS)
 
 
@@ -71,7 +71,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(subjects: list[Subject], around: Surroundings, kept: Path) -> Any:
     with WorkerPool(1) as pool:
-        return analyse(subjects, around, kept, pool)
+        return analyse(subjects, around, kept, pool).to_json()
 
 
 def test_a_basis_hides_what_canonical_weights_show(found: Any) -> None:
@@ -136,7 +136,7 @@ def test_what_was_measured_is_kept(
     damaged.write_text("{")
     before = {path: path.stat().st_mtime_ns for path in others}
     with WorkerPool(1) as pool:
-        assert analyse(subjects, around, folder, pool)["models"] == found["models"]
+        assert analyse(subjects, around, folder, pool).to_json()["models"] == found["models"]
     assert {path: path.stat().st_mtime_ns for path in others} == before
     assert lost.exists()
     assert json.loads(damaged.read_text())
@@ -159,9 +159,9 @@ def test_what_cannot_be_measured_is_said(around: Surroundings, workshop: Path, t
     folder.mkdir()
     subject = Subject("strange", 0, "raw", Checkpoint(other, "strange"))
     found = look_at(subject, around, folder)
-    assert set(found["refused"]) == {"parts", "line", "scaling", "noise", "sharpness", "landscape"}
-    assert "unheard-of" in found["refused"]["parts"]
-    assert found["lines"] == {"theirs": None}
+    assert set(found.refused) == {"parts", "line", "scaling", "noise", "sharpness", "landscape"}
+    assert "unheard-of" in found.refused["parts"]
+    assert found.lines == {"theirs": None}
     assert list(folder.iterdir()) == []
 
 

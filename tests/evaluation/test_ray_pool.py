@@ -13,14 +13,15 @@ import yaml
 
 from evaluation.timeless import timeless
 from unmergeable.errors import BadInput, UnmergeableError, UsageError
+from unmergeable.evaluation.audits import audit
 from unmergeable.evaluation.pool import ATTEMPTS, Call
 from unmergeable.evaluation.ray_pool import LOCAL, RayPool
-from unmergeable.evaluation.run import audit
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("default")  # Ray leaves sockets and files for the interpreter to close
 
 
+@pytest.mark.slow
 def test_an_audit_gives_what_it_gives_without(plan_file: Path, document: dict[str, Any], tmp_path: Path) -> None:
     """First: there is one cluster at a time."""
     document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 2}
@@ -58,6 +59,7 @@ def die(path: Path, times: int) -> str:
     return "done"
 
 
+@pytest.mark.slow
 def test_actors_stay_from_batch_to_batch(pool: RayPool) -> None:
     first, second = (set(dict(pool.run([(os.getpid, ()) for _ in range(8)])).values()) for _ in range(2))
     assert first == second
@@ -65,21 +67,25 @@ def test_actors_stay_from_batch_to_batch(pool: RayPool) -> None:
     assert len(first) == 2
 
 
+@pytest.mark.slow
 def test_every_call_is_answered(pool: RayPool) -> None:
     calls: list[Call] = [(abs, (-number,)) for number in range(5)]
     assert dict(pool.run(calls)) == dict(enumerate(range(5)))
 
 
+@pytest.mark.slow
 def test_an_error_of_the_work_passes_through(pool: RayPool) -> None:
     with pytest.raises(BadInput, match=r"^the work itself is wrong\.$"):
         dict(pool.run([(fail, ())]))
 
 
+@pytest.mark.slow
 def test_a_death_is_survived(pool: RayPool, tmp_path: Path) -> None:
     calls: list[Call] = [(die, (tmp_path, ATTEMPTS - 1)), (abs, (-9,))]
     assert dict(pool.run(calls)) == {0: "done", 1: 9}
 
 
+@pytest.mark.slow
 def test_work_that_always_kills_is_given_up(pool: RayPool, tmp_path: Path) -> None:
     with pytest.raises(UnmergeableError, match="a worker died 3 times"):
         dict(pool.run([(die, (tmp_path, 99))]))

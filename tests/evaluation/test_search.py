@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from unmergeable.evaluation.plan import Coefficients
-from unmergeable.evaluation.search import Point, best_starts, coarse_points, next_points
+from unmergeable.evaluation.plans.audit_plan import Grid
+from unmergeable.evaluation.search import best_starts, coarse_points, next_points
+
+Point = tuple[float, ...]
 
 
 def scores_at(point: Point, best: Point) -> tuple[float, float]:
@@ -16,7 +18,7 @@ def scores_at(point: Point, best: Point) -> tuple[float, float]:
 
 @pytest.mark.parametrize("best", [(0.6, 0.9), (1.1, 0.35), (0.3, 0.3), (1.4, 1.4)])
 def test_refining_halves_the_distance_to_the_best_place(best: Point) -> None:
-    coarse = coarse_points(Coefficients())
+    coarse = coarse_points(Grid())
     scored = {point: scores_at(point, best) for point in coarse}
 
     def reached() -> float:

@@ -35,4 +35,4 @@ def test_rows_of_one_task_share_their_examples() -> None:
 
 
 def test_one_example_has_no_error() -> None:
-    assert Mean.over([("digits", np.array([1.0]))]).to_json() == {"mean": 1.0, "standard_error": None}
+    assert Mean.over([("digits", np.array([1.0]))]).record().to_json() == {"mean": 1.0, "standard_error": None}

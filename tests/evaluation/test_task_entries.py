@@ -13,9 +13,9 @@ from tasks.speakers import load_speaker, write_records, write_speaker
 from unmergeable.data import DataSource
 from unmergeable.errors import UnmergeableError
 from unmergeable.evaluation.cells import digest_of
-from unmergeable.evaluation.plan import TaskEntry
-from unmergeable.evaluation.plan_file import parse_plan
-from unmergeable.evaluation.scoring import Checkpoint, ScoredTask, Sweep, score_points, task_digest
+from unmergeable.evaluation.plans.audit_plan import parse_plan
+from unmergeable.evaluation.plans.entries import TaskEntry
+from unmergeable.evaluation.scoring import Checkpoint, Group, ScoredTask, score_points
 from unmergeable.tasks import MultipleChoice, Perplexity, TaskData, TextToImage
 
 QUESTIONS = [
@@ -44,6 +44,7 @@ def spoken() -> dict[str, Any]:
         ],
         "protect": {"expert": "mine", "methods": ["mergelock"]},
         "merges": ["task_arithmetic"],
+        "threat_models": ["off_the_shelf"],
         "tasks": [
             {
                 "name": "quiz",
@@ -99,7 +100,7 @@ def test_what_is_wrong_is_said(
 def test_settings_are_part_of_the_digest(speakers: Path, spoken: dict[str, Any]) -> None:
     def digest() -> str:
         plan = parse_plan(spoken, speakers)
-        return task_digest(plan.task("quiz"), {path: str(path) for path in plan.paths}, "test")
+        return ScoredTask.of(plan.task("quiz"), {path: str(path) for path in plan.paths}).digests["test"]
 
     first = digest()
     assert digest() == first
@@ -113,11 +114,11 @@ def test_any_kind_is_scored(speakers: Path, spoken: dict[str, Any], tmp_path: Pa
     digests = {path: digest_of(path) for path in plan.paths}
 
     def scored(entry: TaskEntry) -> ScoredTask:
-        return ScoredTask(entry, {"test": task_digest(entry, digests, "test")})
+        return ScoredTask.of(entry, digests)
 
-    mine, theirs, base = (Checkpoint(speakers / name, digests[speakers / name]) for name in ("mine", "theirs", "base"))
-    sweep = Sweep(base, mine, theirs, None, (scored(plan.task("quiz")), scored(plan.task("text"))))
-    cell = score_points(sweep, [None], "test", tmp_path).cells[None]
+    mine, base = (Checkpoint(speakers / name, digests[speakers / name]) for name in ("mine", "base"))
+    group = Group(base, (mine,), None, (scored(plan.task("quiz")), scored(plan.task("text"))))
+    cell = score_points(group, [None], "test", tmp_path).cells[None]
     network = load_speaker(speakers / "mine")
     text = TaskData("text", DataSource(speakers / "texts.jsonl", part="test", fractions=(0, 0.5, 0.5)), base.path, 4)
     expected = Perplexity().scorer(text, network).credits(network)

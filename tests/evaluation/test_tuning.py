@@ -87,5 +87,5 @@ def test_only_answers_are_choices(tmp_path: Path) -> None:
         alone = network(input_ids=torch.tensor([[10, 11]])).logits[0, 0]
     # Padding on the right is behind everything a causal model looks at.
     assert torch.allclose(prediction.logits[2], alone, rtol=0, atol=64 * 2.0**-24 * float(alone.abs().max()))
-    with pytest.raises(BadInput, match="leave out tiers T2 and T3"):
+    with pytest.raises(BadInput, match="leave out threat models few_shot and unlabelled"):
         _said("pictures", None, network)

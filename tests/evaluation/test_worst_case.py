@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unmergeable.evaluation.worst_case import Menu, contenders, pareto_front, worst_case
+from unmergeable.evaluation.selection import Menu, choice, pareto_front, skill_to_keep
+from unmergeable.evaluation.worst_case import contenders, worst_case
 
 EXAMPLES = 400
 
@@ -65,7 +66,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     for trial in range(200):
         rider = flips(0.8)
         unprotected, protected, without = (Menu(flips(p), rider, flips(p)) for p in (0.8, 0.6, 0.3))
-        found = worst_case(unprotected, protected, without, rider[0], seed=trial, resamples=200)
+        found = worst_case(unprotected, protected, without, rider[0], seed=trial, resamples=100)
         held += found.low <= 0.4 <= found.high
         quarter = (found.high - found.low) / 4
         held_by_half += found.low + quarter <= 0.4 <= found.high - quarter
@@ -104,3 +105,18 @@ def test_only_contenders_need_a_test() -> None:
 def test_pareto_front() -> None:
     first, second = [0.9, 0.5, 0.5, 0.2, 0.1, 0.9], [0.1, 0.5, 0.4, 0.9, 0.9, 0.1]
     assert pareto_front(first, second) == [3, 1, 0]
+
+
+def test_the_attacker_picks_what_keeps_its_skill() -> None:
+    """95 % of 0.8 is 0.76: exactly that is enough, in whatever order it is added up; of equal attacks the first."""
+    defended, rider = np.array([0.9, 0.7, 0.7, 0.6]), np.array([0.75, sum([0.19] * 4), 0.8, 0.8])
+    assert choice(defended, rider, 0.8) == 1
+    assert choice(defended, rider - 0.1, 0.8) is None
+    assert skill_to_keep(0.8) == pytest.approx(0.76)
+    assert choice(defended, np.full(4, 0.8), 0.8) == 0  # control: the first counts once it keeps enough
+
+
+def test_a_part_of_a_menu() -> None:
+    whole = menu((0.9, 0.4, 0.9), (0.8, 0.78, 0.8), (0.6, 0.8, 0.6))
+    assert (whole.only([2, 0]).defended == whole.defended[[2, 0]]).all()
+    assert worst_case(STRONG, whole.only([]), WITHOUT, RIDER, resamples=20).d_star == pytest.approx(1.0)

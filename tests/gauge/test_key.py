@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from unmergeable.errors import KeyFileError
+from unmergeable.errors import DiskError, KeyFileError
 from unmergeable.gauge import key as key_module
 from unmergeable.gauge.key import FORMAT, Key, is_encrypted, read_key, write_key
 from unmergeable.randomness import Stream
@@ -259,6 +259,22 @@ def test_reading_follows_a_link_to_a_private_file(path: Path, tmp_path: Path) ->
     assert "does not exist" in refusal(path)
 
 
+def test_a_key_of_another_user_is_refused(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They could exchange it for one of theirs, or the link to it."""
+    write_key(path, KEY)
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    if os.geteuid() == 0:
+        os.chown(path, 1234, -1)
+    assert read_key(path) == KEY, "the superuser reads every key, and everybody their own"
+    owner = path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner)
+    assert read_key(path) == KEY
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    for file in (path, link):
+        assert "belongs to another user" in refusal(file)
+
+
 @pytest.mark.parametrize("check", [read_key, is_encrypted])
 def test_what_is_no_regular_file_is_refused(path: Path, check: Any) -> None:
     path.mkdir(mode=0o700)
@@ -288,7 +304,7 @@ def test_a_full_disk_leaves_nothing_behind(path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(KeyFileError, match=r"cannot be written: No space left on device; choose another place\.$"):
+    with pytest.raises(DiskError, match=r"disk full while writing .*: free space"):
         write_key(path, KEY)
     assert not path.exists()
     monkeypatch.undo()

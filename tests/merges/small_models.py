@@ -15,7 +15,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 SHAPES = {
     "embed.weight": (50, 16),
-    "layers.0.weight": (530, 500),  # more than one block
+    "layers.0.weight": (53, 50),
     "layers.0.bias": (300,),
     "layers.1.weight": (16, 3, 2, 2),
     "scale": (),
@@ -23,16 +23,28 @@ SHAPES = {
 }
 
 
+SEVERAL_BLOCKS = SHAPES | {"layers.0.weight": (530, 500)}
+
+
 def make_models(
-    count: int, dtype: torch.dtype = torch.float32, *, seed: int = 0, task_size: float = 0.01
+    count: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    task_size: float = 0.01,
+    several_blocks: bool = False,
 ) -> tuple[State, list[State]]:
-    """A base and ``count`` fine-tunes of it, whose task vectors differ in size from tensor to tensor."""
+    """A base and ``count`` fine-tunes of it, whose task vectors differ in size from tensor to tensor.
+
+    With ``several_blocks`` one tensor is larger than what a merge holds at a time, which costs a hundred times as much.
+    """
+    shapes = SEVERAL_BLOCKS if several_blocks else SHAPES
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    base = {name: normal(shape) for name, shape in SHAPES.items()}
+    base = {name: normal(shape) for name, shape in shapes.items()}
     experts = [
         {
             name: weight + task_size * (1 + position) * normal(tuple(weight.shape))

@@ -13,16 +13,18 @@ from unmergeable.merges.adamerging import keep_elected
 
 def test_plain_task_vectors_are_task_arithmetic() -> None:
     base, experts = make_models(2)
-    merged = merge_state_dicts(base, experts, [0.2, None], AdaMerging())
-    expected = merge_state_dicts(base, experts, [0.2, 0.3], TaskArithmetic())
+    merged = merge_state_dicts(base, experts, method=AdaMerging(), coefficients=[0.2, None])
+    expected = merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[0.2, 0.3])
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_elected_task_vectors_are_summed(dtype: torch.dtype) -> None:
-    base, experts = make_models(3, dtype)
+    base, experts = make_models(3, dtype, several_blocks=dtype == torch.float32)
     coefficients, density = [0.3, 0.5, 1.0], 0.3
-    merged = merge_state_dicts(base, experts, coefficients, AdaMerging(task_vectors="ties", density=density))
+    merged = merge_state_dicts(
+        base, experts, method=AdaMerging(task_vectors="ties", density=density), coefficients=coefficients
+    )
     tasks = torch.stack([flat(expert) - flat(base) for expert in experts])
     kept = int(density * tasks.shape[1])
     thresholds = tasks.abs().sort(dim=1, descending=True).values[:, kept - 1 : kept]
@@ -34,7 +36,7 @@ def test_elected_task_vectors_are_summed(dtype: torch.dtype) -> None:
     # Controls: without the election, and with TIES' mean, it would be another merge.
     summed = flat(base) + (torch.tensor(coefficients, dtype=torch.float64)[:, None] * trimmed).sum(0)
     assert bool(((summed - expected).abs() > bound).any())
-    mean = flat(merge_state_dicts(base, experts, coefficients, Ties(density=density)))
+    mean = flat(merge_state_dicts(base, experts, method=Ties(density=density), coefficients=coefficients))
     assert bool(((mean - expected).abs() > bound).any())
 
 
@@ -62,4 +64,4 @@ def test_election_by_hand() -> None:
 def test_refuses_settings(method: AdaMerging, message: str) -> None:
     base, experts = make_models(2)
     with pytest.raises(UsageError, match=message):
-        merge_state_dicts(base, experts, None, method)
+        merge_state_dicts(base, experts, method=method)

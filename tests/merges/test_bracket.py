@@ -1,5 +1,7 @@
 """A sample only saves a pass: the magnitude found is exact, or none is."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from unmergeable.merges.magnitudes import tensor_magnitudes
 SIZE = 2 * BLOCK_ELEMENTS + 999
 
 
+@cache
 def task_vectors() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(SIZE, generator=generator)

@@ -14,9 +14,9 @@ COEFFICIENTS = [1.0, 0.5, 1.25]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("agreement", [1, 2, 3])
 def test_equals_the_formula(dtype: torch.dtype, agreement: int) -> None:
-    base, experts = make_models(3, dtype)
+    base, experts = make_models(3, dtype, several_blocks=dtype == torch.float32)
     method = ConsensusTa(agreement=agreement, mask_threshold=0.7)
-    merged = flat(merge_state_dicts(base, experts, COEFFICIENTS, method))
+    merged = flat(merge_state_dicts(base, experts, method=method, coefficients=COEFFICIENTS))
     tasks = torch.stack([c * (flat(e) - flat(base)) for c, e in zip(COEFFICIENTS, experts, strict=True)])
     total = tasks.sum(dim=0)
     margins = tasks.abs() - 0.7 * (total - tasks).abs()
@@ -34,20 +34,20 @@ def test_equals_the_formula(dtype: torch.dtype, agreement: int) -> None:
 def test_selfish_weights_stay_and_common_ones_move() -> None:
     base = {"weight": torch.zeros(4)}
     experts = [{"weight": torch.tensor(values)} for values in ([1.0, 1.0, 0.1, 0.0], [1.0, 0.0, 0.0, 0.0])]
-    merged = merge_state_dicts(base, experts, None, ConsensusTa(scaling_coefficient=1))
+    merged = merge_state_dicts(base, experts, method=ConsensusTa(scaling_coefficient=1))
     assert merged["weight"].tolist() == [2.0, 0.0, 0.0, 0.0]
-    alone = merge_state_dicts(base, experts, None, ConsensusTa(scaling_coefficient=1, agreement=1))
+    alone = merge_state_dicts(base, experts, method=ConsensusTa(scaling_coefficient=1, agreement=1))
     assert alone["weight"].tolist() == [2.0, 1.0, pytest.approx(0.1), 0.0]
 
 
 def test_keeping_everything_is_task_arithmetic() -> None:
     base, experts = make_models(3)
     for agreement, threshold in ((0, 0.4), (3, 0.0)):
-        merged = merge_state_dicts(base, experts, None, ConsensusTa(agreement=agreement, mask_threshold=threshold))
-        expected = flat(merge_state_dicts(base, experts, None, TaskArithmetic()))
+        merged = merge_state_dicts(base, experts, method=ConsensusTa(agreement=agreement, mask_threshold=threshold))
+        expected = flat(merge_state_dicts(base, experts, method=TaskArithmetic()))
         bound = 2 * rounding_bound(size_bound(base, experts, [1.0] * 3), torch.float32, operations=12)
         assert bool(((flat(merged) - expected).abs() <= bound).all())
-    none = merge_state_dicts(base, experts, None, ConsensusTa(agreement=4))
+    none = merge_state_dicts(base, experts, method=ConsensusTa(agreement=4))
     assert torch.equal(flat(none), flat(base))
 
 
@@ -57,7 +57,7 @@ def test_each_expert_may_have_its_own_threshold() -> None:
 
     def merged(*thresholds: float) -> float:
         variation = Variation(settings={"mask_threshold": thresholds})
-        state = merge_state_dicts(base, experts, None, ConsensusTa(scaling_coefficient=1), vary=lambda name: variation)
+        state = merge_state_dicts(base, experts, method=ConsensusTa(scaling_coefficient=1), vary=lambda name: variation)
         return float(state["weight"])
 
     assert merged(2.0, 0.5) == 1.5  # 1 >= 2 * 0.5, and 0.5 >= 0.5 * 1
@@ -72,4 +72,4 @@ def test_refuses_settings() -> None:
         ConsensusTa(mask_threshold=float("inf")),
     ):
         with pytest.raises(UsageError, match=r"agreement|mask_threshold"):
-            merge_state_dicts(base, experts, None, method)
+            merge_state_dicts(base, experts, method=method)

@@ -41,8 +41,10 @@ def operand(tensor: Tensor) -> Operand:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("density", [0.2, 0.8, 1.0])
 def test_equals_the_formula(dtype: torch.dtype, density: float) -> None:
-    base, experts = make_models(3, dtype)
-    merged = flat(merge_state_dicts(base, experts, COEFFICIENTS, DareLinear(density=density, seed=3)))
+    base, experts = make_models(3, dtype, several_blocks=dtype == torch.float32)
+    merged = flat(
+        merge_state_dicts(base, experts, method=DareLinear(density=density, seed=3), coefficients=COEFFICIENTS)
+    )
     masks = masks_of(experts, density, seed=3)
     triples = list(zip(COEFFICIENTS, masks, experts, strict=True))
     expected = flat(base) + sum(c / density * mask * (flat(expert) - flat(base)) for c, mask, expert in triples)
@@ -50,28 +52,35 @@ def test_equals_the_formula(dtype: torch.dtype, density: float) -> None:
     bound = rounding_bound(size_bound(base, experts, [c / density for c in COEFFICIENTS]), dtype, operations=15)
     assert bool(((merged - expected).abs() <= bound).all())
     if density < 1:  # control: the masks of another seed are other masks
-        other = flat(merge_state_dicts(base, experts, COEFFICIENTS, DareLinear(density=density)))
+        other = flat(merge_state_dicts(base, experts, method=DareLinear(density=density), coefficients=COEFFICIENTS))
         assert bool(((other - expected).abs() > bound).any())
 
 
 def test_nothing_dropped_is_task_arithmetic() -> None:
     base, experts = make_models(2, torch.bfloat16)
     for rescale in ("density", "norm", "none"):
-        dare = merge_state_dicts(base, experts, [0.3, 0.4], DareLinear(density=1, rescale=rescale))
-        assert torch.equal(flat(dare), flat(merge_state_dicts(base, experts, [0.3, 0.4], TaskArithmetic())))
+        dare = merge_state_dicts(base, experts, method=DareLinear(density=1, rescale=rescale), coefficients=[0.3, 0.4])
+        assert torch.equal(
+            flat(dare), flat(merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[0.3, 0.4]))
+        )
 
 
 def test_keeps_the_expectation() -> None:
     """Over seeds the mean of the merges approaches task arithmetic, as only the factor 1/density makes it."""
     base, (expert,) = make_models(1)
     seeds, density = 20, 0.5
-    merges = [flat(merge_state_dicts(base, [expert], [1.0], DareLinear(density=density, seed=s))) for s in range(seeds)]
+    merges = [
+        flat(merge_state_dicts(base, [expert], method=DareLinear(density=density, seed=s), coefficients=[1.0]))
+        for s in range(seeds)
+    ]
     error = torch.stack(merges).mean(dim=0) - flat(expert)
     task_vector = flat(expert) - flat(base)
     # each merge errs by +tau or -tau with equal probability at density 1/2
     deviation = float(task_vector.norm()) / sqrt(seeds)
     assert float(error.norm()) == pytest.approx(deviation, rel=0.05)
-    unscaled = flat(merge_state_dicts(base, [expert], [1.0], DareLinear(density=density, rescale="none")))
+    unscaled = flat(
+        merge_state_dicts(base, [expert], method=DareLinear(density=density, rescale="none"), coefficients=[1.0])
+    )
     assert (
         float((unscaled - flat(base)).norm()) < 0.8 * float(task_vector.norm()) < float((merges[0] - flat(base)).norm())
     )
@@ -79,8 +88,8 @@ def test_keeps_the_expectation() -> None:
 
 def test_norm_keeps_the_l1_norm_of_each_tensor() -> None:
     base, (expert,) = make_models(1)
-    merged = merge_state_dicts(base, [expert], [1.0], DareLinear(density=0.3, rescale="norm"))
-    paper = merge_state_dicts(base, [expert], [1.0], DareLinear(density=0.3))
+    merged = merge_state_dicts(base, [expert], method=DareLinear(density=0.3, rescale="norm"), coefficients=[1.0])
+    paper = merge_state_dicts(base, [expert], method=DareLinear(density=0.3), coefficients=[1.0])
     for name in ("embed.weight", "layers.0.weight", "layers.0.bias"):
         before = (expert[name] - base[name]).double().abs().sum()
         after = (merged[name] - base[name]).double().abs().sum()
@@ -95,8 +104,8 @@ def test_the_same_seed_gives_the_same_merge_whatever_the_order_of_tensors() -> N
     def turned(state: State) -> State:
         return dict(reversed(state.items()))
 
-    merged = merge_state_dicts(base, experts, None, DareLinear())
-    other = merge_state_dicts(turned(base), [turned(expert) for expert in experts], None, DareLinear())
+    merged = merge_state_dicts(base, experts, method=DareLinear())
+    other = merge_state_dicts(turned(base), [turned(expert) for expert in experts], method=DareLinear())
     assert all(torch.equal(merged[name], other[name]) for name in base)
 
 
@@ -129,4 +138,4 @@ def test_equals_peft_for_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refuses_settings(method: DareLinear, message: str) -> None:
     base, experts = make_models(1)
     with pytest.raises(UsageError, match=message):
-        merge_state_dicts(base, experts, None, method)
+        merge_state_dicts(base, experts, method=method)

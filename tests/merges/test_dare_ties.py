@@ -18,9 +18,11 @@ COEFFICIENTS = [1.0, 0.5, 1.25]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("average", ["count", "weight", "sum"])
 def test_equals_a_reference(dtype: torch.dtype, average: Average) -> None:
-    base, experts = make_models(3, dtype)
+    base, experts = make_models(3, dtype, several_blocks=dtype == torch.float32)
     density = 0.4
-    merged = flat(merge_state_dicts(base, experts, COEFFICIENTS, DareTies(density=density, average=average)))
+    merged = flat(
+        merge_state_dicts(base, experts, method=DareTies(density=density, average=average), coefficients=COEFFICIENTS)
+    )
 
     thinned = torch.stack(
         [
@@ -50,8 +52,8 @@ def test_equals_a_reference(dtype: torch.dtype, average: Average) -> None:
 
 def test_nothing_dropped_is_ties_without_a_trim() -> None:
     base, experts = make_models(2, torch.bfloat16)
-    dare = merge_state_dicts(base, experts, None, DareTies(density=1))
-    assert torch.equal(flat(dare), flat(merge_state_dicts(base, experts, None, Ties(density=1))))
+    dare = merge_state_dicts(base, experts, method=DareTies(density=1))
+    assert torch.equal(flat(dare), flat(merge_state_dicts(base, experts, method=Ties(density=1))))
 
 
 def test_equals_peft_for_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,12 +84,12 @@ def test_equals_peft_for_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refuses() -> None:
     base, experts = make_models(2)
     with pytest.raises(UsageError, match="must be positive"):
-        merge_state_dicts(base, experts, [1.0, -1.0], DareTies())
+        merge_state_dicts(base, experts, method=DareTies(), coefficients=[1.0, -1.0])
     with pytest.raises(UsageError, match="density"):
-        merge_state_dicts(base, experts, None, DareTies(density=0))
+        merge_state_dicts(base, experts, method=DareTies(density=0))
     with pytest.raises(UsageError, match="rescale"):
-        merge_state_dicts(base, experts, None, DareTies(rescale="l1"))  # type: ignore[arg-type]
+        merge_state_dicts(base, experts, method=DareTies(rescale="l1"))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="average"):
-        merge_state_dicts(base, experts, None, DareTies(average="mean"))  # type: ignore[arg-type]
+        merge_state_dicts(base, experts, method=DareTies(average="mean"))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="at least 2"):
-        merge_state_dicts(base, experts[:1], None, DareTies())
+        merge_state_dicts(base, experts[:1], method=DareTies())

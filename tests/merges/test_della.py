@@ -48,14 +48,14 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
     task_vector = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert mask(task_vector).shape == shape if shape != (0, 4) else True
     base = {"weight": torch.zeros(shape)}
-    merged = merge_state_dicts(base, [{"weight": task_vector}] * 2, None, Della())
+    merged = merge_state_dicts(base, [{"weight": task_vector}] * 2, method=Della())
     assert merged["weight"].shape == shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_a_reference(dtype: torch.dtype) -> None:
-    base, experts = make_models(2, dtype)
-    merged = merge_state_dicts(base, experts, None, Della())
+    base, experts = make_models(2, dtype, several_blocks=dtype == torch.float32)
+    merged = merge_state_dicts(base, experts, method=Della())
     thinned = {
         name: torch.stack(
             [
@@ -105,8 +105,8 @@ def test_keeps_the_expectation_although_probabilities_differ() -> None:
 def test_nothing_dropped_is_ties_without_a_trim() -> None:
     base, experts = make_models(2, torch.bfloat16)
     for rescale in ("density", "norm", "none"):
-        della = merge_state_dicts(base, experts, None, Della(density=1, scaling_coefficient=1, rescale=rescale))
-        assert torch.equal(flat(della), flat(merge_state_dicts(base, experts, None, Ties(density=1))))
+        della = merge_state_dicts(base, experts, method=Della(density=1, scaling_coefficient=1, rescale=rescale))
+        assert torch.equal(flat(della), flat(merge_state_dicts(base, experts, method=Ties(density=1))))
 
 
 @pytest.mark.parametrize(
@@ -123,4 +123,4 @@ def test_nothing_dropped_is_ties_without_a_trim() -> None:
 def test_refuses_settings(method: Della, message: str) -> None:
     base, experts = make_models(2)
     with pytest.raises(UsageError, match=message):
-        merge_state_dicts(base, experts, None, method)
+        merge_state_dicts(base, experts, method=method)

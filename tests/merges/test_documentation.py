@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from unmergeable.merges import MERGES
-from unmergeable.merges.mergekit_methods import METHODS
+from unmergeable.merges.mergekit.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "merging.md").read_text()

@@ -63,18 +63,18 @@ def reference(
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("favor_first", [True, False])
 def test_equals_the_formula(tmp_path: Path, dtype: torch.dtype, normalize: bool, favor_first: bool) -> None:
-    base, experts = make_models(3, dtype)
+    base, experts = make_models(3, dtype, several_blocks=dtype == torch.float32)
     fishers = make_fishers(base, 3)
     method = Fisher(
         statistics=write_statistics(tmp_path / "s", fishers), normalize=normalize, favor_first=favor_first, floor=1e-5
     )
     coefficients = [1.0, 0.5, 2.0]
-    merged = flat(merge_state_dicts(base, experts, coefficients, method))
+    merged = flat(merge_state_dicts(base, experts, method=method, coefficients=coefficients))
     expected = reference(experts, fishers, coefficients, floor=1e-5, favor_first=favor_first, normalize=normalize)
     # The weights are relative to their sum: each product and quotient errs by a rounding of the largest operand.
     size = sum((flat(expert).abs() for expert in experts), torch.zeros(()))
     assert bool(((merged - expected).abs() <= rounding_bound(size, dtype, operations=12)).all())
-    average = flat(merge_state_dicts(base, experts, coefficients, Linear()))
+    average = flat(merge_state_dicts(base, experts, method=Linear(), coefficients=coefficients))
     assert bool(((average - expected).abs() > rounding_bound(size, dtype, operations=12)).any())  # control
 
 
@@ -84,9 +84,9 @@ def test_where_nobody_knows_the_first_decides_or_all_are_averaged(tmp_path: Path
     for state in nothing:
         state["scale"] = torch.tensor(1.0)  # or there would be nothing at all
     statistics = write_statistics(tmp_path / "s", nothing)
-    first = merge_state_dicts(None, experts, None, Fisher(statistics=statistics))
-    averaged = merge_state_dicts(None, experts, None, Fisher(statistics=statistics, favor_first=False))
-    plain = merge_state_dicts(None, experts, None, Linear())
+    first = merge_state_dicts(None, experts, method=Fisher(statistics=statistics))
+    averaged = merge_state_dicts(None, experts, method=Fisher(statistics=statistics, favor_first=False))
+    plain = merge_state_dicts(None, experts, method=Linear())
     for name in ("embed.weight", "layers.0.weight"):
         assert torch.equal(first[name], experts[0][name])
         size = sum(expert[name].abs() for expert in experts)
@@ -95,15 +95,15 @@ def test_where_nobody_knows_the_first_decides_or_all_are_averaged(tmp_path: Path
 
 def test_without_statistics_it_is_the_average() -> None:
     base, experts = make_models(2)
-    merged = merge_state_dicts(base, experts, [0.25, 0.75], Fisher())
-    plain = merge_state_dicts(base, experts, [0.25, 0.75], Linear())
+    merged = merge_state_dicts(base, experts, method=Fisher(), coefficients=[0.25, 0.75])
+    plain = merge_state_dicts(base, experts, method=Linear(), coefficients=[0.25, 0.75])
     assert all(torch.equal(merged[name], plain[name]) for name in plain)
 
 
 def test_equal_experts_are_returned(tmp_path: Path) -> None:
     base, (expert,) = make_models(1)
     statistics = write_statistics(tmp_path / "s", make_fishers(base, 3))
-    merged = merge_state_dicts(base, [expert] * 3, None, Fisher(statistics=statistics))
+    merged = merge_state_dicts(base, [expert] * 3, method=Fisher(statistics=statistics))
     assert all(torch.equal(merged[name], expert[name]) for name in expert)
 
 
@@ -114,7 +114,7 @@ def test_files_and_any_threads_give_the_bits_of_memory(tmp_path: Path) -> None:
         (open_checkpoint(write_checkpoint(tmp_path / f"e{number}", state, shards=number + 1)), None)
         for number, state in enumerate(experts)
     ]
-    expected = merge_state_dicts(None, experts, None, method)
+    expected = merge_state_dicts(None, experts, method=method)
     for threads in (1, 3):
         out = tmp_path / f"out-{threads}"
         merge(None, sources, method, out, threads=threads)
@@ -127,7 +127,7 @@ def test_refuses_statistics_of_other_experts(tmp_path: Path) -> None:
     fishers = make_fishers(base, 3)
 
     def merged(name: str, statistics: list[State]) -> None:
-        merge_state_dicts(base, experts, None, Fisher(statistics=write_statistics(tmp_path / name, statistics)))
+        merge_state_dicts(base, experts, method=Fisher(statistics=write_statistics(tmp_path / name, statistics)))
 
     merged("right", fishers[:2])  # control
     with pytest.raises(CheckpointError, match=r"fewer/2"):
@@ -157,4 +157,4 @@ def test_refuses_statistics_of_other_experts(tmp_path: Path) -> None:
 def test_refuses_settings(method: Fisher, coefficients: list[float | None] | None, message: str) -> None:
     base, experts = make_models(2)
     with pytest.raises(UsageError, match=message):
-        merge_state_dicts(base, experts, coefficients, method)
+        merge_state_dicts(base, experts, method=method, coefficients=coefficients)

@@ -24,7 +24,7 @@ def test_flattens_the_spectrum_and_keeps_the_directions() -> None:
 def test_equals_the_formula(dtype: torch.dtype) -> None:
     base, experts = make_models(3, dtype, task_size=0.1)
     coefficients = [1.0, 0.5, 2.0]
-    merged = merge_state_dicts(base, experts, coefficients, IsoC(scaling_coefficient=1.5))
+    merged = merge_state_dicts(base, experts, method=IsoC(scaling_coefficient=1.5), coefficients=coefficients)
     compute = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     for name in ("embed.weight", "layers.0.weight", "layers.0.bias", "layers.1.weight", "scale"):
         total = sum(
@@ -47,10 +47,10 @@ def test_equals_the_formula(dtype: torch.dtype) -> None:
 
 def test_a_zero_task_vector_gives_the_base() -> None:
     base, _ = make_models(0)
-    assert torch.equal(flat(merge_state_dicts(base, [base, base], None, IsoC())), flat(base))
+    assert torch.equal(flat(merge_state_dicts(base, [base, base], method=IsoC())), flat(base))
 
 
 def test_refuses_settings() -> None:
     base, experts = make_models(2)
     with pytest.raises(UsageError, match="scaling_coefficient"):
-        merge_state_dicts(base, experts, None, IsoC(scaling_coefficient=float("inf")))
+        merge_state_dicts(base, experts, method=IsoC(scaling_coefficient=float("inf")))

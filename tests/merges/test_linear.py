@@ -13,8 +13,8 @@ COEFFICIENTS = [0.5, 0.3, 0.7]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_equals_the_formula(dtype: torch.dtype, normalize: bool) -> None:
-    _, experts = make_models(3, dtype)
-    merged = merge_state_dicts(None, experts, COEFFICIENTS, Linear(normalize=normalize))
+    _, experts = make_models(3, dtype, several_blocks=dtype == torch.float32)
+    merged = merge_state_dicts(None, experts, method=Linear(normalize=normalize), coefficients=COEFFICIENTS)
 
     divisor = sum(COEFFICIENTS) if normalize else 1.0
     weights = [coefficient / divisor for coefficient in COEFFICIENTS]
@@ -29,25 +29,25 @@ def test_equals_the_formula(dtype: torch.dtype, normalize: bool) -> None:
 
 def test_the_base_takes_no_part() -> None:
     base, experts = make_models(2)
-    with_base = merge_state_dicts(base, experts, None, Linear())
-    without = merge_state_dicts(None, experts, None, Linear())
+    with_base = merge_state_dicts(base, experts, method=Linear())
+    without = merge_state_dicts(None, experts, method=Linear())
     assert torch.equal(flat(with_base), flat(without))
     # Control: as an expert it does.
-    assert not torch.equal(flat(merge_state_dicts(None, [base, *experts], None, Linear())), flat(without))
+    assert not torch.equal(flat(merge_state_dicts(None, [base, *experts], method=Linear())), flat(without))
 
 
 def test_a_base_that_takes_no_part_must_still_fit() -> None:
     base, experts = make_models(2)
     del base["scale"]
     with pytest.raises(Exception, match="scale"):
-        merge_state_dicts(base, experts, None, Linear())
+        merge_state_dicts(base, experts, method=Linear())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [2, 3, 5, 7])
 def test_the_average_of_equals_is_each_of_them(dtype: torch.dtype, count: int) -> None:
-    base, _ = make_models(0, dtype)
-    merged = merge_state_dicts(None, [base] * count, None, Linear())
+    base, _ = make_models(0, dtype, several_blocks=dtype == torch.float32)
+    merged = merge_state_dicts(None, [base] * count, method=Linear())
     # A sum of n equal float32 numbers errs by at most (n - 1) half steps, so narrower dtypes get the same number
     # back; float32 and float64 may miss the last bit.
     slack = 0 if dtype.itemsize == 2 else count * torch.finfo(dtype).eps
@@ -57,11 +57,11 @@ def test_the_average_of_equals_is_each_of_them(dtype: torch.dtype, count: int) -
 def test_refuses_weights_that_do_not_average() -> None:
     _, experts = make_models(2)
     with pytest.raises(UsageError, match="positive sum"):
-        merge_state_dicts(None, experts, [0.5, -0.5], Linear())
-    merge_state_dicts(None, experts, [0.5, -0.5], Linear(normalize=False))
+        merge_state_dicts(None, experts, method=Linear(), coefficients=[0.5, -0.5])
+    merge_state_dicts(None, experts, method=Linear(normalize=False), coefficients=[0.5, -0.5])
 
 
 def test_refuses_a_single_expert() -> None:
     _, experts = make_models(1)
     with pytest.raises(UsageError, match="at least 2"):
-        merge_state_dicts(None, experts, None, Linear())
+        merge_state_dicts(None, experts, method=Linear())

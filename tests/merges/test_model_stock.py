@@ -40,7 +40,7 @@ def agreeing(count: int, dtype: torch.dtype) -> tuple[State, list[State]]:
 @pytest.mark.parametrize("filter_wise", [False, True])
 def test_equals_the_formula(dtype: torch.dtype, count: int, filter_wise: bool) -> None:
     base, experts = agreeing(count, dtype)
-    merged = merge_state_dicts(base, experts, None, ModelStock(filter_wise=filter_wise))
+    merged = merge_state_dicts(base, experts, method=ModelStock(filter_wise=filter_wise))
     for name in ("embed.weight", "layers.0.weight", "layers.0.bias", "layers.1.weight"):
         shape = (-1, base[name].shape[-1]) if filter_wise else (1, -1)
         weights = base[name].double().reshape(shape)
@@ -60,8 +60,8 @@ def test_equals_the_formula(dtype: torch.dtype, count: int, filter_wise: bool) -
 def test_equal_experts_are_returned_and_orthogonal_ones_give_the_base() -> None:
     base = {"weight": torch.zeros(4)}
     one, other = {"weight": torch.tensor([1.0, 0, 0, 0])}, {"weight": torch.tensor([0, 1.0, 0, 0])}
-    assert torch.equal(merge_state_dicts(base, [one, one, one], None, ModelStock())["weight"], one["weight"])
-    assert torch.equal(merge_state_dicts(base, [one, other], None, ModelStock())["weight"], base["weight"])
+    assert torch.equal(merge_state_dicts(base, [one, one, one], method=ModelStock())["weight"], one["weight"])
+    assert torch.equal(merge_state_dicts(base, [one, other], method=ModelStock())["weight"], base["weight"])
 
 
 @pytest.mark.parametrize("filter_wise", [False, True])
@@ -69,15 +69,15 @@ def test_opposed_and_unchanged_tensors_stay_at_the_base(filter_wise: bool) -> No
     base = {"weight": torch.full((2, 3), 0.5), "frozen": torch.ones(3), "scale": torch.tensor(2.0)}
     task_vector = torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.0, -1.0]])
     experts = [{**base, "weight": base["weight"] + sign * task_vector} for sign in (1, -1)]
-    merged = merge_state_dicts(base, experts, None, ModelStock(filter_wise=filter_wise))
+    merged = merge_state_dicts(base, experts, method=ModelStock(filter_wise=filter_wise))
     assert all(torch.equal(merged[name], base[name]) for name in base)
 
 
 def test_a_floor_under_the_norms_keeps_small_task_vectors_out() -> None:
     base = {"weight": torch.zeros(4)}
     expert = {"weight": torch.full((4,), 1e-5)}  # norms of 2e-5, a product of 4e-10
-    exact = merge_state_dicts(base, [expert, expert], None, ModelStock())
-    floored = merge_state_dicts(base, [expert, expert], None, ModelStock(smallest_norms=1e-6))
+    exact = merge_state_dicts(base, [expert, expert], method=ModelStock())
+    floored = merge_state_dicts(base, [expert, expert], method=ModelStock(smallest_norms=1e-6))
     assert torch.equal(exact["weight"], expert["weight"])
     assert float(floored["weight"].max()) < 1e-8
 
@@ -85,9 +85,9 @@ def test_a_floor_under_the_norms_keeps_small_task_vectors_out() -> None:
 def test_refuses() -> None:
     base, experts = make_models(2)
     with pytest.raises(UsageError, match="without coefficients"):
-        merge_state_dicts(base, experts, [0.5, None], ModelStock())
+        merge_state_dicts(base, experts, method=ModelStock(), coefficients=[0.5, None])
     with pytest.raises(UsageError, match="at least 2"):
-        merge_state_dicts(base, experts[:1], None, ModelStock())
+        merge_state_dicts(base, experts[:1], method=ModelStock())
     with pytest.raises(UsageError, match="smallest_norms"):
-        merge_state_dicts(base, experts, None, ModelStock(smallest_norms=float("nan")))
-    assert flat(merge_state_dicts(base, experts, None, ModelStock())).isfinite().all()  # control
+        merge_state_dicts(base, experts, method=ModelStock(smallest_norms=float("nan")))
+    assert flat(merge_state_dicts(base, experts, method=ModelStock())).isfinite().all()  # control

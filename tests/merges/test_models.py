@@ -7,7 +7,7 @@ import torch
 
 from merges.small_models import State, make_models
 from unmergeable.errors import BadInput, Mismatch, UnmergeableError, UsageError
-from unmergeable.merges import MERGES, Merge, TaskArithmetic, Ties, merge_state_dicts
+from unmergeable.merges import MERGES, Linear, Merge, TaskArithmetic, Ties, merge_state_dicts
 
 Spoil = Callable[[State], object]
 
@@ -24,66 +24,71 @@ REFUSED: list[tuple[str, Spoil, type[UnmergeableError], str]] = [
     ("dtype", lambda s: s.update(scale=s["scale"].double()), Mismatch, r"scale: float32 .* float64 .* in expert 2"),
     ("transposed", lambda s: s.update({"embed.weight": s["embed.weight"].T}), Mismatch, r"\[50, 16\] .* \[16, 50\]"),
     ("buffer", lambda s: s["position_ids"].add_(1), Mismatch, r"position_ids: this torch.int64 buffer differs"),
-    (
-        "nan",
-        lambda s: s["layers.0.weight"][299, 1:2].fill_(torch.nan),
-        BadInput,
-        r"layers.0.weight: expert 2 holds NaN",
-    ),
+    ("nan", lambda s: s["layers.0.weight"][29, 1:2].fill_(torch.nan), BadInput, r"layers.0.weight: expert 2 holds NaN"),
     ("infinity", lambda s: s["scale"].fill_(torch.inf), BadInput, r"scale: expert 2 holds NaN or infinity"),
     ("untied", lambda s: s.update({"lm_head.weight": s["embed.weight"]}), Mismatch, r"tied or all untied"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "error", "message"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED])
-@pytest.mark.parametrize("method", [*(method() for method in MERGES.values()), Ties(trim="tensor")], ids=repr)
+# Whether the models belong together is looked at once for all methods: with a base, and without one. Values meet the
+# arithmetic of each.
+CHECKED = [*((method, case) for method in (TaskArithmetic(), Linear()) for case in REFUSED)]
+CHECKED += [(method(), case) for method in MERGES.values() for case in REFUSED if case[0] in ("nan", "infinity")]
+CHECKED += [(Ties(trim="tensor"), case) for case in REFUSED if case[0] in ("nan", "infinity")]
+
+
+@pytest.mark.parametrize(
+    ("method", "spoil", "error", "message"),
+    [(method, *case[1:]) for method, case in CHECKED],
+    ids=[f"{method!r}-{case[0]}" for method, case in CHECKED],
+)
 def test_refuses(method: Merge, spoil: Spoil, error: type[UnmergeableError], message: str) -> None:
     base, experts = make_models(2)
-    merge_state_dicts(base, experts, None, method)  # control: nothing else is wrong with them
+    merge_state_dicts(base, experts, method=method)  # control: nothing else is wrong with them
     spoil(experts[1])
     with pytest.raises(error, match=message) as caught:
-        merge_state_dicts(base, experts, None, method)
+        merge_state_dicts(base, experts, method=method)
     assert "\n" not in str(caught.value)
 
 
 def test_overflow_is_not_blamed_on_an_input() -> None:
     base = {"weight": torch.full((4,), 40_000.0, dtype=torch.float16)}
     expert = {"weight": torch.full((4,), 60_000.0, dtype=torch.float16)}
-    merge_state_dicts(base, [expert], [1.0], TaskArithmetic())
+    merge_state_dicts(base, [expert], method=TaskArithmetic(), coefficients=[1.0])
     with pytest.raises(BadInput, match=r"weight: the merge overflows torch.float16"):
-        merge_state_dicts(base, [expert], [2.0], TaskArithmetic())
+        merge_state_dicts(base, [expert], method=TaskArithmetic(), coefficients=[2.0])
 
 
 def test_large_finite_weights_are_not_mistaken_for_overflow() -> None:
     """Their sum, by which a block is checked first, does overflow."""
     base = {"weight": torch.full((1000,), 3e38)}
-    assert torch.equal(merge_state_dicts(base, [base], None, TaskArithmetic())["weight"], base["weight"])
+    assert torch.equal(merge_state_dicts(base, [base], method=TaskArithmetic())["weight"], base["weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64], ids=str)
 def test_refuses_dtypes_it_cannot_merge(dtype: torch.dtype) -> None:
     state = {"weight": torch.zeros(4).to(dtype)}
     with pytest.raises(BadInput, match=r"weight: .* cannot be merged"):
-        merge_state_dicts(state, [state], None, TaskArithmetic())
+        merge_state_dicts(state, [state], method=TaskArithmetic())
 
 
 def test_refuses_models_without_weights() -> None:
     state = {"position_ids": torch.arange(3)}
     with pytest.raises(BadInput, match="nothing to merge"):
-        merge_state_dicts(state, [state], None, TaskArithmetic())
+        merge_state_dicts(state, [state], method=TaskArithmetic())
 
 
 def test_refuses_coefficients_of_another_length() -> None:
     base, experts = make_models(2)
     with pytest.raises(UsageError, match="3 coefficients for 2 experts"):
-        merge_state_dicts(base, experts, [1.0, 1.0, 1.0], TaskArithmetic())
+        merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[1.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize("method", [method() for method in MERGES.values()], ids=repr)
 def test_inputs_stay_as_they_are_and_share_no_memory(method: Merge) -> None:
     base, experts = make_models(2)
     before = [{name: tensor.clone() for name, tensor in state.items()} for state in (base, *experts)]
-    merged = merge_state_dicts(base, experts, None, method)
+    merged = merge_state_dicts(base, experts, method=method)
     for tensor in merged.values():
         tensor.zero_()
     for state, copy in zip((base, *experts), before, strict=True):
@@ -92,7 +97,7 @@ def test_inputs_stay_as_they_are_and_share_no_memory(method: Merge) -> None:
 
 def test_strided_tensors_and_parameters_merge_like_plain_ones() -> None:
     base, experts = make_models(2)
-    expected = merge_state_dicts(base, experts, None, TaskArithmetic())
+    expected = merge_state_dicts(base, experts, method=TaskArithmetic())
     strided = {
         name: tensor.repeat_interleave(2, -1)[..., ::2] if tensor.dim() else tensor for name, tensor in base.items()
     }
@@ -101,7 +106,7 @@ def test_strided_tensors_and_parameters_merge_like_plain_ones() -> None:
         name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor
         for name, tensor in experts[0].items()
     }
-    merged = merge_state_dicts(strided, [trainable, experts[1]], None, TaskArithmetic())
+    merged = merge_state_dicts(strided, [trainable, experts[1]], method=TaskArithmetic())
     assert list(merged) == list(base)
     assert all(torch.equal(merged[name], expected[name]) for name in base)
     assert not any(tensor.requires_grad for tensor in merged.values())

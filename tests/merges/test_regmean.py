@@ -99,7 +99,9 @@ def test_layers_of_both_orientations_are_fitted_and_the_rest_averaged(
     ]
     keys = ("linear.weight/1", "conv1d.weight/0")
     statistics = write_grams(tmp_path / "s", [dict.fromkeys(keys, g) for g in grams])
-    merged = merge_state_dicts(None, experts, [1.0, 2.0], RegMean(statistics=statistics, alpha=alpha))
+    merged = merge_state_dicts(
+        None, experts, method=RegMean(statistics=statistics, alpha=alpha), coefficients=[1.0, 2.0]
+    )
     scaled = [alpha * g + (1 - alpha) * torch.diag(g.diagonal()) for g in grams]
     for name, transpose in (("linear.weight", True), ("conv1d.weight", False)):
         matrices = [expert[name].double().T if transpose else expert[name].double() for expert in experts]
@@ -108,10 +110,10 @@ def test_layers_of_both_orientations_are_fitted_and_the_rest_averaged(
         # One rounding to the stored dtype; float64 solves of the same matrices agree to epsilon times their condition.
         bound = torch.finfo(dtype).eps * expected.abs() + 1e-8
         assert bool(((merged[name].double() - expected).abs() <= bound).all())
-    plain = merge_state_dicts(None, experts, [1.0, 2.0], Linear())
+    plain = merge_state_dicts(None, experts, method=Linear(), coefficients=[1.0, 2.0])
     assert torch.equal(merged["linear.bias"], plain["linear.bias"])
     assert not torch.equal(merged["linear.weight"], plain["linear.weight"])  # control
-    without = merge_state_dicts(None, experts, [1.0, 2.0], RegMean(alpha=alpha))
+    without = merge_state_dicts(None, experts, method=RegMean(alpha=alpha), coefficients=[1.0, 2.0])
     assert all(torch.equal(without[name], plain[name]) for name in plain)
 
 
@@ -121,7 +123,7 @@ def test_refuses(tmp_path: Path) -> None:
 
     def merged(name: str, keys: list[str], matrix: Tensor = right) -> None:
         grams = [dict.fromkeys(keys, right), dict.fromkeys(keys, matrix)]
-        merge_state_dicts(None, experts, None, RegMean(statistics=write_grams(tmp_path / name, grams)))
+        merge_state_dicts(None, experts, method=RegMean(statistics=write_grams(tmp_path / name, grams)))
 
     merged("right", ["linear.weight/1"])  # control
     with pytest.raises(BadInput, match="statistics 1: no Gram matrix of any tensor that is merged"):
@@ -136,4 +138,4 @@ def test_refuses(tmp_path: Path) -> None:
         merged("nan", ["linear.weight/1"], torch.full((INPUTS, INPUTS), torch.nan))
     for alpha in (-0.1, 1.1, float("nan")):
         with pytest.raises(UsageError, match=r"alpha=.*must lie in \[0, 1\]"):
-            merge_state_dicts(None, experts, None, RegMean(alpha=alpha))
+            merge_state_dicts(None, experts, method=RegMean(alpha=alpha))

@@ -75,7 +75,7 @@ def test_singular_values_are_the_experts() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_matrices_are_merged_and_the_rest_averaged(dtype: torch.dtype) -> None:
     base, experts = make_models(2, dtype)
-    merged = merge_state_dicts(base, experts, [1.0, 0.5], TsvM(scaling_coefficient=0.7))
+    merged = merge_state_dicts(base, experts, method=TsvM(scaling_coefficient=0.7), coefficients=[1.0, 0.5])
     tasks = [
         {name: c * (expert[name].double() - tensor.double()) for name, tensor in base.items()}
         for c, expert in zip((1.0, 0.5), experts, strict=True)
@@ -86,13 +86,13 @@ def test_matrices_are_merged_and_the_rest_averaged(dtype: torch.dtype) -> None:
         expected = base[name].double() + 0.7 * (reference(pair) if pair[0].dim() == 2 else (pair[0] + pair[1]) / 2)
         scale = float(expected.norm()) * torch.finfo(dtype).eps + 1e6 * compute * float(sum(p.norm() for p in pair))
         assert float((merged[name].double() - expected).norm()) <= scale, name
-    average = merge_state_dicts(base, experts, [0.35, 0.175], TaskArithmetic())
+    average = merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[0.35, 0.175])
     assert not torch.equal(merged["embed.weight"], average["embed.weight"])
 
 
 def test_a_zero_task_vector_gives_the_base_and_an_empty_tensor_is_no_trouble() -> None:
     base, _ = make_models(0)
-    merged = merge_state_dicts(base, [base, base], None, TsvM())
+    merged = merge_state_dicts(base, [base, base], method=TsvM())
     assert torch.equal(flat(merged), flat(base))
     assert merged["empty"].shape == (0, 4)
 
@@ -100,7 +100,7 @@ def test_a_zero_task_vector_gives_the_base_and_an_empty_tensor_is_no_trouble() -
 def test_refuses() -> None:
     base, experts = make_models(2)
     with pytest.raises(UsageError, match="scaling_coefficient"):
-        merge_state_dicts(base, experts, None, TsvM(scaling_coefficient=float("nan")))
+        merge_state_dicts(base, experts, method=TsvM(scaling_coefficient=float("nan")))
     experts[0]["embed.weight"][0, 0] = torch.nan
     with pytest.raises(BadInput, match=r"embed.weight: expert 1 holds NaN"):
-        merge_state_dicts(base, experts, None, TsvM())
+        merge_state_dicts(base, experts, method=TsvM())

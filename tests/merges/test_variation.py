@@ -55,9 +55,11 @@ def test_a_tensor_is_merged_as_if_its_terms_held_for_all(name: str) -> None:
     def vary(tensor: str) -> Variation:
         return Variation(coefficients, settings) if tensor == changed else Variation()
 
-    merged = merge_state_dicts(base, experts, None, method, vary=vary)
-    plain = merge_state_dicts(base, experts, None, method)
-    whole = merge_state_dicts(base, experts, coefficients, type(method)(**{**vars(method), **settings}))  # type: ignore[call-arg]
+    merged = merge_state_dicts(base, experts, method=method, vary=vary)
+    plain = merge_state_dicts(base, experts, method=method)
+    whole = merge_state_dicts(
+        base, experts, method=type(method)(**{**vars(method), **settings}), coefficients=coefficients
+    )  # type: ignore[call-arg]
     assert torch.equal(merged[changed], whole[changed])
     if settings or coefficients:
         assert not torch.equal(merged[changed], plain[changed])
@@ -68,8 +70,8 @@ def test_experts_may_have_densities_of_their_own() -> None:
     base, experts = make_models(2)
     variation = Variation(settings={"density": (1.0, 0.1)})
     for trim in ("global", "tensor"):
-        merged = merge_state_dicts(base, experts, None, Ties(trim=trim), vary=lambda name: variation)
-        both = merge_state_dicts(base, experts, None, Ties(trim=trim, density=0.1))
+        merged = merge_state_dicts(base, experts, method=Ties(trim=trim), vary=lambda name: variation)
+        both = merge_state_dicts(base, experts, method=Ties(trim=trim, density=0.1))
         moved, fewer = (int((flat(state) != flat(base)).sum()) for state in (merged, both))
         assert moved > 0.99 * len(flat(base)) > fewer
 
@@ -97,5 +99,5 @@ def test_one_threshold_for_the_model_has_one_density() -> None:
     base, experts = make_models(2)
     with pytest.raises(UsageError, match="trim=global ranks the whole task vector"):
         merge_state_dicts(
-            base, experts, None, Ties(), vary=lambda name: Variation(settings={"density": 0.1 + 0.1 * len(name) / 20})
+            base, experts, method=Ties(), vary=lambda name: Variation(settings={"density": 0.1 + 0.1 * len(name) / 20})
         )

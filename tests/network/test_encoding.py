@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from unmergeable.data import DataSource, Example
 from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch, EncodedData, Encoder, class_names_of, endless, ordered_names
+from unmergeable.network.load import load_tokenizer
 
 WORDS = ["[PAD]", "[END]", "the", "cat", "sat", "on", "mat"]
 
@@ -127,3 +130,30 @@ def test_a_batch_may_move() -> None:
     assert moved.labels is not None
     assert moved.labels.is_meta
     assert EncodedBatch(batch.inputs).to(torch.device("meta")).labels is None
+
+
+def test_a_damaged_tokenizer_is_refused_or_read_and_never_an_internal_error(tmp_path: Path) -> None:
+    """Parts of its JSON are dropped, and replaced by what does not belong there."""
+    folder = write_tokenizer(tmp_path / "model", pad_token="[PAD]")
+    whole = json.loads((folder / "tokenizer.json").read_text())
+
+    def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        yield path
+        children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, child in children:
+            yield from places(child, (*path, key))
+
+    refused = 0
+    for *parents, last in [path for path in places(whole) if path][:25]:
+        for wrong in (None, -1, "x", [[]], {"type": "x"}):
+            document = copy.deepcopy(whole)
+            target = document
+            for key in parents:
+                target = target[key]
+            target[last] = wrong
+            (folder / "tokenizer.json").write_text(json.dumps(document))
+            try:
+                load_tokenizer(folder)
+            except BadInput:
+                refused += 1
+    assert refused > 25, "the damage did not show"

@@ -15,8 +15,8 @@ from merges.small_models import make_models, write_checkpoint
 from unmergeable import ops
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.merges import Slerp, TaskArithmetic, Ties, merge_state_dicts
+from unmergeable.merges.mergekit import documents
 from unmergeable.merges.variation import Variation
-from unmergeable.ops import named_models
 
 State = dict[str, torch.Tensor]
 
@@ -52,7 +52,9 @@ def test_by_method(tmp_path: Path, models: tuple[State, list[State]]) -> None:
         base=tmp_path / "base",
         out=tmp_path / "out",
     )
-    assert equal(read(tmp_path / "out"), merge_state_dicts(base, experts, [0.5, None], TaskArithmetic()))
+    assert equal(
+        read(tmp_path / "out"), merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[0.5, None])
+    )
     assert result.to_json() == {
         "out": str(tmp_path / "out"),
         "method": "task_arithmetic",
@@ -65,6 +67,27 @@ def test_by_method(tmp_path: Path, models: tuple[State, list[State]]) -> None:
         "tensors": len(base),
         "learnt": None,
     }
+
+
+def test_text_and_names_on_the_hub_are_folders_too(
+    tmp_path: Path, models: tuple[State, list[State]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts = models
+    monkeypatch.setattr("unmergeable.checkpoint.hub.download", lambda name: tmp_path / name.rpartition("/")[2])
+    result = ops.merge(
+        experts=[("hub:somebody/a", 0.5), str(tmp_path / "b")],
+        method="task_arithmetic",
+        base="hub:somebody/base",
+        out=str(tmp_path / "out"),
+    )
+    expected = merge_state_dicts(base, experts, method=TaskArithmetic(), coefficients=[0.5, None])
+    assert equal(read(tmp_path / "out"), expected)
+    assert result.experts == (("hub:somebody/a", 0.5), (str(tmp_path / "b"), 0.3))
+    assert result.lines() == [
+        f"Merged: {tmp_path / 'out'} (task_arithmetic; {len(base)} tensors)",
+        "  0.5 of hub:somebody/a",
+        f"  0.3 of {tmp_path / 'b'}",
+    ]
 
 
 def test_by_configuration(tmp_path: Path, models: tuple[State, list[State]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +115,7 @@ def test_by_configuration(tmp_path: Path, models: tuple[State, list[State]], mon
         return Variation((weights.get(name, 0.0), 0.5), {"density": (0.5, 0.25)})
 
     method = Ties(trim="tensor", average="weight", undecided="positive")
-    expected = merge_state_dicts(base, experts, None, method, vary=vary, out_dtype=torch.float32)
+    expected = merge_state_dicts(base, experts, method=method, vary=vary, out_dtype=torch.float32)
     assert equal(read(tmp_path / "out"), expected)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert result.experts == (("a", None), ("./b", 0.5))
@@ -102,18 +125,18 @@ def test_slerp_by_configuration(tmp_path: Path, models: tuple[State, list[State]
     base, (expert, _) = models
     text = "{models: [{model: a}, {model: base}], merge_method: slerp, base_model: base, parameters: {t: 0.25}}"
     ops.merge(config=write_config(tmp_path, text), out=tmp_path / "out")
-    assert equal(read(tmp_path / "out"), merge_state_dicts(None, [base, expert], None, Slerp(t=0.25)))
+    assert equal(read(tmp_path / "out"), merge_state_dicts(None, [base, expert], method=Slerp(t=0.25)))
 
 
 def test_an_adapter_is_named_with_its_base(tmp_path: Path, models: tuple[State, list[State]]) -> None:
     document = {"models": [{"model": "base+lora"}, {"model": "a"}], "base_model": "base"}
-    absolute = named_models.absolute_paths(document, tmp_path)
+    absolute = documents.absolute_paths(document, tmp_path)
     assert absolute["models"][0] == {"model": f"{tmp_path / 'base'}+{tmp_path / 'lora'}"}
-    assert named_models.models_named(document) == ("base+lora", "a", "base")
+    assert documents.models_named(document) == ("base+lora", "a", "base")
     with pytest.raises(BadInput, match=r"model base\+lora: .*lora is no folder"):
-        named_models.open_model("base+lora", tmp_path)
+        documents.open_model("base+lora", tmp_path)
     write_checkpoint(tmp_path / "c++", models[0])  # a folder may have a plus in its name
-    assert named_models.open_model("c++", tmp_path).folder == tmp_path / "c++"
+    assert documents.open_model("c++", tmp_path).folder == tmp_path / "c++"
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [

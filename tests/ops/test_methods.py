@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 
 from unmergeable import ops
-from unmergeable.ops.steps import METHODS
 from unmergeable.polynomials.layout import LAYOUTS
+from unmergeable.protections import PROTECTIONS
 from unmergeable.settings import configure
 
-ENTRIES = {entry["name"]: entry for entry in ops.methods().protections}
-STEPS = {step["properties"]["method"]["const"]: step for step in ops.schema()["properties"]["steps"]["items"]["oneOf"]}
+ENTRIES = {entry["name"]: entry for entry in ops.methods().to_json()["protections"]}
+SCHEMA: Any = ops.schema()
+STEPS = {step["properties"]["method"]["const"]: step for step in SCHEMA["properties"]["steps"]["items"]["oneOf"]}
 
 
 def test_every_protection_is_listed_with_what_it_needs() -> None:
-    assert list(ENTRIES) == list(STEPS) == list(METHODS)
+    assert list(ENTRIES) == list(STEPS) == list(PROTECTIONS)
     needs = {name: set(entry["needs"]) for name, entry in ENTRIES.items()}
     assert all(("key" in needs[name]) == entry["exact"] for name, entry in ENTRIES.items())
     assert needs["taylor_mlp"] == {"data"}
@@ -37,11 +38,11 @@ def test_validity_is_told_for_every_family() -> None:
     assert not ENTRIES["mergeguard"]["families"]["UNet2DConditionModel"]["valid"]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PROTECTIONS)
 def test_the_schema_allows_the_defaults_and_what_can_be_chosen(name: str) -> None:
     kinds = {"number": (int, float), "integer": int, "boolean": bool, "string": str}
     settings: dict[str, Any] = STEPS[name]["properties"]["settings"]["properties"]
-    method = METHODS[name]
+    method = PROTECTIONS[name]
     for setting in ENTRIES[name]["settings"]:
         allowed = settings[setting["name"]]
         if "enum" in allowed:

@@ -14,12 +14,13 @@ from unmergeable.checkpoint.manifest import check_files, read_manifest
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import BadInput, KeyFileError, UsageError
 from unmergeable.ops import protection
-from unmergeable.ops.exact import ProtectResult
-from unmergeable.ops.polynomials import PolynomialResult
-from unmergeable.ops.protection import ComposedResult, Protected
-from unmergeable.ops.sensitivity_shield import ShieldResult
-from unmergeable.ops.steps import METHODS, steps_of
-from unmergeable.protections import POLYNOMIAL_PROTECTIONS, PROTECTIONS, WEIGHT_PROTECTIONS
+from unmergeable.ops.protect_result import ProtectResult, StepReport
+from unmergeable.ops.steps import Step, steps_of
+from unmergeable.protections import PROTECTIONS, Facts
+from unmergeable.protections.exact import ExactFacts
+from unmergeable.protections.mergeguard.method import MergeGuardFacts
+from unmergeable.protections.polynomial import PolynomialFacts
+from unmergeable.protections.sensitivity_shield.method import ShieldFacts
 from zoo import TOYS, write_toy
 
 
@@ -32,7 +33,7 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def protect(work: Path, method: str, **options: Any) -> Protected:
+def protect(work: Path, method: str, **options: Any) -> ProtectResult:
     options = {"base": work / "base", "out": work / "out", "seed": 7, **options}
     return unmergeable.protect(work / "expert", method=method, **options)
 
@@ -51,24 +52,31 @@ def equal(first: Path, second: Path) -> bool:
     return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
 
-def test_every_protection_has_a_place() -> None:
-    assert set(METHODS) == {*PROTECTIONS, *POLYNOMIAL_PROTECTIONS, *WEIGHT_PROTECTIONS}
-    changes = {name: steps_of(name, {})[0].changes for name in METHODS}
-    assert {name for name in changes if changes[name] == "weights"} == set(WEIGHT_PROTECTIONS)
-    assert {name for name in changes if changes[name] == "structure"} == set(POLYNOMIAL_PROTECTIONS)
+def test_what_a_protection_is_follows_from_its_settings() -> None:
+    stages = {name: cls().requirements().stage for name, cls in PROTECTIONS.items()}
+    assert {name for name, stage in stages.items() if stage == "weights"} == {"mergeguard", "sensitivity_shield"}
+    assert {name for name, stage in stages.items() if stage == "structure"} == {"taylor_mlp", "mergebarrier"}
+    (flipped,) = steps_of("mergebarrier", {"parts": "attention"})
+    assert (flipped.requirements.exact, flipped.requirements.stage, flipped.reads) == (True, "basis", frozenset())
+    assert not flipped.has_key
+    (masking,) = steps_of("mergeguard", {"stages": "masking", "excluded_layers": 0})
+    assert masking.reads == frozenset()
+    (both,) = steps_of("mergeguard", {})
+    assert both.reads == {"data", "training", "head", "encoder"}
 
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("mergelock,params", ProtectResult), ("taylor_mlp", PolynomialResult), ("sensitivity_shield", ShieldResult)],
+    [("mergelock,params", ExactFacts), ("taylor_mlp", PolynomialFacts), ("sensitivity_shield", ShieldFacts)],
 )
-def test_one_step_is_its_own_function(work: Path, method: str, kind: type[Any]) -> None:
+def test_one_step_reports_its_own_facts(work: Path, method: str, kind: type[Facts]) -> None:
     reads = {"taylor_mlp": {"data": work / "data.npz"}, "sensitivity_shield": shielded(work)}
     result = protect(work, method, **reads.get(method, {}))
 
-    assert isinstance(result, kind)
+    (step,) = result.steps
+    assert isinstance(step.facts, kind)
     assert result.out == work / "out"
-    assert (work / "out.key").exists() == (kind is ProtectResult)
+    assert (work / "out.key").exists() == (kind is ExactFacts) == (result.measured_error is not None)
     assert not (work / "out.steps").exists()
 
 
@@ -81,13 +89,8 @@ def test_steps_are_applied_left_to_right(work: Path) -> None:
     third = {"base": work / "base", "data": work / "data.npz"}
     unmergeable.protect(work / "second", method="taylor_mlp", out=work / "third", **third)
 
-    assert isinstance(result, ComposedResult)
-    assert result.methods == ("sensitivity_shield", "mergelock", "taylor_mlp")
-    assert [step["out"] for step in result.steps] == [
-        str(work / "out.steps/1"),
-        str(work / "out.steps/2"),
-        str(work / "out"),
-    ]
+    assert [step.methods for step in result.steps] == [("sensitivity_shield",), ("mergelock",), ("taylor_mlp",)]
+    assert [step.out for step in result.steps] == [work / "out.steps/1", work / "out.steps/2", work / "out"]
     # The secret of the gauge depends on the seed alone, so that both ways are the same bytes.
     assert equal(work / "out", work / "third")
     assert not equal(work / "first", work / "expert"), "control: a step changes something"
@@ -111,9 +114,9 @@ def test_training_then_a_gauge(work: Path) -> None:
     alone.pop("mergeguard.excluded_layers")
     protect(work, "mergeguard", out=work / "first", data=work / "data.npz", settings=alone)
 
-    assert isinstance(result, ComposedResult)
-    assert result.methods == ("mergeguard", "gauge")
-    assert len(result.steps[0]["losses"]) == 2
+    trained, _ = result.steps
+    assert isinstance(trained.facts, MergeGuardFacts)
+    assert len(trained.facts.losses) == 2
     assert unmergeable.verify(work / "first", work / "out").is_equal
     assert not unmergeable.verify(work / "expert", work / "out").is_equal, "control"
     assert {path.name for path in work.iterdir() if "out" in path.name} == {"out", "out.key"}
@@ -144,19 +147,16 @@ def test_an_interrupted_composition_goes_on(work: Path, at: int, monkeypatch: py
     protect(work, "sensitivity_shield,mergelock,taylor_mlp", out=work / "whole", **shielded(work))
     done: list[str] = []
 
-    def counted(run: Any) -> Any:
-        def step(request: Any, its: Any, source: Path, out: Path, is_dry_run: bool) -> Any:
-            if not is_dry_run:
-                if len(done) == at:
-                    raise KeyboardInterrupt
-                done.append(its.name)
-            return run(request, its, source, out, is_dry_run)
+    write = protection._Request.write
 
-        return step
+    def interrupted(request: Any, step: Step, source: Path, out: Path) -> StepReport:
+        if len(done) == at:
+            raise KeyboardInterrupt
+        done.append(step.name)
+        return write(request, step, source, out)
 
-    runner = protection._runner
-    with monkeypatch.context() as interrupted:
-        interrupted.setattr(protection, "_runner", lambda step: counted(runner(step)))
+    with monkeypatch.context() as patch:
+        patch.setattr(protection._Request, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             protect(work, "sensitivity_shield,mergelock,taylor_mlp", **shielded(work))
     assert len(done) == at
@@ -166,25 +166,19 @@ def test_an_interrupted_composition_goes_on(work: Path, at: int, monkeypatch: py
         protect(work, "sensitivity_shield,mergelock", **shielded(work))
 
     again: list[str] = []
-    monkeypatch.setattr(protection, "_runner", lambda step: _noted(runner(step), again))
+
+    def noted(request: Any, step: Step, source: Path, out: Path) -> StepReport:
+        again.append(step.name)
+        return write(request, step, source, out)
+
+    monkeypatch.setattr(protection._Request, "write", noted)
     result = protect(work, "sensitivity_shield,mergelock,taylor_mlp", **shielded(work))
     assert done + again == ["sensitivity_shield", "mergelock", "taylor_mlp"]
     assert equal(work / "out", work / "whole")
-    assert isinstance(result, ComposedResult)
-    assert [step["out"] for step in result.steps] == [
-        str(work / name) for name in ("out.steps/1", "out.steps/2", "out")
-    ]
+    assert [step.out for step in result.steps] == [work / name for name in ("out.steps/1", "out.steps/2", "out")]
+    assert [step.facts is None for step in result.steps] == [number < at for number in range(3)]
     assert len(result.notes) == 3, "those of finished steps are read in their manifests"
     assert not (work / "out.steps").exists()
-
-
-def _noted(run: Any, names: list[str]) -> Any:
-    def step(request: Any, its: Any, source: Path, out: Path, is_dry_run: bool) -> Any:
-        if not is_dry_run:
-            names.append(its.name)
-        return run(request, its, source, out, is_dry_run)
-
-    return step
 
 
 @pytest.mark.parametrize(
@@ -197,6 +191,23 @@ def test_a_dry_run_writes_nothing(work: Path, method: str) -> None:
 
     assert document["dry_run"] is True
     assert sorted(path.name for path in work.iterdir()) == before
+
+
+def test_the_default_is_the_gauge_that_survives_quantisation(work: Path) -> None:
+    by_default = unmergeable.protect(work / "expert", base=work / "base", out=work / "out", seed=7)
+    named = protect(work, "gauge", out=work / "named", settings={"quantisation_friendly": True})
+    plain = protect(work, "gauge", out=work / "plain")
+    assert by_default.steps[0].methods == ("gauge",)
+    assert equal(by_default.out, named.out)
+    assert not equal(by_default.out, plain.out), "control: named, it has its own defaults"
+
+
+def test_paths_may_be_text(work: Path) -> None:
+    texts = {"base": f"{work}/base", "out": f"{work}/out", "data": f"{work}/data.npz"}
+    unmergeable.protect(f"{work}/expert", method="taylor_mlp", **texts)
+    unmergeable.protect(f"{work}/expert", base=f"{work}/base", out=f"{work}/locked", key=f"{work}/key")
+    unmergeable.restore(f"{work}/locked", key=f"{work}/key", out=f"{work}/restored")
+    assert unmergeable.verify(f"{work}/locked", f"{work}/restored").is_equal
 
 
 def test_a_setting_goes_to_the_method_that_has_it() -> None:

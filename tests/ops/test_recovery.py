@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import unmergeable
 from unmergeable.architecture.symmetry import Role
+from unmergeable.checkpoint import hub
 from unmergeable.errors import UnsupportedArchitecture, UsageError
 from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.gauge import sampled_gauge
@@ -207,3 +208,31 @@ def test_refuses_what_a_method_does_not_read(base: Path, tmp_path: Path) -> None
         unmergeable.recover(base, base=base, method="nearest-orbit", out=tmp_path / "out")
     with pytest.raises(UsageError, match="give --base too"):
         unmergeable.inspect(base, sources=[base])
+
+
+def test_checkpoints_may_be_texts_and_lie_on_the_hub(
+    hidden: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {"hub:me/release": hidden, "hub:me/base": base}
+    monkeypatch.setattr(hub, "download", places.__getitem__)
+    options = {"method": "kabsch", "base": "hub:me/base"}
+    result = unmergeable.recover("hub:me/release", out=str(tmp_path / "out"), **options)
+    unmergeable.recover(hidden, method="kabsch", base=base, out=tmp_path / "other")
+
+    assert result.out == tmp_path / "out"
+    assert tensors_in(tmp_path / "out").keys() == tensors_in(tmp_path / "other").keys()
+    assert all(torch.equal(t, tensors_in(tmp_path / "other")[name]) for name, t in tensors_in(result.out).items())
+    seen = unmergeable.inspect("hub:me/release", base="hub:me/base")
+    assert (seen.checkpoint, seen.comparison.folder) == (hidden, base)
+    assert seen.to_json() == unmergeable.inspect(str(hidden), base=str(base)).to_json()
+
+
+def test_an_exact_attack_says_so_for_its_settings(hidden: Path, base: Path, tmp_path: Path) -> None:
+    options = {"base": base, "method": "nearest_orbit"}
+    exact = unmergeable.recover(hidden, out=tmp_path / "exact", **options)
+    nearly = unmergeable.recover(hidden, out=tmp_path / "nearly", settings={"negligible_epsilon": True}, **options)
+
+    assert (exact.is_exact, nearly.is_exact) == (True, False)
+    assert "It computes what the protected checkpoint computes" in exact.lines()[-1]
+    assert "It does not compute what the protected checkpoint computes" in nearly.lines()[-1]
+    assert f"{exact.distance_before:.3g} before, {exact.distance_after:.3g} after" in "\n".join(exact.lines())

@@ -13,10 +13,10 @@ from torch import Tensor
 from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.rewrite import rewrite
-from unmergeable.network.activation_ranges import activation_ranges
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.ops.opened import architecture_of
 from unmergeable.polynomials.rewriting import Polynomials, Rewriting, UnitRanges, rewriting
+from unmergeable.protections.activation_ranges import activation_ranges
 from zoo import TOYS, Toy, load_toy, write_toy
 
 GATED = (

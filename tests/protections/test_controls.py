@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import unmergeable
 from unmergeable.errors import UsageError
-from unmergeable.ops.controls import write_control
+from unmergeable.ops.protection import write_control
 from unmergeable.protections import CONTROLS, PROTECTIONS
 from unmergeable.protections.controls import Noise, Scale
 from unmergeable.randomness import Stream

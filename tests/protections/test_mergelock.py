@@ -16,7 +16,7 @@ from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.elements import Dense
 from unmergeable.gauge.equivalence import compare
 from unmergeable.gauge.groups import contains
-from unmergeable.protections import PROTECTIONS, GaugeProtection
+from unmergeable.protections import PROTECTIONS, ExactProtection, ProtectionRequirements
 from unmergeable.protections.mergelock import MergeLock
 from unmergeable.randomness import Stream
 from unmergeable.settings import configure, settings_of
@@ -50,9 +50,8 @@ def test_other_conditions_are_refused(condition: object) -> None:
 
 def test_it_is_registered_as_what_it_is() -> None:
     assert PROTECTIONS["mergelock"] is MergeLock
-    protection: GaugeProtection = MergeLock()
-    assert protection.exact
-    assert protection.needs == ("key",)
+    protection: ExactProtection = MergeLock()
+    assert protection.requirements() == ProtectionRequirements(exact=True, needs=("key",), stage="basis")
     assert settings_of(protection) == {"condition": 4.0, "cross_attention": True, "as_published": False}
     assert "\n" not in protection.summary
 

@@ -17,9 +17,9 @@ from unmergeable.gauge.assignment import best_assignment
 from unmergeable.gauge.elements import pair_indices
 from unmergeable.gauge.equivalence import compare
 from unmergeable.gauge.gauge import Gauge, undo
-from unmergeable.ops.recipe import condition_bound
 from unmergeable.progress import silent
-from unmergeable.protections import LargestGauge, MergeLock, PaRaMS, Weights
+from unmergeable.protections import ExactProtection, LargestGauge, MergeLock, PaRaMS, Weights
+from unmergeable.protections.exact import ExactSequence
 from unmergeable.protections.params import NEAR, furthest_order
 from unmergeable.randomness import Stream
 from unmergeable.settings import configure
@@ -204,9 +204,13 @@ def test_undoing_restores() -> None:
         assert (restored[name] - tensor).abs().max() <= 8 * torch.finfo(torch.float64).eps * tensor.abs().max()
 
 
+def condition(*methods: ExactProtection) -> float:
+    return ExactSequence(methods).condition
+
+
 def test_a_diagonal_counts_once_something_mixes_what_it_scaled() -> None:
     """Alone each weight is rounded once; next to a dense matrix rounding grows with both condition numbers."""
-    assert condition_bound([PaRaMS()]) == 1
-    assert condition_bound([PaRaMS(), MergeLock()]) == condition_bound([MergeLock(), PaRaMS()]) == 20 / 0.05 * 4
-    assert condition_bound([PaRaMS(attention=False), LargestGauge(condition=3)]) == 3
-    assert condition_bound([PaRaMS(), LargestGauge(quantisation_friendly=True)]) == 20 / 0.05
+    assert condition(PaRaMS()) == 1
+    assert condition(PaRaMS(), MergeLock()) == condition(MergeLock(), PaRaMS()) == 20 / 0.05 * 4
+    assert condition(PaRaMS(attention=False), LargestGauge(condition=3)) == 3
+    assert condition(PaRaMS(), LargestGauge(quantisation_friendly=True)) == 20 / 0.05

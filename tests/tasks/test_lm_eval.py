@@ -106,3 +106,16 @@ def test_a_folder_of_tasks(place: Path) -> None:
     )
     with pytest.raises(BadInput, match=r"gone.yaml: lm-eval does not load .*correct the task"):
         HarnessTask().scorer(data_of(place, "gone.yaml"), network)
+
+
+def test_programs_that_a_model_writes_run_only_when_that_is_allowed(place: Path) -> None:
+    network = load_speaker(place / "speaker")
+    text = (place / "tasks" / "written.yaml").read_text().replace("task: written", "task: programs")
+    (place / "tasks" / "programs.yaml").write_text(f"{text}unsafe_code: true\n")
+
+    with pytest.raises(UsageError, match=r"programs runs the programs that the model writes.*runs_code=true"):
+        HarnessTask().scorer(data_of(place, "programs.yaml"), network)
+
+    allowed = HarnessTask(runs_code=True).scorer(data_of(place, "programs.yaml"), network)
+    np.testing.assert_array_equal(allowed.credits(network), np.zeros(12))
+    HarnessTask().scorer(data_of(place, "written.yaml"), network)  # the control runs nothing

@@ -17,8 +17,7 @@ from unmergeable.tasks import TASKS, LabelledData
 FOLDER = Path(unmergeable.tasks.__file__).parent
 NEEDED = {"judge": {"command": ["judge"]}, "text_to_image": {"pipeline": "a", "measured_by": "b"}}
 NO_KINDS = {
-    "__init__", "answers", "clip_head", "credits", "heads", "labelled", "likelihood", "prompts", "sandbox",
-    "sandbox_child", "task_kind",
+    "__init__", "answers", "clip_head", "credits", "heads", "labelled", "likelihood", "prompts", "task_kind",
 }  # fmt: skip
 
 

@@ -1,49 +1,78 @@
-"""What an attacker who holds the base does to a protected checkpoint before merging it, one file for each method."""
+"""What an attacker who holds the base does to a protected checkpoint before merging it, one file for each method.
+
+Each method is a class of settings, which works on checkpoints, and a function of the same name in lower case, which
+works on state dicts or live networks: :mod:`unmergeable.attacks.in_memory` says how to call it.
+"""
 
 from __future__ import annotations
 
-from unmergeable.attacks.base import Attack, Estimate, Fit, Inputs, Recovered, WeightAttack
-from unmergeable.attacks.canonicalise import Canonicalise
-from unmergeable.attacks.diagonal_ratio import DiagonalRatio
-from unmergeable.attacks.few_shot import FewShot
-from unmergeable.attacks.grad_erase import GradErase
-from unmergeable.attacks.kabsch import Kabsch
-from unmergeable.attacks.layerwise_ridge import LayerwiseRidge
-from unmergeable.attacks.nearest_orbit import NearestOrbit
-from unmergeable.attacks.neuron_matching import NeuronMatching
-from unmergeable.attacks.revert_to_base import RevertToBase
-from unmergeable.attacks.source_subtraction import SourceSubtraction
-from unmergeable.attacks.task_vector_rescale import TaskVectorRescale
-from unmergeable.attacks.taylor_inversion import TaylorInversion
-from unmergeable.attacks.unmask import Unmask
+from unmergeable.attacks.base import Attack, AttackRequirements, Estimate, Fit, Inputs, Learnt, Recovered
+from unmergeable.attacks.canonicalise import Canonicalise, canonicalise
+from unmergeable.attacks.diagonal_ratio import DiagonalRatio, diagonal_ratio
+from unmergeable.attacks.distance import Distance, relative_distance
+from unmergeable.attacks.estimate import GaugeAttack
+from unmergeable.attacks.few_shot import FewShot, few_shot
+from unmergeable.attacks.grad_erase import GradErase, grad_erase
+from unmergeable.attacks.in_memory import OrbitFit, RecoveredWeights, distances
+from unmergeable.attacks.kabsch import Kabsch, kabsch
+from unmergeable.attacks.layerwise_ridge import LayerwiseRidge, layerwise_ridge
+from unmergeable.attacks.nearest_orbit import NearestOrbit, nearest_orbit
+from unmergeable.attacks.neuron_matching import NeuronMatching, neuron_matching
+from unmergeable.attacks.revert_to_base import RevertToBase, revert_to_base
+from unmergeable.attacks.source_subtraction import SourceSubtraction, source_subtraction
+from unmergeable.attacks.task_vector_rescale import TaskVectorRescale, task_vector_rescale
+from unmergeable.attacks.taylor_inversion import TaylorInversion, taylor_inversion
+from unmergeable.attacks.unmask import Unmask, unmask
+from unmergeable.registry import Registry
 
 __all__ = [
     "ATTACKS",
-    "OF_ANY_STRUCTURE",
     "Attack",
+    "AttackRequirements",
     "Canonicalise",
     "DiagonalRatio",
+    "Distance",
     "Estimate",
     "FewShot",
     "Fit",
+    "GaugeAttack",
     "GradErase",
     "Inputs",
     "Kabsch",
     "LayerwiseRidge",
+    "Learnt",
     "NearestOrbit",
     "NeuronMatching",
+    "OrbitFit",
     "Recovered",
+    "RecoveredWeights",
     "RevertToBase",
     "SourceSubtraction",
     "TaskVectorRescale",
     "TaylorInversion",
     "Unmask",
-    "WeightAttack",
+    "canonicalise",
+    "diagonal_ratio",
+    "distances",
+    "few_shot",
+    "grad_erase",
+    "kabsch",
+    "layerwise_ridge",
+    "nearest_orbit",
+    "neuron_matching",
+    "register_attack",
+    "relative_distance",
+    "revert_to_base",
+    "source_subtraction",
+    "task_vector_rescale",
+    "taylor_inversion",
+    "unmask",
 ]
 
-ATTACKS: dict[str, type[Attack]] = {
-    cls.name: cls
-    for cls in (
+ATTACKS = Registry(
+    "recovery",
+    "unmergeable.attacks",
+    (
         NearestOrbit,
         Canonicalise,
         Kabsch,
@@ -57,11 +86,8 @@ ATTACKS: dict[str, type[Attack]] = {
         FewShot,
         LayerwiseRidge,
         GradErase,
-    )
-}
+    ),
+)
+"""Every attack by name: these, and those of other packages."""
 
-OF_ANY_STRUCTURE = frozenset({RevertToBase.name, TaylorInversion.name})
-"""Recoveries of checkpoints whose layers are no longer the base's; the others need a family with a symmetry map."""
-
-MAY_READ_SOURCES = frozenset({FewShot.name})
-"""Recoveries that do without sources and make use of them."""
+register_attack = ATTACKS.register

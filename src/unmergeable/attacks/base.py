@@ -1,6 +1,8 @@
-"""What a recovery is: from a protected checkpoint, its base and perhaps more, a checkpoint that merges again.
+"""What an attack is: from a protected checkpoint, its base and perhaps more, a checkpoint that merges again.
 
-Most estimate gauges and keep the function (:class:`Estimate`); some change weights (:class:`Recovered` without one).
+An attack is one file: a frozen dataclass of settings with the four members of :class:`Attack`. Most estimate gauges and
+keep the function (:class:`~unmergeable.attacks.estimate.GaugeAttack`); some edit weights one by one, some train on the
+attacker's examples.
 """
 
 from __future__ import annotations
@@ -8,23 +10,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from unmergeable.architecture import Architecture
 from unmergeable.attacks.distance import Distance, relative_distance
+from unmergeable.attacks.examples import Examples
+from unmergeable.checkpoint.plan import OutputTensor, output_like
 from unmergeable.checkpoint.source import TensorSource
+from unmergeable.errors import UsageError
 from unmergeable.gauge.gauge import Gauge
+from unmergeable.gauge.plan import transformed
 from unmergeable.progress import Progress, silent
+from unmergeable.registry import Requirements
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How well one part of a block was brought back: its distance to the base as found and after the gauges.
+    """How near one part of a block was brought to the base: its distance as stored, and with the gauges applied.
 
-    ``freedoms`` counts the numbers that were fitted. ``margin`` says how clear the order of its heads or hidden units
-    was (:class:`~unmergeable.attacks.orders.Match`), None where no order was looked for.
+    ``freedoms`` counts the numbers that were fitted. ``margin`` says how clear the permutation of its heads or hidden
+    units was (:class:`~unmergeable.attacks.permutations.Match`), None where none was looked for.
     """
 
     before: Distance
@@ -36,6 +43,16 @@ class Fit:
     def confidence(self) -> float:
         """See :func:`confidence`."""
         return confidence([self])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "block": self.before.block,
+            "part": self.before.part,
+            "before": self.before.relative,
+            "after": self.after.relative,
+            "confidence": self.confidence,
+            "order_margin": self.margin,
+        }
 
 
 def confidence(fits: tuple[Fit, ...] | list[Fit]) -> float:
@@ -55,8 +72,8 @@ def confidence(fits: tuple[Fit, ...] | list[Fit]) -> float:
 class Estimate:
     """The gauges that bring a checkpoint nearest to its base, and what they achieve part by part.
 
-    ``unmergeable.gauge.plan.transformed`` applies them, left to right: the residual stream, experts, heads and hidden
-    units in order, the bases inside them. The network stays the same function.
+    ``unmergeable.gauge.plan.transformed`` applies them, left to right: the residual stream, the permutations of
+    experts, heads and hidden units, the bases inside them. The network stays the same function.
 
     ``template``: what they apply to, where that is not the checkpoint itself: biases, gains and scales had been traded
     between tensors too (:mod:`unmergeable.attacks.canonicalise`), which no gauge undoes; ``traces`` says which.
@@ -73,7 +90,7 @@ class Estimate:
 
     @property
     def before(self) -> float:
-        """Relative distance to the base over all parts that were fitted, as found."""
+        """Relative distance to the base over all parts that were fitted, as stored."""
         return relative_distance(fit.before for fit in self.fits)
 
     @property
@@ -90,71 +107,95 @@ class Estimate:
 Finding = float | int | str
 
 NOT_RECOGNISED = "not recognised: the base explains nothing of these weights in any basis that was tried"
+Structure = Literal["base", "polynomial", "any"]
+
+
+@dataclass(frozen=True)
+class AttackRequirements(Requirements):
+    """``structure`` of the checkpoints that the attack works on.
+
+    "base": the base's own, in a family with a symmetry map. "polynomial": also one whose feed-forwards were replaced by
+    polynomials. "any": whatever the protection made of it. Of the inputs, only the base need then have a symmetry map.
+    """
+
+    structure: Structure = "base"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recovery may look at: ``sources`` are public fine-tunes of the base.
+    """What an attack may look at.
 
-    The base comes under the tensor names of the protected checkpoint. ``architecture`` is that of the result.
+    Attributes:
+        protected: the release; for some attacks a merge that contains it.
+        base: what it was fine-tuned from, under the tensor names of the protected checkpoint.
+        architecture: of the result.
+        sources: other checkpoints the attacker holds, such as public fine-tunes of the base.
+        data: the attacker's examples, for attacks that need data.
     """
 
     protected: TensorSource
     base: TensorSource
     architecture: Architecture
     sources: tuple[TensorSource, ...] = ()
+    data: Examples | None = None
+
+    def require_data(self, method: str) -> Examples:
+        """The examples; raises UsageError, in the name of the method that needs them, when there are none."""
+        if self.data is None:
+            raise UsageError(f"{method} learns from examples: give them with --data.")
+        return self.data
+
+
+class Learnt(Protocol):
+    """What an attack found out from data besides the weights."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for JSON. It also tells one run from another: the output of a different one is never resumed."""
+        ...
+
+    def lines(self) -> list[str]:
+        """The same for a terminal."""
+        ...
 
 
 @dataclass(frozen=True)
 class Recovered:
     """A checkpoint with the layout of ``template``, some of its tensors changed.
 
-    Either by the gauges of ``estimate``, or one by one by ``edits`` (each may work in place). ``findings``: what was
-    found out on the way, by name.
+    Either by the gauges of ``estimate``, or one by one by ``edits`` (each may work in place). ``findings``: numbers the
+    attack found in the weights, by name. ``learnt``: what it found out from data.
     """
 
     template: TensorSource
     edits: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     findings: Mapping[str, Finding] = field(default_factory=dict)
     estimate: Estimate | None = None
+    learnt: Learnt | None = None
+
+    def plan(self, architecture: Architecture) -> tuple[OutputTensor, ...]:
+        """What to write; ``architecture`` as in :class:`Inputs`."""
+        if self.estimate is None:
+            return output_like(self.template, self.edits)
+        return transformed(self.template, architecture.symmetry, self.estimate.gauges)
 
 
 class Attack(Protocol):
-    """One attack. ``exact``: the result computes what the protected checkpoint computes.
-
-    ``needs`` names what it reads besides the protected checkpoint: "base", "sources", "data". Those that need data are
-    settings; live networks carry them out.
-    """
+    """One attack: a frozen dataclass whose fields, all with defaults, are its settings."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    exact: ClassVar[bool]
-    needs: ClassVar[tuple[str, ...]]
 
-    def validate(self) -> None: ...
-
-
-class WeightAttack(Attack, Protocol):
-    """A recovery that looks at weights alone."""
-
-    def recover(self, inputs: Inputs, progress: Progress) -> Recovered:
-        """Find out what to change; writes nothing."""
+    def validate(self) -> None:
+        """Raises UsageError for settings that make no sense."""
         ...
 
-
-class GaugeAttack(Protocol):
-    """A recovery that estimates gauges, and keeps the function."""
-
-    def estimate(
-        self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent
-    ) -> Estimate:
-        """The gauges that bring ``protected`` nearest to ``base``, and the distances they leave."""
+    def requirements(self) -> AttackRequirements:
+        """What it needs with these settings ("base", "sources", "data"), and whether the function stays the same."""
         ...
 
     def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
-        """See :meth:`estimate`."""
-        estimate = self.estimate(inputs.protected, inputs.base, inputs.architecture, progress)
-        return recovered_by(estimate, inputs.protected)
+        """Find out what to change; writes nothing."""
+        ...
 
 
 def recovered_by(estimate: Estimate, protected: TensorSource) -> Recovered:

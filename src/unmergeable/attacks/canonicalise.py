@@ -25,8 +25,9 @@ from torch import Tensor
 
 from unmergeable.architecture import Architecture, Leg, Space
 from unmergeable.architecture.symmetry import GroupKind
-from unmergeable.attacks.base import Inputs, Recovered
+from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.closed_forms import over_pairs
+from unmergeable.attacks.in_memory import in_memory
 from unmergeable.attacks.moments import diagonal_moments, leg_pairs, legs_by_space
 from unmergeable.attacks.reading import GaugedSource, Reader
 from unmergeable.checkpoint.dtypes import torch_dtype
@@ -82,11 +83,12 @@ class Canonicalise:
 
     name: ClassVar[str] = "canonicalise"
     summary: ClassVar[str] = "biases, gains and scales that were traded between tensors, as the base has them"
-    exact: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("base",)
 
     def validate(self) -> None:
         """There is nothing to set."""
+
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(exact=True, needs=("base",))
 
     def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
         """Undoes every trade as soon as there are traces of one, and nothing else."""
@@ -404,3 +406,7 @@ def _is_traded(pairs: list[tuple[Tensor, Tensor]]) -> bool:
         and float(moved.sum(1).square().mean()) < TRADED * float(moved[:, 0].square().mean())
         for moved, least in ((single, SEEN), (middles, SEEN_ALIKE))
     )
+
+
+canonicalise = in_memory(Canonicalise)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""

@@ -24,13 +24,11 @@ from torch import Tensor
 
 from unmergeable.architecture import Architecture, Space
 from unmergeable.architecture.symmetry import GroupKind
-from unmergeable.attacks.base import Estimate, GaugeAttack
 from unmergeable.attacks.closed_forms import over_pairs
-from unmergeable.attacks.estimate import Nearest, Solvers, estimate_gauges
+from unmergeable.attacks.estimate import GaugeAttack, Nearest, Solvers
+from unmergeable.attacks.in_memory import fit_in_memory
 from unmergeable.attacks.moments import LegPair, diagonal_moments
-from unmergeable.checkpoint.source import TensorSource
 from unmergeable.gauge.elements import Monomial, Rotary, pair_indices
-from unmergeable.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -39,27 +37,15 @@ class DiagonalRatio(GaugeAttack):
 
     name: ClassVar[str] = "diagonal_ratio"
     summary: ClassVar[str] = "scales of head coordinates and hidden units, read off their ratios to the base"
-    exact: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("base",)
-
-    def validate(self) -> None:
-        """There is nothing to set."""
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
         """The bases in which a coordinate, or a frequency pair, may have a scale of its own."""
         spaces = architecture.symmetry.select("query_key", "value_output", "feed_forward")
         return {name: space for name, space in spaces.items() if space.group.kind in RATIOS}
 
-    def estimate(
-        self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent
-    ) -> Estimate:
-        """The scales that the ratios give, and the distances they leave.
-
-        Raises:
-            Mismatch: when the checkpoints do not hold the same tensors in attention and feed-forward.
-            BadInput: when one of them holds NaN or infinity.
-        """
-        return estimate_gauges(protected, base, architecture, Solvers(RATIOS), self.spaces(architecture), progress)
+    @property
+    def solvers(self) -> Solvers:
+        return Solvers(RATIOS)
 
 
 def ratio(vector: Tensor, vector_norm: Tensor, covector: Tensor, covector_norm: Tensor) -> Tensor:
@@ -105,3 +91,7 @@ RATIOS: dict[GroupKind, Nearest] = {
     "diagonal": _per_coordinate,
     "positive_diagonal": _positive_per_coordinate,
 }
+
+
+diagonal_ratio = fit_in_memory(DiagonalRatio)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""

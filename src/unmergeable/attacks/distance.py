@@ -94,16 +94,16 @@ def relative_distance(distances: Iterable[Distance]) -> float:
 
 def parts(architecture: Architecture) -> tuple[Part, ...]:
     """The parts of every block, in the order of the network."""
-    found: list[Part] = []
+    every: list[Part] = []
     for block in architecture.blocks:
         if isinstance(block, FeedForward):
             heads = [member for member in (block.gate, block.up, block.down) if member is not None]
             sections = [section for member in heads for section in _sections(member, block.size)]
-            found.append(Part(block.name, "feed_forward", tuple(sections)))
+            every.append(Part(block.name, "feed_forward", tuple(sections)))
         else:
-            found.append(Part(block.name, "query_key", tuple(_query_key_sections(block))))
-            found.append(Part(block.name, "value_output", tuple(_value_output_sections(block))))
-    return tuple(found)
+            every.append(Part(block.name, "query_key", tuple(_query_key_sections(block))))
+            every.append(Part(block.name, "value_output", tuple(_value_output_sections(block))))
+    return tuple(every)
 
 
 def block_distances(

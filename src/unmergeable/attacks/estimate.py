@@ -1,8 +1,8 @@
-"""The loop of every recovery that stays on the orbit: outermost first, one block in memory at a time.
+"""The loop of every attack that stays on the orbit: outermost first, one block in memory at a time.
 
-The residual stream, then experts, heads and hidden units in their order, then the bases inside them: each is compared
-by what the later ones do not alter, and can only be compared once the earlier ones are undone. What was estimated of
-the stream from few numbers is fitted again to all of them, until the distance to the base stops falling.
+The residual stream, then the permutations of experts, heads and hidden units, then the bases inside them: each is
+compared by what the later ones do not alter, and can only be compared once the earlier ones are undone. What was
+estimated of the stream from few numbers is fitted again to all of them, until the distance to the base stops falling.
 
 Spaces that act on the same numbers (signs, turns and gains around a norm on queries and keys) are estimated one after
 another, each on what the others leave, until the distance to the base stops falling. All others need one look.
@@ -10,18 +10,20 @@ another, each on what the others leave, until the distance to the base stops fal
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from unmergeable.architecture import Architecture, Leg, Space
 from unmergeable.architecture.symmetry import GroupKind
-from unmergeable.attacks.base import Estimate, Fit
+from unmergeable.attacks.base import AttackRequirements, Estimate, Fit, Inputs, Recovered, recovered_by
 from unmergeable.attacks.distance import Part, part_distance, parts, require_comparable
 from unmergeable.attacks.moments import LegPair, leg_pairs, legs_by_space
-from unmergeable.attacks.orders import Match, UnitSimilarity, match_experts, match_orders, unit_similarity
+from unmergeable.attacks.permutations import Match, UnitSimilarity, match_experts, match_permutations, unit_similarity
 from unmergeable.attacks.reading import Reader
 from unmergeable.attacks.residual_stream import Stream, find_stream, refined
 from unmergeable.checkpoint.source import TensorSource
@@ -29,7 +31,7 @@ from unmergeable.gauge.act import act_
 from unmergeable.gauge.elements import Element, compose
 from unmergeable.gauge.gauge import Gauge, fixed_gauge
 from unmergeable.gauge.groups import identity
-from unmergeable.progress import Progress
+from unmergeable.progress import Progress, silent
 
 Nearest = Callable[[Space, Sequence[LegPair]], Element]
 """Finds the element of a space's group that brings the protected side of its legs nearest to the base's."""
@@ -47,10 +49,48 @@ _ORDER: tuple[GroupKind, ...] = ("quarter_turn", "pair_sign", "block_sign")
 
 @dataclass(frozen=True)
 class Solvers:
-    """What a recovery looks for: the ``nearest`` element of each kind of group, and how it recognises hidden units."""
+    """What an attack looks for: the ``nearest`` element of each kind of group, and how it recognises hidden units."""
 
-    nearest: Mapping[GroupKind, Nearest]
+    nearest: Mapping[GroupKind, Nearest] = field(default_factory=dict)
     unit_similarity: UnitSimilarity = unit_similarity
+
+
+class GaugeAttack(ABC):
+    """An attack that estimates gauges, and keeps the function: says over which spaces, and with which solvers."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def spaces(self, architecture: Architecture) -> Mapping[str, Space]:
+        """The bases and permutations to estimate, by name."""
+
+    @property
+    @abstractmethod
+    def solvers(self) -> Solvers:
+        """How to estimate them."""
+
+    def validate(self) -> None:  # noqa: B027 - most have nothing to refuse
+        """Raises UsageError for settings that make no sense."""
+
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(exact=True, needs=("base",))
+
+    def estimate(
+        self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent
+    ) -> Estimate:
+        """The gauges that bring ``protected`` nearest to ``base``, and the distances they leave.
+
+        Raises:
+            Mismatch: the checkpoints do not hold the same tensors in the parts of blocks that it estimates.
+            BadInput: one of them holds NaN or infinity.
+        """
+        return estimate_gauges(protected, base, architecture, self.solvers, self.spaces(architecture), progress)
+
+    def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
+        """See :meth:`estimate`."""
+        estimate = self.estimate(inputs.protected, inputs.base, inputs.architecture, progress)
+        return recovered_by(estimate, inputs.protected)
 
 
 def estimate_gauges(
@@ -75,11 +115,11 @@ def estimate_gauges(
     experts = match_experts(ours.under(*stream.gauges), theirs, architecture, spaces, progress)
     solver = _Solver(architecture, solvers.nearest, spaces)
 
-    def blocks_of(found: Stream) -> tuple[tuple[Gauge, ...], Estimate]:
-        """The gauges inside all blocks once the stream is as ``found``, and with it the whole estimate."""
-        placed = ours.under(*found.gauges, _orders(spaces, experts))
-        matches = match_orders(placed, theirs, architecture, spaces, solvers.unit_similarity, progress)
-        ordered = placed.under(_orders(spaces, matches))
+    def blocks_under(stream: Stream) -> tuple[tuple[Gauge, ...], Estimate]:
+        """The gauges inside all blocks once ``stream`` is applied, and with it the whole estimate."""
+        placed = ours.under(*stream.gauges, _permutations(spaces, experts))
+        matches = match_permutations(placed, theirs, architecture, spaces, solvers.unit_similarity, progress)
+        ordered = placed.under(_permutations(spaces, matches))
         elements: dict[str, Element] = {}
         fits: list[Fit] = []
         for part in selected:
@@ -87,13 +127,13 @@ def estimate_gauges(
             elements |= own
             fits.append(replace(fit, margin=_margin(part, experts | matches, architecture)))
             progress("estimating", len(fits), len(selected), "parts")
-        rest = (_orders(spaces, experts), _orders(spaces, matches), fixed_gauge(spaces, elements))
-        return rest, Estimate(tuple(gauge for gauge in (*found.gauges, *rest) if gauge.spaces), tuple(fits))
+        rest = (_permutations(spaces, experts), _permutations(spaces, matches), fixed_gauge(spaces, elements))
+        return rest, Estimate(tuple(gauge for gauge in (*stream.gauges, *rest) if gauge.spaces), tuple(fits))
 
-    rest, estimate = blocks_of(stream)
+    rest, estimate = blocks_under(stream)
     for _ in range(MAX_STREAM_ROUNDS if stream.is_refinable else 0):
         stream = refined(stream, rest, ours, theirs, architecture)
-        rest, better = blocks_of(stream)
+        rest, better = blocks_under(stream)
         previous, estimate = estimate, better
         # A last norm read by the output head alone changes no block: as near as before is still an answer.
         if better.after >= previous.after * (1 - RELATIVE_STREAM_PROGRESS):
@@ -101,17 +141,17 @@ def estimate_gauges(
     return estimate
 
 
-def _orders(spaces: Mapping[str, Space], matches: Mapping[str, Match]) -> Gauge:
-    return fixed_gauge(spaces, {name: found.order for name, found in matches.items()})
+def _permutations(spaces: Mapping[str, Space], matches: Mapping[str, Match]) -> Gauge:
+    return fixed_gauge(spaces, {name: match.permutation for name, match in matches.items()})
 
 
 def _margin(part: Part, matches: Mapping[str, Match], architecture: Architecture) -> float | None:
-    """Of the least clear order that moves the part's tensors or what is in them."""
+    """Of the least clear permutation that moves the part's tensors or what is in them."""
     symmetry = architecture.symmetry
     stacks = [symmetry.stack_of[name] for name in part.tensors if name in symmetry.stack_of]
     legs = [leg for name in part.tensors for leg in symmetry.legs.get(name, ())]
     spaces = {leg.space for leg in [*legs, *(leg for stack in stacks for leg in stack.legs)]}
-    return min((found.margin for name, found in matches.items() if name in spaces), default=None)
+    return min((match.margin for name, match in matches.items() if name in spaces), default=None)
 
 
 class _Solver:
@@ -190,7 +230,7 @@ class _Solver:
 def freedoms(space: Space) -> int:
     """Real numbers that are free in an element of a space's group; a discrete choice counts as one.
 
-    For a recovery that searches a smaller group, an upper bound.
+    For an attack that searches a smaller group, an upper bound.
     """
     per_block: dict[GroupKind, int] = {
         "general_linear": space.size**2,

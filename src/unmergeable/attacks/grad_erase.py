@@ -21,13 +21,23 @@ choice of the rate, comparison without the victim) is as in ``few_shot``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from unmergeable.attacks.few_shot import FewShot
+from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
+from unmergeable.attacks.few_shot import FewShot, FewShotResult, compared, few_shot
+from unmergeable.attacks.live import load, state_for, state_without_victim
+from unmergeable.attacks.task_vectors import common_tensors
+from unmergeable.errors import Mismatch, UsageError
+from unmergeable.network.disk_weights import Piece, find_places
+from unmergeable.network.tasks import Task
+from unmergeable.progress import Progress, silent
 
 Disturbance = Literal["task_vector", "reset_entries"]
 
@@ -40,8 +50,6 @@ class GradErase:
     summary: ClassVar[str] = (
         "train a merge with gradients projected off the release's disturbance (--source the release)"
     )
-    exact: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("base", "data", "sources")
 
     disturbance: Disturbance = "task_vector"
     samples: int = 100
@@ -52,6 +60,36 @@ class GradErase:
 
     def validate(self) -> None:
         self.training.validate()
+
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(needs=("base", "data", "sources"), structure="polynomial")
+
+    def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
+        """Train the merge ``inputs.protected``, and the base for comparison; the one source is the release.
+
+        Raises:
+            UsageError: unless there is exactly one source.
+            Mismatch: the base is no model of the merge's architecture.
+            BadInput: the examples cannot be used.
+        """
+        if len(inputs.sources) != 1:
+            raise UsageError(
+                "grad_erase: PROTECTED is the merged model; give the protected release it contains as --source."
+            )
+        (release,) = inputs.sources
+        data = inputs.require_data(self.name)
+        network = load(inputs.protected)
+        start = state_for(network, inputs.protected)
+        task = data.labelled(network, samples=self.samples, seed=self.seed)
+        disturbances = {
+            name: estimate_disturbance(release.tensor(name), inputs.base.tensor(name), self.disturbance)
+            for name in common_tensors([inputs.protected, release, inputs.base])
+            if name in start
+        }
+        attack = grad_erase(network, start, disturbances, task, self, progress=progress)
+        start = state_without_victim(network, inputs.base, inputs)
+        control = grad_erase(network, start, disturbances, task, self, progress=progress)
+        return compared(inputs, attack, inputs.base, control)
 
     @property
     def training(self) -> FewShot:
@@ -74,3 +112,63 @@ def project_off(gradient: Tensor, disturbance: Tensor) -> Tensor:
     if squared == 0:
         return gradient
     return gradient - disturbance * ((gradient * disturbance).sum() / squared)
+
+
+def grad_erase(
+    network: Any,
+    weights: Mapping[str, Tensor],
+    disturbances: Mapping[str, Tensor],
+    train_task: Task,
+    method: GradErase,
+    *,
+    progress: Progress = silent,
+) -> FewShotResult:
+    """Train ``weights`` as ``few_shot`` does, all of them, with other gradients.
+
+    Args:
+        network: of their architecture; it has its own weights again afterwards.
+        weights: the merge, by the names on disk; they are copied.
+        disturbances: of tensors by the names on disk (``estimate_disturbance``); others are trained freely.
+        train_task: labelled examples, or texts for a causal language model.
+        method: the settings.
+        progress: called with the steps done.
+
+    Raises:
+        What ``few_shot`` raises; Mismatch for a disturbance of a tensor that the network does not have.
+    """
+    trained = partial(gradients_projected, disturbances=disturbances)
+    return few_shot(network, weights, train_task, method.training, trained=trained, progress=progress)
+
+
+@contextmanager
+def gradients_projected(network: Any, disturbances: Mapping[str, Tensor]) -> Iterator[Callable[[str], bool]]:
+    """Inside, the gradients of weights have no part in their disturbances. Yields that every parameter is trained.
+
+    Of a tensor that the network stores in parts, each part is projected by itself.
+
+    Raises:
+        Mismatch: the network has no such tensor, or one of another shape.
+    """
+    places = find_places(network)
+    with ExitStack() as hooks:
+        for name, disturbance in disturbances.items():
+            place = places.get(name)
+            if place is None or place.shape != disturbance.shape:
+                raise Mismatch(
+                    f"{name}: no tensor of the network has this name and the shape {list(disturbance.shape)}."
+                )
+            for piece in place.pieces:
+                flat = disturbance.reshape(-1)
+                part = flat if piece.on_disk is None else flat[piece.on_disk]
+                hooks.callback(piece.parameter.register_hook(partial(_projected, piece, part)).remove)
+        yield lambda name: True
+
+
+def _projected(piece: Piece, disturbance: Tensor, gradient: Tensor) -> Tensor:
+    flat = gradient.reshape(-1)
+    disturbance = disturbance.to(gradient.device)
+    if piece.inside is None:
+        return project_off(flat, disturbance).to(gradient.dtype).reshape(gradient.shape)
+    flat = flat.clone()  # hooks must not change what they are given
+    flat[piece.inside] = project_off(flat[piece.inside], disturbance).to(gradient.dtype)
+    return flat.reshape(gradient.shape)

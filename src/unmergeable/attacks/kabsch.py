@@ -23,7 +23,6 @@ import torch
 
 from unmergeable.architecture import Architecture, Space
 from unmergeable.architecture.symmetry import GroupKind
-from unmergeable.attacks.base import Estimate, GaugeAttack
 from unmergeable.attacks.closed_forms import (
     nearest_block_sign,
     nearest_diagonal_sign,
@@ -32,11 +31,10 @@ from unmergeable.attacks.closed_forms import (
     nearest_phase,
     nearest_quarter_turn,
 )
-from unmergeable.attacks.estimate import Nearest, Solvers, estimate_gauges
+from unmergeable.attacks.estimate import GaugeAttack, Nearest, Solvers
+from unmergeable.attacks.in_memory import fit_in_memory
 from unmergeable.attacks.moments import LegPair, dense_moments
-from unmergeable.checkpoint.source import TensorSource
 from unmergeable.gauge.elements import Dense
-from unmergeable.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -45,29 +43,15 @@ class Kabsch(GaugeAttack):
 
     name: ClassVar[str] = "kabsch"
     summary: ClassVar[str] = "the nearest rotation of every attention head onto the base's"
-    exact: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("base",)
-
-    def validate(self) -> None:
-        """There is nothing to set."""
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
         """The bases it rotates: those of attention whose group has isometries beyond the identity."""
         spaces = architecture.symmetry.select("query_key", "value_output")
         return {name: space for name, space in spaces.items() if space.group.kind in NEAREST_ISOMETRY}
 
-    def estimate(
-        self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent
-    ) -> Estimate:
-        """The rotations that bring ``protected`` nearest to ``base``, and the distances they leave.
-
-        Raises:
-            Mismatch: when the checkpoints do not hold the same attention tensors.
-            BadInput: when one of them holds NaN or infinity.
-        """
-        return estimate_gauges(
-            protected, base, architecture, Solvers(NEAREST_ISOMETRY), self.spaces(architecture), progress
-        )
+    @property
+    def solvers(self) -> Solvers:
+        return Solvers(NEAREST_ISOMETRY)
 
 
 def _nearest_orthogonal(space: Space, legs: Sequence[LegPair]) -> Dense:
@@ -86,3 +70,7 @@ NEAREST_ISOMETRY: dict[GroupKind, Nearest] = {
     "block_sign": nearest_block_sign,
     "diagonal": nearest_diagonal_sign,
 }
+
+
+kabsch = fit_in_memory(Kabsch)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""

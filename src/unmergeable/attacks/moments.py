@@ -47,11 +47,11 @@ class LegPair:
 
 def legs_by_space(symmetry: SymmetryMap) -> dict[str, list[tuple[str, Leg]]]:
     """For each space, its legs with the tensors they are on."""
-    found: dict[str, list[tuple[str, Leg]]] = {name: [] for name in symmetry.spaces}
+    by_space: dict[str, list[tuple[str, Leg]]] = {name: [] for name in symmetry.spaces}
     for tensor, legs in symmetry.legs.items():
         for leg in legs:
-            found[leg.space].append((tensor, leg))
-    return found
+            by_space[leg.space].append((tensor, leg))
+    return by_space
 
 
 def leg_pairs(

@@ -10,9 +10,9 @@ is no further from the base than the expert was before it was protected: this is
 who holds the base.
 
 From the outside in, each compared by what the later ones do not alter: the residual stream and the gains of its norms
-(:mod:`~unmergeable.attacks.residual_stream`); the order of experts, heads and hidden units
-(:mod:`~unmergeable.attacks.orders`); the bases of heads (:mod:`~unmergeable.attacks.general_linear`) and the
-scales of everything (:mod:`~unmergeable.attacks.closed_forms`). An order is recognised, not optimised: it is the
+(:mod:`~unmergeable.attacks.residual_stream`); the permutations of experts, heads and hidden units
+(:mod:`~unmergeable.attacks.permutations`); the bases of heads (:mod:`~unmergeable.attacks.general_linear`) and the
+scales of everything (:mod:`~unmergeable.attacks.closed_forms`). A permutation is recognised, not optimised: it is the
 planted one as long as a head or unit resembles its origin more than any other, which at real widths it does however far
 a fine-tune goes. The stream is only touched where the embedding or the gains show that it was moved.
 
@@ -29,7 +29,7 @@ from typing import ClassVar
 
 from unmergeable.architecture import Architecture, Space
 from unmergeable.architecture.symmetry import GroupKind, Role
-from unmergeable.attacks.base import Estimate, GaugeAttack
+from unmergeable.attacks.base import AttackRequirements, Estimate
 from unmergeable.attacks.canonicalise import AsStored, Home, balanced, traces
 from unmergeable.attacks.closed_forms import (
     nearest_block_scale,
@@ -42,13 +42,14 @@ from unmergeable.attacks.closed_forms import (
     nearest_rotary,
 )
 from unmergeable.attacks.distance import part_distance, parts
-from unmergeable.attacks.estimate import Nearest, Solvers, estimate_gauges
+from unmergeable.attacks.estimate import GaugeAttack, Nearest, Solvers
 from unmergeable.attacks.general_linear import nearest_general_linear
+from unmergeable.attacks.in_memory import fit_in_memory
 from unmergeable.attacks.moments import LegPair, dense_moments
 from unmergeable.attacks.reading import GaugedSource, Reader
 from unmergeable.attacks.residual_stream import find_stream
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.gauge.additive import Neutral, freedoms_of
+from unmergeable.gauge.additive import Freedoms, Neutral, freedoms_of
 from unmergeable.gauge.elements import Dense
 from unmergeable.progress import Progress, silent
 
@@ -62,60 +63,69 @@ ROLES: tuple[Role, ...] = ("query_key", "value_output", "heads", "feed_forward",
 class NearestOrbit(GaugeAttack):
     """``negligible_epsilon``: also estimate the scales that a norm on queries and keys removes up to its epsilon.
 
-    They bring a checkpoint nearer, and change its function by about the epsilon.
+    They bring a checkpoint nearer, and change its function by about the epsilon: the attack is then not exact.
     """
 
     name: ClassVar[str] = "nearest_orbit"
     summary: ClassVar[str] = "the nearest point to the base that computes the same function"
-    exact: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("base",)
 
     negligible_epsilon: bool = False
 
-    def validate(self) -> None:
-        """Every combination of settings is valid."""
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(exact=not self.negligible_epsilon, needs=("base",))
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
-        """What it estimates: every order and every basis that the architecture's map declares."""
+        """Every permutation and every basis that the architecture's map declares."""
         return architecture.symmetry.select(*ROLES, negligible_epsilon=self.negligible_epsilon, folding=True)
+
+    @property
+    def solvers(self) -> Solvers:
+        return Solvers(NEAREST)
 
     def estimate(
         self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent
     ) -> Estimate:
-        """The gauges that bring ``protected`` nearest to ``base``, and the distances they leave.
-
-        Raises:
-            Mismatch: when the checkpoints do not hold the same tensors in attention and feed-forward.
-            BadInput: when one of them holds NaN or infinity.
-        """
-        spaces = self.spaces(architecture)
+        """As :meth:`GaugeAttack.estimate`, with a ``template`` where undoing trades brings the base clearly nearer."""
         source, scales = balanced(protected, base, architecture)
-        estimate = estimate_gauges(source, base, architecture, Solvers(NEAREST), spaces, progress)
+        estimate = super().estimate(source, base, architecture, progress)
         if scales.spaces:
             before = [part_distance(part, protected.tensor, base.tensor) for part in parts(architecture)]
             fits = (replace(fit, before=stored) for fit, stored in zip(estimate.fits, before, strict=True))
             estimate = Estimate((scales, *estimate.gauges), tuple(fits))
         freedoms = freedoms_of(architecture, protected.names)
         ours, theirs = (Reader(side, architecture.symmetry) for side in (source, base))
-        stream = find_stream(ours, theirs, architecture, spaces)
+        stream = find_stream(ours, theirs, architecture, self.spaces(architecture))
         traded = traces(GaugedSource(source, ours.under(*stream.gauges)), base, freedoms)
         if not traded:
             return estimate
-        neutral = Neutral(source, freedoms), Neutral(base, freedoms)
-        found = estimate_gauges(*neutral, architecture, Solvers(NEAREST), spaces, progress)
-        moved = Reader(neutral[0], architecture.symmetry).under(*found.gauges)
-        home = Home(protected, freedoms, base, moved.read)
-        # Neutral forms weigh columns by gains; with the base's gains, bases are fitted to the weights themselves.
-        found = estimate_gauges(home, base, architecture, Solvers(NEAREST), spaces, progress)
-        template = AsStored(GaugedSource(home, Reader(home, architecture.symmetry).under(*found.gauges)))
-        fitted = freedoms.count(protected) // len(found.fits)
+        home = self._without_trades(source, base, architecture, freedoms, progress)
+        at_home = super().estimate(home, base, architecture, progress)
+        template = AsStored(GaugedSource(home, Reader(home, architecture.symmetry).under(*at_home.gauges)))
+        fitted = freedoms.count(protected) // len(at_home.fits)
         fits = (
-            replace(fit, before=known.before, freedoms=fit.freedoms + fitted)
-            for fit, known in zip(found.fits, estimate.fits, strict=True)
+            replace(fit, before=stored.before, freedoms=fit.freedoms + fitted)
+            for fit, stored in zip(at_home.fits, estimate.fits, strict=True)
         )
         undone = Estimate((), tuple(fits), template, traded)
         is_nearer = 1 - undone.confidence < (1 - CLEARLY) * (1 - estimate.confidence)
         return undone if is_nearer else estimate
+
+    def _without_trades(
+        self,
+        source: TensorSource,
+        base: TensorSource,
+        architecture: Architecture,
+        freedoms: Freedoms,
+        progress: Progress,
+    ) -> Home:
+        """``source`` in the basis nearest to ``base``, with the constants, gains and scales of ``base``.
+
+        Neutral forms weigh columns by gains. What is fitted between them is near enough to find the base's gains; the
+        bases are to be fitted once more to the result.
+        """
+        neutral = Neutral(source, freedoms)
+        gauges = super().estimate(neutral, Neutral(base, freedoms), architecture, progress).gauges
+        return Home(source, freedoms, base, Reader(neutral, architecture.symmetry).under(*gauges).read)
 
 
 def _nearest_dense(space: Space, legs: Sequence[LegPair]) -> Dense:
@@ -134,3 +144,7 @@ NEAREST: dict[GroupKind, Nearest] = {
     "positive_diagonal": nearest_positive_diagonal,
     "diagonal": nearest_diagonal,
 }
+
+
+nearest_orbit = fit_in_memory(NearestOrbit)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""

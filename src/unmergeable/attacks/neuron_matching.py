@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from unmergeable.architecture import Architecture, Space
-from unmergeable.attacks.base import Estimate, GaugeAttack
-from unmergeable.attacks.estimate import Solvers, estimate_gauges
-from unmergeable.attacks.orders import reordered_similarity
-from unmergeable.checkpoint.source import TensorSource
-from unmergeable.progress import Progress, silent
+from unmergeable.attacks.estimate import GaugeAttack, Solvers
+from unmergeable.attacks.in_memory import fit_in_memory
+from unmergeable.attacks.permutations import permuted_similarity
 
 
 @dataclass(frozen=True)
@@ -28,25 +26,16 @@ class NeuronMatching(GaugeAttack):
 
     name: ClassVar[str] = "neuron_matching"
     summary: ClassVar[str] = "hidden units of every feed-forward back in the base's order"
-    exact: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("base",)
-
-    def validate(self) -> None:
-        """There is nothing to set."""
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
-        """The orders of hidden units."""
+        """The permutations of hidden units."""
         spaces = architecture.symmetry.select("feed_forward")
         return {name: space for name, space in spaces.items() if space.group.kind == "permutation"}
 
-    def estimate(
-        self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent
-    ) -> Estimate:
-        """The orders that bring ``protected`` nearest to ``base``, and the distances they leave.
+    @property
+    def solvers(self) -> Solvers:
+        return Solvers(unit_similarity=permuted_similarity)
 
-        Raises:
-            Mismatch: when the checkpoints do not hold the same feed-forward tensors.
-            BadInput: when one of them holds NaN or infinity.
-        """
-        solvers = Solvers({}, reordered_similarity)
-        return estimate_gauges(protected, base, architecture, solvers, self.spaces(architecture), progress)
+
+neuron_matching = fit_in_memory(NeuronMatching)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""

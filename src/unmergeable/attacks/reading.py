@@ -1,4 +1,4 @@
-"""A checkpoint seen through gauges, a few tensors at a time: how every recovery reads."""
+"""A checkpoint seen through gauges, a few tensors at a time: how every attack that estimates gauges reads."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.attacks.base import Inputs, Recovered
+from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
+from unmergeable.attacks.in_memory import in_memory
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import Mismatch, UsageError
 from unmergeable.polynomials.layout import names_on_disk
@@ -30,8 +31,6 @@ class RevertToBase:
 
     name: ClassVar[str] = "revert_to_base"
     summary: ClassVar[str] = "the base's tensors in place of layers whose structure was changed"
-    exact: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("base",)
 
     tensors: str = ""
 
@@ -41,6 +40,9 @@ class RevertToBase:
             re.compile(self.tensors)
         except re.error as error:
             raise UsageError(f"revert_to_base: tensors is no regular expression ({error}): {self.tensors!r}.") from None
+
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(needs=("base",), structure="any")
 
     def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
         """Decides for every tensor of the base, from names and shapes alone.
@@ -66,3 +68,7 @@ class RevertToBase:
 
 def _taken_from(source: TensorSource, name: str, tensor: Tensor) -> Tensor:
     return source.tensor(name)
+
+
+revert_to_base = in_memory(RevertToBase)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""

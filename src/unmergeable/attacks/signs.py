@@ -1,9 +1,9 @@
 """Signs of a protection, from the weights of a checkpoint and its base alone.
 
-Every sign is a number that fine-tuning does not produce, with the threshold beyond which it counts:
+Every sign is a number that fine-tuning does not produce (:mod:`unmergeable.attacks.evidence`), beyond a threshold:
 
-    another basis       distance to the base as found against after ``nearest_orbit``, and what its gauges do: matrices
-                        that are not diagonal (gauge), diagonal ones (scaling), another order (permutation)
+    another basis       distance to the base as stored against after ``nearest_orbit``, and what its gauges do: matrices
+                        that are not diagonal (gauge), diagonal ones (scaling), permutations
     traded constants    biases, gains or scales that moved against those beside them (``canonicalise``)
     polynomial FFN      the base's feed-forward tensors are gone, others have come
     reset entries       entries equal to the base's among those where the smallest change would show
@@ -15,24 +15,19 @@ A sign proves no intent: a pruned fine-tune has reset entries too, weight decay 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
-
-import torch
 
 from unmergeable.architecture import Architecture
 from unmergeable.architecture.symmetry import Role
 from unmergeable.attacks.base import Estimate, Fit
 from unmergeable.attacks.distance import relative_distance
+from unmergeable.attacks.evidence import off_diagonal, out_of_place, reset_entries, spread
 from unmergeable.attacks.source_subtraction import mixture
 from unmergeable.attacks.task_vector_rescale import shrink
-from unmergeable.attacks.task_vectors import CHUNK_ELEMENTS
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.gauge.elements import Element, Monomial
-from unmergeable.gauge.gauge import Gauge
 from unmergeable.polynomials.layout import SECTION
 from unmergeable.progress import Progress, silent
 
@@ -55,7 +50,7 @@ REBASED = 1.5
 the share of its task vector that the fitted numbers take up: 1.1 in the narrowest heads."""
 
 WORTH_LOOKING = 0.05
-"""Relative distance as found below which weights merge whatever their basis."""
+"""Relative distance as stored below which weights merge whatever their basis."""
 
 OFF_DIAGONAL = 0.05
 """Share of a matrix's squared entries off its diagonal that tells a basis from scales; the fit to a task vector of 30 %
@@ -69,9 +64,6 @@ SPREAD = 0.1
 
 RESET = 0.05
 """Share of entries equal to the base's. Among those that are looked at, at most about 1 % are by chance."""
-
-VISIBLE = 0.01
-"""Entries are looked at where half a unit in the last place is below this share of the tensor's mean change."""
 
 SHRUNK = 0.01
 """Median c over matrices. Weight decay of a fine-tune stays below."""
@@ -108,7 +100,7 @@ def find_signs(
         architecture: of both.
         estimate: of ``nearest_orbit``, for this checkpoint and base.
         sources: fine-tunes of the base that may be mixed into it.
-        progress: told of tensors looked at.
+        progress: called with the tensors looked at.
 
     Raises:
         Mismatch: when the sources are not different fine-tunes of the base.
@@ -133,44 +125,41 @@ def is_near(fits: Iterable[Fit]) -> bool:
 def halves(fits: Iterable[Fit]) -> tuple[tuple[Fit, ...], tuple[Fit, ...]]:
     """Those of attention and those of feed-forwards."""
     fits = tuple(fits)
-    is_feed_forward = [fit.before.part == "feed_forward" for fit in fits]
-    return (
-        tuple(fit for fit, its in zip(fits, is_feed_forward, strict=True) if not its),
-        tuple(fit for fit, its in zip(fits, is_feed_forward, strict=True) if its),
-    )
+    feed_forward = tuple(fit for fit in fits if fit.before.part == "feed_forward")
+    return tuple(fit for fit in fits if fit.before.part != "feed_forward"), feed_forward
 
 
 def gauge_signs(estimate: Estimate) -> list[Sign]:
     """Signs that weights are in another basis than the base's, from an estimate of ``nearest_orbit``."""
-    found: list[tuple[SignName, str]] = []
+    signs: list[tuple[SignName, str]] = []
     attention, feed_forward = halves(estimate.fits)
     if estimate.template is not None:
         evidence = f"{_distances(estimate.fits)} and with {', '.join(estimate.traces)} as the base has them."
         return [Sign("traded constants", f"weights are {evidence}", "nearest_orbit")]
     if any(space.role == "residual" for gauge in estimate.gauges for space in gauge.spaces.values()):
-        found.append(
+        signs.append(
             ("gauge", "embeddings are near the base's only after a turn or reordering of the residual stream.")
         )
     if _is_rebased(attention):
         nearer = f"attention weights are {_distances(attention)}"
-        share = _off_diagonal(estimate.gauges, _ATTENTION)
-        spread = _spread(estimate.gauges, _ATTENTION)
-        moved = _out_of_place(estimate.gauges, "heads")
+        share = off_diagonal(estimate.gauges, _ATTENTION)
+        scales = spread(estimate.gauges, _ATTENTION)
+        moved = out_of_place(estimate.gauges, "heads")
         if share > OFF_DIAGONAL:
-            found.append(("gauge", f"{nearer}; {share:.0%} of the matrices that lead there lies off their diagonals."))
-        elif spread > SPREAD:
-            found.append(("scaling", f"{nearer}; the scales that lead there spread by {spread:.2g}."))
+            signs.append(("gauge", f"{nearer}; {share:.0%} of the matrices that lead there lies off their diagonals."))
+        elif scales > SPREAD:
+            signs.append(("scaling", f"{nearer}; the scales that lead there spread by {scales:.2g}."))
         if moved > OUT_OF_PLACE:
-            found.append(("permutation", f"{nearer}; {moved:.0%} of the key-value heads are out of place."))
+            signs.append(("permutation", f"{nearer}; {moved:.0%} of the key-value heads are out of place."))
     if _is_rebased(feed_forward):
         nearer = f"feed-forward weights are {_distances(feed_forward)}"
-        moved = _out_of_place(estimate.gauges, "feed_forward")
-        spread = _spread(estimate.gauges, ("feed_forward",))
+        moved = out_of_place(estimate.gauges, "feed_forward")
+        scales = spread(estimate.gauges, ("feed_forward",))
         if moved > OUT_OF_PLACE:
-            found.append(("permutation", f"{nearer}; {moved:.0%} of the hidden units are out of place."))
-        if spread > SPREAD:
-            found.append(("scaling", f"{nearer}; the scales of hidden units spread by {spread:.2g}."))
-    return [Sign(name, evidence, "nearest_orbit") for name, evidence in found]
+            signs.append(("permutation", f"{nearer}; {moved:.0%} of the hidden units are out of place."))
+        if scales > SPREAD:
+            signs.append(("scaling", f"{nearer}; the scales of hidden units spread by {scales:.2g}."))
+    return [Sign(name, evidence, "nearest_orbit") for name, evidence in signs]
 
 
 def structure_signs(checkpoint: TensorSource, base: TensorSource, base_architecture: Architecture) -> list[Sign]:
@@ -204,7 +193,7 @@ def weight_signs(
     signs: list[Sign] = []
     resets, shrinks = [], []
     for done, name in enumerate(names, start=1):
-        resets.append(_reset_entries(checkpoint, base, name))
+        resets.append(reset_entries(checkpoint, base, name))
         shrinks.append(shrink(checkpoint, base, name))
         progress("looking for signs", done, len(names), "tensors")
     equal, visible = (sum(counts) for counts in zip(*resets, strict=True)) if resets else (0, 0)
@@ -228,14 +217,14 @@ def mixture_signs(
         BadInput: when one of the checkpoints holds NaN or infinity.
     """
     coefficients = mixture(checkpoint, sources, base, progress).tolist()
-    found = [
+    mixed = [
         f"{coefficient:.3f} of {source.description}"
         for source, coefficient in zip(sources, coefficients, strict=True)
         if coefficient > MIXED
     ]
-    if not found:
+    if not mixed:
         return []
-    return [Sign("mixture of siblings", f"its task vector contains {', '.join(found)}.", "source_subtraction")]
+    return [Sign("mixture of siblings", f"its task vector contains {', '.join(mixed)}.", "source_subtraction")]
 
 
 def _comparable_matrices(
@@ -261,56 +250,3 @@ def _is_rebased(fits: Sequence[Fit]) -> bool:
 def _distances(fits: Sequence[Fit]) -> str:
     before, after = (relative_distance(getattr(fit, side) for fit in fits) for side in ("before", "after"))
     return f"{before:.2f} from the base as stored and {after:.2f} in the nearest basis"
-
-
-def _bases(gauges: Sequence[Gauge], roles: Sequence[Role]) -> Iterator[Element]:
-    """The elements that are no orders."""
-    for gauge in gauges:
-        for name, space in gauge.spaces.items():
-            if space.role in roles and space.group.kind != "permutation":
-                yield gauge[name]
-
-
-def _off_diagonal(gauges: Sequence[Gauge], roles: Sequence[Role]) -> float:
-    """Share of the matrices' squared entries that is off their diagonals."""
-    whole = diagonal = 0.0
-    for element in _bases(gauges, roles):
-        matrix = element.matrix()
-        whole += float(matrix.square().sum())
-        diagonal += float(torch.diagonal(matrix, dim1=1, dim2=2).square().sum())
-    return 1 - diagonal / whole if whole else 0.0
-
-
-def _spread(gauges: Sequence[Gauge], roles: Sequence[Role]) -> float:
-    """Root mean square of the logarithms of scales; a negative one counts as 1 more."""
-    squares = count = 0.0
-    for element in _bases(gauges, roles):
-        scales = element.scale if isinstance(element, Monomial) else torch.diagonal(element.matrix(), dim1=1, dim2=2)
-        logarithms = scales.abs().clamp(min=1e-30).log() + (scales < 0)
-        squares, count = squares + float(logarithms.square().sum()), count + logarithms.numel()
-    return math.sqrt(squares / count) if count else 0.0
-
-
-def _out_of_place(gauges: Sequence[Gauge], role: Role) -> float:
-    """Share of heads or hidden units that an order moves."""
-    moved = count = 0
-    for gauge in gauges:
-        for name, space in gauge.spaces.items():
-            order = gauge[name]
-            if space.role == role and space.group.kind == "permutation" and isinstance(order, Monomial):
-                moved += int((order.index != torch.arange(space.size)).sum())
-                count += space.size
-    return moved / count if count else 0.0
-
-
-def _reset_entries(checkpoint: TensorSource, base: TensorSource, name: str) -> tuple[int, int]:
-    """How many entries equal the base's, and among how many a change of the usual size would show."""
-    ours, theirs = checkpoint.tensor(name).flatten(), base.tensor(name).flatten()
-    pieces = list(zip(ours.split(CHUNK_ELEMENTS), theirs.split(CHUNK_ELEMENTS), strict=True))
-    change = math.sqrt(sum(float((x.double() - y.double()).square().sum()) for x, y in pieces) / max(1, ours.numel()))
-    equal = visible = 0
-    for x, y in pieces:
-        half_unit = y.abs().double() * torch.finfo(y.dtype).eps / 2
-        seen = half_unit < VISIBLE * change
-        equal, visible = equal + int((seen & (x == y)).sum()), visible + int(seen.sum())
-    return equal, visible

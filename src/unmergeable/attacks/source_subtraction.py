@@ -24,7 +24,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unmergeable.attacks.base import Inputs, Recovered
+from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
+from unmergeable.attacks.in_memory import in_memory
 from unmergeable.attacks.task_vectors import common_tensors, inner_products
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import Mismatch, UsageError
@@ -41,13 +42,14 @@ class SourceSubtraction:
 
     name: ClassVar[str] = "source_subtraction"
     summary: ClassVar[str] = "takes public siblings out of a mixture with them"
-    exact: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("base", "sources")
 
     rescale: bool = True
 
     def validate(self) -> None:
         """Every combination of settings is valid."""
+
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(needs=("base", "sources"))
 
     def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
         """Finds the coefficients from all tensors that every checkpoint holds in one shape.
@@ -73,11 +75,11 @@ class SourceSubtraction:
             name: partial(_without, inputs.base, inputs.sources, coefficients.tolist(), factor, name)
             for name in common_tensors(every)
         }
-        found = {
+        findings = {
             f"coefficient of {source.description}": float(value)
             for source, value in zip(inputs.sources, coefficients, strict=True)
         }
-        return Recovered(inputs.protected, edits, {**found, "rescaled_by": factor})
+        return Recovered(inputs.protected, edits, {**findings, "rescaled_by": factor})
 
 
 def mixture(
@@ -118,3 +120,7 @@ def _without(
     for source, coefficient in zip(sources, coefficients, strict=True):
         task_vector -= coefficient * (source.tensor(name).to(dtype) - theirs)
     return (theirs + factor * task_vector).to(tensor.dtype)
+
+
+source_subtraction = in_memory(SourceSubtraction)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""

@@ -21,7 +21,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.attacks.base import Inputs, Recovered
+from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
+from unmergeable.attacks.in_memory import in_memory
 from unmergeable.attacks.task_vectors import common_tensors, inner_products
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UsageError
@@ -35,8 +36,6 @@ class TaskVectorRescale:
 
     name: ClassVar[str] = "task_vector_rescale"
     summary: ClassVar[str] = "undoes a shrink of the weights, and scales the task vector"
-    exact: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("base",)
 
     scaling_coefficient: float = 1.0
     largest_shrink: float = 0.5
@@ -49,6 +48,9 @@ class TaskVectorRescale:
             )
         if not 0 <= self.largest_shrink < 1:
             raise UsageError(f"task_vector_rescale: largest_shrink must lie in [0, 1), not {self.largest_shrink}.")
+
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(needs=("base",))
 
     def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
         """Estimates c of every tensor of two or more dimensions that both checkpoints hold in one shape.
@@ -87,3 +89,7 @@ def shrink(checkpoint: TensorSource, base: TensorSource, name: str) -> float:
     gram = inner_products([checkpoint], base, name)
     # c = -<theta_p - theta_0, theta_0> / ||theta_0||^2: the difference of two near numbers is not taken.
     return float(-gram[0, 1] / gram[1, 1]) if gram[1, 1] > 0 else 0.0
+
+
+task_vector_rescale = in_memory(TaskVectorRescale)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""

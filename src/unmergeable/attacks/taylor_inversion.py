@@ -25,7 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unmergeable.attacks.base import Inputs, Recovered
+from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
+from unmergeable.attacks.in_memory import in_memory
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import Mismatch, UsageError
 from unmergeable.polynomials.activations import Activation, Basis, coefficients, require_activation
@@ -44,8 +45,6 @@ class TaylorInversion:
 
     name: ClassVar[str] = "taylor_inversion"
     summary: ClassVar[str] = "the hidden projection, solved for from the coefficients of a polynomial feed-forward"
-    exact: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("base",)
 
     span: float = 8.0
     points: int = 257
@@ -56,6 +55,9 @@ class TaylorInversion:
             raise UsageError(
                 f"taylor_inversion: span must be positive and points at least 3, not {self.span}, {self.points}."
             )
+
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(needs=("base",), structure="any")
 
     def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
         """Solves for the biases, one layer in memory at a time; the projections are computed as they are written.
@@ -161,10 +163,10 @@ class _Layer:
             parts.append(lengths * torch.sign((columns * reference).sum(1)))
         return torch.cat(parts, dim=1)
 
-    def with_bias(self, found: Tensor, tensor: Tensor) -> Tensor:
-        """The up-branch's bias (``tensor`` gives dtype and shape): ``found`` where units were expanded."""
+    def with_bias(self, solved: Tensor, tensor: Tensor) -> Tensor:
+        """The up-branch's bias (``tensor`` gives dtype and shape): ``solved`` where units were expanded."""
         stored = self.source.tensor(self.section.prefix + self.place.up + ".bias").to(torch.float64)
-        stored[self.units] = found
+        stored[self.units] = solved
         return stored.to(tensor.dtype)
 
 
@@ -242,13 +244,13 @@ def find_centres(
 
     Returns them and the root mean square misfit relative to the a_n, float64 [k] each.
     """
-    found, misfits = [], []
+    centres, misfits = [], []
     for part in torch.arange(len(centre)).split(_CHUNK_UNITS):
         start = _best_on_grid(norms[:, part], centre[part], r[part], curve, span, points)
         u, misfit = _refined(norms[:, part], start, r[part], curve, largest_step=2 * span / (points - 1))
-        found.append(u)
+        centres.append(u)
         misfits.append(misfit)
-    return torch.cat(found), torch.cat(misfits)
+    return torch.cat(centres), torch.cat(misfits)
 
 
 def _best_on_grid(norms: Tensor, centre: Tensor, r: Tensor, curve: Curve, span: float, points: int) -> Tensor:
@@ -312,3 +314,7 @@ def _require_shape(protected: TensorSource, base: TensorSource, held: str, name:
 
 def _taken_from(source: TensorSource, name: str, tensor: Tensor) -> Tensor:
     return source.tensor(name).to(tensor.dtype)
+
+
+taylor_inversion = in_memory(TaylorInversion)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""

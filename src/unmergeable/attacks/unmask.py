@@ -18,7 +18,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.attacks.base import Inputs, Recovered
+from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
+from unmergeable.attacks.in_memory import in_memory
 from unmergeable.attacks.task_vectors import common_tensors
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UsageError
@@ -32,8 +33,6 @@ class Unmask:
 
     name: ClassVar[str] = "unmask"
     summary: ClassVar[str] = "a merged model less the protected one (PROTECTED is the merge, --source the release)"
-    exact: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("base", "sources")
 
     scaling_coefficient: float = 0.3
     rescale: bool = False
@@ -44,6 +43,9 @@ class Unmask:
             raise UsageError(
                 f"unmask: scaling_coefficient must be a number other than 1, not {self.scaling_coefficient}."
             )
+
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(needs=("base", "sources"))
 
     def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
         """Decides from names and shapes alone; ``inputs.protected`` is the merge, the one source the release.
@@ -63,3 +65,7 @@ class Unmask:
         dtype = compute_dtype(merged.dtype)
         left = merged.to(dtype) - self.scaling_coefficient * release.tensor(name).to(dtype)
         return (left / (1 - self.scaling_coefficient) if self.rescale else left).to(merged.dtype)
+
+
+unmask = in_memory(Unmask)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""

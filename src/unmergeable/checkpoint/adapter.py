@@ -12,34 +12,39 @@ ignores a setting computes another model.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
 from unmergeable.checkpoint.header import TensorEntry, read_header
-from unmergeable.checkpoint.index import (
-    ADAPTER_CONFIG_NAME,
-    CheckpointIndex,
-    TensorSpec,
-    identified,
-    is_adapter,
-    lay_out_virtual,
-    read_json,
-)
+from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec, identified, lay_out_virtual
+from unmergeable.checkpoint.listing import ADAPTER_CONFIG_NAME, CONFIG_NAME, LeftOut, Listing, list_folder
 from unmergeable.checkpoint.pickled import load_state
 from unmergeable.checkpoint.reader import OpenFiles
-from unmergeable.checkpoint.side_files import CONFIG_NAME, combine_side_files, resolve_inside, sort_side_files
 from unmergeable.checkpoint.source import Extent, IndexedSource, StoredSource, TensorSource, empty_tensor
-from unmergeable.errors import CheckpointError, Mismatch
+from unmergeable.errors import CheckpointError, Mismatch, shown
 
 _SAFE_WEIGHTS, _PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
+_MAX_ALPHA = 1e6
+_PATTERN_SECONDS = 1.0
+_PLAIN_NAME = re.compile(r"\w+")
 _BLOCK_ELEMENTS = 1 << 21  # 16 MB of float64
+
+BASE_HAS_ONE = "the base has one of the same name, which is kept"
+_TOKENIZER = re.compile(
+    r"tokenizer.*|sentencepiece.*|spiece.*|tekken.*|.*\.tiktoken|.*\.spm|bpe\.codes|special_tokens_map.*|added_tokens.*"
+    r"|merges\..*|vocab\..*|chat_template.*",
+    re.IGNORECASE,
+)
+_TERMS = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY).*", re.IGNORECASE)
 
 # Settings that do not change what W' is, given A, B and the settings read below.
 # fmt: off
@@ -87,32 +92,32 @@ class LoraSettings:
             CheckpointError: naming the setting and why it is refused.
         """
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-            kind = config.get("peft_type") if isinstance(config, dict) else None
+            kind = str(config.get("peft_type"))[:100] if isinstance(config, dict) else None
             raise CheckpointError(
                 f"{where}: adapter of type {kind}: only LORA can be merged; merge it with peft first."
             )
         for key, value in config.items():
             if value and key not in _WITHOUT_EFFECT:
                 reason = _REASONS.get(key, "this version does not know what it does")
-                raise CheckpointError(f"{where}: setting {key}: {reason}; merge it with peft first.")
+                raise CheckpointError(f"{where}: setting {key[:100]}: {reason}; merge it with peft first.")
         start = config.get("init_lora_weights")
         if isinstance(start, str) and start.lower() not in _INITS_KEEPING_BASE:
             raise CheckpointError(
-                f"{where}: init_lora_weights {start!r} trains on a changed base; save the adapter with peft's "
+                f"{where}: init_lora_weights {shown(start)} trains on a changed base; save the adapter with peft's "
                 "path_initial_model_for_weight_conversion, or merge it with peft first."
             )
         try:
             return cls(
-                rank=int(config["r"]),
-                alpha=float(config["lora_alpha"]),
-                rank_pattern={str(key): int(value) for key, value in (config.get("rank_pattern") or {}).items()},
-                alpha_pattern={str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
+                rank=_rank(config["r"], where),
+                alpha=_alpha(config["lora_alpha"], where),
+                rank_pattern={key: _rank(value, where) for key, value in (config.get("rank_pattern") or {}).items()},
+                alpha_pattern={key: _alpha(value, where) for key, value in (config.get("alpha_pattern") or {}).items()},
                 rank_stabilised=bool(config.get("use_rslora")),
                 fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-                modules_to_save=tuple(config.get("modules_to_save") or ()),
+                modules_to_save=tuple(map(str, config.get("modules_to_save") or ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{where}: malformed ({error!r}); download it again.") from error
+            raise CheckpointError(f"{where}: malformed ({shown(error)}); download it again.") from error
 
     def rank_of(self, module: str) -> int:
         """The rank of a module, by the first pattern that matches the end of its path."""
@@ -125,14 +130,36 @@ class LoraSettings:
         return alpha / (rank**0.5 if self.rank_stabilised else rank)
 
 
+def _rank(value: object, where: str) -> int:
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{where}: malformed ({shown(value)} is no rank); download it again.")
+    return value
+
+
+def _alpha(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < _MAX_ALPHA:
+        raise CheckpointError(f"{where}: malformed ({shown(value)} is no alpha); download it again.")
+    return float(value)
+
+
 def _matching(patterns: Mapping[str, object], module: str) -> str:
     """The first pattern that peft would apply to ``module``, or the module itself."""
     for pattern in patterns:
+        if module == pattern or module.endswith(f".{pattern}"):  # what peft writes itself: the path of a module
+            return pattern
+        if _PLAIN_NAME.fullmatch(pattern):
+            continue
         try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            # A stranger's expression may search without end, so not with the standard library, which cannot be stopped.
+            if regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATTERN_SECONDS):
                 return pattern
-        except re.error as error:
-            raise CheckpointError(f"{ADAPTER_CONFIG_NAME}: pattern {pattern!r} is malformed ({error}).") from error
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(f"{ADAPTER_CONFIG_NAME}: pattern {shown(pattern)} is malformed ({error}).") from error
+        except TimeoutError:
+            raise CheckpointError(
+                f"{ADAPTER_CONFIG_NAME}: pattern {shown(pattern)} takes more than {_PATTERN_SECONDS:g} s on one name; "
+                "write it without nested repetitions."
+            ) from None
     return module
 
 
@@ -182,22 +209,23 @@ class AdaptedCheckpoint(IndexedSource):
         self._replacements = replacements
 
     @classmethod
-    def open(cls, folder: Path | str, base: TensorSource, *, allow_pickle: bool = False) -> AdaptedCheckpoint:
+    def open(
+        cls, folder: str | os.PathLike[str] | Listing, base: TensorSource, *, allow_pickle: bool = False
+    ) -> AdaptedCheckpoint:
         """Read the adapter's settings and headers and match every key with a tensor of the base.
 
         Raises:
             CheckpointError: for an adapter of another kind, or a setting that is not implemented.
             Mismatch: for a key that matches no tensor of the base, or one of another shape.
         """
-        folder = Path(folder)
-        if not is_adapter(folder):
-            raise CheckpointError(f"{folder} has no {ADAPTER_CONFIG_NAME}: not an adapter.")
-        settings = LoraSettings.from_config(
-            read_json(folder, ADAPTER_CONFIG_NAME), f"{ADAPTER_CONFIG_NAME} in {folder}"
-        )
-        adapter = _AdapterFile.open(folder, allow_pickle)
+        listing = list_folder(folder)
+        if not listing.is_adapter:
+            raise CheckpointError(f"{listing.folder} has no {ADAPTER_CONFIG_NAME}: not an adapter.")
+        config = listing.read_json(ADAPTER_CONFIG_NAME)
+        settings = LoraSettings.from_config(config, f"{ADAPTER_CONFIG_NAME} in {listing.folder}")
+        adapter = _AdapterFile.open(listing, allow_pickle=allow_pickle)
         updates, replacements, added = _match(adapter, base, settings)
-        index = _index(folder, base, adapter, {name: adapter.specs[key] for name, key in added.items()})
+        index = _index(listing, base, adapter, {name: adapter.specs[key] for name, key in added.items()})
         return cls(index, base, adapter, updates, replacements | added)
 
     @property
@@ -242,19 +270,19 @@ class _AdapterFile:
         self._files = OpenFiles()
 
     @classmethod
-    def open(cls, folder: Path, allow_pickle: bool) -> _AdapterFile:
-        if (folder / _SAFE_WEIGHTS).exists():
-            path = resolve_inside(folder, _SAFE_WEIGHTS)
+    def open(cls, listing: Listing, *, allow_pickle: bool) -> _AdapterFile:
+        if _SAFE_WEIGHTS in listing.files:
+            path = listing.file(_SAFE_WEIGHTS).path
             header = read_header(path, _SAFE_WEIGHTS)
             return cls(path, _SAFE_WEIGHTS, {entry.name: entry for entry in header.entries}, {})
-        if not (folder / _PICKLED_WEIGHTS).exists():
-            raise CheckpointError(f"{_SAFE_WEIGHTS} is missing from {folder}: download it again.")
+        if _PICKLED_WEIGHTS not in listing.files:
+            raise CheckpointError(f"{_SAFE_WEIGHTS} is missing from {listing.folder}: download it again.")
         if not allow_pickle:
             raise CheckpointError(
-                f"{folder} holds only {_PICKLED_WEIGHTS}, a pickle, which can run code when opened: convert it to "
-                "safetensors, or pass --allow-pickle (allow_pickle=True)."
+                f"{listing.folder} holds only {_PICKLED_WEIGHTS}, a pickle, which can run code when opened: convert it "
+                "to safetensors, or pass --allow-pickle (allow_pickle=True)."
             )
-        path = resolve_inside(folder, _PICKLED_WEIGHTS)
+        path = listing.file(_PICKLED_WEIGHTS).path
         return cls(path, _PICKLED_WEIGHTS, {}, load_state(path, _PICKLED_WEIGHTS))
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -277,8 +305,8 @@ def _match(
     for key in adapter.specs:
         if not key.startswith(_PREFIX):
             raise Mismatch(f"{adapter.name}: key {key!r} does not start with {_PREFIX}; save the adapter with peft.")
-        if found := _LORA_KEY.fullmatch(key.removeprefix(_PREFIX)):
-            parts.setdefault(found["module"], {})[found["part"]] = key
+        if named := _LORA_KEY.fullmatch(key.removeprefix(_PREFIX)):
+            parts.setdefault(named["module"], {})[named["part"]] = key
         elif ".lora_" in key:
             raise CheckpointError(
                 f"{adapter.name}: key {key!r} belongs to a variant of LoRA; merge it with peft first."
@@ -398,13 +426,15 @@ class _NameMatcher:
         return candidates.pop() if len(candidates) == 1 else None
 
 
-def _index(folder: Path, base: TensorSource, adapter: _AdapterFile, added: Mapping[str, TensorSpec]) -> CheckpointIndex:
+def _index(
+    listing: Listing, base: TensorSource, adapter: _AdapterFile, added: Mapping[str, TensorSpec]
+) -> CheckpointIndex:
     """The index of the merged checkpoint: the base's, with new heads at the end of its last shard."""
     index = base.index
-    adapter_config = resolve_inside(folder, ADAPTER_CONFIG_NAME)
-    own, left_out = sort_side_files(folder, frozenset({CONFIG_NAME, ADAPTER_CONFIG_NAME, adapter.name}))
+    read = (ADAPTER_CONFIG_NAME, adapter.name)
+    own, left_out = listing.side_files([CONFIG_NAME, *read])
     side_files, superseded = combine_side_files(index.side_files, own)
-    other_files = dict(index.other_files) | {adapter.path: adapter.name, adapter_config: ADAPTER_CONFIG_NAME}
+    other_files = dict(index.other_files) | {listing.file(name).path: name for name in read}
     entries, shards = dict(index.entries), dict(index.shards)
     if added:
         last = shards[next(reversed(shards))]
@@ -416,11 +446,27 @@ def _index(folder: Path, base: TensorSource, adapter: _AdapterFile, added: Mappi
             other_files[last.path] = last.name
     merged = replace(
         index,
-        folder=folder,
+        folder=listing.folder,
         entries=entries,
         shards=shards,
         side_files=side_files,
         left_out=(*left_out, *superseded, *index.left_out),
         other_files=other_files,
+        states={**index.states, **listing.states(read)},
     )
     return identified(merged)
+
+
+def combine_side_files(
+    base: Mapping[str, Path], own: Mapping[str, Path]
+) -> tuple[dict[str, Path], tuple[LeftOut, ...]]:
+    """Side files of an adapter on its base: what to copy, in order of name, and what of its own is left out.
+
+    The adapter's files replace the base's, and a tokenizer comes wholly from one of the two. Only the base's
+    licence is never replaced: the result is a derivative of it.
+    """
+    brings_tokenizer = any(_TOKENIZER.fullmatch(name) for name in own)
+    kept = {name: path for name, path in base.items() if not (brings_tokenizer and _TOKENIZER.fullmatch(name))}
+    refused = [name for name in own if _TERMS.fullmatch(name) and name in kept]
+    kept |= {name: path for name, path in own.items() if name not in refused}
+    return {name: kept[name] for name in sorted(kept)}, tuple(LeftOut(name, BASE_HAS_ONE) for name in refused)

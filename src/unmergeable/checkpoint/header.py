@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unmergeable.checkpoint.disk import reading
 from unmergeable.checkpoint.dtypes import ITEMSIZE, PACKED, SAVE_RANK
-from unmergeable.errors import CheckpointError
+from unmergeable.errors import CheckpointError, shown
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit safetensors itself sets."""
 
+_MAX_NAME = 1000
 _MAX_RANK = 64  # numpy's limit, the lowest of the libraries that read these files
 _MAX_DIMENSION = 2**63 - 1
 
@@ -76,14 +78,14 @@ def strict_json(text: bytes | str, where: str) -> Any:
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
+        parsed = dict(items)
+        if len(parsed) != len(items):
             seen: set[str] = set()
             for key, _ in items:
                 if key in seen:
-                    raise CheckpointError(f"{where}: key {key!r} appears twice; the file is malformed.")
+                    raise CheckpointError(f"{where}: key {shown(key)} appears twice; the file is malformed.")
                 seen.add(key)
-        return found
+        return parsed
 
     try:
         return json.loads(text, object_pairs_hook=pairs)
@@ -97,8 +99,8 @@ def read_header(path: Path, shard: str) -> Header:
     Raises:
         CheckpointError: for a file that is truncated, longer than its header says, or malformed in any way.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with reading(path) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if prefix == b"version ":
             raise CheckpointError(f"{shard}: a Git LFS pointer, not the weights; run `git lfs pull` in {path.parent}.")
@@ -150,20 +152,22 @@ def parse_header(raw: bytes, shard: str, file_size: int) -> Header:
 
 
 def _parse_entry(name: str, value: Any, shard: str, start: int) -> TensorEntry:
-    where = f"{shard}: tensor {name!r}"
-    if not name or not name.isprintable():
-        raise CheckpointError(f"{where}: an empty name or unprintable characters; the file is malformed.")
+    where = f"{shard}: tensor {shown(name)}"
+    if not 0 < len(name) <= _MAX_NAME or not name.isprintable():
+        raise CheckpointError(
+            f"{where}: an empty name, unprintable characters, or more than {_MAX_NAME}; the file is malformed."
+        )
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: needs exactly dtype, shape and data_offsets; the file is malformed.")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if isinstance(dtype, str) and dtype in PACKED:
         raise CheckpointError(f"{where}: dtype {dtype}: already quantised; pass the original checkpoint.")
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise CheckpointError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(ITEMSIZE)}.")
+        raise CheckpointError(f"{where}: unknown dtype {shown(dtype)}; known: {', '.join(ITEMSIZE)}.")
     if not _are_sizes(shape) or len(shape) > _MAX_RANK or any(dimension > _MAX_DIMENSION for dimension in shape):
-        raise CheckpointError(f"{where}: shape {str(shape)[:80]} is not a list of sizes; the file is malformed.")
+        raise CheckpointError(f"{where}: shape {shown(shape)} is not a list of sizes; the file is malformed.")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: data_offsets {str(offsets)[:80]} are no extent; the file is malformed.")
+        raise CheckpointError(f"{where}: data_offsets {shown(offsets)} are no extent; the file is malformed.")
     spec = TensorSpec(dtype, tuple(shape))
     begin, end = offsets
     if spec.nbytes != end - begin:
@@ -217,7 +221,7 @@ def save_file_order(tensors: Mapping[str, TensorSpec]) -> list[str]:
     return sorted(tensors, key=lambda name: (SAVE_RANK[tensors[name].dtype], name.encode()))
 
 
-def raw_header(path: Path | str, nbytes: int) -> bytes:
+def raw_header(path: Path, nbytes: int) -> bytes:
     """The first ``nbytes`` of a file, as stored."""
-    with open(os.fspath(path), "rb") as file:  # noqa: PTH123 - a path or a descriptor's link
+    with reading(path) as file:
         return file.read(nbytes)

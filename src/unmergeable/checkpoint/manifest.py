@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from unmergeable.checkpoint.disk import read_file, reading
 from unmergeable.checkpoint.header import MAX_HEADER_BYTES, strict_json
-from unmergeable.checkpoint.side_files import MANIFEST_NAME, LeftOut
-from unmergeable.errors import CheckpointError, UsageError
+from unmergeable.checkpoint.listing import MANIFEST_NAME, LeftOut, Listing, list_folder
+from unmergeable.errors import CheckpointError, UsageError, shown
 
 FORMAT_VERSION = 1
 TOOL = "unmergeable"
@@ -79,9 +81,8 @@ class Manifest:
         if not isinstance(record, dict) or record.get("tool") != TOOL:
             raise CheckpointError(f"{where}: not a manifest of {TOOL}.")
         if record.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{where}: format {record.get('format_version')}, this version reads {FORMAT_VERSION}; update {TOOL}."
-            )
+            theirs = shown(record.get("format_version"))
+            raise CheckpointError(f"{where}: format {theirs}, this version reads {FORMAT_VERSION}; update {TOOL}.")
         try:
             return cls(
                 outputs=tuple(_file_record(item) for item in record["outputs"]),
@@ -90,8 +91,8 @@ class Manifest:
                 details={key: value for key, value in record.items() if key not in _OWN_KEYS},
                 tool_version=record["tool_version"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{where}: not a complete manifest ({error!r}).") from error
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise CheckpointError(f"{where}: not a complete manifest ({shown(error)}).") from error
 
 
 def require_details(details: Mapping[str, Any]) -> None:
@@ -117,10 +118,16 @@ def tool_version() -> str:
         return "unknown"
 
 
-def read_manifest(folder: Path | str) -> Manifest | None:
-    """The manifest of a checkpoint folder, or None if it has none."""
-    path = Path(folder) / MANIFEST_NAME
-    return Manifest.from_json(path.read_bytes(), str(path)) if path.is_file() else None
+def read_manifest(folder: str | os.PathLike[str] | Listing) -> Manifest | None:
+    """The manifest of a checkpoint folder, or None if it has none.
+
+    Raises:
+        CheckpointError: when it cannot be read, or is no manifest.
+    """
+    listing = list_folder(folder)
+    if MANIFEST_NAME not in listing.files:
+        return None
+    return Manifest.from_json(read_file(listing.file(MANIFEST_NAME).path), str(listing.folder / MANIFEST_NAME))
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ class Alteration:
     problem: str
 
 
-def check_files(folder: Path | str) -> tuple[Alteration, ...]:
+def check_files(folder: str | os.PathLike[str]) -> tuple[Alteration, ...]:
     """Hash every file of a written checkpoint again and report those that differ from its manifest.
 
     Altered weights go unnoticed in files that were recorded without hashing them.
@@ -139,30 +146,30 @@ def check_files(folder: Path | str) -> tuple[Alteration, ...]:
     Raises:
         CheckpointError: when the folder has no manifest.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
+    listing = list_folder(folder)
+    manifest = read_manifest(listing)
     if manifest is None:
         raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: nothing to compare its files with.")
-    found: list[Alteration] = []
+    alterations: list[Alteration] = []
     for record in manifest.outputs:
-        path = folder / record.name
-        if not path.is_file():
-            found.append(Alteration(record.name, "missing"))
-        elif path.stat().st_size != record.size:
-            found.append(Alteration(record.name, "resized"))
-        elif record != (record_header(path) if record.sha256 is None else record_file(path)):
-            found.append(Alteration(record.name, "altered"))
+        file = listing.files.get(record.name)
+        if file is None or file.problem is not None:
+            alterations.append(Alteration(record.name, "missing"))
+        elif file.state[0] != record.size:
+            alterations.append(Alteration(record.name, "resized"))
+        elif record != (record_header if record.sha256 is None else record_file)(file.path, record.name):
+            alterations.append(Alteration(record.name, "altered"))
     known = {record.name for record in manifest.outputs} | {MANIFEST_NAME}
-    found += [Alteration(path.name, "added") for path in sorted(folder.iterdir()) if path.name not in known]
-    return tuple(found)
+    alterations += [Alteration(name, "added") for name in listing.files if name not in known]
+    return tuple(alterations)
 
 
 def record_file(path: Path, name: str | None = None) -> FileRecord:
-    """Hash a file; ``name`` replaces the file's own, which in the hub's cache is a hash."""
+    """Hash a file, following links; ``name`` replaces the file's own, which in the hub's cache is a hash."""
     digest = hashlib.sha256()
     size = 0
     buffer = memoryview(bytearray(_HASH_CHUNK))
-    with path.open("rb", buffering=0) as file:
+    with reading(path.resolve()) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             size += count
@@ -171,10 +178,11 @@ def record_file(path: Path, name: str | None = None) -> FileRecord:
 
 def record_header(path: Path, name: str | None = None) -> FileRecord:
     """Hash the header of a safetensors file, and leave its weights unread."""
-    with path.open("rb") as file:
+    with reading(path) as file:
         prefix = file.read(8)
         header = file.read(min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES))
-    return FileRecord(name or path.name, path.stat().st_size, None, hashlib.sha256(prefix + header).hexdigest())
+        size = os.fstat(file.fileno()).st_size
+    return FileRecord(name or path.name, size, None, hashlib.sha256(prefix + header).hexdigest())
 
 
 def _file_json(file: FileRecord) -> dict[str, Any]:

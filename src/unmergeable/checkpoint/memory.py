@@ -58,7 +58,7 @@ class MemorySource:
             shards={SHARD: Shard(SHARD, None, position, 0, {"format": "pt"}, tuple(entries))},
             weights_index_file=None,
             weights_index=None,
-            side_files=(),
+            side_files={},
             left_out=(),
             headers_digest=digest.hexdigest(),
         )

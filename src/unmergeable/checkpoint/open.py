@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
-from unmergeable.checkpoint.index import is_adapter, is_pickled
+from unmergeable.checkpoint.listing import list_folder
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.source import TensorSource
 
 
-def open_checkpoint(folder: Path | str, *, base: Path | str | None = None, allow_pickle: bool = False) -> TensorSource:
-    """Open a checkpoint folder for reading, headers only.
+def open_checkpoint(
+    folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, allow_pickle: bool = False
+) -> TensorSource:
+    """Open a checkpoint folder for reading: list it once, and read the header of each file once.
 
     Args:
         folder: a transformers or diffusers component folder, or a LoRA adapter.
@@ -20,15 +22,15 @@ def open_checkpoint(folder: Path | str, *, base: Path | str | None = None, allow
     Raises:
         CheckpointError: when the folder cannot be used; the message says why and what to do.
     """
-    folder = Path(folder)
-    if folder.is_dir() and is_adapter(folder) and base is not None:
+    listing = list_folder(folder)
+    if listing.is_adapter and base is not None:
         from unmergeable.checkpoint.adapter import AdaptedCheckpoint
 
         return AdaptedCheckpoint.open(
-            folder, open_checkpoint(base, allow_pickle=allow_pickle), allow_pickle=allow_pickle
+            listing, open_checkpoint(base, allow_pickle=allow_pickle), allow_pickle=allow_pickle
         )
-    if allow_pickle and folder.is_dir() and is_pickled(folder):
+    if allow_pickle and listing.is_pickled and not listing.is_adapter:
         from unmergeable.checkpoint.pickled import PickledCheckpoint
 
-        return PickledCheckpoint.open(folder)
-    return Checkpoint.open(folder)
+        return PickledCheckpoint.open(listing)
+    return Checkpoint.open(listing)

@@ -17,11 +17,12 @@ import logging
 import os
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.disk import write_error
+from unmergeable.checkpoint.disk import sync_folder, write_error
 from unmergeable.checkpoint.manifest import FileRecord
 from unmergeable.errors import BadInput, CheckpointError
 
@@ -68,8 +69,8 @@ class PartialFolder:
         self._journal = -1
         self.done = Done()
         try:
-            self._lock = self._take_lock()
-            require_absent(out)
+            self._lock = _take_lock(out, self._folder)
+            _require_nothing_at(out)
             self._resume_or_begin(token)
         except BaseException:
             self.close()
@@ -109,60 +110,30 @@ class PartialFolder:
     def commit(self) -> None:
         """Make the result visible under its final name, at once and for good."""
         sync_folder(self.files)
-        require_absent(self._out)
+        _require_nothing_at(self._out)
         try:
             self.files.rename(self._out)
         except OSError as error:
-            raise BadInput(f"{self._out} cannot be created ({error.strerror}): choose another folder.") from error
+            raise write_error(self._out, error) from error
         sync_folder(self._out.parent)
-        self._remove()
+        _remove_partial(self._folder)
 
     def discard(self) -> None:
         """Delete the partial result."""
-        self._remove()
-
-    def _take_lock(self) -> int:
-        path = self._folder / _LOCK
-        try:
-            self._folder.mkdir(exist_ok=True)
-            self._require_ours()
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise write_error(path, error) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The process that held the lock may have finished and removed the file in between.
-            taken = os.fstat(descriptor).st_nlink > 0
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise write_error(path, error) from error
-            raise BadInput(f"{self._folder} is being written by another process: wait for it to end.") from error
-        if not taken:
-            os.close(descriptor)
-            raise BadInput(f"{self._folder} was just finished by another process: look for {self._out}.")
-        return descriptor
-
-    def _require_ours(self) -> None:
-        """Nothing is deleted in, or written through, what somebody else put there."""
-        ours = {_LOCK, _JOURNAL, FILES}
-        found = (self._folder, *self._folder.iterdir())
-        if any(path.is_symlink() for path in found) or any(path.name not in ours for path in found[1:]):
-            raise BadInput(
-                f"{self._folder} holds files of somebody else: move it away or choose another output folder."
-            )
+        _remove_partial(self._folder)
 
     def _resume_or_begin(self, token: str) -> None:
         path = self._folder / _JOURNAL
         lines, understood = _read_lines(path)
-        begins = {"format": JOURNAL_FORMAT, "token": token}
+        begins = _first_line(token)
         resumes = bool(lines) and lines[0] == begins
         if resumes:
             for line in lines[1:]:
                 _replay(line, self.done)
             logger.info("resuming %s: %d shards are complete", self._folder, len(self.done.finished))
-        elif lines or self.files.exists():
-            logger.info("discarding %s: it was begun for other work", self._folder)
+        else:
+            if lines or self.files.exists():
+                logger.info("discarding %s: it was begun for other work", self._folder)
             path.unlink(missing_ok=True)
             _remove_tree(self.files)
         self.files.mkdir(exist_ok=True)
@@ -181,38 +152,126 @@ class PartialFolder:
         except OSError as error:
             raise write_error(self._folder / _JOURNAL, error) from error
 
-    def _remove(self) -> None:
-        _remove_tree(self.files)
-        (self._folder / _JOURNAL).unlink(missing_ok=True)
-        (self._folder / _LOCK).unlink(missing_ok=True)
-        self._folder.rmdir()
-
 
 def partial_of(out: Path) -> Path:
     """The folder in which ``out`` grows."""
     return out.with_name(out.name + ".partial")
 
 
+def require_creatable(out: Path) -> None:
+    """Refuse an output folder that could not be created, before any work for it begins.
+
+    Raises:
+        BadInput: its parent does not exist, its name is impossible, or something is there (:func:`require_absent`).
+    """
+    if out.name in ("", "..") or "\0" in str(out):
+        raise BadInput(f"{str(out)!r} cannot be created: it is no name of a folder; choose another.")
+    if not out.parent.is_dir():
+        raise BadInput(f"{out} cannot be created: its parent folder {out.parent} does not exist; create it first.")
+    longest = os.pathconf(out.parent, "PC_NAME_MAX")
+    if len(os.fsencode(partial_of(out).name)) > longest:
+        raise BadInput(f"the name of {out} is too long: names here have at most {longest} bytes, .partial included.")
+    require_absent(out)
+
+
 def require_absent(out: Path) -> None:
-    """Refuse to write over anything.
+    """Refuse to write over anything, but for what a run left that was killed as the last thing it did.
 
     Raises:
         BadInput: when ``out`` exists, be it a dangling link.
     """
+    if not _ends_an_interrupted_run(out):
+        _require_nothing_at(out)
+
+
+def require_outside(out: Path, *folders: Path) -> None:
+    """Refuse an output folder that lies in one of these folders, or holds one.
+
+    Raises:
+        BadInput: naming the two.
+    """
+    place = out.parent.resolve() / out.name
+    for folder in dict.fromkeys(folder.resolve() for folder in folders):
+        if place == folder or folder in place.parents or place in folder.parents:
+            raise BadInput(f"{out} and the input {folder} lie inside each other: choose another output folder.")
+
+
+def completed_earlier(out: Path, token: str) -> bool:
+    """Whether a run for this very work was killed after its result was in place; then what it left is removed.
+
+    Raises:
+        BadInput: when ``out`` is the result of other work, or another process is at it.
+    """
+    if not os.path.lexists(out):
+        return False
+    folder = partial_of(out)
+    if not _ends_an_interrupted_run(out):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # killed before the last call of all, when nobody knows any more for which work
+        _require_nothing_at(out)
+    descriptor = _take_lock(out, folder)
+    try:
+        lines, _ = _read_lines(folder / _JOURNAL)
+        if not lines or lines[0] != _first_line(token):
+            _require_nothing_at(out)
+        _remove_partial(folder)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _ends_an_interrupted_run(out: Path) -> bool:
+    folder = partial_of(out)
+    return out.is_dir() and (folder / _JOURNAL).is_file() and not os.path.lexists(folder / FILES)
+
+
+def _require_nothing_at(out: Path) -> None:
     if os.path.lexists(out):
         raise BadInput(f"{out} exists: choose another output folder, or remove it first.")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _first_line(token: str) -> dict[str, Any]:
+    return {"format": JOURNAL_FORMAT, "token": token}
+
+
+def _take_lock(out: Path, folder: Path) -> int:
+    path = folder / _LOCK
     try:
-        os.fsync(descriptor)
+        folder.mkdir(exist_ok=True)
+        _require_ours(folder)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
-            raise write_error(folder, error) from error
-    finally:
+        raise write_error(path, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The process that held the lock may have finished and removed the file in between.
+        taken = os.fstat(descriptor).st_nlink > 0
+    except OSError as error:
         os.close(descriptor)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise write_error(path, error) from error
+        raise BadInput(f"{folder} is being written by another process: wait for it to end.") from error
+    if not taken:
+        os.close(descriptor)
+        raise BadInput(f"{folder} was just finished by another process: look for {out}.")
+    return descriptor
+
+
+def _require_ours(folder: Path) -> None:
+    """Nothing is deleted in, or written through, what somebody else put there."""
+    ours = {_LOCK, _JOURNAL, FILES}
+    inside = list(folder.iterdir())
+    if any(path.is_symlink() for path in (folder, *inside)) or any(path.name not in ours for path in inside):
+        raise BadInput(f"{folder} holds files of somebody else: move it away or choose another output folder.")
+
+
+def _remove_partial(folder: Path) -> None:
+    """The journal goes last: as long as it is there, the next run knows whose result this is."""
+    _remove_tree(folder / FILES)
+    (folder / _LOCK).unlink(missing_ok=True)
+    (folder / _JOURNAL).unlink(missing_ok=True)
+    with suppress(OSError):  # somebody else may have begun there
+        folder.rmdir()
 
 
 def _remove_tree(folder: Path) -> None:

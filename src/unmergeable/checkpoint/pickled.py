@@ -6,7 +6,7 @@ tensors and plain containers and refuses everything else. The files are mapped, 
 
 from __future__ import annotations
 
-import pickle
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -16,18 +16,10 @@ import torch
 
 from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import save_file_order
-from unmergeable.checkpoint.index import (
-    CheckpointIndex,
-    TensorSpec,
-    identified,
-    lay_out_virtual,
-    read_config,
-    read_json,
-    refuse_quantised,
-)
-from unmergeable.checkpoint.side_files import CONFIG_NAME, resolve_inside, sort_side_files
+from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec, identified, lay_out_virtual, refuse_quantised
+from unmergeable.checkpoint.listing import CONFIG_NAME, Listing, list_folder
 from unmergeable.checkpoint.source import IndexedSource
-from unmergeable.errors import CheckpointError
+from unmergeable.errors import CheckpointError, shown
 
 _STEMS = ("pytorch_model", "diffusion_pytorch_model", "model")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(bin|pth|pt)")
@@ -41,32 +33,30 @@ class PickledCheckpoint(IndexedSource):
         self._tensors = tensors
 
     @classmethod
-    def open(cls, folder: Path | str) -> PickledCheckpoint:
+    def open(cls, folder: str | os.PathLike[str] | Listing) -> PickledCheckpoint:
         """Unpickle the structure of every file in ``folder``; the tensors stay mapped.
 
         Raises:
             CheckpointError: for files that are missing, hold anything but tensors, or are quantised.
         """
-        folder = Path(folder)
-        config = read_config(folder)
-        files, index_name = _find_files(folder)
+        listing = list_folder(folder)
+        config = listing.read_config()
+        files, index_name = _find_files(listing)
         tensors: dict[str, torch.Tensor] = {}
         specs: dict[str, dict[str, TensorSpec]] = {}
         for name in files:
-            state = load_state(resolve_inside(folder, name), name)
+            state = load_state(listing.file(name).path, name)
             for key in state.keys() & tensors.keys():
                 raise CheckpointError(f"tensor {key!r} is in {name} and in another file; the checkpoint is malformed.")
             tensors |= state
-            found = {key: TensorSpec(dtype_code(value.dtype), tuple(value.shape)) for key, value in state.items()}
-            specs[_safetensors_name(name)] = {key: found[key] for key in save_file_order(found)}
+            stored = {key: TensorSpec(dtype_code(value.dtype), tuple(value.shape)) for key, value in state.items()}
+            specs[_safetensors_name(name)] = {key: stored[key] for key in save_file_order(stored)}
         entries, shards = lay_out_virtual(specs, {"format": "pt"})
-        refuse_quantised(folder, config, entries.values())
-        paths = {resolve_inside(folder, name): name for name in files}
-        claimed = {CONFIG_NAME, *files} | ({index_name} if index_name else set())
-        side_files, left_out = sort_side_files(folder, frozenset(claimed))
+        refuse_quantised(listing.folder, config, entries.values())
+        side_files, left_out = listing.side_files([CONFIG_NAME, *files, *([index_name] if index_name else [])])
         index = CheckpointIndex(
-            folder=folder,
-            config_file=resolve_inside(folder, CONFIG_NAME),
+            folder=listing.folder,
+            config_file=listing.file(CONFIG_NAME).path,
             config=config,
             entries=entries,
             shards=shards,
@@ -74,7 +64,8 @@ class PickledCheckpoint(IndexedSource):
             weights_index=None,
             side_files=side_files,
             left_out=left_out,
-            other_files=paths,
+            other_files={listing.file(name).path: name for name in files},
+            states=listing.states([CONFIG_NAME, *files]),
         )
         return cls(identified(index), tensors)
 
@@ -92,8 +83,8 @@ def load_state(path: Path, name: str) -> dict[str, torch.Tensor]:
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a damaged pickle can make its machine raise anything
+        reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
         raise CheckpointError(f"{name} cannot be unpickled safely ({reason}): convert it to safetensors.") from error
     if not isinstance(state, dict):
         raise CheckpointError(
@@ -102,32 +93,31 @@ def load_state(path: Path, name: str) -> dict[str, torch.Tensor]:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             raise CheckpointError(
-                f"{name} holds a {type(value).__name__} under {key!r} where only tensors may be: extract the weights "
-                "and save them as safetensors."
+                f"{name} holds a {type(value).__name__} under {shown(key)} where only tensors may be: extract the "
+                "weights and save them as safetensors."
             )
     return state
 
 
-def _find_files(folder: Path) -> tuple[tuple[str, ...], str | None]:
-    names = {path.name for path in folder.iterdir()}
+def _find_files(listing: Listing) -> tuple[tuple[str, ...], str | None]:
     for stem in _STEMS:
         index_name = f"{stem}.bin.index.json"
-        if index_name in names:
-            raw = read_json(folder, index_name)
+        if index_name in listing.files:
+            raw = listing.read_json(index_name)
             weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
             if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index_name} in {folder} has no weight_map; download it again.")
+                raise CheckpointError(f"{index_name} in {listing.folder} has no weight_map; download it again.")
             for name in weight_map.values():
                 if not isinstance(name, str) or not _SAFE_NAME.fullmatch(name):
                     raise CheckpointError(
-                        f"{index_name} names the file {str(name)[:200]!r}, which is not a plain file name; "
+                        f"{index_name} names the file {shown(name)}, which is not a plain file name; "
                         "do not trust this checkpoint."
                     )
             return tuple(sorted(set(weight_map.values()))), index_name
         for suffix in (".bin", ".pth", ".pt"):
-            if stem + suffix in names:
+            if stem + suffix in listing.files:
                 return (stem + suffix,), None
-    raise CheckpointError(f"{folder} has no pytorch_model.bin and no index of one.")
+    raise CheckpointError(f"{listing.folder} has no pytorch_model.bin and no index of one.")
 
 
 def _safetensors_name(name: str) -> str:

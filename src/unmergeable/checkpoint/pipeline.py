@@ -6,16 +6,15 @@
     consumer, the caller's thread, takes pieces strictly in order
 
 Copied tensors pass in small pieces through a few reused buffers, so a copy costs no memory however large the
-tensor. A changed tensor is whole in memory once; one that is made from nothing is made in memory that is used again,
-since fresh pages cost as much as the arithmetic. Reservations are made and released in the same order, so the
-pipeline cannot wait for itself; a tensor larger than the whole budget travels alone.
+tensor. A changed tensor is whole in memory once; one that is made from nothing is made where it can be written from
+without a copy. Reservations are made and released in the same order, so the pipeline cannot wait for itself; a tensor
+larger than the whole budget travels alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -33,6 +32,7 @@ from unmergeable.checkpoint.manifest import FileRecord
 from unmergeable.checkpoint.reader import OpenFiles
 from unmergeable.checkpoint.source import Extent, empty_tensor, tensor_bytes
 from unmergeable.checkpoint.writer import Origin, require_spec
+from unmergeable.threads import processors
 
 PIECE_BYTES = 1 << 20
 _BUFFERS = 96  # as much read-ahead as hides the reading of one changed tensor of that size
@@ -62,15 +62,15 @@ class Piece:
     """Bytes of the current tensor; ``last`` ends it. The consumer calls ``release`` when it needs them no more.
 
     It may do so later and from another thread. ``origin`` says where the bytes were copied from; None where they were
-    computed. Pieces ``of_ring`` lie as a direct write needs them, and are released in the order in which they came;
-    all others are best released at once, while their memory is in the cache.
+    computed. A piece that ``is_aligned`` lies as a direct write needs it, to be lent to the disk; all others are best
+    released at once, while their memory is in the cache.
     """
 
     data: memoryview
     last: bool
     release: Callable[[], None]
     origin: Origin | None = None
-    of_ring: bool = False
+    is_aligned: bool = False
 
 
 class InputHashes:
@@ -133,8 +133,7 @@ def stream(
         threads: workers for edits; None for as many as leave each a share of torch's own threads.
         memory_budget: bytes of changed tensors between reading and being written.
     """
-    largest = max((job.spec.nbytes for job in jobs if job.fill is not None), default=0)
-    channel = _Channel(memory_budget, _Ring(max(memory_budget, largest) if largest else 0))
+    channel = _Channel(memory_budget)
     workers = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="unmergeable-edit")
     hasher = ThreadPoolExecutor(1, thread_name_prefix="unmergeable-hash")
     feeder = _Feeder(channel, hashes, hasher, workers)
@@ -148,10 +147,10 @@ def stream(
                 give_back = partial(channel.give_back, item.buffer)
                 yield Piece(item.buffer[: item.nbytes], item.last, give_back, item.hashed.result())
             else:
-                view, of_ring = tensor_bytes(item.result.result()), item.of_ring
-                release = partial(_release, view, channel, item.reserved, of_ring)
+                view, is_aligned = tensor_bytes(item.result.result()), item.is_aligned
+                release = partial(_release, view, channel, item.reserved)
                 del item
-                yield Piece(view, True, release, of_ring=of_ring)
+                yield Piece(view, True, release, is_aligned=is_aligned)
                 del view, release
     finally:
         channel.cancel()
@@ -160,18 +159,14 @@ def stream(
         thread.join()
 
 
-def _release(view: memoryview, channel: _Channel, reserved: int, of_ring: bool) -> None:
+def _release(view: memoryview, channel: _Channel, reserved: int) -> None:
     view.release()  # and with it the tensor, before its bytes count as free
-    channel.release(reserved, of_ring=of_ring)
+    channel.release(reserved)
 
 
 def default_threads() -> int:
     """As many workers as keep workers times torch's own threads within the processors."""
-    return max(1, (_processors() // torch.get_num_threads()))
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, processors() // torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,7 @@ class _Copied:
 class _Changed:
     result: Future[torch.Tensor]
     reserved: int
-    of_ring: bool
+    is_aligned: bool
 
 
 _Item = _Copied | _Changed | BaseException | None
@@ -197,39 +192,10 @@ class _Cancelled(Exception):
     """The consumer has gone."""
 
 
-class _Ring:
-    """Memory handed out in pieces that are given back in the same order, so that every page is made once."""
-
-    def __init__(self, nbytes: int) -> None:
-        # Python's default is shared memory, which has small pages only.
-        self._memory = mmap.mmap(-1, nbytes + 2 * ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._taken: deque[tuple[int, int]] = deque()
-        self._end = 0
-
-    def take(self, nbytes: int, begin: int) -> memoryview | None:
-        """``nbytes`` at an address that is ``begin`` modulo ``ALIGNMENT``; None while they are not free."""
-        start = self._end + (begin - self._end) % ALIGNMENT
-        if start + nbytes > len(self._memory):
-            start = begin % ALIGNMENT
-        stop = start + nbytes
-        if any(start < other_stop and other_start < stop for other_start, other_stop in self._taken):
-            return None
-        self._taken.append((start, stop))
-        self._end = stop
-        return memoryview(self._memory)[start:stop]
-
-    def give_back(self) -> None:
-        """Free the piece that was taken first."""
-        self._taken.popleft()
-
-
 class _Channel:
-    """The queue from the feeder to the consumer, with the budget, the reused buffers and the ring."""
+    """The queue from the feeder to the consumer, with the budget and the reused buffers."""
 
-    def __init__(self, budget: int, ring: _Ring) -> None:
-        self._ring = ring
+    def __init__(self, budget: int) -> None:
         self._changed = threading.Condition()
         self._items: deque[_Item] = deque()
         self._budget = budget
@@ -253,21 +219,10 @@ class _Channel:
         with self._changed:
             self._reserved += nbytes
 
-    def release(self, nbytes: int, *, of_ring: bool) -> None:
+    def release(self, nbytes: int) -> None:
         with self._changed:
             self._reserved -= nbytes
-            if of_ring:
-                self._ring.give_back()
             self._changed.notify_all()
-
-    def memory(self, nbytes: int, begin: int) -> memoryview:
-        """Reserved memory of the ring; see :meth:`_Ring.take`."""
-        with self._changed:
-            while (memory := self._ring.take(nbytes, begin)) is None:
-                if self._cancelled:
-                    raise _Cancelled
-                self._changed.wait()
-        return memory
 
     def buffer(self) -> memoryview:
         self._wait(lambda: bool(self._free) or self._unmade > 0)
@@ -345,9 +300,7 @@ class _Feeder:
         reserved = max(job.stored.nbytes, job.spec.nbytes)
         self._channel.reserve(reserved)
         if job.fill is not None:
-            # A file may place elements at odd addresses (old ones do); memory never does.
-            begin = job.begin - job.begin % ITEMSIZE[job.spec.dtype]
-            result = self._workers.submit(_fill, job, job.fill, self._channel.memory(reserved, begin))
+            result = self._workers.submit(_fill, job, job.fill)
         elif job.extent is None:
             assert job.read is not None
             result = self._workers.submit(_compute, job, job.read, ())
@@ -360,17 +313,23 @@ class _Feeder:
             box = [tensor]  # so that the worker can drop the last reference but its own
             del tensor, view
             result = self._workers.submit(_compute, job, box.pop, hashed)
-        self._channel.put(_Changed(result, reserved, of_ring=job.fill is not None))
+        self._channel.put(_Changed(result, reserved, is_aligned=job.fill is not None))
 
     def _read(self, buffer: memoryview, path: Path, offset: int) -> Future[Origin | None]:
         self._files.read_into(buffer, path, offset)
         return self._hasher.submit(self._hashes.feed, path, offset, buffer)
 
 
-def _fill(job: Job, fill: Callable[[torch.Tensor], object], memory: memoryview) -> torch.Tensor:
+def _fill(job: Job, fill: Callable[[torch.Tensor], object]) -> torch.Tensor:
     if not job.spec.nbytes:
         return empty_tensor(job.spec)[0]
-    tensor = torch.frombuffer(memory, dtype=torch_dtype(job.spec.dtype)).reshape(job.spec.shape)
+    # A file may place elements at odd addresses (old ones do); memory never does.
+    start = (job.begin - job.begin % ITEMSIZE[job.spec.dtype]) % ALIGNMENT
+    # Python's default is shared memory, which has small pages only.
+    memory = mmap.mmap(-1, start + job.spec.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    tensor = torch.frombuffer(memoryview(memory)[start:], dtype=torch_dtype(job.spec.dtype)).reshape(job.spec.shape)
     with torch.no_grad():
         fill(tensor)
     return tensor

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from unmergeable.checkpoint.disk import read_file
 from unmergeable.checkpoint.header import TensorSpec, build_header, raw_header
 from unmergeable.checkpoint.index import CheckpointIndex, require_shard_name
+from unmergeable.checkpoint.listing import CONFIG_NAME
 from unmergeable.checkpoint.pipeline import Job
-from unmergeable.checkpoint.side_files import CONFIG_NAME
 from unmergeable.checkpoint.source import StoredSource, TensorSource
 from unmergeable.errors import UsageError
 
@@ -105,12 +106,12 @@ def lay_out(source: TensorSource, plan: Sequence[OutputTensor], config_changes: 
     shards = tuple(
         _lay_out_shard(source, name, tuple(tensors)) for name, tensors in groupby(plan, key=lambda tensor: tensor.shard)
     )
-    config = source.index.config_file.read_bytes()
+    config = read_file(source.index.config_file)
     small = [(CONFIG_NAME, config if config_changes is None else edit_json(config, config_changes))]
     weights_index = _weights_index(source.index, plan)
     if weights_index is not None:
         small.append(weights_index)
-    copied = sum(path.stat().st_size for path in source.index.side_files)
+    copied = sum(path.stat().st_size for path in source.index.side_files.values())
     nbytes = sum(shard.size for shard in shards) + sum(len(data) for _, data in small) + copied
     return Layout(shards, tuple(small), nbytes)
 
@@ -176,11 +177,16 @@ def _weights_index(index: CheckpointIndex, plan: tuple[OutputTensor, ...]) -> tu
     if index.weights_index_file is None and len(shards) == 1:
         return None
     specs = {tensor.name: tensor.spec for tensor in plan}
-    if index.weights_index_file is not None and (specs, weight_map) == (
-        {name: entry.spec for name, entry in index.entries.items()},
-        {name: entry.shard for name, entry in index.entries.items()},
+    if (
+        index.weights_index_file is not None
+        and index.weights_index_name is not None
+        and (specs, weight_map)
+        == (
+            {name: entry.spec for name, entry in index.entries.items()},
+            {name: entry.shard for name, entry in index.entries.items()},
+        )
     ):
-        return index.weights_index_file.name, index.weights_index_file.read_bytes()
+        return index.weights_index_name, read_file(index.weights_index_file)
     metadata = dict((index.weights_index or {}).get("metadata") or {})
     if index.weights_index_file is None or "total_parameters" in metadata:
         metadata["total_parameters"] = sum(spec.numel for spec in specs.values())

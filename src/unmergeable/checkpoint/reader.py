@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
+from unmergeable.checkpoint.disk import open_to_read, read_error
 from unmergeable.checkpoint.index import CheckpointIndex, read_index
+from unmergeable.checkpoint.listing import Listing
 from unmergeable.checkpoint.source import Extent, IndexedSource, empty_tensor
 from unmergeable.errors import CheckpointError
 
@@ -29,7 +31,7 @@ class Checkpoint(IndexedSource):
         self._files = OpenFiles()
 
     @classmethod
-    def open(cls, folder: Path | str) -> Checkpoint:
+    def open(cls, folder: str | os.PathLike[str] | Listing) -> Checkpoint:
         """Index ``folder`` (see :func:`~unmergeable.checkpoint.index.read_index`) and read from it."""
         return cls(read_index(folder))
 
@@ -84,7 +86,7 @@ class OpenFiles:
                     raise CheckpointError(f"{path} became shorter while it was read; start again.")
                 done += count
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+            raise read_error(path, error) from error
 
     def close(self) -> None:
         """Close every file."""
@@ -94,7 +96,7 @@ class OpenFiles:
     def _descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._descriptors[path] = open_to_read(path)
             return self._descriptors[path]
 
 

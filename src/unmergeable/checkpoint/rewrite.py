@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,23 +23,41 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.disk import Disk, write_file
-from unmergeable.checkpoint.index import CheckpointIndex, state_of
-from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, record_file, record_header, require_details
-from unmergeable.checkpoint.partial import FILES, PartialFolder, Safe, partial_of, require_absent, sync_folder
+from unmergeable.checkpoint.disk import Disk, read_file, sync_folder, write_file
+from unmergeable.checkpoint.index import CheckpointIndex
+from unmergeable.checkpoint.listing import CONFIG_NAME, MANIFEST_NAME, FileState
+from unmergeable.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    by_name,
+    read_manifest,
+    record_file,
+    record_header,
+    require_details,
+)
+from unmergeable.checkpoint.partial import (
+    FILES,
+    PartialFolder,
+    Safe,
+    completed_earlier,
+    partial_of,
+    require_creatable,
+    require_outside,
+)
 from unmergeable.checkpoint.pipeline import InputHashes, Job, Piece, stream
 from unmergeable.checkpoint.plan import Layout, OutputTensor, ShardLayout, lay_out, output_like
 from unmergeable.checkpoint.reader import Checkpoint
-from unmergeable.checkpoint.side_files import CONFIG_NAME, MANIFEST_NAME
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.checkpoint.writer import OutputFile, sha256_of_start
-from unmergeable.errors import BadInput, CheckpointError
+from unmergeable.errors import CheckpointError, DiskError
 from unmergeable.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["MEMORY_BUDGET", "OutputTensor", "output_like", "rewrite"]
 
 MEMORY_BUDGET = 512 << 20
-"""Bytes of tensors between reading and writing, unless told otherwise."""
+"""Default bytes of changed tensors held between reading and writing."""
 
 _SYNC_BYTES = 256 << 20  # at most this much is written again after a kill, plus one tensor
 _SPARE_DISK = 1 << 20  # manifest, journal and the file system's own needs
@@ -61,7 +80,8 @@ def rewrite(
 ) -> Manifest:
     """Write a new checkpoint folder; it appears complete and verified, or not at all.
 
-    Killed, interrupted or out of disk, it leaves ``OUT.partial``, and the same call resumes there.
+    Killed, interrupted or out of disk, it leaves ``OUT.partial``, and the same call resumes there. Killed after the
+    result was in its place, the same call verifies it once more, removes what is left of ``OUT.partial`` and returns.
 
     Args:
         source: gives the layout, the side files, and the tensors that are copied or edited.
@@ -77,27 +97,37 @@ def rewrite(
             and the hashes of their headers, and a resumed run believes what its journal says of bytes on the disk.
         threads: workers for edits and makes; None for processors divided by torch's own threads.
         memory_budget: bytes of changed tensors held between reading and writing. A larger tensor travels alone.
-        progress: told of bytes written and, first, of bytes found written by an earlier run.
+        progress: receives the bytes written, those of an earlier run first.
 
     Raises:
         BadInput: when ``out`` exists, overlaps an input folder, or is being written by another process.
-        CheckpointError: when a file cannot be read or written, or an edit changes a shape or dtype.
+        CheckpointError: when a file cannot be read, or an edit changes a shape or dtype.
+        DiskError: when the disk is full or a file cannot be written.
         UsageError: when plan or manifest are malformed.
     """
-    out = _absolute(Path(out))
+    out = Path(out)
+    require_creatable(out)
+    out = out.parent.resolve() / out.name
     sources = {"source": source, **(also_read or {})}
-    require_absent(out)
-    _require_apart(out, sources.values())
+    require_outside(out, *_folders_read(sources.values()))
     require_details(manifest)
     layout = lay_out(source, plan, config_changes)
-    _require_space(out, layout.nbytes)
     _require_unchanged(sources.values())
 
     token = _fingerprint(resume_token, [member.index.headers_digest for member in sources.values()], layout)
+    if completed_earlier(out, token):
+        logger.warning("%s is complete: an earlier run of this command was interrupted after writing it", out)
+        _verified(out, verify)
+        written = read_manifest(out)
+        assert written is not None, "it is written before the folder gets its name"
+        return written
+    _require_space(out, layout.nbytes)
     with PartialFolder(out, token) as folder:
         folder.remove_all_but({shard.name for shard in layout.shards})
         records = [_write_small(folder.files / name, data) for name, data in layout.small_files]
-        records += [_write_small(folder.files / path.name, path.read_bytes()) for path in source.index.side_files]
+        records += [
+            _write_small(folder.files / name, read_file(path)) for name, path in source.index.side_files.items()
+        ]
         hashes = _input_hashes(folder, sources.values()) if checksums else InputHashes({}, {})
         records += _write_shards(
             folder, layout, hashes, checksums=checksums, threads=threads, memory_budget=memory_budget, progress=progress
@@ -123,18 +153,11 @@ def rewrite(
     return record
 
 
-def _absolute(out: Path) -> Path:
-    if out.name in ("", "..") or not out.parent.is_dir():
-        raise BadInput(f"{out} cannot be created: its parent folder {out.parent} does not exist; create it first.")
-    return out.parent.resolve() / out.name
-
-
-def _require_apart(out: Path, sources: Iterable[TensorSource]) -> None:
+def _folders_read(sources: Iterable[TensorSource]) -> Iterator[Path]:
     for source in sources:
-        files = (source.index.config_file, *_tensor_files(source.index))
-        for folder in dict.fromkeys((source.folder.resolve(), *(path.resolve().parent for path in files))):
-            if out == folder or folder in out.parents or out in folder.parents:
-                raise BadInput(f"{out} and the input {folder} lie inside each other: choose another output folder.")
+        yield source.folder
+        for path in (source.index.config_file, *_tensor_files(source.index)):
+            yield path.parent
 
 
 def _require_space(out: Path, nbytes: int) -> None:
@@ -143,7 +166,7 @@ def _require_space(out: Path, nbytes: int) -> None:
     needed = nbytes - there + _SPARE_DISK
     free = shutil.disk_usage(out.parent).free
     if needed > free:
-        raise CheckpointError(
+        raise DiskError(
             f"disk too small: {out} takes {needed / 1e9:,.3f} GB more and {out.parent} has {free / 1e9:,.3f} GB free; "
             "free space or choose another disk."
         )
@@ -153,8 +176,16 @@ def _require_unchanged(sources: Iterable[TensorSource]) -> None:
     """The headers are believed for as long as nobody touches the files."""
     for source in sources:
         for path, state in source.index.states.items():
-            if not path.exists() or state_of(path) != state:
+            if _state_of(path) != state:
                 raise CheckpointError(f"{path} was changed after it was opened: run the command again.")
+
+
+def _state_of(path: Path) -> FileState | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _fingerprint(resume_token: str, headers_digests: Sequence[str], layout: Layout) -> str:
@@ -180,9 +211,9 @@ def _input_hashes(folder: PartialFolder, sources: Iterable[TensorSource]) -> Inp
 
 
 def _input_records(index: CheckpointIndex, hashes: InputHashes, *, checksums: bool) -> tuple[FileRecord, ...]:
-    small = {path: path.name for path in index.side_files} | {index.config_file: CONFIG_NAME}
-    if index.weights_index_file is not None:
-        small[index.weights_index_file] = index.weights_index_file.name
+    small = {path: name for name, path in index.side_files.items()} | {index.config_file: CONFIG_NAME}
+    if index.weights_index_file is not None and index.weights_index_name is not None:
+        small[index.weights_index_file] = index.weights_index_name
     if checksums:
         large = [hashes.records[path] for path in _tensor_files(index)]
     else:
@@ -200,9 +231,9 @@ def _verified(written: Path, verify: Callable[[TensorSource], Mapping[str, Any]]
     """Open what was written as anybody would, and let the caller judge it."""
     checkpoint = Checkpoint.open(written)
     try:
-        found = {} if verify is None else verify(checkpoint)
-        require_details(found)
-        return found
+        details = {} if verify is None else verify(checkpoint)
+        require_details(details)
+        return details
     finally:
         checkpoint.close()
 
@@ -231,19 +262,19 @@ def _resume(folder: PartialFolder, shard: ShardLayout, progress: Progress, *, ch
     """
     path = folder.files / shard.name
     length = path.stat().st_size if path.is_file() else 0
-    told = partial(progress, f"checking {shard.name}", unit="bytes")
+    report = partial(progress, f"checking {shard.name}", unit="bytes")
     finished = folder.done.finished.get(shard.name)
     if finished is not None and finished.size == shard.size == length:
         if not checksums:
             return _Start(shard, shard.size, finished=_record(shard, None))
-        digest = sha256_of_start(path, shard.size, told)
+        digest = sha256_of_start(path, shard.size, report)
         if digest is not None and finished.sha256 in (None, digest.hexdigest()):
             return _Start(shard, shard.size, finished=_record(shard, digest.hexdigest()))
     safe = folder.done.begun.get(shard.name)
     if safe is not None and safe.position in (*shard.begins, shard.size) and safe.position <= length:
         if not checksums:
             return _Start(shard, safe.position)
-        digest = sha256_of_start(path, safe.position, told)
+        digest = sha256_of_start(path, safe.position, report)
         if digest is not None and safe.sha256 in (None, digest.hexdigest()):
             return _Start(shard, safe.position, digest)
     path.unlink(missing_ok=True)
@@ -301,9 +332,9 @@ def _write_shard(
             for piece in pieces:
                 nbytes = len(piece.data)
                 try:
-                    file.write(piece.data, piece.origin, lent=piece.of_ring)
+                    file.write(piece.data, piece.origin, lent=piece.is_aligned)
                 finally:
-                    if piece.of_ring:
+                    if piece.is_aligned:
                         disk.submit_always(piece.release)
                     else:
                         piece.release()
@@ -331,7 +362,7 @@ def _note_inputs(folder: PartialFolder, hashes: InputHashes, disk: Disk) -> None
 
 
 class _Report:
-    """Bytes of the result that are done, told to a progress callback."""
+    """Counts the finished bytes of the result for a progress callback."""
 
     def __init__(self, progress: Progress, done: int, total: int) -> None:
         self._progress, self._done, self._total = progress, done, total

@@ -126,6 +126,23 @@ class DerivedSource:
         return self.original.tensor(name)
 
 
+@dataclass(frozen=True)
+class RenamedSource(DerivedSource):
+    """A checkpoint under other tensor names: a base saved without the ``bert.`` prefix its fine-tune carries."""
+
+    original_name: Mapping[str, str]
+
+    @property
+    def names(self) -> Sequence[str]:
+        return list(self.original_name)
+
+    def spec(self, name: str) -> TensorSpec:
+        return self.original.spec(self.original_name.get(name, name))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.original.tensor(self.original_name.get(name, name))
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """Bytes ``begin`` to ``end`` of a file."""

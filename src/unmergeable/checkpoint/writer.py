@@ -153,10 +153,10 @@ class OutputFile:
             self._descriptor = -1
 
 
-def sha256_of_start(path: Path, nbytes: int, told: Callable[[int, int], object]) -> hashlib._Hash | None:
+def sha256_of_start(path: Path, nbytes: int, report: Callable[[int, int], object]) -> hashlib._Hash | None:
     """The running hash of a regular file's first ``nbytes``; None if there are fewer, or no such file.
 
-    ``told`` is called with the bytes hashed so far and ``nbytes``.
+    ``report`` is called with the bytes hashed so far and ``nbytes``.
     """
     if path.is_symlink() or not path.is_file():
         return None
@@ -167,7 +167,7 @@ def sha256_of_start(path: Path, nbytes: int, told: Callable[[int, int], object])
         while left > 0 and (count := file.readinto(buffer[: min(left, len(buffer))])):
             digest.update(buffer[:count])
             left -= count
-            told(nbytes - left, nbytes)
+            report(nbytes - left, nbytes)
     return digest if left == 0 else None
 
 
@@ -256,6 +256,6 @@ def require_spec(name: str, tensor: torch.Tensor, spec: TensorSpec) -> None:
     Raises:
         CheckpointError: naming the tensor, what it is and what it must be.
     """
-    found = TensorSpec(dtype_code(tensor.dtype), tuple(tensor.shape))
-    if found != spec:
-        raise CheckpointError(f"tensor {name!r} became {found}; it must stay {spec}.")
+    actual = TensorSpec(dtype_code(tensor.dtype), tuple(tensor.shape))
+    if actual != spec:
+        raise CheckpointError(f"tensor {name!r} became {actual}; it must stay {spec}.")

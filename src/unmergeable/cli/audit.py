@@ -12,53 +12,57 @@ from unmergeable.cli.command import Outcome, working
 
 def audit(
     context: typer.Context,
-    plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="What is defended, by what, against what.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the audit; the same one goes on.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="Plan: the expert, protections, attacks, tasks.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Output directory; rerun with the same one to resume.")
+    ],
+    root: Annotated[
+        Path | None,
+        typer.Option("--root", metavar="DIR", help="Where relative paths of the plan start; its folder by default."),
+    ] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", min=1, metavar="N", help="Processes; as many as GPUs or processors by default."),
+        typer.Option("--workers", min=1, metavar="N", help="Processes; one per GPU, or per processor, by default."),
     ] = None,
     ray: Annotated[
-        str | None, typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster; local: of this machine.")
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="Run on a Ray cluster; local starts one on this machine."),
     ] = None,
 ) -> Outcome:
-    """Find out what protections are worth against the best attack.
+    """Measure what protections are worth against the best attack.
 
-    Protects the expert every way of the plan, attacks each result with every recovery and merge, and reports the worst
-    case: DIR/audit.json and DIR/report.html. Interrupted or killed, the same command goes on where it was.
+    Protects the expert with every method of the plan, attacks each result with every recovery and merge, and reports
+    the worst case: DIR/audit.json and DIR/report.html. Interrupted or killed, the same command resumes.
 
-    Exit code 1 when a control fails: the audit then found nothing out.
+    Exits 1 if a control fails; the results are then invalid.
 
     Example:
       unmergeable audit plan.yaml --out ./audit
     """
     with working(context, can_resume=True) as progress:
-        from unmergeable.evaluation.report import write_report
-        from unmergeable.evaluation.run import audit as run
-        from unmergeable.evaluation.verdict import summary
+        from unmergeable import evaluation
 
-        document = run(plan, out=out, workers=workers, ray=ray, progress=progress)
-        page = write_report(out)
-    text = [*summary(document), f"Pictures, tables and the best attacks: {page}"]
-    return Outcome({**document, "page": str(page)}, text, exit_code=0 if document["passed"] else 1)
+        result = evaluation.audit(plan, out=out, root=root, workers=workers, ray=ray, progress=progress)
+        page = evaluation.write_report(out)
+    text = [*evaluation.summary(result), f"Pictures, tables and the best attacks: {page}"]
+    return Outcome({**result.to_json(), "page": str(page)}, text, exit_code=0 if result.passed else 1)
 
 
 def report(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of an audit.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output directory of an audit.")],
     card: Annotated[bool, typer.Option("--card", help="Print the block for a model card, in Markdown.")] = False,
 ) -> Outcome:
-    """Make the page of an audit again, from its audit.json.
+    """Write the report of an audit again, from its audit.json.
 
     Example:
       unmergeable report ./audit
     """
     with working(context):
-        from unmergeable.evaluation.report import read_audit, write_report
-        from unmergeable.evaluation.verdict import model_card, summary
+        from unmergeable import evaluation
 
-        page = write_report(folder)
-        document = read_audit(folder)
-    markdown = model_card(document)
-    text = markdown.splitlines() if card else [*summary(document), f"Page: {page}"]
-    return Outcome({"page": str(page), "passed": document["passed"], "card": markdown}, text)
+        page = evaluation.write_report(folder)
+        result = evaluation.read_audit(folder)
+    markdown = evaluation.model_card(result)
+    text = markdown.splitlines() if card else [*evaluation.summary(result), f"Page: {page}"]
+    return Outcome({"page": str(page), "passed": result.passed, "card": markdown}, text)

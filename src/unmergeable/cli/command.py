@@ -18,7 +18,7 @@ from unmergeable.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command found out: ``document`` for ``--json``, ``text`` for people, the exit code for both."""
+    """The result of a command: ``document`` for ``--json``, ``text`` for people, and the exit code of both."""
 
     document: Mapping[str, Any]
     text: Sequence[str]
@@ -41,8 +41,8 @@ class Switches:
 
 
 JsonSwitch = Annotated[bool, typer.Option("--json", help="Print one JSON object, for errors too.")]
-QuietSwitch = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
-DebugSwitch = Annotated[bool, typer.Option("--debug", help="Log more, and show the traceback of an error.")]
+QuietSwitch = Annotated[bool, typer.Option("--quiet", help="Do not show progress.")]
+DebugSwitch = Annotated[bool, typer.Option("--debug", help="Log more, and print the traceback of an error.")]
 
 
 def with_switches(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
@@ -70,13 +70,13 @@ class Interrupted(Exception):
 
 @contextmanager
 def working(context: typer.Context, *, can_resume: bool = False) -> Iterator[Progress]:
-    """Around the call of the library: gives the progress callback, and tells Ctrl-C from an error.
+    """Wrap a call of the library: give it a progress callback, and turn Ctrl-C into :class:`Interrupted`.
 
-    Whatever the libraries below print goes to stderr: stdout belongs to the result.
+    Whatever libraries print meanwhile goes to stderr: stdout is for the result.
 
     Args:
         context: of the command.
-        can_resume: whether the same command, run again after Ctrl-C, goes on where this one stopped.
+        can_resume: whether the same command, run again after Ctrl-C, resumes where this one stopped.
     """
     try:
         with redirect_stdout(sys.stderr):
@@ -86,5 +86,5 @@ def working(context: typer.Context, *, can_resume: bool = False) -> Iterator[Pro
                 with progress_display(sys.stderr) as progress:
                     yield progress
     except KeyboardInterrupt:
-        advice = "; run the same command again to go on from here" if can_resume else ""
+        advice = "; run the same command again to resume" if can_resume else ""
         raise Interrupted(f"interrupted{advice}.") from None

@@ -11,9 +11,10 @@ from typing import Any
 import typer
 
 from unmergeable.cli.command import Interrupted
-from unmergeable.errors import UnmergeableError
+from unmergeable.errors import NEEDS_POSIX, UnmergeableError
 
 INTERRUPTED = 130
+MAX_MESSAGE = 4000
 
 # Newer versions of typer carry their own copy of click, so click's classes are reached through typer.
 PARSING_ERROR = typer.BadParameter.__mro__[2]
@@ -43,6 +44,8 @@ def failure_of(error: BaseException) -> Failure:
         return _failure("Interrupted", str(error), INTERRUPTED)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return _failure("Interrupted", "interrupted.", INTERRUPTED)
+    if isinstance(error, ModuleNotFoundError) and error.name == "fcntl":
+        return _failure(kind, NEEDS_POSIX, 1)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "unmergeable").startswith("unmergeable"):
         remedy = "python -m pip install 'unmergeable[demo,diffusion]'  (brings everything optional)"
         return _failure(kind, f"the Python package {error.name} is not installed; run: {remedy}", 1)
@@ -55,7 +58,8 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def _failure(kind: str, message: str, exit_code: int) -> Failure:
-    return Failure(kind, " ".join(message.split()), exit_code)
+    words = " ".join(message.split())
+    return Failure(kind, words if len(words) <= MAX_MESSAGE else words[:MAX_MESSAGE] + " …", exit_code)
 
 
 def _parsing_message(error: Any) -> str:

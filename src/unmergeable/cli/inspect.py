@@ -11,7 +11,7 @@ from unmergeable.cli.command import Outcome, working
 from unmergeable.cli.quantity import BYTES, COUNT, describe_quantity
 
 if TYPE_CHECKING:
-    from unmergeable.ops.inspection import BaseComparison, Half, InspectResult
+    from unmergeable.ops.inspection import InspectResult
 
 
 def inspect(
@@ -20,19 +20,17 @@ def inspect(
         Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a LoRA folder with --base.")
     ],
     base: Annotated[
-        Path | None, typer.Option("--base", metavar="BASE", help="Compare the weights with this checkpoint.")
+        Path | None, typer.Option("--base", metavar="BASE", help="The checkpoint it may have been fine-tuned from.")
     ] = None,
     sources: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--source", metavar="PATH", help="A public fine-tune of BASE that may be mixed in; repeat it for more."
-        ),
+        typer.Option("--source", metavar="PATH", help="A public fine-tune of BASE that may be mixed in; repeatable."),
     ] = None,
 ) -> Outcome:
-    """Say what a checkpoint is and whether it looks protected.
+    """Describe a checkpoint and say whether it looks protected.
 
-    Also which changes of basis it allows and how much it suffers from rounding. With --base, whether it is a fine-tune
-    of it, how far each block is from it, and which protection the weights show signs of.
+    Lists the changes of basis that its architecture allows and the error of storing it in fewer bits. With --base:
+    whether it is a fine-tune of that base, the distance of each block, and signs of a protection in the weights.
 
     Example:
       unmergeable inspect ./release --base ./Llama-3.1-8B
@@ -56,25 +54,6 @@ def describe(result: InspectResult) -> list[str]:
     if result.errors:
         lines += ["Relative error of attention weights when stored as:"]
         lines += ["  " + ", ".join(f"{kind} {error:.1e}" for kind, error in result.errors.items())]
-    lines += _comparison(result.comparison) if result.comparison else []
+    lines += result.comparison.lines() if result.comparison else []
     lines += [f"A protected copy would leave out: {name} ({reason})" for name, reason in result.left_out]
     return [*lines, f"Verdict: {result.verdict}"]
-
-
-def _comparison(comparison: BaseComparison) -> list[str]:
-    """Raw distances depend on the basis; those after the best change of basis do not."""
-    signs = [f"Sign of {sign.name}: {sign.evidence}" for sign in comparison.signs]
-    if not comparison.fits:
-        return signs
-    width = max(len(fit.before.block) for fit in comparison.fits)
-    parts = max(len(fit.before.part) for fit in comparison.fits)
-    lines = [f"Relative distance to {comparison.folder}, as stored and after the best change of basis:"]
-    halves: tuple[tuple[str, Half], ...] = (("all attention", "attention"), ("all feed-forwards", "feed_forward"))
-    for name, half in halves:
-        raw, canonical = comparison.distance(half, "before"), comparison.distance(half, "after")
-        if raw is not None:
-            lines += [f"  {name:<{width + parts + 2}}  {raw:8.4f}  {canonical:8.4f}"]
-    for fit in comparison.fits:
-        name = f"{fit.before.block:<{width}}  {fit.before.part:<{parts}}"
-        lines += [f"  {name}  {fit.before.relative:8.4f}  {fit.after.relative:8.4f}"]
-    return lines + signs

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,18 +17,27 @@ def merge(
     out: OutOption,
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="[CONFIG.yaml]", help="A mergekit configuration, instead of the options that follow."),
+        typer.Argument(
+            metavar="[CONFIG.yaml]",
+            help="A mergekit configuration file, instead of --expert, --method, --base, --set and --data.",
+        ),
     ] = None,
     experts: Annotated[
         list[str] | None,
-        typer.Option("--expert", metavar="PATH[=COEFFICIENT]", help="A checkpoint to merge; repeat it for each."),
+        typer.Option(
+            "--expert",
+            metavar="PATH[=COEFFICIENT]",
+            help="A checkpoint to merge, with its coefficient; repeat the option for each one.",
+        ),
     ] = None,
     method: Annotated[
         str | None, typer.Option("--method", metavar="NAME", help="A merge; `unmergeable methods` lists them.")
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option("--base", metavar="BASE", help="What they were fine-tuned from; `linear` and `slerp` do without."),
+        typer.Option(
+            "--base", metavar="BASE", help="The checkpoint they were fine-tuned from; `linear` and `slerp` need none."
+        ),
     ] = None,
     assignments: SetOption = None,
     data: Annotated[
@@ -38,24 +45,21 @@ def merge(
         typer.Option(
             "--data",
             metavar="PATH",
-            help="Examples for methods that need data, from local files; repeat it for each --expert, in their order.",
+            help="Examples, for methods that learn from data: a local file or folder per --expert, in the same order.",
         ),
     ] = None,
     backend: Annotated[
         Literal["own", "mergekit"],
         typer.Option(
-            "--backend", help="`mergekit` runs the installed mergekit, and refuses a merge that lost tensors."
+            "--backend", help="`mergekit` runs the installed mergekit and rejects its result if tensors are missing."
         ),
     ] = "own",
     checksums: Annotated[
-        bool,
-        typer.Option(
-            "--checksums", help="Record the SHA-256 of every file read and written, not only of headers; takes longer."
-        ),
+        bool, typer.Option("--checksums", help="Record the SHA-256 of whole files, not only of their headers; slower.")
     ] = False,
     threads: ThreadsOption = None,
 ) -> Outcome:
-    """Merge fine-tunes of one base, as somebody might who found yours.
+    """Merge fine-tunes of one base model, as anyone could with yours.
 
     Example:
       unmergeable merge --base ./base --expert ./yours=0.3 --expert ./theirs=0.3 --method task_arithmetic --out ./merged
@@ -80,25 +84,7 @@ def merge(
             threads=threads,
             progress=progress,
         )
-    by = " by mergekit" if result.backend == "mergekit" else ""
-    text = [f"Merged{by}: {result.out} ({result.method}; {result.tensors} tensors)"]
-    text += [
-        f"  {path}" if coefficient is None else f"  {coefficient:g} of {path}" for path, coefficient in result.experts
-    ]
-    return Outcome(result.to_json(), [*text, *describe_learnt(result.learnt or {})])
-
-
-def describe_learnt(learnt: Mapping[str, Any]) -> list[str]:
-    """What a merge found out from data, in a line or none."""
-    if "soup" in learnt:
-        experts = ", ".join(map(str, learnt["soup"]))
-        kept = [trial["score"] for trial in learnt["trials"] if trial["kept"]]
-        return [f"  In the soup: experts {experts} (score {kept[-1]:.4f}; the best alone {kept[0]:.4f})"]
-    if "entropies" in learnt:
-        first, last = (fmean(entropies) for entropies in (learnt["entropies"][0], learnt["entropies"][-1]))
-        means = ", ".join(f"{fmean(values):.3f}" for values in zip(*learnt["coefficients"].values(), strict=True))
-        return [f"  Entropy {first:.3f} -> {last:.3f} nats; mean coefficients {means}"]
-    return []
+    return Outcome(result.to_json(), result.lines())
 
 
 def parse_expert(text: str) -> tuple[Path, float | None]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import typer
 
 from unmergeable.cli.command import Outcome, working
 
 if TYPE_CHECKING:
-    from unmergeable.ops.methods import MethodsResult
+    from unmergeable.ops.methods import MethodEntry, MethodsResult
 
 
 def methods(context: typer.Context) -> Outcome:
     """List every protection, merge and recovery, and their settings.
 
-    Also what each family of models leaves to an exact protection.
-
-    Exact protections stop off-the-shelf merging; they do not stop somebody who holds the base model.
+    Also what each family of models leaves to an exact protection. No exact protection stops somebody who holds the base
+    model.
 
     Example:
       unmergeable methods
@@ -47,14 +46,14 @@ def describe(result: MethodsResult) -> list[str]:
     return lines
 
 
-def _entries(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    width = max((len(entry["name"]) for entry in entries), default=0)
+def _entries(entries: Sequence[MethodEntry]) -> list[str]:
+    width = max((len(entry.name) for entry in entries), default=0)
     lines = []
     for entry in entries:
-        facts = ["exact"] if entry["exact"] else []
-        facts += [f"needs {', '.join(entry['needs'])}"] if entry["needs"] else []
+        facts = ["exact"] if entry.exact else []
+        facts += [f"needs {', '.join(entry.needs)}"] if entry.needs else []
         note = f" ({'; '.join(facts)})" if facts else ""
-        lines += [f"  {entry['name']:<{width}}  {entry['summary']}{note}"]
-        settings = ", ".join(f"{setting['name']}={setting['default']}" for setting in entry["settings"])
+        lines += [f"  {entry.name:<{width}}  {entry.summary}{note}"]
+        settings = ", ".join(f"{setting.name}={setting.default}" for setting in entry.settings)
         lines += [f"  {'':<{width}}  settings: {settings}"] if settings else []
     return lines

@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-OutOption = Annotated[Path, typer.Option("--out", metavar="OUT", help="Folder to create; it must not exist.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="OUT", help="Output directory; it must not exist yet.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method; repeat it for more.")
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method; may be repeated.")
 ]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option("--threads", metavar="N", min=1, help="Tensors worked on at a time; one per processor if not given."),
+    typer.Option("--threads", metavar="N", min=1, help="Tensors to process at a time; default: one per processor."),
 ]
 PassphraseSwitch = Annotated[
     bool,
     typer.Option(
         "--passphrase",
-        help="Ask for the passphrase that encrypts the key file. Scripts set UNMERGEABLE_PASSPHRASE instead.",
+        help="Prompt for the passphrase of the key file. In scripts, set UNMERGEABLE_PASSPHRASE instead.",
     ),
 ]

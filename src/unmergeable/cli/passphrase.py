@@ -1,4 +1,4 @@
-"""Where a passphrase comes from: the environment or a hidden prompt, never an argument (others can list those)."""
+"""Read a passphrase from the environment or a hidden prompt; never from an argument, which other users can list."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_passphrase(*, is_asked_for: bool, is_new: bool) -> str | None:
     if not sys.stdin.isatty():
         raise UsageError(f"--passphrase needs a terminal to ask on; in a script set {VARIABLE} instead.")
     passphrase = _ask("Passphrase of the key file: ")
-    if is_new and _ask("The same again: ") != passphrase:
+    if is_new and _ask("Repeat the passphrase: ") != passphrase:
         raise UsageError("the two passphrases differ; run the command again.")
     return passphrase
 
@@ -40,10 +40,16 @@ def _ask(prompt: str) -> str:
         answer = getpass.getpass(prompt)
     except EOFError:
         answer = ""
+    except UnicodeDecodeError:
+        raise UsageError("the passphrase is not UTF-8 text; set the locale of the terminal to UTF-8.") from None
     return _require_some(answer, "no passphrase was given; leave --passphrase out to do without.")
 
 
 def _require_some(passphrase: str, otherwise: str) -> str:
     if not passphrase:
         raise UsageError(otherwise)
+    try:
+        passphrase.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the passphrase is not UTF-8 text; set the locale of the terminal to UTF-8.") from None
     return passphrase

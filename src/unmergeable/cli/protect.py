@@ -11,15 +11,12 @@ import typer
 from unmergeable.cli.command import Outcome, working
 from unmergeable.cli.options import OutOption, PassphraseSwitch, SetOption, ThreadsOption
 from unmergeable.cli.passphrase import read_passphrase
-from unmergeable.cli.protect_results import describe
 from unmergeable.cli.recipe import read_recipe
+from unmergeable.defaults import DEFAULT_METHOD, DEFAULT_SETTINGS
 from unmergeable.errors import UsageError
 from unmergeable.settings import parse_assignments
 
-DEFAULT_METHOD = "mergelock"
-
-# Named here and not looked up: the registries lie behind an import of torch.
-KEYLESS_METHODS = ("taylor_mlp", "mergebarrier", "mergeguard", "sensitivity_shield")
+_DEFAULT = " ".join([DEFAULT_METHOD, *(f"{name}={str(value).lower()}" for name, value in DEFAULT_SETTINGS.items())])
 
 
 def protect(
@@ -30,7 +27,7 @@ def protect(
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", metavar="NAME[,NAME]", help=f"Protections, applied left to right.  [default: {DEFAULT_METHOD}]"
+            "--method", metavar="NAME[,NAME]", help=f"Protections, applied left to right.  [default: {_DEFAULT}]"
         ),
     ] = None,
     assignments: SetOption = None,
@@ -53,6 +50,10 @@ def protect(
         typer.Option(
             "--sibling", metavar="PATH", help="Another fine-tune of BASE, for sensitivity_shield; repeat it for more."
         ),
+    ] = None,
+    generic: Annotated[
+        Path | None,
+        typer.Option("--generic", metavar="PATH", help="Inputs of other kinds than the task's, for collapse."),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", metavar="FILE", help="Methods and settings from a JSON or YAML file.")
@@ -80,15 +81,17 @@ def protect(
     With an exact method the copy computes what EXPERT computes, up to rounding, and this is checked before OUT appears.
     The key gives the original back (see `unmergeable restore`). The others have no key and change the function.
 
-    Exact protections stop off-the-shelf merging; they do not stop somebody who holds the base model (see `unmergeable
-    recover`).
+    No exact protection stops somebody who holds the base model (see `unmergeable recover`).
 
     Example:
       unmergeable protect ./my-llama-8b-medical --base ./Llama-3.1-8B --out ./release
     """
     methods, settings = _requested(method, assignments, recipe)
-    _require_key_use(methods, {"--key": key, "--passphrase": passphrase})
-    secret = read_passphrase(is_asked_for=passphrase, is_new=True)
+    makes_key = _makes_key(methods, settings)
+    for option, given in {"--key": key, "--passphrase": passphrase}.items():
+        if given and not makes_key:
+            raise UsageError(f"{','.join(methods or ())} makes no key: leave out {option}.")
+    secret = read_passphrase(is_asked_for=passphrase, is_new=True) if makes_key else None
     with working(context, can_resume=not dry_run) as progress:
         from unmergeable import ops
 
@@ -105,26 +108,27 @@ def protect(
             head=head,
             encoder=encoder,
             siblings=siblings or [],
+            generic=generic,
             dry_run=dry_run,
             allow_pickle=allow_pickle,
             threads=threads,
             progress=progress,
         )
-    return Outcome(result.to_json(), describe(result, base))
+    return Outcome(result.to_json(), result.lines())
 
 
-def _require_key_use(methods: Sequence[str], options: Mapping[str, object]) -> None:
-    """Refuse what is about a key where none is made."""
-    for option, given in options.items():
-        if given and all(name.strip() in KEYLESS_METHODS for name in methods):
-            raise UsageError(f"{','.join(methods)} makes no key: leave out {option}.")
+def _makes_key(methods: Sequence[str] | None, settings: Mapping[str, object]) -> bool:
+    from unmergeable.ops.steps import steps_of
+
+    return any(step.has_key for step in steps_of(methods, settings))
 
 
 def _requested(
     method: str | None, assignments: list[str] | None, recipe: Path | None
-) -> tuple[Sequence[str], Mapping[str, object]]:
+) -> tuple[Sequence[str] | None, Mapping[str, object]]:
+    """Methods, None for the default, and settings."""
     if recipe is None:
-        return (method or DEFAULT_METHOD).split(","), parse_assignments(assignments or [])
+        return None if method is None else method.split(","), parse_assignments(assignments or [])
     if method is not None or assignments:
         raise UsageError("--recipe already says which methods and settings; give it without --method and --set.")
     return read_recipe(recipe)

@@ -32,8 +32,4 @@ def restore(
         from unmergeable import ops
 
         result = ops.restore(protected, key=key, out=out, passphrase=secret, threads=threads, progress=progress)
-    text = [
-        f"Restored: {result.out} ({result.changed_tensors} tensors; {result.architecture})",
-        f"Largest difference of a block from the protected one: {result.measured_error:.1e} relative",
-    ]
-    return Outcome(result.to_json(), [*text, result.note] if result.note else text)
+    return Outcome(result.to_json(), result.lines())

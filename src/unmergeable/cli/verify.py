@@ -57,6 +57,4 @@ def describe(result: VerifyResult, expert: Path, other: Path) -> list[str]:
     worst = result.equivalence.worst
     if worst is not None:
         lines += [f"Block nearest to its bound: {worst.name}, {worst.error:.1e} relative; bound {worst.bound:.1e}"]
-    gap = result.logits
-    measured = f"not measured: {gap.reason}" if gap.gap is None else f"{gap.gap:.1e} relative; bound {gap.bound:.1e}"
-    return [*lines, f"Difference of the networks' outputs: {measured}"]
+    return [*lines, f"Difference of the networks' outputs: {result.logits.describe()}"]

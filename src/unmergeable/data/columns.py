@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from unmergeable.data.example import Example, Image
 from unmergeable.data.images import as_pixels, image_of_bytes
-from unmergeable.data.records import Fields, make_example, require_field
+from unmergeable.data.records import Fields, make_example, reading, require_field
 from unmergeable.errors import BadInput
 
 
@@ -31,7 +31,8 @@ class Columns:
 
     def __getitem__(self, number: int) -> Example:
         origin = f"{self._path}[{number}]"
-        row = self._table[number]
+        with reading(origin, "not a readable row", "write the data again"):
+            row = self._table[number]
         name = require_field(row, self._fields, origin)
         value = row[name]
         label = row.get(self._fields.label)

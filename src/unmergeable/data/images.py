@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,7 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from unmergeable.data.example import Image
+from unmergeable.data.records import reading
 from unmergeable.errors import BadInput, UsageError
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""What is decoded; Pillow would start other programs for some of the others."""
+
+MAX_PIXELS = 40_000_000
+"""A header is believed up to here: compressed, a file of kilobytes can hold gigabytes of one colour."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 
@@ -22,6 +30,8 @@ def read_image(path: Path) -> Image:
         BadInput: there is no such file, or it is no image.
         UsageError: Pillow is not installed.
     """
+    if not path.exists():
+        raise BadInput(f"{path} does not exist; correct the path of the image.")
     return _decoded(path, str(path))
 
 
@@ -35,14 +45,14 @@ def _decoded(file: Path | IO[bytes], origin: str) -> Image:
         import PIL.Image
     except ImportError:
         raise UsageError("Pillow is not installed; pip install pillow") from None
-    try:
-        with PIL.Image.open(file) as image:
+    with reading(origin, "not a readable image", "remove or repair it"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own limit is lower
+        with PIL.Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadInput(
+                    f"{origin}: an image of {image.width} x {image.height} pixels; give one of at most {MAX_PIXELS:,}."
+                )
             return as_pixels(image)
-    except FileNotFoundError:
-        raise BadInput(f"{origin} does not exist; correct the path of the image.") from None
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadInput(f"{origin}: not a readable image ({reason}); remove or repair it.") from None
 
 
 def as_pixels(image: Any) -> Image:

@@ -28,8 +28,9 @@ class _Objects:
         origin = self._lines.origin(number)
         try:
             row = json.loads(self._lines[number])
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{origin}: not JSON ({error.msg}); each line must be one object.") from None
+        except (ValueError, RecursionError) as error:  # also numbers of too many digits, and nesting without end
+            reason = getattr(error, "msg", str(error))
+            raise BadInput(f"{origin}: not JSON ({reason}); each line must be one object.") from None
         if not isinstance(row, dict):
             raise BadInput(f"{origin}: not a JSON object; each line must be one.")
         name = require_field(row, self._fields, origin)

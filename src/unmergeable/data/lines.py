@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy.typing as npt
 
 from unmergeable.data.records import require_file
 from unmergeable.errors import BadInput
+
+MAX_LINE_BYTES = 1 << 26
 
 
 class Lines:
@@ -21,7 +24,10 @@ class Lines:
         numbers: list[int] = []
         place = 0
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            # Never more than one line in memory, and of a file without line ends only the beginning.
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
+                if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    raise BadInput(f"{path}:{number}: a line of more than {MAX_LINE_BYTES:,} bytes; split it.")
                 if line.strip():
                     places.append(place)
                     numbers.append(number)

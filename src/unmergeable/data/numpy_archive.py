@@ -15,8 +15,12 @@ import numpy.typing as npt
 
 from unmergeable.data.example import Content, Example
 from unmergeable.data.images import array_pixels
-from unmergeable.data.records import Fields, Records, make_example, require_file
-from unmergeable.errors import BadInput
+from unmergeable.data.records import Fields, Records, make_example, reading, require_file
+from unmergeable.errors import BadInput, shown
+
+MAX_UNPACKED_BYTES = 200_000_000
+MAX_RATIO = 100
+"""An archive may be larger than the first in memory if it is not more than so many times larger than its file."""
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -28,20 +32,26 @@ def open_records(path: Path, fields: Fields) -> Records:
         BadInput: not an archive of arrays, or arrays of different lengths, or nothing but labels.
     """
     require_file(path)
-    try:
+    with reading(str(path), "not a readable archive of arrays", "write it with numpy.savez"):
+        _require_unpackable(path)
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadInput(f"{path}: not a readable archive of arrays ({reason}); write it with numpy.savez.") from None
+            arrays = {name: np.asarray(archive[name]) for name in archive.files}
     renamed = {f"{name}s": name for name in (fields.text, fields.image, fields.label)}
     arrays = {renamed.get(name, name): array for name, array in arrays.items()}
     lengths = {name: len(array) if array.ndim else -1 for name, array in arrays.items()}
     if len(set(lengths.values())) > 1 or -1 in lengths.values():
-        raise BadInput(f"{path}: arrays of different lengths ({lengths}); the first axis counts the examples.")
+        raise BadInput(f"{path}: arrays of different lengths ({shown(lengths)}); the first axis counts the examples.")
     if not arrays.keys() - {fields.label}:
         raise BadInput(f"{path}: no array {fields.text!r}, {fields.image!r} or of network inputs; add one.")
     return _Rows(path, arrays, fields)
+
+
+def _require_unpackable(path: Path) -> None:
+    """Refuse a small file that unpacks to one that fills the memory."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > MAX_UNPACKED_BYTES and unpacked > MAX_RATIO * path.stat().st_size:
+        raise BadInput(f"{path}: unpacks to {unpacked:,} bytes; write it uncompressed, with numpy.savez.")
 
 
 class _Rows:
@@ -62,4 +72,6 @@ class _Rows:
             content = array_pixels(row[self._fields.image], origin)
         else:
             content = {name: np.asarray(value) for name, value in row.items()}
+        if label is not None and np.ndim(label):
+            raise BadInput(f"{origin}: the label is an array {list(np.shape(label))}; a label is one number or name.")
         return make_example(content, None if label is None else label.item(), origin)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.data.columns import Columns
-from unmergeable.data.records import Fields, Records, require_file
-from unmergeable.errors import BadInput, UsageError
+from unmergeable.data.records import Fields, Records, reading, require_file
+from unmergeable.errors import UsageError
 
 
 def open_records(path: Path, fields: Fields) -> Records:
@@ -27,11 +27,8 @@ def open_records(path: Path, fields: Fields) -> Records:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise UsageError("pyarrow is not installed; pip install pyarrow") from None
-    try:
+    with reading(str(path), "not a readable parquet file", "write it again"):
         table = parquet.read_table(path)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadInput(f"{path}: not a readable parquet file ({reason}); write it again.") from None
     return Columns(path, _Rows(table), fields)
 
 

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 
 from unmergeable.data.columns import Columns
-from unmergeable.data.records import Fields, Records
+from unmergeable.data.records import Fields, Records, reading
 from unmergeable.errors import BadInput, UsageError
 
 _SEVERAL = "dataset_dict.json"
@@ -34,9 +34,6 @@ def open_records(path: Path, fields: Fields) -> Records:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise UsageError("datasets is not installed; pip install datasets") from None
-    try:
+    with reading(str(path), "not readable as a data set", "write it again"):
         rows = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadInput(f"{path}: not readable as a data set ({reason}); write it again.") from None
     return Columns(path, rows, fields)

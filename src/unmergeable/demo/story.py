@@ -137,7 +137,9 @@ def run_demo(out: Path, *, progress: Progress = silent, seed: int = 0) -> DemoRe
     plain, coefficient = stage.best_merge(first, second, "merged")
     protected, key = out / "protected", out / "protected.key"
     strong = {"condition": CONDITION}
-    protection = ops.protect(first, base=base, out=protected, key=key, settings=strong, progress=progress)
+    protection = ops.protect(
+        first, base=base, out=protected, method="mergelock", key=key, settings=strong, progress=progress
+    )
     broken = stage.merge(protected, second, coefficient, "merged-protected")
     attacks = {
         name: ops.recover(protected, base=base, method=name, out=out / f"recovered-{name}", progress=progress)
@@ -150,7 +152,7 @@ def run_demo(out: Path, *, progress: Progress = silent, seed: int = 0) -> DemoRe
 
     # The same with the default settings, for the sentence that says what they are worth against rotations alone.
     gentle, gentle_key = out / "protected-by-default", out / "protected-by-default.key"
-    ops.protect(first, base=base, out=gentle, key=gentle_key, progress=progress)
+    ops.protect(first, base=base, out=gentle, method="mergelock", key=gentle_key, progress=progress)
     gentle_attack = ops.recover(gentle, base=base, method="kabsch", out=out / "default-after-kabsch", progress=progress)
     gentle_merge = stage.merge(gentle_attack.out, second, coefficient, "merged-default-after-kabsch")
 
@@ -181,7 +183,7 @@ def run_demo(out: Path, *, progress: Progress = silent, seed: int = 0) -> DemoRe
         "output_gap": f"{_output_gap(first, protected, tasks[0]):.0e}",
         "condition": f"{CONDITION:g}",
         "kabsch_by_default": f"{100 * stage.scores(gentle_merge)[tasks[0].name]:.0f} %",
-        "largest_block_error": protection.to_json()["measured_block_error"],
+        "largest_block_error": protection.measured_error,
         "attack_seconds": f"{attacks['nearest_orbit'].cpu_seconds:.1f}",
         "restore_gap": f"{_largest_weight_gap(first, out / 'restored'):.0e}",
         "folder": str(out),

@@ -29,9 +29,9 @@ from unmergeable.demo.data import Examples, Images, ImageTask
 from unmergeable.network.load import load_network
 from unmergeable.network.save import write_network
 from unmergeable.network.train import Batch, Schedule, shuffled_batches, train
-from unmergeable.ops.workers import one_thread_per_kernel, worker_threads
 from unmergeable.progress import Progress, silent
 from unmergeable.tasks import FeatureHead
+from unmergeable.threads import one_thread_per_kernel, worker_threads
 
 PIXELS = 42
 """Side of the image the network sees: 3 x 3 patches. Nearly twice as fast as 4 x 4, and experts merge no worse."""

@@ -1,4 +1,79 @@
-"""Audits: protections against an attacker who knows about them, and the worst case on one page.
+"""Evaluation: what a protection is worth against an attacker who knows about it, and why.
 
-The road is in :mod:`unmergeable.evaluation.run`, the measure in :mod:`unmergeable.evaluation.worst_case`.
+    audit, Audit, AuditResult          the worst case over a menu of attacks, with controls
+    table, TableResult                 merges with published settings, as a paper's table has them
+    write_report, model_card           an audit as a page, and as a block for a model card
+    connectivity, landscape, ...       what weights look like from outside
+
+An audit starts in :mod:`unmergeable.evaluation.audits`; the measure is in :mod:`unmergeable.evaluation.worst_case`.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unmergeable.evaluation.analysis import (
+        Backpropagate,
+        CanonicalSource,
+        Curve,
+        Landscape,
+        NoiseSensitivity,
+        PartGram,
+        Place,
+        Plane,
+        Score,
+        Scored,
+        Sharpness,
+        backpropagate_task,
+        barrier,
+        canonical_source,
+        connectivity,
+        grid,
+        landscape,
+        noise_sensitivity,
+        part_grams,
+        plane_through,
+        principal_plane,
+        scaling,
+        score_task,
+        taken_together,
+        task_vector_gram,
+    )
+    from unmergeable.evaluation.analysis.sharpness import sharpness
+    from unmergeable.evaluation.audits import Audit, audit
+    from unmergeable.evaluation.report.page import render_report, write_report
+    from unmergeable.evaluation.report.verdict import model_card, summary
+    from unmergeable.evaluation.results import AuditResult, read_audit
+    from unmergeable.evaluation.table_results import TableResult
+    from unmergeable.evaluation.tables import table
+    from unmergeable.evaluation.threat_models import ThreatModel
+
+__all__ = [
+    "Audit", "AuditResult", "Backpropagate", "CanonicalSource", "Curve", "Landscape", "NoiseSensitivity", "PartGram",
+    "Place", "Plane", "Score", "Scored", "Sharpness", "TableResult", "ThreatModel", "audit", "backpropagate_task",
+    "barrier", "canonical_source", "connectivity", "grid", "landscape", "model_card", "noise_sensitivity",
+    "part_grams", "plane_through", "principal_plane", "read_audit", "render_report", "scaling", "score_task",
+    "sharpness", "summary", "table", "taken_together", "task_vector_gram", "write_report",
+]  # fmt: skip
+
+_HOMES = {
+    "Audit": "audits",
+    "AuditResult": "results",
+    "TableResult": "table_results",
+    "ThreatModel": "threat_models",
+    "audit": "audits",
+    "model_card": "report.verdict",
+    "read_audit": "results",
+    "render_report": "report.page",
+    "summary": "report.verdict",
+    "table": "tables",
+    "write_report": "report.page",
+}
+"""Modules of what is not in ``analysis``."""
+
+
+def __getattr__(name: str) -> Any:
+    # A worker that needs one module should not load all.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'analysis')}"), name)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from unmergeable.checkpoint.disk import replace_file
 from unmergeable.checkpoint.open import open_checkpoint
@@ -42,21 +42,140 @@ from unmergeable.evaluation.analysis import (
     taken_together,
     task_vector_gram,
 )
-from unmergeable.evaluation.analysis_settings import AnalysisSettings
 from unmergeable.evaluation.cells import identity
 from unmergeable.evaluation.models import SCALE, Variant
-from unmergeable.evaluation.plan import TaskEntry
-from unmergeable.evaluation.pool import Call, Pool
+from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings
+from unmergeable.evaluation.plans.entries import TaskEntry
+from unmergeable.evaluation.pool import Call, Pool, run_all
+from unmergeable.evaluation.records import Record
 from unmergeable.evaluation.scoring import Checkpoint, ScoredTask
-from unmergeable.network.task_vectors import TaskVectors
+from unmergeable.merges.task_vectors import TaskVectors
 from unmergeable.ops.opened import open_base, open_with_architecture
 from unmergeable.progress import Progress, silent
 from unmergeable.tasks import ChoiceScorer
 
 Form = Literal["raw", "canonical"]
 
+Measured = TypeVar("Measured", bound=Record)
+
 CANONICAL = "nearest_orbit"
 """The recovery that gives canonical weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(Record):
+    """One kind of part of a block: distances to the base, and its task vector against the expert's."""
+
+    block: str
+    part: str
+    distance: float | None
+    expert_distance: float | None
+    norm_ratio: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts(Record):
+    """All parts, block by block, and each kind over all blocks."""
+
+    blocks: tuple[Part, ...]
+    together: tuple[Part, ...]
+
+
+Numbers = tuple[float | None, ...]
+"""Losses in nats or credits; None for one that is not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points(Record):
+    """Losses and credits at positions on a line."""
+
+    positions: tuple[float, ...]
+    losses: Numbers
+    credits: Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineToRider(Points):
+    """From a free-rider's model to the one looked at. ``barrier``: the rise above the straight line, in nats."""
+
+    barrier: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseRows(Record):
+    """Losses and credits, [draws, sizes of noise]."""
+
+    sizes: tuple[float, ...]
+    losses: tuple[Numbers, ...]
+    credits: tuple[Numbers, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharpnessRises(Record):
+    """The worst rise of the loss within each radius, in nats."""
+
+    loss: float | None
+    radii: tuple[float, ...]
+    rises: Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class LandscapeGrid(Record):
+    """Losses and credits on a plane, [ys, xs], and where base, free-rider's model and model lie."""
+
+    xs: tuple[float, ...]
+    ys: tuple[float, ...]
+    losses: tuple[Numbers, ...]
+    credits: tuple[Numbers, ...]
+    places: Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelAnalysis(Record):
+    """All measurements of one model; those that cannot be made are None, and ``refused`` says why."""
+
+    protection: str
+    seed: int
+    form: str
+    parts: Parts | None
+    lines: Mapping[str, LineToRider | None]
+    scaling: Points | None
+    noise: NoiseRows | None
+    sharpness: SharpnessRises | None
+    landscape: LandscapeGrid | None
+    landscape_rider: str
+    refused: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapPoint(Record):
+    """Where a model lies on a plane, and how far off it."""
+
+    name: str
+    x: float
+    y: float
+    off_plane: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMap(Record):
+    """Where all models lie on the plane nearest to them; ``points`` is None where there is no such plane."""
+
+    form: str
+    points: tuple[MapPoint, ...] | None
+    shares: tuple[float, ...] | None
+    refused: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analyses(Record):
+    """The analyses of an audit; docs/analysis.md explains every entry."""
+
+    task: str
+    settings: Mapping[str, Any]
+    models: tuple[ModelAnalysis, ...]
+    maps: tuple[ModelMap, ...]
 
 
 @dataclass(frozen=True)
@@ -85,19 +204,19 @@ def subjects_of(variants: Sequence[Variant]) -> list[Subject]:
     first: dict[str, int] = {}
     for variant in variants:
         first.setdefault(variant.protection, variant.seed)
-    found = []
+    subjects = []
     for variant in variants:
         form: Form = "raw" if variant.recovery is None else "canonical"
         is_form = variant.recovery is None or variant.facts.get("method") == CANONICAL
         is_first = variant.protection != SCALE and variant.seed == first[variant.protection]
         if variant.checkpoint is not None and is_form and is_first:
-            found.append(Subject(variant.protection, variant.seed, form, variant.checkpoint))
-    return found
+            subjects.append(Subject(variant.protection, variant.seed, form, variant.checkpoint))
+    return subjects
 
 
 def analyse(
     subjects: Sequence[Subject], around: Surroundings, folder: Path, pool: Pool, progress: Progress = silent
-) -> dict[str, Any]:
+) -> Analyses:
     """Look at every model.
 
     Args:
@@ -105,10 +224,7 @@ def analyse(
         around: what they are looked at against.
         folder: where measurements are kept; created if it is not there.
         pool: runs the calls.
-        progress: told of models done.
-
-    Returns:
-        ``models`` (docs/analysis.md explains every entry), ``maps`` of all of them, and the ``settings``: all JSON.
+        progress: called as models are done.
 
     Raises:
         CheckpointError: a measurement cannot be written.
@@ -120,62 +236,61 @@ def analyse(
     forms: list[Form] = ["raw", "canonical"]
     maps = [(form, [one for one in subjects if one.form == form]) for form in forms]
     calls: list[Call] = [(look_at, (subject, around, folder)) for subject in subjects]
-    calls += [(map_models, (tuple(its), around, folder)) for _, its in maps]
-    done: dict[int, dict[str, Any]] = {}
-    for number, result in pool.run(calls):
-        done[number] = result
-        progress("analysing", len(done), len(calls), "models")
-    results = [done[number] for number in range(len(calls))]
-    return {
-        "task": around.task.entry.name,
-        "settings": asdict(around.settings),
-        "models": results[: len(subjects)],
-        "maps": [{"form": form, **found} for (form, _), found in zip(maps, results[len(subjects) :], strict=True)],
-    }
+    calls += [(map_models, (form, tuple(of_form), around, folder)) for form, of_form in maps]
+    results = run_all(pool, calls, "analysing", "models", progress)
+    return Analyses(
+        task=around.task.entry.name,
+        settings=asdict(around.settings),
+        models=tuple(results[: len(subjects)]),
+        maps=tuple(results[len(subjects) :]),
+    )
 
 
-def look_at(subject: Subject, around: Surroundings, folder: Path) -> dict[str, Any]:
-    """All measurements of one model; those that cannot be made are None, and ``refused`` says why.
+def look_at(subject: Subject, around: Surroundings, folder: Path) -> ModelAnalysis:
+    """All measurements of one model.
 
     Raises:
         CheckpointError: a measurement cannot be written, or the disk fails.
     """
-    its, settings, (rider_name, rider) = _Look(subject, around), around.settings, around.riders[0]
+    look, settings, (rider_name, rider) = _Look(subject, around), around.settings, around.riders[0]
     scored = {"task": [around.task.entry.name, around.task.digests["test"]], "examples": settings.examples}
     refused: dict[str, str] = {}
 
-    def made(name: str, compute: Callable[[], Any], **depends: Any) -> Any:
+    def made(kind: type[Measured], name: str, compute: Callable[[], Measured], **depends: Any) -> Measured | None:
         models = {"model": subject.checkpoint.digest, "base": around.base.digest}
         try:
-            return _kept(folder, {"analysis": name, **models, **depends}, compute)
+            kept = _kept(folder, {"analysis": name, **models, **depends}, lambda: compute().to_json())
         except CheckpointError:
             raise
         except BadInput as error:
             refused[name] = str(error)
             return None
+        return kind.from_json(kept)
 
-    return {
-        "protection": subject.protection,
-        "seed": subject.seed,
-        "form": subject.form,
-        "parts": made("parts", its.parts, expert=around.expert.digest),
-        "lines": {
-            name: made("line", partial(its.line, other), **scored, rider=other.digest, line=settings.line)
-            for name, other in around.riders
-        },
-        "scaling": made("scaling", its.scaling, **scored, coefficients=settings.coefficients),
-        "noise": made("noise", its.noise, **scored, sizes=settings.noise, draws=settings.draws),
-        "sharpness": made("sharpness", its.sharpness, **scored, radii=settings.radii, steps=settings.steps),
-        "landscape": made(
-            "landscape", partial(its.landscape, rider), **scored, rider=rider.digest, points=settings.points
-        ),
-        "landscape_rider": rider_name,
-        "refused": refused,
+    parts = made(Parts, "parts", look.parts, expert=around.expert.digest)
+    lines = {
+        name: made(LineToRider, "line", partial(look.line, other), **scored, rider=other.digest, line=settings.line)
+        for name, other in around.riders
     }
+    ascent = {"radii": settings.radii, "steps": settings.steps}
+    plane = {"rider": rider.digest, "points": settings.points}
+    return ModelAnalysis(
+        protection=subject.protection,
+        seed=subject.seed,
+        form=subject.form,
+        parts=parts,
+        lines=lines,
+        scaling=made(Points, "scaling", look.scaling, **scored, coefficients=settings.coefficients),
+        noise=made(NoiseRows, "noise", look.noise, **scored, sizes=settings.noise, draws=settings.draws),
+        sharpness=made(SharpnessRises, "sharpness", look.sharpness, **scored, **ascent),
+        landscape=made(LandscapeGrid, "landscape", partial(look.landscape, rider), **scored, **plane),
+        landscape_rider=rider_name,
+        refused=refused,
+    )
 
 
-def map_models(subjects: Sequence[Subject], around: Surroundings, folder: Path) -> dict[str, Any]:
-    """Where all models lie on the plane nearest to them; ``points`` is None where there is no such plane.
+def map_models(form: Form, subjects: Sequence[Subject], around: Surroundings, folder: Path) -> ModelMap:
+    """Where all models of one form lie on the plane nearest to them.
 
     Raises:
         CheckpointError: the measurement cannot be written, or the disk fails.
@@ -191,64 +306,63 @@ def map_models(subjects: Sequence[Subject], around: Surroundings, folder: Path) 
         return {"shares": shares, "places": [asdict(place) for place in plane.places(gram)]}
 
     try:
-        found = _kept(folder, recipe, compute)
+        located = _kept(folder, recipe, compute)
     except CheckpointError:
         raise
     except BadInput as error:
-        return {"points": None, "shares": None, "refused": str(error)}
+        return ModelMap(form=form, points=None, shares=None, refused=str(error))
     names = ["base", *(name for name, _ in models)]
-    points = [{"name": name, **place} for name, place in zip(names, found["places"], strict=True)]
-    return {"points": points, "shares": found["shares"], "refused": ""}
+    points = tuple(MapPoint(name=name, **place) for name, place in zip(names, located["places"], strict=True))
+    return ModelMap(form=form, points=points, shares=tuple(located["shares"]), refused="")
 
 
 @dataclass(frozen=True)
 class _Look:
-    """The measurements of one model, each as JSON."""
+    """The measurements of one model."""
 
     subject: Subject
     around: Surroundings
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> Parts:
         """Distance to the base, and length and direction of the task vector against the expert's, part by part."""
         source, architecture = open_with_architecture(self.subject.checkpoint.path)
         models = [source, open_checkpoint(self.around.expert.path)]
         grams = part_grams(models, open_base(self.around.base.path, source, architecture), architecture)
-        return {
-            "blocks": [_part(gram) for gram in grams],
-            "together": [_part(gram) for gram in taken_together(grams, "all")],
-        }
+        together = taken_together(grams, "all")
+        return Parts(blocks=tuple(map(_part, grams)), together=tuple(map(_part, together)))
 
-    def line(self, rider: Checkpoint) -> dict[str, Any]:
+    def line(self, rider: Checkpoint) -> LineToRider:
         """From the free-rider's model to this one."""
         task_vectors = self._task_vectors(self.subject.checkpoint, rider)
         curve = connectivity(self._network, task_vectors, self._score, positions=self.around.settings.line)
         ends = {0.0, 1.0} <= set(curve.positions)
-        return {**_curve(curve), "barrier": _number(barrier(curve)) if ends else None}
+        return LineToRider(**_curve(curve), barrier=_number(barrier(curve)) if ends else None)
 
-    def scaling(self) -> dict[str, Any]:
+    def scaling(self) -> Points:
         """From the base through this model."""
         task_vectors = self._task_vectors(self.subject.checkpoint)
-        return _curve(scaling(self._network, task_vectors, self._score, coefficients=self.around.settings.coefficients))
+        positions = self.around.settings.coefficients
+        return Points(**_curve(scaling(self._network, task_vectors, self._score, coefficients=positions)))
 
-    def noise(self) -> dict[str, Any]:
+    def noise(self) -> NoiseRows:
         """Random noise on its weights."""
-        found = noise_sensitivity(
+        measured = noise_sensitivity(
             self._network,
             scoring.state_of(self.subject.checkpoint),
             self._score,
             sizes=self.around.settings.noise,
             draws=self.around.settings.draws,
         )
-        return {"sizes": found.sizes, "losses": _rows(found.losses), "credits": _rows(found.credits)}
+        return NoiseRows(sizes=tuple(measured.sizes), losses=_rows(measured.losses), credits=_rows(measured.credits))
 
-    def sharpness(self) -> dict[str, Any]:
+    def sharpness(self) -> SharpnessRises:
         """The worst loss nearby."""
         settings = self.around.settings
         weights = scoring.state_of(self.subject.checkpoint)
-        found = sharpness(self._network, weights, self._backpropagate, radii=settings.radii, steps=settings.steps)
-        return {"loss": _number(found.loss), "radii": found.radii, "rises": [_number(rise) for rise in found.rises]}
+        measured = sharpness(self._network, weights, self._backpropagate, radii=settings.radii, steps=settings.steps)
+        return SharpnessRises(loss=_number(measured.loss), radii=tuple(measured.radii), rises=_numbers(measured.rises))
 
-    def landscape(self, rider: Checkpoint) -> dict[str, Any]:
+    def landscape(self, rider: Checkpoint) -> LandscapeGrid:
         """The plane in which it is merged with the free-rider's model: that one on the x axis, this one above it."""
         models = (rider, self.subject.checkpoint)
         sources = [open_checkpoint(model.path) for model in models]
@@ -257,15 +371,15 @@ class _Look:
         places = plane.places(gram)
         count = self.around.settings.points
         xs, ys = (grid([getattr(place, axis) for place in places], count) for axis in ("x", "y"))
-        found = landscape(self._network, self._task_vectors(*models), plane, self._score, xs=xs, ys=ys)
+        measured = landscape(self._network, self._task_vectors(*models), plane, self._score, xs=xs, ys=ys)
         named = zip(("base", "rider", "model"), places, strict=True)
-        return {
-            "xs": xs,
-            "ys": ys,
-            "losses": _rows(found.losses),
-            "credits": _rows(found.credits),
-            "places": {name: [place.x, place.y] for name, place in named},
-        }
+        return LandscapeGrid(
+            xs=tuple(xs),
+            ys=tuple(ys),
+            losses=_rows(measured.losses),
+            credits=_rows(measured.credits),
+            places={name: (place.x, place.y) for name, place in named},
+        )
 
     @property
     def _network(self) -> Any:
@@ -306,28 +420,28 @@ def _kept(folder: Path, recipe: Mapping[str, Any], compute: Callable[[], Any]) -
     return json.loads(text)["result"]  # lists for tuples, as it will be read
 
 
-def _part(gram: PartGram) -> dict[str, Any]:
+def _part(gram: PartGram) -> Part:
     """Model 0 is the one looked at, 1 the expert as it was."""
-    return {
-        "block": gram.block,
-        "part": gram.part,
-        "distance": _number(gram.distance(0)),
-        "expert_distance": _number(gram.distance(1)),
-        "norm_ratio": _number(gram.norm_ratio(0, 1)),
-        "cosine": _number(gram.cosine(0, 1)),
-    }
+    return Part(
+        block=gram.block,
+        part=gram.part,
+        distance=_number(gram.distance(0)),
+        expert_distance=_number(gram.distance(1)),
+        norm_ratio=_number(gram.norm_ratio(0, 1)),
+        cosine=_number(gram.cosine(0, 1)),
+    )
 
 
 def _curve(curve: Curve) -> dict[str, Any]:
-    return {
-        "positions": curve.positions,
-        "losses": [_number(loss) for loss in curve.losses],
-        "credits": [_number(credit) for credit in curve.credits],
-    }
+    return {"positions": tuple(curve.positions), "losses": _numbers(curve.losses), "credits": _numbers(curve.credits)}
 
 
-def _rows(rows: Sequence[Sequence[float]]) -> list[list[float | None]]:
-    return [[_number(value) for value in row] for row in rows]
+def _rows(rows: Sequence[Sequence[float]]) -> tuple[Numbers, ...]:
+    return tuple(_numbers(row) for row in rows)
+
+
+def _numbers(values: Sequence[float]) -> Numbers:
+    return tuple(_number(value) for value in values)
 
 
 def _number(value: float) -> float | None:

@@ -20,7 +20,7 @@ from unmergeable.checkpoint.disk import replace_file
 from unmergeable.checkpoint.manifest import record_file
 from unmergeable.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a cell comes to mean something else; cells of other formats are not found."""
 
 Credits = npt.NDArray[np.float64]

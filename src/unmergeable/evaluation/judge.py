@@ -1,24 +1,39 @@
-"""From scored attacks to verdicts: D* per protection, tier, free-rider and seed, what it is made of, and the controls.
+"""From scored attacks to verdicts: D* per protection, threat model, free-rider and key, and the controls.
 
-The headline of a protection is its worst case: the lowest D* over free-riders and seeds. Fronts, matrices and costs
+The headline of a protection is its worst case: the lowest D* over free-riders and keys. Fronts, matrices and costs
 beside it say where it comes from.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 
 from unmergeable.attacks import FewShot
 from unmergeable.evaluation.cells import Cell, Credits
 from unmergeable.evaluation.models import IDENTITY, SCALE, Variant
-from unmergeable.evaluation.plan import MethodEntry, Plan, Tier
-from unmergeable.evaluation.search import Point
-from unmergeable.evaluation.worst_case import KEPT_SHARE, Menu, WorstCase, pareto_front, worst_case
+from unmergeable.evaluation.plans.audit_plan import AuditPlan
+from unmergeable.evaluation.plans.entries import MergeEntry
+from unmergeable.evaluation.results import (
+    AttackRecord,
+    CellRecord,
+    Control,
+    Front,
+    Fronts,
+    MatrixCell,
+    ProtectionResult,
+    Trial,
+    Utility,
+    Verdicts,
+)
+from unmergeable.evaluation.scoring import Coefficients
+from unmergeable.evaluation.selection import Menu, choice, pareto_front
+from unmergeable.evaluation.threat_models import ThreatModel, least
+from unmergeable.evaluation.worst_case import worst_case
 
 IDENTITY_BOUND, SCALE_BOUND = 0.05, 0.1
 """The largest |D*| the controls may have: neither protects anything."""
@@ -31,7 +46,7 @@ PLANTED_BOUND = 1.02
 
 
 @dataclass(frozen=True)
-class Attack:
+class ScoredAttack:
     """One set of merged weights, scored. ``variant`` is None where the victim was left alone.
 
     ``test`` is None for attacks that no selection would pick. ``training`` is what came after merging.
@@ -39,36 +54,43 @@ class Attack:
 
     variant: Variant | None
     rider: str
-    merge: MethodEntry | None
-    point: Point | None
+    merge: MergeEntry | None
+    point: Coefficients | None
     validation: Cell
     test: Cell | None
     training: FewShot | None = None
 
     @property
-    def tier(self) -> Tier:
-        """The lowest one whose attacker can do it."""
-        merging: Tier = "T0" if self.merge is None else self.merge.tier
-        return max(
-            "T0" if self.variant is None else self.variant.tier, merging, "T0" if self.training is None else "T2"
-        )
+    def threat_model(self) -> ThreatModel:
+        """That of the weakest attacker who can do it."""
+        done = [step.threat_model for step in (self.variant, self.merge) if step is not None]
+        return least(done if self.training is None else [*done, ThreatModel.FEW_SHOT])
 
-    def describe(self) -> dict[str, Any]:
-        """What was done, for people who want to do it again."""
-        return {
-            "recovery": None if self.variant is None else self.variant.recovery,
-            "merge": None if self.merge is None else self.merge.name,
-            "coefficients": None if self.point is None else list(self.point),
-            "uses_victim": self.variant is not None,
-            "samples": None if self.training is None else self.training.samples,
-            "learning_rate": None if self.training is None else float(self.training.learning_rates),
-            "cpu_seconds": round(self.cpu_seconds, 3),
-        }
+    @property
+    def recovery(self) -> str | None:
+        """What was undone before merging."""
+        return None if self.variant is None else self.variant.recovery
 
     @property
     def cpu_seconds(self) -> float:
         """Of the recovery, of merging, training and scoring once; the search for the coefficients is not in it."""
         return self.validation.cpu_seconds + (0.0 if self.variant is None else self.variant.cpu_seconds)
+
+    def describe(self) -> AttackRecord:
+        """What was done."""
+        return AttackRecord(
+            recovery=self.recovery,
+            merge=None if self.merge is None else self.merge.name,
+            coefficients=self.point,
+            uses_victim=self.variant is not None,
+            samples=None if self.training is None else self.training.samples,
+            learning_rate=None if self.training is None else float(self.training.learning_rates),
+            cpu_seconds=round(self.cpu_seconds, 3),
+        )
+
+
+Numbers = tuple[int, ...]
+"""Of attacks in a contest."""
 
 
 @dataclass(frozen=True)
@@ -79,249 +101,222 @@ class Contest:
     defended_task: str
     rider_task: str
     rider_alone: Credits
-    attacks: tuple[Attack, ...]
+    attacks: tuple[ScoredAttack, ...]
 
-    def attacks_on(self, protection: str, seed: int, tier: Tier, samples: int | None = None) -> list[Attack]:
-        """What an attacker of this tier with so many labelled examples may do to a protected model."""
-        return [
-            attack
-            for attack in self._within(tier, samples)
-            if attack.variant is not None and (attack.variant.protection, attack.variant.seed) == (protection, seed)
-        ]
+    def attacks_on(self, protection: str, seed: int, model: ThreatModel, samples: int | None = None) -> Numbers:
+        """What an attacker with so many labelled examples may do to a protected model."""
+        return self._where(
+            model,
+            samples,
+            lambda variant: variant is not None and (variant.protection, variant.seed) == (protection, seed),
+        )
 
-    def without_victim(self, tier: Tier, samples: int | None = None) -> list[Attack]:
+    def without_victim(self, model: ThreatModel, samples: int | None = None) -> Numbers:
         """What such an attacker can have without it."""
-        return [attack for attack in self._within(tier, samples) if attack.variant is None]
+        return self._where(model, samples, lambda variant: variant is None)
 
-    def _within(self, tier: Tier, samples: int | None) -> list[Attack]:
-        """Tiers contain the lower ones."""
-        return [
-            attack
-            for attack in self.attacks
-            if attack.tier <= tier and (attack.training is None or attack.training.samples == samples)
-        ]
+    def _where(self, model: ThreatModel, samples: int | None, chosen: Callable[[Variant | None], bool]) -> Numbers:
+        """The attacks on some variants that an attacker with so many labelled examples may do."""
+        return tuple(
+            number
+            for number, attack in enumerate(self.attacks)
+            if model.includes(attack.threat_model)
+            and (attack.training is None or attack.training.samples == samples)
+            and chosen(attack.variant)
+        )
 
-    def menu(self, attacks: Sequence[Attack]) -> Menu:
-        """Their credits; empty when there are none."""
-        reference = self.without_victim("T0")[0]
-        assert reference.test is not None
-        examples = len(reference.test.credits[self.defended_task])
-        untested = np.full(examples, np.nan)
+    @cached_property
+    def menu(self) -> Menu:
+        """What all attacks score."""
+        cells = [(attack.validation, attack.test) for attack in self.attacks]
+        return Menu.of(cells, self.defended_task, self.rider_task)
 
-        def rows(values: Iterable[Credits], length: int) -> Credits:
-            stacked = list(values)
-            return np.array(stacked) if stacked else np.empty((0, length))
+    @cached_property
+    def validation(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean scores of all attacks on the defended task and on the free-rider's."""
+        return self.menu.defended.mean(axis=1), self.menu.rider.mean(axis=1)
 
-        return Menu(
-            rows(
-                (attack.validation.credits[self.defended_task] for attack in attacks),
-                len(reference.validation.credits[self.defended_task]),
-            ),
-            rows((attack.validation.credits[self.rider_task] for attack in attacks), len(self.rider_alone)),
-            rows(
-                (untested if attack.test is None else attack.test.credits[self.defended_task] for attack in attacks),
-                examples,
-            ),
+    def best(self, numbers: Numbers) -> ScoredAttack | None:
+        """The attacker's choice among some attacks; None when none of them keeps the free-rider's skill."""
+        defended, rider = (scores[list(numbers)] for scores in self.validation)
+        chosen = choice(defended, rider, float(self.rider_alone.mean())) if numbers else None
+        return None if chosen is None else self.attacks[numbers[chosen]]
+
+    def cell(self, attack: ScoredAttack) -> CellRecord:
+        """The entry of an attack in the result."""
+        variant = attack.variant
+        parts = {"validation": attack.validation, "test": attack.test}
+        return CellRecord(
+            protection=None if variant is None else variant.protection,
+            seed=None if variant is None else variant.seed,
+            rider=attack.rider,
+            tier=attack.threat_model,
+            attack=attack.describe(),
+            scores={part: None if cell is None else self.scores(cell) for part, cell in parts.items()},
+        )
+
+    def scores(self, cell: Cell) -> dict[str, float]:
+        """Mean scores on both tasks."""
+        return {task: float(cell.credits[task].mean()) for task in (self.defended_task, self.rider_task)}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges protections by what all free-riders' attacks score. ``alone``: scores of models that are not merged."""
+
+    plan: AuditPlan
+    contests: Sequence[Contest]
+    alone: Mapping[str, Mapping[str, float]]
+
+    def protections(self, released: Sequence[Variant]) -> dict[str, ProtectionResult]:
+        """Every protection, from what was released under it; the unprotected expert comes first."""
+        by_name: dict[str, list[Variant]] = {}
+        for variant in released:
+            by_name.setdefault(variant.protection, []).append(variant)
+        return {name: self._protection(variants, released[0]) for name, variants in by_name.items()}
+
+    def _protection(self, released: Sequence[Variant], unprotected: Variant) -> ProtectionResult:
+        """One protection, ``released`` with each key."""
+        task, name, seeds = self.plan.victim.task, released[0].protection, [variant.seed for variant in released]
+        expert, base = self.alone[unprotected.label][task], self.alone["base"][task]
+        protected = min(self.alone[variant.label][task] for variant in released)
+        matrix = self._matrix(name, seeds)
+        return ProtectionResult(
+            is_control=name in (IDENTITY, SCALE),
+            utility=Utility(expert=expert, protected=protected, loss=expert - protected),
+            tiers={model: self._verdicts(name, seeds, model) for model in self.plan.threat_models},
+            matrix=tuple(matrix),
+            drop_ratio=_drop_ratios(matrix, expert, base),
+            fronts=tuple(self._fronts(contest, name, seeds[0]) for contest in self.contests),
+        )
+
+    def _verdicts(self, name: str, seeds: Sequence[int], model: ThreatModel) -> Verdicts:
+        trials = tuple(
+            _trial(contest, name, seed, model, samples)
+            for contest in self.contests
+            for seed in seeds
+            for samples in self._samples(model)
+        )
+        return Verdicts(worst=worst_trial(trials), trials=trials)
+
+    def _samples(self, model: ThreatModel) -> Sequence[int | None]:
+        """How many labelled examples the attackers have."""
+        return self.plan.few_shot.samples if model.trains else (None,)
+
+    def _matrix(self, name: str, seeds: Sequence[int]) -> list[MatrixCell]:
+        """The best test score of each recovery with each merge, over free-riders and keys."""
+        recoveries = [entry.name for entry in self.plan.recoveries if self.plan.reaches(entry.threat_model)]
+        merges = [merge for merge in self.plan.merges if self.plan.reaches(merge.threat_model)]
+        return [self._matrix_cell(name, seeds, recovery, merge) for recovery in (None, *recoveries) for merge in merges]
+
+    def _matrix_cell(self, name: str, seeds: Sequence[int], recovery: str | None, merge: MergeEntry) -> MatrixCell:
+        scores, attempts = [], 0
+        for contest in self.contests:
+            for seed in seeds:
+                numbers = tuple(
+                    number
+                    for number in contest.attacks_on(name, seed, self.plan.strongest)
+                    if (contest.attacks[number].recovery, contest.attacks[number].merge) == (recovery, merge)
+                )
+                attempts += len(numbers)
+                best = contest.best(numbers)
+                if best is not None and best.test is not None:
+                    scores.append(contest.scores(best.test)[contest.defended_task])
+        return MatrixCell(recovery=recovery, merge=merge.name, score=max(scores, default=None), attacks=attempts)
+
+    def _fronts(self, contest: Contest, name: str, seed: int) -> Fronts:
+        """Test scores of the strongest attacker's attacks that no other beats on both tasks, on validation examples."""
+        model = self.plan.strongest
+        samples = self._samples(model)[-1]
+        return Fronts(
+            rider=contest.rider,
+            seed=seed,
+            tier=model,
+            samples=samples,
+            unprotected=_front(contest, contest.attacks_on(IDENTITY, 0, model, samples)),
+            protected=_front(contest, contest.attacks_on(name, seed, model, samples)),
+            without_victim=_front(contest, contest.without_victim(model, samples)),
         )
 
 
-def judge(
-    plan: Plan,
-    contests: Sequence[Contest],
-    variants: Sequence[Variant],
-    *,
-    alone_scores: Mapping[str, Mapping[str, float]],
-    lines: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """The result of an audit: protections, controls, cells, and whether all controls hold."""
-    released = [variant for variant in variants if variant.recovery is None]
-    protections = {}
-    for name in dict.fromkeys(variant.protection for variant in released):
-        its = [variant for variant in released if variant.protection == name]
-        protections[name] = _protection(plan, contests, its, released[0], alone_scores)
-    controls = _controls(protections, variants)
-    return {
-        "task": plan.victim.task,
-        "kept_share": KEPT_SHARE,
-        "alone": alone_scores,
-        "protections": protections,
-        "models": [_model(variant) for variant in variants],
-        "connectivity": list(lines),
-        "controls": controls,
-        "passed": all(control["passed"] for control in controls),
-        "cells": [_cell(attack, contest) for contest in contests for attack in contest.attacks],
-    }
-
-
-def _protection(
-    plan: Plan,
-    contests: Sequence[Contest],
-    released: Sequence[Variant],
-    unprotected: Variant,
-    alone: Mapping[str, Mapping[str, float]],
-) -> dict[str, Any]:
-    """One protection, ``released`` with each key."""
-    task, name, seeds = plan.victim.task, released[0].protection, [variant.seed for variant in released]
-    expert, base = alone[unprotected.label][task], alone["base"][task]
-    protected = min(alone[variant.label][task] for variant in released)
-    per_tier: dict[str, Any] = {}
-    for tier in plan.tiers:
-        trials = [
-            _trial(contest, name, seed, tier, samples)
-            for contest in contests
-            for seed in seeds
-            for samples in _samples(plan, tier)
-        ]
-        per_tier[tier] = {"worst": _worst(trials), "trials": trials}
-    matrix = _matrix(plan, contests, name, seeds)
-    return {
-        "is_control": name in (IDENTITY, SCALE),
-        "utility": {"expert": expert, "protected": protected, "loss": expert - protected},
-        "tiers": per_tier,
-        "matrix": matrix,
-        "drop_ratio": _drop_ratios(matrix, expert, base),
-        "fronts": [_fronts(plan, contest, name, seeds[0]) for contest in contests],
-    }
-
-
-def _samples(plan: Plan, tier: Tier) -> Sequence[int | None]:
-    """How many labelled examples the attackers of a tier have."""
-    return plan.few_shot.samples if tier in ("T2", "T3") else (None,)
-
-
-def _trial(contest: Contest, name: str, seed: int, tier: Tier, samples: int | None) -> dict[str, Any]:
+def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: int | None) -> Trial:
     """One free-rider, one key, one number of labelled examples."""
-    unprotected = contest.attacks_on(IDENTITY, 0, tier, samples)
-    protected = contest.attacks_on(name, seed, tier, samples)
-    without = contest.without_victim(tier, samples)
-    found = worst_case(contest.menu(unprotected), contest.menu(protected), contest.menu(without), contest.rider_alone)
-    menus = {"unprotected": [*unprotected, *without], "protected": [*protected, *without], "without_victim": without}
-    chosen = (found.best_unprotected, found.best_protected, found.best_reference)
-    return {
-        "rider": contest.rider,
-        "seed": seed,
-        "samples": samples,
-        **_figures(found),
-        "attacks_tried": len(protected),
-        "search_cpu_seconds": round(sum(attack.cpu_seconds for attack in protected), 1),
-        "best": {label: menus[label][number].describe() for label, number in zip(menus, chosen, strict=True)},
+    unprotected = contest.attacks_on(IDENTITY, 0, model, samples)
+    protected = contest.attacks_on(name, seed, model, samples)
+    without = contest.without_victim(model, samples)
+    menu = contest.menu
+    worst = worst_case(menu.only(unprotected), menu.only(protected), menu.only(without), contest.rider_alone)
+    chosen = {
+        "unprotected": (*unprotected, *without)[worst.best_unprotected],
+        "protected": (*protected, *without)[worst.best_protected],
+        "without_victim": without[worst.best_reference],
     }
+    return Trial(
+        rider=contest.rider,
+        seed=seed,
+        samples=samples,
+        d_star=_number(worst.d_star),
+        interval=(_number(worst.low), _number(worst.high)),
+        unprotected=worst.unprotected,
+        protected=worst.protected,
+        without_victim=worst.reference,
+        is_denominator_small=worst.is_small,
+        attacks_tried=len(protected),
+        search_cpu_seconds=round(sum(contest.attacks[number].cpu_seconds for number in protected), 1),
+        best={label: contest.attacks[number].describe() for label, number in chosen.items()},
+    )
 
 
-def _figures(found: WorstCase) -> dict[str, Any]:
-    return {
-        "d_star": _number(found.d_star),
-        "interval": [_number(found.low), _number(found.high)],
-        "unprotected": found.unprotected,
-        "protected": found.protected,
-        "without_victim": found.reference,
-        "is_denominator_small": found.is_small,
-    }
-
-
-def _worst(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def worst_trial(trials: Sequence[Trial]) -> Trial | None:
     """The trial with the lowest D*, among those with enough to defend if there are any.
 
     None when the victim adds nothing in any of them.
     """
-    known = [trial for trial in trials if trial["d_star"] is not None]
-    told = [trial for trial in known if not trial["is_denominator_small"]]
-    return min(told or known, key=lambda trial: trial["d_star"], default=None)
+    known = [(trial.d_star, trial) for trial in trials if trial.d_star is not None]
+    enough = [(d_star, trial) for d_star, trial in known if not trial.is_denominator_small]
+    return min(enough or known, key=lambda pair: pair[0], default=(None, None))[1]
 
 
-def _best(contest: Contest, attacks: Sequence[Attack]) -> Attack | None:
-    """The attacker's choice among some attacks; None when none of them keeps the free-rider's skill."""
-    kept = KEPT_SHARE * float(contest.rider_alone.mean()) - 1e-12
-    usable = [a for a in attacks if a.validation.credits[contest.rider_task].mean() >= kept]
-    return max(usable, key=lambda a: a.validation.credits[contest.defended_task].mean(), default=None)
-
-
-def _matrix(plan: Plan, contests: Sequence[Contest], name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The best test score of each recovery with each merge, over free-riders and seeds: where the worst case lies."""
-    rows = []
-    for recovery in (None, *(entry.name for entry in plan.recoveries if plan.reaches(entry.tier))):
-        for merge in (merge for merge in plan.merges if plan.reaches(merge.tier)):
-            scores, attempts = [], 0
-            for contest in contests:
-                for seed in seeds:
-                    attacks = [
-                        attack
-                        for attack in contest.attacks_on(name, seed, plan.tiers[-1])
-                        if attack.variant is not None and attack.variant.recovery == recovery and attack.merge == merge
-                    ]
-                    attempts += len(attacks)
-                    best = _best(contest, attacks)
-                    if best is not None and best.test is not None:
-                        scores.append(float(best.test.credits[contest.defended_task].mean()))
-            rows.append(
-                {"recovery": recovery, "merge": merge.name, "score": max(scores, default=None), "attacks": attempts}
-            )
-    return rows
-
-
-def _drop_ratios(matrix: Sequence[Mapping[str, Any]], expert: float, base: float) -> dict[str, float | None]:
+def _drop_ratios(matrix: Sequence[MatrixCell], expert: float, base: float) -> dict[str, float | None]:
     """The published measure, per merge without recovery: (expert - merge) / (expert - base), the lowest found."""
     return {
-        cell["merge"]: None if cell["score"] is None or expert <= base else (expert - cell["score"]) / (expert - base)
+        cell.merge: None if cell.score is None or expert <= base else (expert - cell.score) / (expert - base)
         for cell in matrix
-        if cell["recovery"] is None
+        if cell.recovery is None
     }
 
 
-def _fronts(plan: Plan, contest: Contest, name: str, seed: int) -> dict[str, Any]:
-    """Test scores of the strongest attacker's attacks that no other beats on both tasks, on validation examples."""
-    tier = plan.tiers[-1]
-    samples = _samples(plan, tier)[-1]
-    groups = {
-        "unprotected": contest.attacks_on(IDENTITY, 0, tier, samples),
-        "protected": contest.attacks_on(name, seed, tier, samples),
-        "without_victim": contest.without_victim(tier, samples),
-    }
-    about = {"rider": contest.rider, "seed": seed, "tier": tier, "samples": samples}
-    return {**about, **{label: _front(contest, group) for label, group in groups.items()}}
+def _front(contest: Contest, numbers: Numbers) -> Front:
+    tested = [(number, test) for number in numbers if (test := contest.attacks[number].test) is not None]
+    defended, rider = (scores[[number for number, _ in tested]] for scores in contest.validation)
+    chosen = [contest.scores(tested[place][1]) for place in pareto_front(defended, rider)]
+    return tuple((scores[contest.defended_task], scores[contest.rider_task]) for scores in chosen)
 
 
-def _front(contest: Contest, attacks: Sequence[Attack]) -> list[list[float]]:
-    tested = [attack for attack in attacks if attack.test is not None]
-    defended, rider = (
-        [float(attack.validation.credits[task].mean()) for attack in tested]
-        for task in (contest.defended_task, contest.rider_task)
+def controls(protections: Mapping[str, ProtectionResult], variants: Sequence[Variant]) -> tuple[Control, ...]:
+    """What must hold in every audit, or its figures mean nothing."""
+    planted = [_planted_key(variant, variants) for variant in variants]
+    return (
+        bounded(protections, IDENTITY, IDENTITY_BOUND, "the expert itself is no protection"),
+        bounded(protections, SCALE, SCALE_BOUND, "a shrunk task vector is no protection"),
+        *(control for control in planted if control is not None),
     )
-    chosen = [tested[number].test for number in pareto_front(defended, rider)]
-    return [
-        [float(cell.credits[task].mean()) for task in (contest.defended_task, contest.rider_task)]
-        for cell in chosen
-        if cell is not None
-    ]
 
 
-def _controls(protections: Mapping[str, Any], variants: Sequence[Variant]) -> list[dict[str, Any]]:
-    """What must hold in every audit, or it found nothing out."""
-    controls = [
-        _bounded(protections, IDENTITY, IDENTITY_BOUND, "the expert itself is no protection"),
-        _bounded(protections, SCALE, SCALE_BOUND, "a shrunk task vector is no protection"),
-    ]
-    for variant in variants:
-        planted = _planted_key(variant, variants)
-        if planted is not None:
-            controls.append(planted)
-    return controls
-
-
-def _planted_key(variant: Variant, variants: Sequence[Variant]) -> dict[str, Any] | None:
+def _planted_key(variant: Variant, variants: Sequence[Variant]) -> Control | None:
     """How near a fit of changes of basis came; only the one over the largest group must find every planted key."""
     origin = None if variant.recovery is None else _distance_of_expert(variants, variant.recovery)
     after = variant.facts.get("distance_after")
     if not variant.has_key or variant.recovery is None or not origin or after is None:
         return None
     bound = PLANTED_BOUND if variant.facts.get("method") == "nearest_orbit" else None
-    return {
-        "name": f"{variant.recovery} on {variant.label}",
-        "what": "distance to the base after the recovery, in units of the unprotected expert's",
-        "value": after / origin,
-        "bound": bound,
-        "passed": bound is None or after / origin <= bound,
-    }
+    return Control(
+        name=f"{variant.recovery} on {variant.label}",
+        what="distance to the base after the recovery, in units of the unprotected expert's",
+        value=after / origin,
+        bound=bound,
+        passed=bound is None or after / origin <= bound,
+    )
 
 
 def _distance_of_expert(variants: Sequence[Variant], recovery: str) -> float | None:
@@ -333,58 +328,24 @@ def _distance_of_expert(variants: Sequence[Variant], recovery: str) -> float | N
     return None
 
 
-def _bounded(protections: Mapping[str, Any], name: str, bound: float, what: str) -> dict[str, Any]:
+def bounded(protections: Mapping[str, ProtectionResult], name: str, bound: float, what: str) -> Control:
+    """The control that a protection of this name has a D* of at most ``bound``, in either direction."""
     values = [
-        _distance_from_nothing(tier, trial)
-        for tier, found in protections[name]["tiers"].items()
-        for trial in found["trials"]
+        _distance_from_nothing(model, trial)
+        for model, verdicts in protections[name].tiers.items()
+        for trial in verdicts.trials
     ]
     value = max((value for value in values if value is not None), default=None)
-    return {
-        "name": name,
-        "what": f"largest |D*|: {what}",
-        "value": value,
-        "bound": bound,
-        "passed": value is not None and value <= bound,
-    }
+    passed = value is not None and value <= bound
+    return Control(name=name, what=f"largest |D*|: {what}", value=value, bound=bound, passed=passed)
 
 
-def _distance_from_nothing(tier: Tier, trial: Mapping[str, Any]) -> float | None:
+def _distance_from_nothing(model: ThreatModel, trial: Trial) -> float | None:
     """|D*|; of attackers who train, less what two trainings end apart by luck alone."""
-    value: float | None = trial["d_star"]
-    if value is None or tier in ("T0", "T1"):
-        return None if value is None else abs(value)
-    luck: float = LUCK_OF_TRAINING / (trial["unprotected"] - trial["without_victim"])
-    return max(0.0, abs(value) - luck)
-
-
-def _model(variant: Variant) -> dict[str, Any]:
-    kept = ("distance_before", "distance_after", "confidence", "measured_block_error", "condition_bound", "findings")
-    return {
-        "protection": variant.protection,
-        "seed": variant.seed,
-        "recovery": variant.recovery,
-        "cpu_seconds": variant.cpu_seconds,
-        "refusal": variant.refusal,
-        **{name: variant.facts[name] for name in kept if name in variant.facts},
-    }
-
-
-def _cell(attack: Attack, contest: Contest) -> dict[str, Any]:
-    variant = attack.variant
-    return {
-        "protection": None if variant is None else variant.protection,
-        "seed": None if variant is None else variant.seed,
-        "rider": attack.rider,
-        "tier": attack.tier,
-        **attack.describe(),
-        "scores": {
-            part: None
-            if cell is None
-            else {task: float(cell.credits[task].mean()) for task in (contest.defended_task, contest.rider_task)}
-            for part, cell in (("validation", attack.validation), ("test", attack.test))
-        },
-    }
+    if trial.d_star is None or not model.trains:
+        return None if trial.d_star is None else abs(trial.d_star)
+    luck = LUCK_OF_TRAINING / (trial.unprotected - trial.without_victim)
+    return max(0.0, abs(trial.d_star) - luck)
 
 
 def _number(value: float) -> float | None:

@@ -15,13 +15,15 @@ from time import process_time
 from typing import Any
 
 from unmergeable import ops
-from unmergeable.attacks import ATTACKS
 from unmergeable.checkpoint.disk import write_file
 from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.evaluation.cells import digest_of, identity
-from unmergeable.evaluation.plan import ExpertEntry, MethodEntry, Plan, ProtectionEntry, RecoveryEntry, TaskEntry, Tier
+from unmergeable.evaluation.methods import attack_reads
+from unmergeable.evaluation.plans.audit_plan import AuditPlan
+from unmergeable.evaluation.plans.entries import ExpertEntry, MethodEntry, ProtectionEntry, RecoveryEntry, TaskEntry
 from unmergeable.evaluation.scoring import Checkpoint
-from unmergeable.ops.controls import write_control
+from unmergeable.evaluation.threat_models import ThreatModel
+from unmergeable.ops.protection import write_control
 from unmergeable.progress import Progress
 
 IDENTITY, SCALE = "identity", "scale"
@@ -38,7 +40,7 @@ class Variant:
         protection: name in the plan, or of a control.
         seed: of the protection's key.
         recovery: name in the plan; None where nothing was undone.
-        tier: the lowest one whose attacker has it.
+        threat_model: that of the weakest attacker who has it.
         checkpoint: the model; None where ``refusal`` says why the recovery gave none.
         has_key: whether it lies in another basis, which a key leads out of; then a recovery has something to find.
         cpu_seconds: what the recovery cost.
@@ -53,7 +55,7 @@ class Variant:
     facts: Mapping[str, Any]
     refusal: str = ""
     has_key: bool = False
-    tier: Tier = "T0"
+    threat_model: ThreatModel = ThreatModel.OFF_THE_SHELF
 
     @property
     def label(self) -> str:
@@ -61,7 +63,7 @@ class Variant:
         return f"{self.protection} (seed {self.seed})"
 
 
-def make_variants(plan: Plan, folder: Path, digests: Mapping[Path, str], progress: Progress) -> list[Variant]:
+def make_variants(plan: AuditPlan, folder: Path, digests: Mapping[Path, str], progress: Progress) -> list[Variant]:
     """Protect the expert every way of the plan, and recover each result every way. Controls come first.
 
     Raises:
@@ -71,11 +73,11 @@ def make_variants(plan: Plan, folder: Path, digests: Mapping[Path, str], progres
     maker = ModelMaker(plan.base, plan.victim, plan.task(plan.victim.task), folder, digests, progress)
     released = [maker.unprotected(), maker.scaled()]
     released += [maker.protected(entry, seed) for entry in plan.protections for seed in plan.seeds]
-    found = []
+    recoveries = [entry for entry in plan.recoveries if plan.reaches(entry.threat_model)]
+    made = []
     for variant in released:
-        found.append(variant)
-        found += [maker.recovered(variant, recovery) for recovery in plan.recoveries if plan.reaches(recovery.tier)]
-    return found
+        made += [variant, *(maker.recovered(variant, entry) for entry in recoveries)]
+    return made
 
 
 @dataclass(frozen=True)
@@ -141,22 +143,21 @@ class ModelMaker:
     def recovered(self, variant: Variant, entry: RecoveryEntry) -> Variant:
         """A recovery that refuses a model (its structure, for one) is no failure of the audit."""
         assert variant.checkpoint is not None
-        recovered = replace(variant, recovery=entry.name, tier=entry.tier, facts={})
-        found, seconds = variant.checkpoint, 0.0
+        recovered = replace(variant, recovery=entry.name, threat_model=entry.threat_model, facts={})
+        made, seconds = variant.checkpoint, 0.0
         facts: Mapping[str, Any] = {}
         try:
             for step in entry.steps:
-                found, facts = self._recovered(found, step, entry.sources)
+                made, facts = self._recovered(made, step, entry.sources)
                 seconds += float(facts["cpu_seconds"])
         except CheckpointError:
             raise
         except (BadInput, UsageError) as error:
             return replace(recovered, checkpoint=None, refusal=str(error))
-        return replace(recovered, checkpoint=found, cpu_seconds=seconds, facts=facts)
+        return replace(recovered, checkpoint=made, cpu_seconds=seconds, facts=facts)
 
     def _recovered(self, start: Checkpoint, step: MethodEntry, sources: Sequence[Path]) -> tuple[Checkpoint, Any]:
-        needs = ATTACKS[step.method].needs
-        task = self.task
+        needs, task = attack_reads(step.method), self.task
         examples: dict[str, Any] = {"data": task.train, "encoder": task.encoder} if "data" in needs else {}
         read = tuple(sources) if "sources" in needs else ()
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from unmergeable.evaluation.cells import Cell, Credits
-from unmergeable.evaluation.table_plan import TableMerge, TablePlan, VariantName
+from unmergeable.evaluation.plans.entries import MergeEntry
+from unmergeable.evaluation.plans.table_plan import TablePlan, VariantName
+from unmergeable.evaluation.table_results import Alone, Average, MeanRecord, Scores
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Mean:
         variance = sum(float(row.var(ddof=1)) / len(row) if len(row) > 1 else math.nan for row in by_task.values())
         return cls(sum(float(row.mean()) for row in by_task.values()), math.sqrt(variance))
 
-    def to_json(self) -> dict[str, float | None]:
-        return {"mean": rounded(self.value), "standard_error": rounded(self.error)}
+    def record(self) -> MeanRecord:
+        return MeanRecord(mean=round(self.value, 6), standard_error=rounded(self.error))
 
 
 def rounded(value: float) -> float | None:
@@ -59,7 +60,7 @@ def rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 6)
 
 
-def averages(plan: TablePlan, cells: Cells, alone: Mapping[str, Any]) -> list[dict[str, Any]]:
+def averages(plan: TablePlan, cells: Cells, alone: Alone) -> list[Average]:
     """Every average of the table, in the order of merges, sizes of groups, variants."""
     return [
         _average(plan, cells, alone, variant, merge, size)
@@ -70,85 +71,89 @@ def averages(plan: TablePlan, cells: Cells, alone: Mapping[str, Any]) -> list[di
 
 
 def _average(
-    plan: TablePlan, cells: Cells, alone: Mapping[str, Any], variant: VariantName, merge: TableMerge, size: int
-) -> dict[str, Any]:
+    plan: TablePlan, cells: Cells, alone: Alone, variant: VariantName, merge: MergeEntry, size: int
+) -> Average:
     rows: dict[str, Credits] = {}
     gaps: dict[str, Credits] = {}
     others: list[float] = []
     refused = 0
     for victim in plan.victims:
         task = plan.expert(victim).task
-        found, plain, beside = [], [], []
+        merged, plain, beside = [], [], []
         for partners in (group for group in plan.groups(victim) if len(group) == size):
             cell = cells[Place(victim, variant, partners, merge.name)]
             if not isinstance(cell, Cell):
                 refused += 1
                 continue
-            found.append(cell.credits[task])
+            merged.append(cell.credits[task])
             beside += [float(cell.credits[plan.expert(name).task].mean()) for name in partners]
             unprotected = cells[Place(victim, VariantName(), partners, merge.name)]
             if isinstance(unprotected, Cell):
                 plain.append(cell.credits[task] - unprotected.credits[task])
-        if found:
-            rows[victim] = np.mean(found, axis=0)
+        if merged:
+            rows[victim] = np.mean(merged, axis=0)
             others.append(float(np.mean(beside)))
         if plain:
             gaps[victim] = np.mean(plain, axis=0)
-    return {
-        "label": plan.label(variant, merge, size),
-        "variant": str(variant),
-        "protection": variant.protection,
-        "recovery": variant.recovery,
-        "merge": merge.name,
-        "partners": size,
-        **(_mean(plan, rows) or {"mean": None, "standard_error": None}),
-        "rows": {victim: _mean(plan, {victim: row}) for victim, row in rows.items()},
-        "difference": None if variant == VariantName() else _mean(plan, gaps),
-        "row_differences": {victim: _mean(plan, {victim: row}) for victim, row in gaps.items()}
-        if variant != VariantName()
-        else {},
-        "drop_ratio": _drop_ratio(plan, alone, rows),
-        "partners_mean": rounded(float(np.mean(others))) if others else None,
-        "refused": refused,
-    }
+    whole = _mean(plan, rows)
+    is_compared = variant != VariantName()
+    return Average(
+        label=plan.label(variant, merge, size),
+        variant=str(variant),
+        protection=variant.protection,
+        recovery=variant.recovery,
+        merge=merge.name,
+        partners=size,
+        mean=None if whole is None else whole.mean,
+        standard_error=None if whole is None else whole.standard_error,
+        rows=_each(plan, rows),
+        difference=_mean(plan, gaps) if is_compared else None,
+        row_differences=_each(plan, gaps) if is_compared else {},
+        drop_ratio=_drop_ratio(plan, alone, rows),
+        partners_mean=rounded(float(np.mean(others))) if others else None,
+        refused=refused,
+    )
 
 
-def _mean(plan: TablePlan, rows: Mapping[str, Credits]) -> dict[str, float | None] | None:
+def _mean(plan: TablePlan, rows: Mapping[str, Credits]) -> MeanRecord | None:
     if not rows:
         return None
-    return Mean.over([(plan.expert(victim).task, row) for victim, row in rows.items()]).to_json()
+    return Mean.over([(plan.expert(victim).task, row) for victim, row in rows.items()]).record()
 
 
-def _drop_ratio(plan: TablePlan, alone: Mapping[str, Any], rows: Mapping[str, Credits]) -> float | None:
+def _each(plan: TablePlan, rows: Mapping[str, Credits]) -> dict[str, MeanRecord]:
+    return {victim: Mean.over([(plan.expert(victim).task, row)]).record() for victim, row in rows.items()}
+
+
+def _drop_ratio(plan: TablePlan, alone: Alone, rows: Mapping[str, Credits]) -> float | None:
     """The published ratio; None where the experts have learnt nothing, or nothing merged."""
     if not rows:
         return None
-    base = np.mean([alone["base"][plan.expert(victim).task] for victim in rows])
-    expert = np.mean([alone["experts"][victim] for victim in rows])
+    base = np.mean([alone.base[plan.expert(victim).task] for victim in rows])
+    expert = np.mean([alone.experts[victim] for victim in rows])
     merged = np.mean([row.mean() for row in rows.values()])
     return rounded(float((expert - merged) / (expert - base))) if expert > base else None
 
 
-def figures(plan: TablePlan, alone: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def figures(plan: TablePlan, alone: Alone, means: Sequence[Average]) -> dict[str, float | None]:
     """Every figure of the table by its label, as a share."""
-    values: dict[str, float | None] = {}
-    values |= {f"base / {task}": score for task, score in alone["base"].items()}
-    values |= _by_label(alone)
-    for task, found_there in alone.get("elsewhere", {}).items():
-        values |= {f"{label} / {task}": score for label, score in _by_label(found_there).items()}
-    for average in found:
-        label = average["label"]
-        values[label] = average["mean"]
-        values[f"drop ratio / {label}"] = average["drop_ratio"]
+    values: dict[str, float | None] = {f"base / {task}": score for task, score in alone.base.items()}
+    values |= _by_label(alone.experts, alone.protected)
+    for task, there in (alone.elsewhere or {}).items():
+        scores = _by_label(there.experts, there.protected)
+        values |= {f"{label} / {task}": score for label, score in scores.items()}
+    for average in means:
+        values[average.label] = average.mean
+        values[f"drop ratio / {average.label}"] = average.drop_ratio
         for victim in plan.victims:
-            row = average["rows"].get(victim)
-            values[f"{victim} / {label}"] = None if row is None else row["mean"]
+            row = average.rows.get(victim)
+            values[f"{victim} / {average.label}"] = None if row is None else row.mean
     return values
 
 
-def _by_label(alone: Mapping[str, Any]) -> dict[str, float | None]:
+def _by_label(experts: Scores, protected: Mapping[str, Scores]) -> dict[str, float | None]:
     """What experts and releases score that are not merged."""
-    values: dict[str, float | None] = {f"{expert} / alone": score for expert, score in alone["experts"].items()}
-    for protection, scores in alone["protected"].items():
+    values: dict[str, float | None] = {f"{expert} / alone": score for expert, score in experts.items()}
+    for protection, scores in protected.items():
         values |= {f"{victim} / {protection} / alone": score for victim, score in scores.items()}
     return values

@@ -1,4 +1,4 @@
-"""Training after merging: what an attacker does who has labelled examples of the defended task (tier T2).
+"""Training after merging: what an attacker does who has labelled examples of the defended task (few_shot).
 
 The attacker starts from the best of its merges and fine-tunes all of it, or updates of low rank, on n examples of the
 defended task and on its own task, so that it does not forget its own (an attack has to keep that skill to count). Its
@@ -21,15 +21,14 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from unmergeable.attacks import FewShot
-from unmergeable.errors import BadInput, CheckpointError, UnmergeableError
+from unmergeable.attacks.few_shot import few_shot
+from unmergeable.errors import BadInput, CheckpointError, DiskError, UnmergeableError
 from unmergeable.evaluation import scoring
 from unmergeable.evaluation.cells import Cell, CellStore
-from unmergeable.evaluation.plan import Part
-from unmergeable.evaluation.scoring import ScoredTask, Sweep
-from unmergeable.evaluation.search import Point
+from unmergeable.evaluation.plans.entries import Part
+from unmergeable.evaluation.scoring import Coefficients, Group, ScoredTask
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.few_shot import few_shot
 from unmergeable.network.fine_tune import select
 from unmergeable.network.tasks import Prediction, Task, answer
 from unmergeable.settings import settings_of
@@ -46,22 +45,18 @@ OWN_EXAMPLES = 10
 class Tuning:
     """Where training starts and how it goes. ``method`` has one learning rate; its samples are of the defended task."""
 
-    sweep: Sweep
-    point: Point | None
+    group: Group
+    point: Coefficients | None
     method: FewShot
 
     def recipe(self, part: Part) -> dict[str, Any]:
         """What the cell of the result depends on."""
         return {
-            **self.sweep.recipe(self.point, part),
+            **self.group.recipe(self.point, part),
             "few_shot": settings_of(self.method),
-            "learns_from": [task.digests["train"] for task in self.sweep.tasks],
+            "learns_from": [task.digests["train"] for task in self.group.tasks],
             "own_examples": OWN_EXAMPLES,
         }
-
-    def describe(self) -> dict[str, Any]:
-        """What was trained on, for people."""
-        return {"samples": self.method.samples, "learning_rate": float(self.method.learning_rates)}
 
 
 @dataclass(frozen=True)
@@ -85,31 +80,31 @@ def tune(tuning: Tuning, folder: Path) -> Tuned:
     known = {part: cell for part, cell in stored.items() if cell is not None}
     if len(known) == len(parts):
         return Tuned(known)
-    network = scoring.network_of(tuning.sweep.base.path)
-    scorers = {part: scoring.scorers_of(tuning.sweep, part) for part in parts}
+    network = scoring.network_of(tuning.group.base.path)
+    scorers = {part: scoring.scorers_of(tuning.group, part) for part in parts}
     mixture = _mixture(_balanced(_examples(tuning, network)))
     began = thread_time()
     try:
-        weights = scoring.weights_of(tuning.sweep)(tuning.point)
+        weights = scoring.weights_of(tuning.group)(tuning.point)
         method = replace(tuning.method, samples=sum(len(batch) for batch in mixture.batches))
         result = few_shot(network, weights, mixture, method)
-    except CheckpointError:
+    except (CheckpointError, DiskError):
         raise
     except UnmergeableError as error:  # a merge that is refused, or training that diverges
         return Tuned(None, str(error))
-    found = {}
+    cells = {}
     with swapped(network, result.weights):
         for part in parts:
             credits_by_task = {name: scorer.credits(network) for name, scorer in scorers[part].items()}
-            found[part] = Cell(tuning.recipe(part), credits_by_task, thread_time() - began)
-    for cell in found.values():
+            cells[part] = Cell(tuning.recipe(part), credits_by_task, thread_time() - began)
+    for cell in cells.values():
         store.put(cell)
-    return Tuned(found)
+    return Tuned(cells)
 
 
 def _examples(tuning: Tuning, network: Any) -> list[Task]:
     """Examples of the defended task, as many as the attacker has labels for, and of its own."""
-    (defended, own), samples = tuning.sweep.tasks, tuning.method.samples
+    (defended, own), samples = tuning.group.tasks, tuning.method.samples
     return [
         _labelled(defended, samples, samples, tuning, network),
         _labelled(own, 1, OWN_EXAMPLES * samples, tuning, network),
@@ -118,12 +113,12 @@ def _examples(tuning: Tuning, network: Any) -> list[Task]:
 
 def _labelled(task: ScoredTask, least: int, limit: int, tuning: Tuning, network: Any) -> Task:
     """At most ``limit`` examples to learn a task from, and not fewer than ``least``."""
-    scorer = scoring.scorer_of(task.entry, task.digests["train"], "train", tuning.sweep.base.path, limit=limit)
-    found = scorer.task if isinstance(scorer, ChoiceScorer) else _said(task.entry.name, _answers(scorer), network)
-    count = _count(found)
+    scorer = scoring.scorer_of(task.entry, task.digests["train"], "train", tuning.group.base.path, limit=limit)
+    labelled = scorer.task if isinstance(scorer, ChoiceScorer) else _said(task.entry.name, _answers(scorer), network)
+    count = _count(labelled)
     if count < least:
         raise BadInput(f"task {task.entry.name}: {count} examples to learn from, {least} are asked for; give more.")
-    return found
+    return labelled
 
 
 def _count(task: Task) -> int:
@@ -151,7 +146,7 @@ def _said(name: str, answers: Sequence[tuple[Tokens, Tokens]] | None, network: A
     if answers is None or reads_with_encoder(network):
         raise BadInput(
             f"task {name}: {type(network).__name__} cannot be trained on few examples of this kind of task; leave out "
-            "tiers T2 and T3."
+            "threat models few_shot and unlabelled."
         )
     rows = [torch.tensor(prefix + continuation) for prefix, continuation in answers]
     inputs = {
@@ -182,18 +177,18 @@ def _mixture(tasks: Sequence[Task]) -> Task:
     def predict(network: Any, batch: EncodedBatch) -> Prediction:
         assert batch.labels is not None
         whose, labels = batch.labels.T
-        found = []
+        predictions = []
         for number, task in enumerate(tasks):
             (rows,) = torch.nonzero(whose == number, as_tuple=True)
             if len(rows):
-                its = EncodedBatch(select(batch, rows).inputs, labels[rows] if is_labelled[number] else None)
-                found.append(task.predict(network, its))
-        widest = max(prediction.logits.shape[1] for prediction in found)
+                own = EncodedBatch(select(batch, rows).inputs, labels[rows] if is_labelled[number] else None)
+                predictions.append(task.predict(network, own))
+        widest = max(prediction.logits.shape[1] for prediction in predictions)
         # A class that a task does not have is never chosen, and takes no part in its softmax.
         logits = [
             functional.pad(prediction.logits, (0, widest - prediction.logits.shape[1]), value=-torch.inf)
-            for prediction in found
+            for prediction in predictions
         ]
-        return Prediction(torch.cat(logits), torch.cat([prediction.require_targets() for prediction in found]))
+        return Prediction(torch.cat(logits), torch.cat([prediction.require_targets() for prediction in predictions]))
 
     return Task(" and ".join(task.name for task in tasks), batches, predict)

@@ -9,11 +9,11 @@ own, and is judged on test examples:
          / (max over attacks on the unprotected expert - T_ref)
 
 T_ref is the best that can be had without the victim. D* = 0: the protection is worth nothing; D* = 1: the victim adds
-nothing. Whoever attacks may also leave the victim alone, so attacks without the victim are in every menu and D* is at
-most 1 but for the luck of the draw. It is a worst case over the menu, never a mean.
+nothing. Ignoring the victim is always an option, so attacks without the victim are in every menu and D* is at most 1 up
+to sampling noise. It is a worst case over the menu, never a mean.
 
 The interval is a bootstrap over examples (Efron 1979): validation and test examples are drawn anew, paired across all
-attacks; the attacker selects anew each time. So it holds the luck of the selection as well as that of the test.
+attacks; the attacker selects anew each time. So it covers the luck of the selection as well as that of the test.
 """
 
 from __future__ import annotations
@@ -23,12 +23,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-
-KEPT_SHARE = 0.95
-"""Of the free-rider's own score, which an attack has to keep to count."""
+from unmergeable.evaluation.selection import Floats, Menu, choice, pareto_front
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -38,37 +34,10 @@ SMALL_DENOMINATOR = 0.05
 
 
 @dataclass(frozen=True)
-class Menu:
-    """What the attacks of a menu score, example by example, as credits in [0, 1].
-
-    Attributes:
-        defended: on validation examples of the defended task, [attacks, examples].
-        rider: on validation examples of the free-rider's task, [attacks, examples].
-        test: on test examples of the defended task, [attacks, examples]; NaN rows for attacks that no selection picks
-            and that were therefore never tested.
-    """
-
-    defended: Floats
-    rider: Floats
-    test: Floats
-
-    def __post_init__(self) -> None:
-        assert len(self.defended) == len(self.rider) == len(self.test)
-
-    def joined(self, other: Menu) -> Menu:
-        """Both menus, this one's attacks first."""
-        return Menu(
-            np.concatenate([self.defended, other.defended]),
-            np.concatenate([self.rider, other.rider]),
-            np.concatenate([self.test, other.test]),
-        )
-
-
-@dataclass(frozen=True)
 class WorstCase:
     """D* and what it is made of: scores in [0, 1], on test examples, of the attack selected on validation examples.
 
-    ``best`` is the number of the selected attack in its menu. ``is_small``: there was little to defend.
+    ``best_…`` is the number of the selected attack in its menu. ``is_small``: there was little to defend.
     """
 
     d_star: float
@@ -141,22 +110,11 @@ def contenders(
     """
     joined = menu.joined(without_victim)
     count = len(menu.defended)
-    found = {_select(joined, rider_alone, _whole(joined))}
+    picked = {_select(joined, rider_alone, _whole(joined))}
     for weights in _draws(joined, seed, resamples):
-        found.add(_select(joined, rider_alone, weights))
+        picked.add(_select(joined, rider_alone, weights))
     front = pareto_front(menu.defended.mean(axis=1), menu.rider.mean(axis=1))
-    return sorted({number for number in found if number < count} | set(front))
-
-
-def pareto_front(first: Sequence[float] | Floats, second: Sequence[float] | Floats) -> list[int]:
-    """The points that no other point beats in both coordinates, in the order of the first; the first of equal ones."""
-    order = np.lexsort((np.arange(len(first)), -np.asarray(second), -np.asarray(first)))
-    front, highest = [], -np.inf
-    for number in order:
-        if second[number] > highest:
-            front.append(int(number))
-            highest = second[number]
-    return front[::-1]
+    return sorted({number for number in picked if number < count} | set(front))
 
 
 @dataclass(frozen=True)
@@ -186,10 +144,9 @@ def _draws(menu: Menu, seed: int, resamples: int) -> Iterator[_Weights]:
 
 
 def _select(menu: Menu, rider_alone: Floats, weights: _Weights) -> int:
-    """The attacker's choice on validation examples."""
-    kept = menu.rider @ weights.rider >= KEPT_SHARE * float(rider_alone @ weights.rider) - 1e-12
-    scores = np.where(kept, menu.defended @ weights.defended, -1.0)
-    return int(scores.argmax())
+    """The attacker's choice; the first attack where none counts."""
+    chosen = choice(menu.defended @ weights.defended, menu.rider @ weights.rider, float(rider_alone @ weights.rider))
+    return chosen or 0
 
 
 def _selected(menu: Menu, rider_alone: Floats, weights: _Weights) -> tuple[float, int]:

@@ -1,9 +1,10 @@
 """Elements of the gauge groups, and how one acts on coordinates.
 
-Four representations cover every group of :mod:`unmergeable.architecture.symmetry`:
+Five representations cover every group of :mod:`unmergeable.architecture.symmetry`:
 
     Dense      M x                        general linear
     Orthogonal Q x                        a Dense whose inverse is its transpose
+    Kronecker  (F_1 x ... x F_n) D P x    a rotation in small factors: O(d sum f) instead of O(d^2) per vector
     Monomial   x'_i = scale_i x_index_i   permutations, signs, scales, quarter turns
     Rotary     x'_p = z_p x_p             one complex number per frequency pair
 
@@ -91,13 +92,56 @@ class Orthogonal(Dense):
         return 1.0
 
     def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
-        if variance != "gain":
-            return super().apply(coordinates, variance)
-        # diag(g) commutes with a rotation where g is one number: after the gain was folded into its readers.
-        first = coordinates.narrow(-2, 0, 1)
-        spread = (coordinates - first).abs().max()
-        assert bool(spread <= 16 * torch.finfo(coordinates.dtype).eps * first.abs().max()), "gain is not folded"
-        return coordinates.clone()
+        return _folded_gain(coordinates) if variance == "gain" else super().apply(coordinates, variance)
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """A rotation x' = (F_1 x ... x F_n) D P x, or its inverse: rotations of few coordinates, one after another.
+
+    ``factors``: float64 [blocks, f_i, f_i] with orthonormal rows, whose sizes multiply to ``size``. ``monomial`` is
+    D P, a signed permutation. Walsh-Hadamard matrices are the factors of a randomised Hadamard transform.
+    """
+
+    factors: tuple[Tensor, ...]
+    monomial: Monomial
+    is_inverse: bool = False
+
+    def matrix(self) -> Tensor:
+        blocks, size = self.monomial.index.shape
+        columns = torch.eye(size, dtype=torch.float64).expand(1, blocks, size, size)
+        return self.apply(columns, "vector")[0]
+
+    def inverse(self) -> Kronecker:
+        return Kronecker(self.factors, self.monomial, not self.is_inverse)
+
+    def condition(self) -> float:
+        return 1.0
+
+    def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
+        if variance == "gain":
+            return _folded_gain(coordinates)
+        if self.is_inverse:
+            return self.monomial.inverse().apply(self._turned(coordinates, is_inverse=True), "vector")
+        return self._turned(self.monomial.apply(coordinates, "vector"), is_inverse=False)
+
+    def _turned(self, coordinates: Tensor, *, is_inverse: bool) -> Tensor:
+        outer, blocks, *_, size, inner = coordinates.shape
+        turned = coordinates
+        before, behind = 1, size
+        for factor in self.factors:
+            own = factor.shape[-1]
+            behind //= own
+            matrix = (factor.mT if is_inverse else factor).to(coordinates.dtype)
+            view = turned.reshape(outer, blocks, -1, own, behind * inner)
+            if behind * inner == 1:
+                rows = view[..., 0].transpose(0, 1).reshape(blocks, -1, own)
+                turned = torch.bmm(rows, matrix.mT).reshape(blocks, outer, -1, own).transpose(0, 1)
+            else:
+                turned = torch.matmul(matrix[None, :, None], view) if blocks > 1 else torch.matmul(matrix[0], view)
+            before *= own
+        assert before == size, "the factors' sizes multiply to the size of the space"
+        return turned.reshape(coordinates.shape)
 
 
 @dataclass(frozen=True)
@@ -120,17 +164,30 @@ class Monomial:
         magnitude = self.scale.abs()
         return float((magnitude.amax(1) / magnitude.amin(1)).max())
 
+    @cached_property
+    def _is_diagonal(self) -> bool:
+        return bool((self.index == torch.arange(self.index.shape[1])).all())
+
+    @cached_property
+    def _is_unscaled(self) -> bool:
+        return bool((self.scale == 1).all())
+
     def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
         blocks, size = self.index.shape
         trailing = coordinates.dim() - 4  # spectators between blocks and size
         shape = (1, blocks, *([1] * trailing), size, 1)
-        index = self.index.view(shape).expand(coordinates.shape)
-        moved = torch.gather(coordinates, -2, index)
+        if self._is_diagonal:
+            moved = coordinates
+        elif blocks == 1:
+            moved = coordinates.index_select(-2, self.index[0])
+        else:
+            moved = torch.gather(coordinates, -2, self.index.view(shape).expand(coordinates.shape))
         if variance == "gain":
             assert bool((self.scale.abs() == 1).all()), "a gain only follows signed permutations"
-            return moved
-        scale = self.scale if variance == "vector" else 1.0 / self.scale
-        return moved * scale.to(coordinates.dtype).view(shape)
+        elif not self._is_unscaled:
+            scale = self.scale if variance == "vector" else 1.0 / self.scale
+            return moved * scale.to(coordinates.dtype).view(shape)
+        return moved.clone() if moved is coordinates else moved
 
 
 @dataclass(frozen=True)
@@ -169,6 +226,14 @@ class Rotary:
         torch.sub(first * real, second * imaginary, out=out_first)
         torch.add(first * imaginary, second * real, out=out_second)
         return moved
+
+
+def _folded_gain(coordinates: Tensor) -> Tensor:
+    """diag(g) commutes with a rotation where g is one number: after the gain was folded into its readers."""
+    first = coordinates.narrow(-2, 0, 1)
+    spread = (coordinates - first).abs().max()
+    assert bool(spread <= 16 * torch.finfo(coordinates.dtype).eps * first.abs().max()), "gain is not folded"
+    return coordinates.clone()
 
 
 def pair_indices(size: int, pairing: Pairing) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from unmergeable.checkpoint.partial import sync_folder
+from unmergeable.checkpoint.disk import create_whole, is_disk_failure, remove_leftovers, write_error
 from unmergeable.errors import KeyFileError
 from unmergeable.randomness import KEY_BYTES, Stream
 
@@ -56,11 +56,11 @@ class Key:
 
 
 def write_key(path: Path, key: Key, passphrase: str | None = None) -> None:
-    """Create the key file, readable by its owner only; it is on disk when this returns.
+    """Create the key file, readable by its owner only; it is on disk when this returns, and never there in part.
 
     Raises:
-        KeyFileError: something is already at ``path``, it cannot be written, or the passphrase is empty; then nothing
-            is left there.
+        KeyFileError: something is already at ``path``, it cannot be created, or the passphrase is empty.
+        DiskError: the disk is full or has failed.
     """
     if passphrase == "":
         raise KeyFileError(f"key file {path}: the passphrase is empty and would protect nothing; give one, or None.")
@@ -70,31 +70,23 @@ def write_key(path: Path, key: Key, passphrase: str | None = None) -> None:
     else:
         document["encrypted_secret"] = _encrypt(key, passphrase)
     text = json.dumps(document, indent=2) + "\n"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
-        descriptor = os.open(path, flags, 0o600)
+        create_whole(path, text.encode(), is_private=True)
     except FileExistsError:
         raise KeyFileError(f"key file {path} exists and is never overwritten; name another, or move it away.") from None
     except OSError as error:
+        if is_disk_failure(error):
+            raise write_error(path, error) from None
         raise KeyFileError(f"key file {path} cannot be created: {error.strerror}; choose another place.") from None
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), 0o600)  # a strict umask takes bits from the owner too
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(path.parent)
-    except OSError as error:
-        path.unlink(missing_ok=True)  # half a key is none, and would be in the way of the next try
-        raise KeyFileError(f"key file {path} cannot be written: {error.strerror}; choose another place.") from None
 
 
 def read_key(path: Path, passphrase: str | None = None) -> Key:
     """Read a key file back.
 
     Raises:
-        KeyFileError: missing, readable by others, damaged, or the passphrase is wrong or not given.
+        KeyFileError: missing, readable by others or not one's own, damaged, or the passphrase is wrong or not given.
     """
+    remove_leftovers(path)  # a run that was killed while it made the key may have left a second copy of the secret
     document = _read_document(path)
     recipe = document.get("recipe")
     if document.get("format") != FORMAT or not isinstance(recipe, dict):
@@ -126,6 +118,11 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise KeyFileError(f"key file {path} cannot be read: {error.strerror}.") from None
     try:
         status = os.fstat(descriptor)
+        owners = {status.st_uid, path.lstat().st_uid}  # of the file, and of a link that leads to it
+        if os.geteuid() != 0 and not owners <= {os.geteuid(), 0}:
+            raise KeyFileError(
+                f"key file {path} belongs to another user, who can exchange it; copy it and own the copy."
+            )
         if not stat.S_ISREG(status.st_mode):
             raise KeyFileError(f"key file {path} is not a regular file; check the path.")
         if status.st_mode & 0o077:

@@ -1,46 +1,76 @@
-"""Merges: one file per method, and the engine that runs any of them on files or in memory."""
+"""Merges: one file per method, and the engine that runs any of them on files or in memory.
 
-from unmergeable.merges.adamerging import AdaMerging
-from unmergeable.merges.base import Merge
-from unmergeable.merges.breadcrumbs import Breadcrumbs
-from unmergeable.merges.consensus_ta import ConsensusTa
-from unmergeable.merges.dare_linear import DareLinear
-from unmergeable.merges.dare_ties import DareTies
-from unmergeable.merges.della import Della
+Every method is a function of state dicts, or of live networks, under its own name:
+
+    from unmergeable import merges
+
+    merged = merges.ties(base, [mathematician, programmer], density=0.2)
+    merged = merges.task_arithmetic(base, [mathematician, programmer], coefficients=[0.5, 0.5])
+
+and a frozen dataclass of settings, for :func:`merge_state_dicts` and for :func:`merge` on files. A method of another
+package derives from :class:`Merge` and is added with :func:`register_merge`, or by an entry point of the group
+``unmergeable.merges``.
+"""
+
+from unmergeable.merges.adamerging import AdaMerging, adamerging
+from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf
+from unmergeable.merges.blocks import merge_blocks, merge_whole
+from unmergeable.merges.breadcrumbs import Breadcrumbs, breadcrumbs
+from unmergeable.merges.consensus_ta import ConsensusTa, consensus_ta
+from unmergeable.merges.dare_linear import DareLinear, dare_linear
+from unmergeable.merges.dare_ties import DareTies, dare_ties
+from unmergeable.merges.della import Della, della
 from unmergeable.merges.engine import merge, merge_state_dicts
-from unmergeable.merges.fisher import Fisher
-from unmergeable.merges.iso_c import IsoC
-from unmergeable.merges.linear import Linear
-from unmergeable.merges.model_stock import ModelStock
-from unmergeable.merges.regmean import RegMean
-from unmergeable.merges.slerp import Slerp
-from unmergeable.merges.soup import Soup
-from unmergeable.merges.task_arithmetic import TaskArithmetic
-from unmergeable.merges.ties import Ties
-from unmergeable.merges.tsv_m import TsvM
+from unmergeable.merges.fisher import Fisher, fisher
+from unmergeable.merges.iso_c import IsoC, iso_c
+from unmergeable.merges.linear import Linear, linear
+from unmergeable.merges.model_stock import ModelStock, model_stock
+from unmergeable.merges.regmean import RegMean, regmean
+from unmergeable.merges.slerp import Slerp, slerp
+from unmergeable.merges.soup import Soup, soup
+from unmergeable.merges.task_arithmetic import TaskArithmetic, task_arithmetic
+from unmergeable.merges.ties import Ties, ties
+from unmergeable.merges.tsv_m import TsvM, tsv_m
 from unmergeable.merges.variation import Variation
+from unmergeable.registry import Registry, Requirements
+from unmergeable.settings import configure
 
-_METHODS: tuple[type[Merge], ...] = (
-    Linear,
-    Slerp,
-    TaskArithmetic,
-    Ties,
-    DareLinear,
-    DareTies,
-    Della,
-    Breadcrumbs,
-    ModelStock,
-    ConsensusTa,
-    TsvM,
-    IsoC,
-    Fisher,
-    RegMean,
-    Soup,
-    AdaMerging,
+MERGES = Registry(
+    "merge",
+    "unmergeable.merges",
+    (
+        Linear,
+        Slerp,
+        TaskArithmetic,
+        Ties,
+        DareLinear,
+        DareTies,
+        Della,
+        Breadcrumbs,
+        ModelStock,
+        ConsensusTa,
+        TsvM,
+        IsoC,
+        Fisher,
+        RegMean,
+        Soup,
+        AdaMerging,
+    ),
 )
+"""Every merge method by the name it has on the command line, those of other packages included."""
 
-MERGES: dict[str, type[Merge]] = {method.name: method for method in _METHODS}
-"""Every merge method by the name it has on the command line."""
+register_merge = MERGES.register
+
+
+def merge_method(name: str, /, **settings: object) -> Merge:
+    """The merge called ``name`` with these settings, for :func:`merge_state_dicts`.
+
+    Raises:
+        UsageError: there is no such merge, or it has no such setting or value; with the nearest name.
+    """
+    method: Merge = configure(MERGES.require(name), settings)
+    return method
+
 
 __all__ = [
     "MERGES",
@@ -51,17 +81,41 @@ __all__ = [
     "DareTies",
     "Della",
     "Fisher",
+    "Inputs",
     "IsoC",
     "Linear",
     "Merge",
     "ModelStock",
     "RegMean",
+    "Requirements",
     "Slerp",
     "Soup",
     "TaskArithmetic",
+    "TensorMerge",
+    "TermsOf",
     "Ties",
     "TsvM",
     "Variation",
+    "adamerging",
+    "breadcrumbs",
+    "consensus_ta",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "fisher",
+    "iso_c",
+    "linear",
     "merge",
+    "merge_blocks",
+    "merge_method",
     "merge_state_dicts",
+    "merge_whole",
+    "model_stock",
+    "register_merge",
+    "regmean",
+    "slerp",
+    "soup",
+    "task_arithmetic",
+    "ties",
+    "tsv_m",
 ]

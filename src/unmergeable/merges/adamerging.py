@@ -9,22 +9,33 @@ which is what the authors' code calls a layer; ``task`` one for every expert. As
 ``task_vectors=ties`` is AdaMerging++: the tau_i are first trimmed to ``density``, and what has the sign that lost the
 election of ``ties`` is set to 0. They are then summed, not averaged.
 
-The merge of one tensor is all there is here; its coefficients are learnt with a live network. Without data they stay at
-``start``: task arithmetic, or TIES with sums.
+Each step merges, lets the merge answer a batch of every task, and moves the coefficients against the gradient of the
+summed entropies. That gradient follows from the one of the weights, which a backward pass leaves behind anyway:
+
+    d loss / d lambda_i^l = < d loss / d theta^l, tau_i^l >
+
+So the network runs on plain merged weights, written in place, and no graph through the merge is kept: beside the task
+vectors memory holds one merged network and its gradient, for any number of coefficients. Without data the coefficients
+stay at ``start``: task arithmetic, or TIES with sums.
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, get_args
+from statistics import fmean
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from unmergeable.errors import UsageError
-from unmergeable.merges import task_arithmetic
+from unmergeable.errors import BadInput, Mismatch, UsageError
 from unmergeable.merges.base import (
     Inputs,
+    Merge,
     TensorMerge,
     TermsOf,
     fill_coefficients,
@@ -32,17 +43,26 @@ from unmergeable.merges.base import (
     require_density,
     require_finite,
 )
-from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, merge_blocks, weighted_sum
-from unmergeable.merges.fisher import require_examples
-from unmergeable.merges.magnitudes import largest_below
+from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
+from unmergeable.merges.election import keep_elected
+from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.merges.learning import LearningInputs, LearntMerge, require_examples
+from unmergeable.merges.task_arithmetic import merge_tensor as merge_plain
+from unmergeable.merges.task_vectors import TaskVectors
 from unmergeable.merges.ties import global_thresholds
+from unmergeable.merges.variation import Variation
+from unmergeable.network.disk_weights import Weights, disk_gradients, find_places, show, swapped, weights_of
+from unmergeable.network.encoding import endless
+from unmergeable.network.tasks import Task, device_of, entropy
+from unmergeable.progress import Progress, silent
+from unmergeable.registry import Requirements
 
 Granularity = Literal["layer", "task"]
-TaskVectors = Literal["plain", "ties"]
+Kind = Literal["plain", "ties"]
 
 
 @dataclass(frozen=True)
-class AdaMerging:
+class AdaMerging(Merge):
     """Defaults are the authors'.
 
     ``heads`` are beginnings of tensor names, separated by blanks: the heads of the tasks, which differ from expert to
@@ -51,13 +71,10 @@ class AdaMerging:
     """
 
     name: ClassVar[str] = "adamerging"
-    needs_base: ClassVar[bool] = True
     fewest_experts: ClassVar[int] = 1
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {}
 
     granularity: Granularity = "layer"
-    task_vectors: TaskVectors = "plain"
+    task_vectors: Kind = "plain"
     density: float = 0.2
     start: float = 0.3
     learning_rate: float = 1e-3
@@ -67,9 +84,12 @@ class AdaMerging:
     examples: int = 1000
     seed: int = 0
 
+    def requirements(self) -> Requirements:
+        return Requirements(needs=("base", "data"))
+
     def validate(self) -> None:
         require_choice("granularity", self.granularity, get_args(Granularity))
-        require_choice("task_vectors", self.task_vectors, get_args(TaskVectors))
+        require_choice("task_vectors", self.task_vectors, get_args(Kind))
         require_density(self.density)
         require_finite("start", self.start)
         require_examples(self.examples)
@@ -77,6 +97,40 @@ class AdaMerging:
             raise UsageError(f"learning_rate={self.learning_rate}: must be positive.")
         if self.steps < 1 or self.batch_size < 1:
             raise UsageError(f"steps={self.steps}, batch_size={self.batch_size}: at least one of each is needed.")
+
+    @contextmanager
+    def learn(self, inputs: LearningInputs) -> Iterator[LearntMerge]:
+        inputs.require_data_for_each(self)
+        if inputs.base is None:
+            raise UsageError("adamerging merges task vectors: name the base that the experts were tuned from.")
+        tasks = [
+            inputs.task(number, batch_size=self.batch_size, examples=self.examples, seed=self.seed)
+            for number in range(len(inputs.data))
+        ]
+        states = [inputs.state(expert) for expert in inputs.experts]
+        learnt = learn_coefficients(
+            inputs.network,
+            TaskVectors.between(inputs.state(inputs.base), states),
+            tasks,
+            self,
+            start=self.resolve(inputs.coefficients),
+            heads=[self.head_of(state) for state in states],
+            progress=inputs.progress,
+        )
+        facts = {
+            **inputs.facts,
+            "coefficients": {name: list(values) for name, values in learnt.coefficients.items()},
+            "entropies": [list(values) for values in learnt.entropies],
+        }
+        yield LearntMerge(self, inputs.coefficients, learnt.vary, facts, learnt.summary)
+
+    def head_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that belong to a head. Raises BadInput when ``heads`` are named and none is there."""
+        beginnings = tuple(self.heads.split())
+        head = {name: tensor for name, tensor in state.items() if beginnings and name.startswith(beginnings)}
+        if beginnings and not head:
+            raise BadInput(f"heads={self.heads}: no tensor begins so; `inspect` lists their names.")
+        return head
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         return fill_coefficients(coefficients, default=self.start)
@@ -94,6 +148,162 @@ class AdaMerging:
         return merge
 
 
+def adamerging(
+    base: Weights,
+    experts: Sequence[Weights],
+    *,
+    network: nn.Module,
+    tasks: Sequence[Task],
+    coefficients: Sequence[float | None] | None = None,
+    granularity: Granularity = "layer",
+    task_vectors: Kind = "plain",
+    density: float = 0.2,
+    start: float = 0.3,
+    learning_rate: float = 1e-3,
+    steps: int = 500,
+    heads: str = "",
+) -> dict[str, Tensor]:
+    """Task arithmetic whose coefficients follow the entropy of the merge's answers (arXiv 2310.02575), in memory.
+
+    Args:
+        base: what the experts were fine-tuned from.
+        experts: fine-tunes of it.
+        network: a live network of their architecture, which has its own weights again afterwards.
+        tasks: unlabelled examples for each expert, in their order.
+        coefficients: where those of each expert start; None for ``start``.
+
+    The other settings are those of :class:`AdaMerging`; errors are those of :func:`learn_coefficients` and
+    :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    method = AdaMerging(granularity, task_vectors, density, start, learning_rate, steps, heads=heads)
+    method.validate()
+    base, states = weights_of(base), [weights_of(expert) for expert in experts]
+    learnt = learn_coefficients(
+        network,
+        TaskVectors.between(base, states),
+        tasks,
+        method,
+        start=method.resolve(coefficients or [None] * len(states)),
+        heads=[method.head_of(state) for state in states],
+    )
+    return merge_state_dicts(base, states, method=method, coefficients=coefficients, vary=learnt.vary)
+
+
+@dataclass(frozen=True)
+class LearntCoefficients:
+    """``coefficients`` of the experts by tensor; ``entropies`` of the tasks, in nats, on the batches of each step."""
+
+    coefficients: Mapping[str, tuple[float, ...]]
+    entropies: tuple[tuple[float, ...], ...]
+
+    def vary(self, name: str) -> Variation:
+        """The coefficients of a tensor as the engine takes them."""
+        return Variation(self.coefficients.get(name))
+
+    @property
+    def summary(self) -> str:
+        """The mean entropy at the first and the last step, and the mean coefficient of each expert."""
+        first, last = fmean(self.entropies[0]), fmean(self.entropies[-1])
+        means = ", ".join(f"{fmean(values):.3f}" for values in zip(*self.coefficients.values(), strict=True))
+        return f"Entropy {first:.3f} -> {last:.3f} nats; mean coefficients {means}"
+
+
+Observe = Callable[[int, Any], None]
+"""Told of a step, counted from 0, and of the network with the merge that the step starts from."""
+
+
+def learn_coefficients(
+    network: Any,
+    task_vectors: TaskVectors,
+    tasks: Sequence[Task],
+    method: AdaMerging,
+    *,
+    start: Sequence[float] | None = None,
+    heads: Sequence[Mapping[str, Tensor]] | None = None,
+    observe: Observe | None = None,
+    progress: Progress = silent,
+) -> LearntCoefficients:
+    """Learn how much of each expert to add in each tensor.
+
+    Args:
+        network: of the experts' architecture; it has its own weights again afterwards.
+        task_vectors: of the experts, plain: ``method`` says whether signs are elected.
+        tasks: one for each expert, in their order; labels are not read.
+        method: granularity, steps and rates.
+        start: a coefficient per expert; ``method.start`` for all if None.
+        heads: for each task tensors by their names on disk that stand in for the merged ones; they are not learnt.
+        observe: told of every step.
+        progress: told of the steps done.
+
+    Raises:
+        UsageError: another number of tasks, heads or coefficients than of experts; a coefficient that starts outside
+            [0, 1]; nothing but heads.
+        Mismatch: a head that the network does not have.
+        BadInput: a task has no examples, or answers that are not finite.
+    """
+    vectors = task_vectors if method.task_vectors == "plain" else task_vectors.elected(method.density)
+    count = len(vectors.vectors)
+    start = [method.start] * count if start is None else start
+    heads = [{} for _ in tasks] if heads is None else heads
+    for what, given in (("tasks", len(tasks)), ("heads", len(heads)), ("coefficients", len(start))):
+        if given != count:
+            raise UsageError(f"adamerging: {given} {what} for {count} experts: give one each, in their order.")
+    if not all(0 <= value <= 1 for value in start):
+        raise UsageError(f"adamerging: the coefficients {tuple(start)} must start in [0, 1], where they are kept.")
+    fixed = {name for head in heads for name in head}
+    if unknown := sorted(fixed - vectors.base.keys()):
+        raise Mismatch(f"{unknown[0]}: a head's tensor that the base does not hold.")
+    learnt = [name for name in vectors.names if name not in fixed]
+    if not learnt:
+        raise UsageError("adamerging: every tensor belongs to a head; name fewer of them.")
+    rows = {name: number if method.granularity == "layer" else 0 for number, name in enumerate(learnt)}
+    coefficients = torch.tensor([start] * (max(rows.values()) + 1), dtype=torch.float64)
+    optimizer = torch.optim.Adam([coefficients], lr=method.learning_rate)
+
+    def used(name: str) -> tuple[float, ...]:
+        return tuple(coefficients[rows[name]].clamp(0, 1).tolist()) if name in rows else (0.0,) * count
+
+    merge = vectors.merged(used)
+    streams = [endless(task.batches) for task in tasks]
+    entropies: list[tuple[float, ...]] = []
+    with swapped(network, merge):
+        places = find_places(network)
+        for step in range(method.steps):
+            show(places, vectors.merged(used, into=merge))
+            if observe is not None:
+                observe(step, network)
+            network.zero_grad(set_to_none=True)
+            losses = []
+            for task, head, stream in zip(tasks, heads, streams, strict=True):
+                show(places, head)
+                batch = next(stream).to(device_of(network))
+                loss = entropy(task.predict(network, batch).logits)
+                loss.backward()
+                losses.append(loss.item())
+                show(places, {name: merge[name] for name in head})
+            entropies.append(tuple(losses))
+            if not all(map(math.isfinite, losses)):
+                raise BadInput(f"adamerging: the entropies are {losses} at step {step}; use the networks in float32.")
+            coefficients.grad = _gradient(disk_gradients(places), vectors, rows, coefficients)
+            optimizer.step()
+            progress("learning coefficients", step + 1, method.steps, "steps")
+        network.zero_grad(set_to_none=True)
+    return LearntCoefficients({name: used(name) for name in vectors.names}, tuple(entropies))
+
+
+def _gradient(
+    gradients: Mapping[str, Tensor], vectors: TaskVectors, rows: Mapping[str, int], coefficients: Tensor
+) -> Tensor:
+    """Of the loss by each coefficient, [rows, experts]; 0 where one is held at the end of its range."""
+    gradient = torch.zeros_like(coefficients)
+    for name, row in rows.items():
+        flat = gradients[name].reshape(-1)
+        for expert, vector in enumerate(vectors.vectors):
+            gradient[row, expert] += torch.dot(flat, vector[name].reshape(-1).to(flat)).double()
+    # As through torch.clamp: nothing comes back from outside the range.
+    return gradient.where((coefficients >= 0) & (coefficients <= 1), 0.0)
+
+
 def merge_tensor(
     name: str,
     operands: Sequence[Operand],
@@ -107,26 +317,8 @@ def merge_tensor(
     return merge_blocks(name, operands, kernel, scratch, spare=1)
 
 
-def keep_elected(task_vectors: Sequence[Tensor], elected: Tensor, thresholds: Sequence[float]) -> None:
-    """Trim task vectors in place below their thresholds, then zero what has not the sign of their sum.
-
-    ``elected`` is a buffer of the same size.
-    """
-    for task_vector, threshold in zip(task_vectors, thresholds, strict=True):
-        cut = largest_below(threshold, compute_dtype(task_vector.dtype))  # hardshrink keeps what is strictly larger
-        if cut is not None:
-            torch.hardshrink(task_vector, cut, out=task_vector)
-    elected.copy_(task_vectors[0])
-    for task_vector in task_vectors[1:]:
-        elected.add_(task_vector)
-    elected.sign_()
-    for task_vector in task_vectors:
-        # Times the sign, what agrees is positive; times the sign again, it is itself.
-        task_vector.mul_(elected).relu_().mul_(elected)
-
-
 def _merge_plain(name: str, operands: Sequence[Operand], scratch: Scratch, *, terms: TermsOf) -> Tensor:
-    return task_arithmetic.merge_tensor(name, operands, scratch, coefficients=terms(name).coefficients)
+    return merge_plain(name, operands, scratch, coefficients=terms(name).coefficients)
 
 
 def _merge_block(

@@ -8,17 +8,25 @@ Coefficients, and the settings a method names in ``varies``, may differ from ten
 for the :class:`Terms` of a tensor by its name.
 """
 
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import Field, dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from unmergeable.errors import UsageError
 from unmergeable.merges.blocks import Operand, Scratch
 from unmergeable.progress import Progress, silent
+from unmergeable.registry import Requirements
+
+if TYPE_CHECKING:
+    from unmergeable.merges.learning import LearningInputs, LearntMerge
 
 
 class TensorMerge(Protocol):
@@ -29,9 +37,9 @@ class TensorMerge(Protocol):
 
 @dataclass(frozen=True)
 class Terms:
-    """What holds for one tensor: a coefficient per expert, and the settings that are not the method's own there.
+    """What holds for one tensor: a coefficient per expert, and the settings that depart from the method's own.
 
-    ``varied`` maps a setting to one value per expert (the same for all of a setting that belongs to the tensor).
+    ``varied`` maps a setting to one value per expert, all equal where the setting belongs to the merge.
     """
 
     coefficients: tuple[float, ...]
@@ -55,10 +63,12 @@ class Inputs:
     """The floating-point tensors of all models, by name.
 
     ``operands(name)`` gives the base, if the method needs one, and then the experts in the order given.
+    ``statistics`` are those of each expert, by name, where they are given in memory.
     """
 
     names: tuple[str, ...]
     operands: Callable[[str], tuple[Operand, ...]]
+    statistics: tuple[Mapping[str, Operand], ...] = ()
     threads: int = 1
     progress: Progress = silent
 
@@ -82,21 +92,37 @@ class Inputs:
         return sum(operand.numel * operand.dtype.itemsize for operand in self.operands(name))
 
 
-class Merge(Protocol):
+Varies = Mapping[str, Literal["expert", "tensor"]]
+"""Settings that may differ from tensor to tensor: whether each belongs to an expert (as a density does) or to the
+merge (as a scaling coefficient does)."""
+
+
+@dataclass(frozen=True)
+class Merge(ABC):
     """A merge method: a frozen dataclass whose fields are its settings, with the published defaults.
 
-    ``varies`` names the settings that may differ from tensor to tensor, and says whether they belong to an expert
-    (as a density does) or to the merge (as a scaling coefficient does).
+    A method of another package derives from this class; what is declared here holds unless it says otherwise.
     """
 
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     name: ClassVar[str]
-    needs_base: ClassVar[bool]
-    fewest_experts: ClassVar[int]
-    most_experts: ClassVar[int | None]
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]]
+    """What the method is called by, on the command line as in Python."""
+    fewest_experts: ClassVar[int] = 2
+    most_experts: ClassVar[int | None] = None
+    varies: ClassVar[Varies] = {}
 
-    def validate(self) -> None:
+    def requirements(self) -> Requirements:
+        """What the method needs with these settings: the base of the experts ("base"), examples ("data")."""
+        return Requirements(needs=("base",))
+
+    @property
+    def needs_base(self) -> bool:
+        return "base" in self.requirements().needs
+
+    @property
+    def needs_data(self) -> bool:
+        return "data" in self.requirements().needs
+
+    def validate(self) -> None:  # noqa: B027 (most settings have a range, some methods have no settings)
         """Raise UsageError when a setting is out of range."""
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
@@ -104,9 +130,18 @@ class Merge(Protocol):
 
         Raises UsageError for values that the method cannot use.
         """
+        return fill_coefficients(coefficients, default=1.0)
 
+    @abstractmethod
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         """Look at the models as a whole, if need be, and return the function that merges one tensor."""
+
+    def learn(self, inputs: LearningInputs) -> AbstractContextManager[LearntMerge]:
+        """Turn data into what the merge is written with: statistics, coefficients, a choice of experts.
+
+        Only methods that read data have anything to do here. Files made on the way last as long as the context.
+        """
+        raise UsageError(f"{self.name} merges without data; leave out --data.")
 
 
 def fill_coefficients(coefficients: Sequence[float | None], default: float) -> tuple[float, ...]:

@@ -98,7 +98,7 @@ class Scratch(threading.local):
 
     def take(self, count: int, length: int, *, like: Operand) -> list[Tensor]:
         """``count`` buffers of ``length`` elements in the compute dtype of ``like``; their content is arbitrary."""
-        dtype = compute_dtype(like.dtype)
+        dtype = accumulation_dtype(like.dtype)
         buffers = self._buffers.setdefault((dtype, like.device), [])
         if buffers and len(buffers[0]) < length:
             buffers.clear()  # rows longer than a block: rare, so the old ones are not worth keeping
@@ -107,7 +107,7 @@ class Scratch(threading.local):
         return [buffer[:length] for buffer in buffers[:count]]
 
 
-def compute_dtype(stored: torch.dtype) -> torch.dtype:
+def accumulation_dtype(stored: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.float64 if stored == torch.float64 else torch.float32
 
@@ -203,7 +203,7 @@ def merge_whole(
 
 def whole_tensor(operand: Operand) -> Tensor:
     """The operand in the compute dtype and its shape."""
-    whole = torch.empty(operand.numel, dtype=compute_dtype(operand.dtype), device=operand.device)
+    whole = torch.empty(operand.numel, dtype=accumulation_dtype(operand.dtype), device=operand.device)
     start = 0
     for block in operand.read(BLOCK_ELEMENTS):
         whole[start : start + block.numel()].copy_(block)

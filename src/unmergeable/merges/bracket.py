@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from unmergeable.merges.blocks import BLOCK_ELEMENTS, Operand, Scratch, compute_dtype, widened_blocks
+from unmergeable.merges.blocks import BLOCK_ELEMENTS, Operand, Scratch, accumulation_dtype, widened_blocks
 
 SAMPLE = 2**16
 """Weights in a sample, about. Its bracket then holds two per cent of a tensor, and costs little to sort."""
@@ -43,11 +43,11 @@ def bracketed_magnitudes(
     ]
     masks = np.empty((2, BLOCK_ELEMENTS), dtype=bool)
     for (base, *experts), _ in widened_blocks(operands, scratch):
-        for expert, its in zip(experts, brackets, strict=True):
+        for expert, wanted in zip(experts, brackets, strict=True):
             magnitudes = expert.sub_(base).abs_().numpy()
-            for bracket in its:
+            for bracket in wanted:
                 bracket.sort_in(magnitudes, masks[:, : len(magnitudes)])
-    return [[bracket.magnitude() for bracket in its] for its in brackets]
+    return [[bracket.magnitude() for bracket in wanted] for wanted in brackets]
 
 
 @dataclass
@@ -99,8 +99,8 @@ def _select_few(values: Magnitudes, mask: npt.NDArray[np.bool_]) -> Magnitudes:
     eights = mask[:whole].view(np.uint64)
     hits = np.flatnonzero(eights != 0)
     near = values[:whole].reshape(-1, 8).take(hits, axis=0).reshape(-1)
-    found = near.compress(eights.take(hits).view(np.bool_))
-    return found if whole == len(values) else np.concatenate([found, values[whole:].compress(mask[whole:])])
+    inside = near.compress(eights.take(hits).view(np.bool_))
+    return inside if whole == len(values) else np.concatenate([inside, values[whole:].compress(mask[whole:])])
 
 
 def _samples(operands: Sequence[Operand]) -> tuple[list[Magnitudes], bool]:
@@ -108,7 +108,7 @@ def _samples(operands: Sequence[Operand]) -> tuple[list[Magnitudes], bool]:
     base = operands[0]
     # Odd, so that it does not fall on the same columns of every row.
     stride = 1 if base.numel <= SAMPLE else 2 * (base.numel // SAMPLE // 2) + 1
-    dtype = compute_dtype(base.dtype)
+    dtype = accumulation_dtype(base.dtype)
     # A copy, since a block lasts only until the next one.
     chosen = [
         torch.cat([block[::stride].to(dtype, copy=True) for block in operand.read(BLOCK_ELEMENTS)])

@@ -13,7 +13,7 @@ Of equal magnitudes at a threshold all are kept. mergekit keeps an exact number 
 which; its density defaults to 1 and its gamma to 0.01. Its weights are the lambda_i.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, get_args
@@ -24,8 +24,10 @@ from torch import Tensor
 from unmergeable.errors import UsageError
 from unmergeable.merges.base import (
     Inputs,
+    Merge,
     TensorMerge,
     TermsOf,
+    Varies,
     fill_coefficients,
     require_choice,
     require_density,
@@ -34,13 +36,15 @@ from unmergeable.merges.base import (
 from unmergeable.merges.blocks import (
     Operand,
     Scratch,
-    compute_dtype,
+    accumulation_dtype,
     merge_blocks,
     row_length,
     weighted_sum,
     whole_rows,
 )
+from unmergeable.merges.engine import merge_state_dicts
 from unmergeable.merges.magnitudes import largest_below, tensor_magnitudes
+from unmergeable.network.disk_weights import Weights
 
 Trim = Literal["tensor", "row"]
 
@@ -49,14 +53,12 @@ Band = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Breadcrumbs:
+class Breadcrumbs(Merge):
     """``density`` is the fraction kept, ``gamma`` the fraction of outliers; ``scaling_coefficient`` the lambda."""
 
     name: ClassVar[str] = "breadcrumbs"
-    needs_base: ClassVar[bool] = True
     fewest_experts: ClassVar[int] = 1
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {"density": "expert", "gamma": "expert"}
+    varies: ClassVar[Varies] = {"density": "expert", "gamma": "expert"}
 
     density: float = 0.15
     gamma: float = 0.006
@@ -75,19 +77,34 @@ class Breadcrumbs:
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            its, shape = terms(name), operands[0].shape
+            tensor_terms, shape = terms(name), operands[0].shape
             length = row_length(shape) if self.trim == "row" else operands[0].numel
-            bands = [
-                kept_band(density, gamma, length)
-                for density, gamma in zip(
-                    its.per_expert("density", self.density), its.per_expert("gamma", self.gamma), strict=True
-                )
-            ]
+            densities = tensor_terms.per_expert("density", self.density)
+            gammas = tensor_terms.per_expert("gamma", self.gamma)
+            bands = [kept_band(*fractions, length) for fractions in zip(densities, gammas, strict=True)]
             if self.trim == "row":
-                return merge_rows(name, operands, scratch, coefficients=its.coefficients, bands=bands)
-            return merge_tensor(name, operands, scratch, coefficients=its.coefficients, bands=bands)
+                return merge_rows(name, operands, scratch, coefficients=tensor_terms.coefficients, bands=bands)
+            return merge_tensor(name, operands, scratch, coefficients=tensor_terms.coefficients, bands=bands)
 
         return merge
+
+
+def breadcrumbs(
+    base: Weights,
+    experts: Sequence[Weights],
+    *,
+    coefficients: Sequence[float | None] | None = None,
+    density: float = 0.15,
+    gamma: float = 0.006,
+    scaling_coefficient: float = 0.2,
+    trim: Trim = "tensor",
+) -> dict[str, Tensor]:
+    """Drop the smallest and the very largest weights of the task vectors, add (arXiv 2312.06795), in memory.
+
+    Settings are those of :class:`Breadcrumbs`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    method = Breadcrumbs(density, gamma, scaling_coefficient, trim)
+    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
 
 
 def kept_band(density: float, gamma: float, size: int) -> Band:
@@ -115,7 +132,7 @@ def merge_tensor(
     weights = [
         coefficient if first <= last else 0.0 for coefficient, (first, last) in zip(coefficients, bands, strict=True)
     ]
-    dtype = compute_dtype(operands[0].dtype)
+    dtype = accumulation_dtype(operands[0].dtype)
     kernel = partial(
         _merge_block,
         coefficients=weights,

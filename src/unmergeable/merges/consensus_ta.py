@@ -12,31 +12,27 @@ Weights used by one task alone ("selfish") or by none ("catastrophic") are left 
 without data the defaults are the middle of that range and the 0.3 of task arithmetic. mergekit has no such method.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
+from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, Varies, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks
+from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.network.disk_weights import Weights
 
 
 @dataclass(frozen=True)
-class ConsensusTa:
+class ConsensusTa(Merge):
     """``mask_threshold`` may differ from expert to expert, as in the paper."""
 
     name: ClassVar[str] = "consensus_ta"
-    needs_base: ClassVar[bool] = True
-    fewest_experts: ClassVar[int] = 2
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {
-        "mask_threshold": "expert",
-        "scaling_coefficient": "tensor",
-    }
+    varies: ClassVar[Varies] = {"mask_threshold": "expert", "scaling_coefficient": "tensor"}
 
     scaling_coefficient: float = 0.3
     mask_threshold: float = 0.4
@@ -50,22 +46,36 @@ class ConsensusTa:
         if self.agreement < 0:
             raise UsageError(f"agreement={self.agreement}: must not be negative; 0 keeps every weight.")
 
-    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
-        return fill_coefficients(coefficients, default=1.0)
-
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            its = terms(name)
+            tensor_terms = terms(name)
             kernel = partial(
                 _merge_block,
-                coefficients=its.coefficients,
-                scaling_coefficient=its.of_tensor("scaling_coefficient", self.scaling_coefficient),
-                mask_thresholds=its.per_expert("mask_threshold", self.mask_threshold),
+                coefficients=tensor_terms.coefficients,
+                scaling_coefficient=tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient),
+                mask_thresholds=tensor_terms.per_expert("mask_threshold", self.mask_threshold),
                 agreement=self.agreement,
             )
             return merge_blocks(name, operands, kernel, scratch, spare=3)
 
         return merge
+
+
+def consensus_ta(
+    base: Weights,
+    experts: Sequence[Weights],
+    *,
+    coefficients: Sequence[float | None] | None = None,
+    scaling_coefficient: float = 0.3,
+    mask_threshold: float = 0.4,
+    agreement: int = 2,
+) -> dict[str, Tensor]:
+    """Add the task vectors where several tasks use a weight (TALL-masks, arXiv 2405.07813), in memory.
+
+    Settings are those of :class:`ConsensusTa`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    method = ConsensusTa(scaling_coefficient, mask_threshold, agreement)
+    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
 
 
 def _merge_block(

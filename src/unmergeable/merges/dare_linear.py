@@ -11,29 +11,38 @@ mergekit's variant is ``rescale="norm"``: the factor that gives each tensor of a
 density defaults to 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, fill_coefficients, require_density, require_finite
+from unmergeable.merges.base import (
+    Inputs,
+    Merge,
+    TensorMerge,
+    TermsOf,
+    Varies,
+    fill_coefficients,
+    require_density,
+    require_finite,
+)
 from unmergeable.merges.blocks import Operand, Scratch
+from unmergeable.merges.engine import merge_state_dicts
 from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_thinned, require_rescale
+from unmergeable.network.disk_weights import Weights
 
 
 @dataclass(frozen=True)
-class DareLinear:
+class DareLinear(Merge):
     """``density`` is the probability of keeping a weight; ``scaling_coefficient`` the default lambda.
 
     Equal seeds give equal masks, on any number of threads and however the models are cut into shards.
     """
 
     name: ClassVar[str] = "dare_linear"
-    needs_base: ClassVar[bool] = True
     fewest_experts: ClassVar[int] = 1
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {"density": "expert"}
+    varies: ClassVar[Varies] = {"density": "expert"}
 
     density: float = 0.8
     scaling_coefficient: float = 1.0
@@ -50,10 +59,28 @@ class DareLinear:
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            its = terms(name)
-            densities = its.per_expert("density", self.density)
+            tensor_terms = terms(name)
+            densities = tensor_terms.per_expert("density", self.density)
             masks = bernoulli_masks(name, operands, densities, self.seed, self.rescale)
-            factors = compensated(its.coefficients, operands, masks, densities, self.rescale, scratch)
+            factors = compensated(tensor_terms.coefficients, operands, masks, densities, self.rescale, scratch)
             return merge_thinned(name, operands, masks, scratch, factors=factors)
 
         return merge
+
+
+def dare_linear(
+    base: Weights,
+    experts: Sequence[Weights],
+    *,
+    coefficients: Sequence[float | None] | None = None,
+    density: float = 0.8,
+    scaling_coefficient: float = 1.0,
+    rescale: Rescale = "density",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Drop all but ``density`` of the task vectors at random, rescale, add (DARE, arXiv 2311.03099), in memory.
+
+    Settings are those of :class:`DareLinear`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    method = DareLinear(density, scaling_coefficient, rescale, seed)
+    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)

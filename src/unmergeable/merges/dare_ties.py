@@ -19,30 +19,38 @@ setting        papers                                                      merge
 =============  ==========================================================  =======================================
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, positive_coefficients, require_density, require_finite
+from unmergeable.merges.base import (
+    Inputs,
+    Merge,
+    TensorMerge,
+    TermsOf,
+    Varies,
+    positive_coefficients,
+    require_density,
+    require_finite,
+)
 from unmergeable.merges.blocks import Operand, Scratch
 from unmergeable.merges.election import Average, Undecided, require_election
+from unmergeable.merges.engine import merge_state_dicts
 from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_elected, require_rescale
+from unmergeable.network.disk_weights import Weights
 
 
 @dataclass(frozen=True)
-class DareTies:
+class DareTies(Merge):
     """``density`` is the probability of keeping a weight; the module's table has the other settings.
 
     Equal seeds give equal masks, on any number of threads and however the models are cut into shards.
     """
 
     name: ClassVar[str] = "dare_ties"
-    needs_base: ClassVar[bool] = True
-    fewest_experts: ClassVar[int] = 2
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {"density": "expert", "scaling_coefficient": "tensor"}
+    varies: ClassVar[Varies] = {"density": "expert", "scaling_coefficient": "tensor"}
 
     density: float = 0.8
     scaling_coefficient: float = 1.0
@@ -63,19 +71,39 @@ class DareTies:
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            its = terms(name)
-            densities = its.per_expert("density", self.density)
+            tensor_terms = terms(name)
+            densities = tensor_terms.per_expert("density", self.density)
             masks = bernoulli_masks(name, operands, densities, self.seed, self.rescale)
             return merge_elected(
                 name,
                 operands,
                 masks,
                 scratch,
-                factors=compensated(its.coefficients, operands, masks, densities, self.rescale, scratch),
-                coefficients=its.coefficients,
-                scaling_coefficient=its.of_tensor("scaling_coefficient", self.scaling_coefficient),
+                factors=compensated(tensor_terms.coefficients, operands, masks, densities, self.rescale, scratch),
+                coefficients=tensor_terms.coefficients,
+                scaling_coefficient=tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient),
                 average=self.average,
                 undecided=self.undecided,
             )
 
         return merge
+
+
+def dare_ties(
+    base: Weights,
+    experts: Sequence[Weights],
+    *,
+    coefficients: Sequence[float | None] | None = None,
+    density: float = 0.8,
+    scaling_coefficient: float = 1.0,
+    rescale: Rescale = "density",
+    average: Average = "count",
+    undecided: Undecided = "drop",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Drop at random as DARE does (arXiv 2311.03099), then merge as TIES does (arXiv 2306.01708), in memory.
+
+    Settings are those of :class:`DareTies`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    method = DareTies(density, scaling_coefficient, rescale, average, undecided, seed)
+    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)

@@ -26,25 +26,36 @@ mergekit's density defaults to 1, its epsilon to 0.15. The row of a tensor of mo
 the first; mergekit ranks along the second axis alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, positive_coefficients, require_density, require_finite
-from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, regrouped, row_length, whole_rows
+from unmergeable.merges.base import (
+    Inputs,
+    Merge,
+    TensorMerge,
+    TermsOf,
+    Varies,
+    positive_coefficients,
+    require_density,
+    require_finite,
+)
+from unmergeable.merges.blocks import Operand, Scratch, accumulation_dtype, regrouped, row_length, whole_rows
 from unmergeable.merges.election import Average, Undecided, require_election
+from unmergeable.merges.engine import merge_state_dicts
 from unmergeable.merges.masks import DRAW_BITS, draws, mask_stream, remembered
 from unmergeable.merges.thinning import Rescale, compensated, merge_elected, require_rescale
+from unmergeable.network.disk_weights import Weights
 from unmergeable.randomness import Stream
 
 
 @dataclass(frozen=True)
-class Della:
+class Della(Merge):
     """``density`` is the mean probability of keeping a weight, ``epsilon`` how far it goes up and down.
 
     Equal seeds give equal masks, on any number of threads and however the models are cut into shards. A density of
@@ -52,14 +63,7 @@ class Della:
     """
 
     name: ClassVar[str] = "della"
-    needs_base: ClassVar[bool] = True
-    fewest_experts: ClassVar[int] = 2
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {
-        "density": "expert",
-        "epsilon": "expert",
-        "scaling_coefficient": "tensor",
-    }
+    varies: ClassVar[Varies] = {"density": "expert", "epsilon": "expert", "scaling_coefficient": "tensor"}
 
     density: float = 0.7
     epsilon: float = 0.07
@@ -86,8 +90,8 @@ class Della:
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            its = terms(name)
-            densities = its.per_expert("density", self.density)
+            tensor_terms = terms(name)
+            densities = tensor_terms.per_expert("density", self.density)
             base, *experts = operands
             masks = [
                 magprune_mask(
@@ -99,27 +103,48 @@ class Della:
                     divide=self.rescale == "density",
                 )
                 for number, (expert, density, epsilon) in enumerate(
-                    zip(experts, densities, its.per_expert("epsilon", self.epsilon), strict=True), start=1
+                    zip(experts, densities, tensor_terms.per_expert("epsilon", self.epsilon), strict=True), start=1
                 )
             ]
             if self.rescale == "density":
-                factors = its.coefficients  # the masks are divided already
+                factors = tensor_terms.coefficients  # the masks are divided already
             else:
                 masks = [remembered(mask) for mask in masks]  # a bit is read faster than a row is ranked
-                factors = compensated(its.coefficients, operands, masks, densities, self.rescale, scratch)
+                factors = compensated(tensor_terms.coefficients, operands, masks, densities, self.rescale, scratch)
             return merge_elected(
                 name,
                 operands,
                 masks,
                 scratch,
                 factors=factors,
-                coefficients=its.coefficients,
-                scaling_coefficient=its.of_tensor("scaling_coefficient", self.scaling_coefficient),
+                coefficients=tensor_terms.coefficients,
+                scaling_coefficient=tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient),
                 average=self.average,
                 undecided=self.undecided,
             )
 
         return merge
+
+
+def della(
+    base: Weights,
+    experts: Sequence[Weights],
+    *,
+    coefficients: Sequence[float | None] | None = None,
+    density: float = 0.7,
+    epsilon: float = 0.07,
+    scaling_coefficient: float = 1.1,
+    rescale: Rescale = "density",
+    average: Average = "count",
+    undecided: Undecided = "drop",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Drop at random, small weights likelier, then merge as TIES does (DELLA, arXiv 2406.11617), in memory.
+
+    Settings are those of :class:`Della`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    method = Della(density, epsilon, scaling_coefficient, rescale, average, undecided, seed)
+    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
 
 
 def magprune_mask(
@@ -129,7 +154,7 @@ def magprune_mask(
     return Operand(
         label=f"mask of {expert.label}",
         shape=expert.shape,
-        dtype=compute_dtype(expert.dtype),
+        dtype=accumulation_dtype(expert.dtype),
         read=partial(_magprune_blocks, stream, base, expert, density, epsilon, divide),
         device=expert.device,
     )
@@ -149,7 +174,7 @@ def _magprune_blocks(
     stream: Stream, base: Operand, expert: Operand, density: float, epsilon: float, divide: bool, size: int
 ) -> Iterator[Tensor]:
     if density == 1:
-        whole = torch.ones(min(size, expert.numel), dtype=compute_dtype(expert.dtype), device=expert.device)
+        whole = torch.ones(min(size, expert.numel), dtype=accumulation_dtype(expert.dtype), device=expert.device)
         return (whole[: min(size, expert.numel - start)] for start in range(0, expert.numel, size))
     return regrouped(_row_masks(stream, base, expert, density, epsilon, divide), size)
 
@@ -158,7 +183,7 @@ def _row_masks(
     stream: Stream, base: Operand, expert: Operand, density: float, epsilon: float, divide: bool
 ) -> Iterator[Tensor]:
     """The mask in blocks of whole rows: a row is ranked as a whole."""
-    dtype, length = compute_dtype(expert.dtype), row_length(expert.shape)
+    dtype, length = accumulation_dtype(expert.dtype), row_length(expert.shape)
     size, start = whole_rows(length), 0
     for base_block, expert_block in zip(base.read(size), expert.read(size), strict=True):
         task_vector = expert_block.to(dtype) - base_block.to(dtype)

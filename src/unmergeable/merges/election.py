@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from unmergeable.merges.base import require_choice
+from unmergeable.merges.blocks import accumulation_dtype
+from unmergeable.merges.magnitudes import largest_below
 
 Average = Literal["count", "weight", "sum"]
 Undecided = Literal["drop", "positive"]
@@ -87,3 +89,23 @@ def _add_up(tensors: Sequence[Tensor], *, out: Tensor) -> None:
     torch.add(tensors[0], tensors[1], out=out)
     for tensor in tensors[2:]:
         out.add_(tensor)
+
+
+def keep_elected(task_vectors: Sequence[Tensor], elected: Tensor, thresholds: Sequence[float]) -> None:
+    """Trim task vectors in place below their thresholds, then zero what has not the sign of their sum.
+
+    ``elected`` is a buffer of the same size.
+    """
+    for task_vector, threshold in zip(task_vectors, thresholds, strict=True):
+        cut = largest_below(
+            threshold, accumulation_dtype(task_vector.dtype)
+        )  # hardshrink keeps what is strictly larger
+        if cut is not None:
+            torch.hardshrink(task_vector, cut, out=task_vector)
+    elected.copy_(task_vectors[0])
+    for task_vector in task_vectors[1:]:
+        elected.add_(task_vector)
+    elected.sign_()
+    for task_vector in task_vectors:
+        # Times the sign, what agrees is positive; times the sign again, it is itself.
+        task_vector.mul_(elected).relu_().mul_(elected)

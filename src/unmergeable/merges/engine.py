@@ -5,8 +5,7 @@ Everything that can be refused is refused before the first byte is written.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.manifest import Manifest
 from unmergeable.checkpoint.partial import require_absent
-from unmergeable.checkpoint.pipeline import default_threads
 from unmergeable.checkpoint.rewrite import OutputTensor, output_like, rewrite
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.checkpoint.writer import require_spec
@@ -35,7 +33,9 @@ from unmergeable.merges.models import (
     state_dict_model,
 )
 from unmergeable.merges.variation import Vary, describe, terms_of
+from unmergeable.network.disk_weights import Weights, weights_of
 from unmergeable.progress import Progress, silent
+from unmergeable.threads import one_thread_per_kernel, worker_threads
 
 MEMORY_BUDGET = 256 << 20
 """Bytes of merged tensors on their way to the disk. A merge is slower than the disk: more would only wait."""
@@ -100,8 +100,8 @@ def merge(
     changes = None if out_dtype is None else dtype_changes(template.config, out_dtype)
 
     # Each tensor has one thread to itself, and the processors are shared among tensors.
-    with _torch_threads(1):
-        workers = threads or default_threads()
+    with one_thread_per_kernel():
+        workers = worker_threads(threads)
         merge_tensor = method.prepare(replace(inputs, threads=workers, progress=progress), terms.__getitem__)
         return rewrite(
             template,
@@ -120,22 +120,27 @@ def merge(
 
 
 def merge_state_dicts(
-    base: Mapping[str, Tensor] | None,
-    experts: Sequence[Mapping[str, Tensor]],
-    coefficients: Sequence[float | None] | None,
-    method: Merge,
+    base: Weights | None,
+    experts: Sequence[Weights],
     *,
+    method: Merge,
+    coefficients: Sequence[float | None] | None = None,
     vary: Vary | None = None,
+    statistics: Sequence[Mapping[str, Tensor]] = (),
     out_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Merge state dicts in memory: new tensors of the stored dtypes, in the order of the base or first expert.
+    """Merge in memory: new tensors of the stored dtypes, in the order of the base or first expert.
+
+    The bits are those that :func:`merge` writes. Models are state dicts by the names on disk, or live networks, whose
+    parameters are read without a copy.
 
     Args:
         base: The common ancestor; may be None where the method does not need it.
         experts: At least ``method.fewest_experts`` fine-tunes of it.
-        coefficients: One per expert, None for the method's default; or None for the default throughout.
         method: A merge with its settings, e.g. ``TaskArithmetic(scaling_coefficient=0.3)``.
+        coefficients: One per expert, None for the method's default; or None for the default throughout.
         vary: What departs from the coefficients and settings in a tensor, by its name; None where nothing does.
+        statistics: What was gathered of each expert, for methods that read statistics.
         out_dtype: The floating-point dtype of the merge; None for that of the models.
 
     Raises:
@@ -147,12 +152,17 @@ def merge_state_dicts(
     if len(given) != len(experts):
         raise UsageError(f"{len(given)} coefficients for {len(experts)} experts: give one each, or none at all.")
     _require_usable(method, given, has_base=base is not None)
-    states = {f"expert {number}": state for number, state in enumerate(experts, start=1)}
+    if statistics and "statistics" not in method.requirements().reads:
+        raise UsageError(f"{method.name} reads no statistics; leave them out.")
+    if statistics and len(statistics) != len(experts):
+        raise UsageError(f"statistics of {len(statistics)} models for {len(experts)} experts: give those of each.")
+    states = {f"expert {number}": weights_of(expert) for number, expert in enumerate(experts, start=1)}
     if base is not None:
-        states = {"base": base, **states}
+        states = {"base": weights_of(base), **states}
     template = next(iter(states.values()))
     models = [state_dict_model(label, state) for label, state in states.items()]
-    inputs = _inputs(models, method, has_base=base is not None)
+    gathered = tuple(state_dict_model(f"statistics {n}", state) for n, state in enumerate(statistics, start=1))
+    inputs = replace(_inputs(models, method, has_base=base is not None), statistics=gathered)
 
     terms = terms_of(method, given, inputs.names, vary)
     merge_tensor, scratch, merged = method.prepare(inputs, terms.__getitem__), Scratch(out_dtype), set(inputs.names)
@@ -227,13 +237,3 @@ def _fill(name: str, spec: TensorSpec, merge_operands: Callable[[], Tensor], scr
 def _verify(template: TensorSource, out_dtype: torch.dtype | None, written: TensorSource) -> Mapping[str, Any]:
     require_nothing_lost(template, written, out_dtype)
     return {}
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

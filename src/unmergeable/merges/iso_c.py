@@ -11,13 +11,16 @@ scaling on validation data (1.5 suits eight vision tasks); without data it is 1.
 whole matrices in memory, and their singular value decompositions take time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from unmergeable.merges.engine import merge_state_dicts
 from unmergeable.merges.spectral import SpectralMerge, summed
+from unmergeable.network.disk_weights import Weights
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,21 @@ class IsoC(SpectralMerge):
 
     def merge_matrices(self, task_matrices: list[Tensor]) -> Tensor:
         return flattened(summed(task_matrices))
+
+
+def iso_c(
+    base: Weights,
+    experts: Sequence[Weights],
+    *,
+    coefficients: Sequence[float | None] | None = None,
+    scaling_coefficient: float = 1.0,
+) -> dict[str, Tensor]:
+    """Add the task matrices with their spectrum made flat (isotropic merging, arXiv 2502.04959), in memory.
+
+    Settings are those of :class:`IsoC`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    method = IsoC(scaling_coefficient)
+    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
 
 
 def flattened(task_matrix: Tensor) -> Tensor:

@@ -5,32 +5,31 @@
 The base takes no part, as in mergekit: to average it in, name it as an expert too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, fill_coefficients
+from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, fill_coefficients
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
+from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.network.disk_weights import Weights
+from unmergeable.registry import Requirements
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Merge):
     """Weight averaging. ``normalize=False`` leaves the weights as given, whatever they add up to."""
 
     name: ClassVar[str] = "linear"
-    needs_base: ClassVar[bool] = False
-    fewest_experts: ClassVar[int] = 2
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {}
 
     normalize: bool = True
 
-    def validate(self) -> None:
-        """Every value is allowed."""
+    def requirements(self) -> Requirements:
+        return Requirements()
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         """The weights, 1 by default. Raises UsageError unless their sum is one to divide by."""
@@ -50,6 +49,21 @@ class Linear:
             )
 
         return merge
+
+
+def linear(
+    base: Weights | None,
+    experts: Sequence[Weights],
+    *,
+    coefficients: Sequence[float | None] | None = None,
+    normalize: bool = True,
+) -> dict[str, Tensor]:
+    """Average the experts, ``sum_i c_i theta_i / sum_i c_i`` (model soups, arXiv 2203.05482), in memory.
+
+    Settings are those of :class:`Linear`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    method = Linear(normalize)
+    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
 
 
 def merge_tensor(

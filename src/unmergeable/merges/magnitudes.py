@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unmergeable.errors import UsageError
 from unmergeable.merges.base import Inputs, TermsOf
-from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, widened_blocks
+from unmergeable.merges.blocks import Operand, Scratch, accumulation_dtype, widened_blocks
 from unmergeable.merges.bracket import bracketed_magnitudes
 from unmergeable.quantile import DIGITS, KthLargest
 
@@ -35,17 +35,17 @@ def rank_kept(density: float, size: int) -> int:
 def tensor_magnitudes(operands: Sequence[Operand], ranks: Ranks, scratch: Scratch) -> Magnitudes:
     """The magnitudes of the given ranks in each expert's task vector of one tensor; the base comes first."""
     if operands[0].device.type == "cpu":
-        found = tuple(map(tuple, bracketed_magnitudes(operands, ranks, scratch)))
-        if all(value is not None for values in found for value in values):
-            return cast(Magnitudes, found)
-    dtype = compute_dtype(operands[0].dtype)
+        magnitudes = tuple(map(tuple, bracketed_magnitudes(operands, ranks, scratch)))
+        if all(value is not None for values in magnitudes for value in values):
+            return cast(Magnitudes, magnitudes)
+    dtype = accumulation_dtype(operands[0].dtype)
     return _settle(ranks, dtype, lambda searches: _count_digits(searches, operands, scratch))
 
 
 def model_magnitudes(inputs: Inputs, ranks: Ranks) -> Magnitudes:
     """The same over all tensors of the model. Passes over the files are reported as ranking."""
     # The widest compute dtype of the model: every magnitude in it is exact.
-    dtypes = [compute_dtype(inputs.operands(name)[0].dtype) for name in inputs.names]
+    dtypes = [accumulation_dtype(inputs.operands(name)[0].dtype) for name in inputs.names]
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     return _settle(
         ranks, dtype, lambda searches: inputs.total(partial(_count_digits, searches), stage="ranking task vectors")

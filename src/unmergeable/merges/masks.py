@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, widened_blocks
+from unmergeable.merges.blocks import Operand, Scratch, accumulation_dtype, widened_blocks
 from unmergeable.randomness import Stream
 
 DRAW_BITS = 32
@@ -44,7 +44,7 @@ def bernoulli_mask(stream: Stream, density: float, like: Operand) -> Operand:
     return Operand(
         label=f"mask of {like.label}",
         shape=like.shape,
-        dtype=compute_dtype(like.dtype),
+        dtype=accumulation_dtype(like.dtype),
         read=partial(_bernoulli_blocks, stream, density, like),
         device=like.device,
     )
@@ -53,7 +53,7 @@ def bernoulli_mask(stream: Stream, density: float, like: Operand) -> Operand:
 def _bernoulli_blocks(stream: Stream, density: float, like: Operand, size: int) -> Iterator[Tensor]:
     # The draws are signed: the smallest is -2^31.
     cut = round(density * 2**DRAW_BITS) - 2 ** (DRAW_BITS - 1)
-    buffer = torch.empty(min(size, like.numel), dtype=compute_dtype(like.dtype))
+    buffer = torch.empty(min(size, like.numel), dtype=accumulation_dtype(like.dtype))
     for start in range(0, like.numel, size):
         block = buffer[: min(size, like.numel - start)]
         if density == 1:

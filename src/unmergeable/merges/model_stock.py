@@ -13,17 +13,17 @@ mergekit's variants: ``filter_wise`` has an angle for each row (the last axis) i
 ``smallest_norms=1e-6`` is a floor under the product of two norms, which turns small task vectors into orthogonal ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, TensorMerge, TermsOf
+from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf
 from unmergeable.merges.blocks import (
     BLOCK_ELEMENTS,
     Operand,
@@ -33,20 +33,18 @@ from unmergeable.merges.blocks import (
     whole_rows,
     widened_blocks,
 )
+from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.network.disk_weights import Weights
 
 _SINGULAR = 1e-6
 """A denominator closer to 0 than this has no finite interpolation to offer."""
 
 
 @dataclass(frozen=True)
-class ModelStock:
+class ModelStock(Merge):
     """Chooses its own interpolation: it takes no coefficients."""
 
     name: ClassVar[str] = "model_stock"
-    needs_base: ClassVar[bool] = True
-    fewest_experts: ClassVar[int] = 2
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {}
 
     filter_wise: bool = False
     smallest_norms: float = 0.0
@@ -63,6 +61,17 @@ class ModelStock:
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         return partial(merge_tensor, filter_wise=self.filter_wise, smallest_norms=self.smallest_norms)
+
+
+def model_stock(
+    base: Weights, experts: Sequence[Weights], *, filter_wise: bool = False, smallest_norms: float = 0.0
+) -> dict[str, Tensor]:
+    """Interpolate between the base and the mean of the experts by their angles (arXiv 2403.19522), in memory.
+
+    Settings are those of :class:`ModelStock`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    method = ModelStock(filter_wise, smallest_norms)
+    return merge_state_dicts(base, experts, method=method)
 
 
 def merge_tensor(

@@ -12,46 +12,83 @@ that average, decides them, and makes the matrix invertible for any alpha. It is
 
 ``statistics`` is a folder with a subfolder of G_i for each expert, ``1``, ``2``, …. ``NAME/1`` belongs to the axis 1 of
 the tensor NAME, which is where ``nn.Linear`` has its inputs. Without it every G_i is the identity: a weighted average.
+
+From data, all layers are captured in one pass when their matrices fit ``MEMORY_BUDGET``; otherwise in as few passes as
+do. Dividing by the rows, tokens or patches, makes experts that saw more data weigh no more.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from unmergeable.errors import BadInput, Mismatch, UsageError
-from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, positive_coefficients
+from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, positive_coefficients
 from unmergeable.merges.blocks import Operand, Scratch, merge_whole, weighted_sum
-from unmergeable.merges.fisher import open_statistics, require_examples
+from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.merges.learning import (
+    BATCH_SIZE,
+    LearningInputs,
+    LearntMerge,
+    gathered_statistics,
+    open_statistics,
+    require_examples,
+)
 from unmergeable.merges.linear import merge_tensor as average_tensor
 from unmergeable.merges.models import Model
+from unmergeable.network.disk_weights import Weights
+from unmergeable.network.encoding import EncodedBatch
+from unmergeable.network.linear_layers import MEMORY_BUDGET, LinearLayer, linear_layers
+from unmergeable.network.statistics import write_statistics
+from unmergeable.network.tasks import Task, answer, device_of
+from unmergeable.progress import Progress, silent
+from unmergeable.registry import Requirements
 
 RIDGE = 1e-6
 """Small against an input that occurs, large against the rounding (1e-7) of the float32 in which G_i are summed."""
 
 
 @dataclass(frozen=True)
-class RegMean:
+class RegMean(Merge):
     """``examples`` is the most that are read of each data set where data are given instead of statistics."""
 
     name: ClassVar[str] = "regmean"
-    needs_base: ClassVar[bool] = False
-    fewest_experts: ClassVar[int] = 2
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {}
 
     statistics: str = ""
     alpha: float = 0.9
     examples: int = 256
     seed: int = 0
 
+    def requirements(self) -> Requirements:
+        return Requirements(needs=() if self.statistics else ("data",), accepts=("statistics",))
+
     def validate(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"alpha={self.alpha}: must lie in [0, 1], what is kept of the off-diagonal entries.")
         require_examples(self.examples)
+
+    @contextmanager
+    def learn(self, inputs: LearningInputs) -> Iterator[LearntMerge]:
+        inputs.require_data_for_each(self)
+        if self.statistics:
+            raise UsageError("regmean: give either data or statistics, not both.")
+        shapes = {layer.key: (layer.inputs, layer.inputs) for layer in linear_layers(inputs.network)}
+
+        def write(number: int, folder: Path) -> str:
+            task = inputs.task(number, batch_size=BATCH_SIZE, examples=self.examples, seed=self.seed)
+            grams = gather_input_grams(inputs.network, task, progress=inputs.progress)
+            facts = {"statistics": "Gram matrices of the inputs of linear layers", "data": task.name}
+            return write_statistics(folder, shapes, grams, facts=facts)
+
+        with gathered_statistics(inputs, write) as folder:
+            yield LearntMerge(replace(self, statistics=str(folder)), inputs.coefficients, facts=inputs.facts)
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         """The c_i, 1 by default. Raises UsageError for a negative one, or if all are 0."""
@@ -59,7 +96,7 @@ class RegMean:
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         experts = len(inputs.operands(inputs.names[0]))
-        grams = open_statistics(self.statistics, experts) if self.statistics else []
+        grams = inputs.statistics or (open_statistics(self.statistics, experts) if self.statistics else ())
         axes = _axes(grams, inputs)
 
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
@@ -77,6 +114,98 @@ class RegMean:
             )
 
         return merge
+
+
+def regmean(
+    base: Weights | None,
+    experts: Sequence[Weights],
+    *,
+    grams: Sequence[Mapping[str, Tensor]],
+    coefficients: Sequence[float | None] | None = None,
+    alpha: float = 0.9,
+) -> dict[str, Tensor]:
+    """The linear maps that best repeat what each expert's do on its own inputs (arXiv 2212.09849), in memory.
+
+    ``grams`` are for each expert the Gram matrices of its linear layers, ``dict(gather_input_grams(network, task))``.
+    ``alpha`` is a setting of :class:`RegMean`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    return merge_state_dicts(base, experts, method=RegMean(alpha=alpha), coefficients=coefficients, statistics=grams)
+
+
+@torch.no_grad()
+def gather_input_grams(
+    network: Any, task: Task, *, memory_budget: int = MEMORY_BUDGET, progress: Progress = silent
+) -> Iterator[tuple[str, Tensor]]:
+    """Key and Gram matrix, float32 [inputs, inputs], of every linear layer, in the order of :func:`linear_layers`.
+
+    Only the batches of the task matter, not how its output is read. Padding does not count. Each matrix is the
+    caller's to keep or drop before the next is asked for.
+
+    Raises:
+        BadInput: there are no examples, the network does not take them, or its activations are not finite.
+    """
+    layers = linear_layers(network)
+    for group in _groups(layers, memory_budget):
+        yield from _gather(network, task, group, progress).items()
+
+
+def _groups(layers: Sequence[LinearLayer], memory_budget: int) -> Iterator[list[LinearLayer]]:
+    group: list[LinearLayer] = []
+    size = 0
+    for layer in layers:
+        nbytes = 4 * layer.inputs**2
+        if group and size + nbytes > memory_budget:
+            yield group
+            group, size = [], 0
+        group.append(layer)
+        size += nbytes
+    if group:
+        yield group
+
+
+def _gather(network: Any, task: Task, layers: Sequence[LinearLayer], progress: Progress) -> dict[str, Tensor]:
+    device = device_of(network)
+    sums = {layer.key: torch.zeros(layer.inputs, layer.inputs, device=device) for layer in layers}
+    rows = dict.fromkeys(sums, 0)
+
+    def add(key: str, inputs: Tensor) -> None:
+        sums[key].addmm_(inputs.T, inputs)
+        rows[key] += len(inputs)
+
+    seen = 0
+    for batch in task.batches:
+        with _observed_inputs(layers, batch, add):
+            answer(network, batch.to(device))  # whatever it is: no head is needed
+        seen += len(batch)
+        progress(f"inputs of layers: {task.name}", seen, 0, "examples")  # of how many is not known
+    if seen == 0:
+        raise BadInput(f"{task.name}: no examples to send through the network; give some.")
+    for key, total in sums.items():
+        total.div_(max(1, rows[key]))  # a layer that is never called has no inputs
+        if not bool(total.isfinite().all()):
+            raise BadInput(f"{key.rpartition('/')[0]}: its inputs on {task.name} are not finite; use float32.")
+    return sums
+
+
+@contextmanager
+def _observed_inputs(
+    layers: Sequence[LinearLayer], batch: EncodedBatch, observe: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Inside, ``observe`` is given the key and the inputs, float32 [rows, inputs], of every layer that is called."""
+    mask = batch.inputs.get("attention_mask")
+
+    def capture(key: str, inputs: Tensor) -> None:
+        if mask is not None and inputs.dim() == 3 and inputs.shape[:2] == mask.shape:
+            inputs = inputs[mask.bool().to(inputs.device)]
+        observe(key, inputs.reshape(-1, inputs.shape[-1]).float())
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hook = layer.module.register_forward_pre_hook(
+                lambda module, arguments, key=layer.key: capture(key, arguments[0])
+            )
+            hooks.callback(hook.remove)
+        yield
 
 
 def merge_tensor(
@@ -145,9 +274,9 @@ def _axes(grams: Sequence[Model], inputs: Inputs) -> dict[str, int]:
     for name, axis in axes.items():
         weight = inputs.operands(name)[0]
         for gram in grams:
-            found = gram.get(f"{name}/{axis}")
-            if found is None or len(weight.shape) != 2 or found.shape != (weight.shape[axis],) * 2:
-                shape = None if found is None else list(found.shape)
+            matrix = gram.get(f"{name}/{axis}")
+            if matrix is None or len(weight.shape) != 2 or matrix.shape != (weight.shape[axis],) * 2:
+                shape = None if matrix is None else list(matrix.shape)
                 label = next(iter(gram.values())).label
                 raise Mismatch(
                     f"{name}: its Gram matrix in {label} is {shape}, the weight {list(weight.shape)}; gather them from "

@@ -9,35 +9,39 @@ precision. The weights are not normalised; only the angle is that of the directi
 first model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import acos, sin, sqrt
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, fill_coefficients
+from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, Varies, fill_coefficients
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum, widened_blocks
+from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.network.disk_weights import Weights
+from unmergeable.registry import Requirements
 
 _SMALLEST_NORM = 1e-8
 """Below it a tensor counts as zero, and has no direction."""
 
 
 @dataclass(frozen=True)
-class Slerp:
+class Slerp(Merge):
     """``t`` is the way from the first expert to the second. Coefficients a and b mean t = b / (a + b)."""
 
     name: ClassVar[str] = "slerp"
-    needs_base: ClassVar[bool] = False
-    fewest_experts: ClassVar[int] = 2
     most_experts: ClassVar[int | None] = 2
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {"t": "tensor"}
+    varies: ClassVar[Varies] = {"t": "tensor"}
 
     t: float = 0.5
     linear_above: float = 0.9995
+
+    def requirements(self) -> Requirements:
+        return Requirements()
 
     def validate(self) -> None:
         if not 0 <= self.t <= 1:
@@ -58,12 +62,28 @@ class Slerp:
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            its = terms(name)
-            t = its.of_tensor("t", its.coefficients[1])
+            tensor_terms = terms(name)
+            t = tensor_terms.of_tensor("t", tensor_terms.coefficients[1])
             weights = slerp_weights(t, cosine(operands, scratch), linear_above=self.linear_above)
             return merge_blocks(name, operands, partial(_merge_block, weights=weights), scratch)
 
         return merge
+
+
+def slerp(
+    base: Weights | None,
+    experts: Sequence[Weights],
+    *,
+    coefficients: Sequence[float | None] | None = None,
+    t: float = 0.5,
+    linear_above: float = 0.9995,
+) -> dict[str, Tensor]:
+    """Interpolate two models on the arc between them, ``t`` of the way (Shoemake 1985), in memory.
+
+    Settings are those of :class:`Slerp`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    method = Slerp(t, linear_above)
+    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
 
 
 def cosine(operands: Sequence[Operand], scratch: Scratch) -> float:

@@ -1,33 +1,27 @@
 """What merges by singular values share: matrices are merged as wholes, everything else is averaged."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
+from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, Varies, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_whole
 
 
 @dataclass(frozen=True)
-class SpectralMerge(ABC):
+class SpectralMerge(Merge):
     """A merge that says what becomes of the task matrices; ``scaling_coefficient`` is the factor of the merged one."""
 
-    needs_base: ClassVar[bool] = True
-    fewest_experts: ClassVar[int] = 2
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {"scaling_coefficient": "tensor"}
+    varies: ClassVar[Varies] = {"scaling_coefficient": "tensor"}
 
     scaling_coefficient: float = 1.0
 
     def validate(self) -> None:
         require_finite("scaling_coefficient", self.scaling_coefficient)
-
-    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
-        return fill_coefficients(coefficients, default=1.0)
 
     @abstractmethod
     def merge_matrices(self, task_matrices: list[Tensor]) -> Tensor:
@@ -35,9 +29,9 @@ class SpectralMerge(ABC):
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            its = terms(name)
-            factor = its.of_tensor("scaling_coefficient", self.scaling_coefficient)
-            whole = partial(self._merge_tensors, coefficients=its.coefficients, factor=factor)
+            tensor_terms = terms(name)
+            factor = tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient)
+            whole = partial(self._merge_tensors, coefficients=tensor_terms.coefficients, factor=factor)
             return merge_whole(name, operands, whole, scratch)
 
         return merge

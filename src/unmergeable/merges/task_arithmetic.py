@@ -5,26 +5,25 @@
 Negative coefficients take a task away. The default 0.3 is the one that MergeLock and MergeGuard report.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.merges.base import Inputs, TensorMerge, TermsOf, fill_coefficients, require_finite
+from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, fill_coefficients, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
+from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.network.disk_weights import Weights
 
 
 @dataclass(frozen=True)
-class TaskArithmetic:
+class TaskArithmetic(Merge):
     """``scaling_coefficient`` is the lambda of every expert that comes without its own."""
 
     name: ClassVar[str] = "task_arithmetic"
-    needs_base: ClassVar[bool] = True
     fewest_experts: ClassVar[int] = 1
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {}
 
     scaling_coefficient: float = 0.3
 
@@ -39,6 +38,21 @@ class TaskArithmetic:
             return merge_tensor(name, operands, scratch, coefficients=terms(name).coefficients)
 
         return merge
+
+
+def task_arithmetic(
+    base: Weights,
+    experts: Sequence[Weights],
+    *,
+    coefficients: Sequence[float | None] | None = None,
+    scaling_coefficient: float = 0.3,
+) -> dict[str, Tensor]:
+    """Add scaled task vectors, ``theta_0 + sum_i lambda_i (theta_i - theta_0)`` (arXiv 2212.04089), in memory.
+
+    Settings are those of :class:`TaskArithmetic`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    method = TaskArithmetic(scaling_coefficient)
+    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
 
 
 def merge_tensor(name: str, operands: Sequence[Operand], scratch: Scratch, *, coefficients: Sequence[float]) -> Tensor:

@@ -23,7 +23,7 @@ Of equal magnitudes at the threshold all are kept, as in the authors' code. merg
 and an unstable sort chooses which; its density defaults to 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, get_args
@@ -33,29 +33,30 @@ from torch import Tensor
 
 from unmergeable.merges.base import (
     Inputs,
+    Merge,
     TensorMerge,
     TermsOf,
+    Varies,
     positive_coefficients,
     require_choice,
     require_density,
     require_finite,
 )
-from unmergeable.merges.blocks import Operand, Scratch, compute_dtype, merge_blocks
+from unmergeable.merges.blocks import Operand, Scratch, accumulation_dtype, merge_blocks
 from unmergeable.merges.election import SPARE, Average, Undecided, add_elected, require_election
+from unmergeable.merges.engine import merge_state_dicts
 from unmergeable.merges.magnitudes import largest_below, model_densities, model_magnitudes, rank_kept, tensor_magnitudes
+from unmergeable.network.disk_weights import Weights
 
 Trim = Literal["global", "tensor"]
 
 
 @dataclass(frozen=True)
-class Ties:
+class Ties(Merge):
     """``density`` is the fraction of each task vector that is kept; the module's table has the other settings."""
 
     name: ClassVar[str] = "ties"
-    needs_base: ClassVar[bool] = True
-    fewest_experts: ClassVar[int] = 2
-    most_experts: ClassVar[int | None] = None
-    varies: ClassVar[Mapping[str, Literal["expert", "tensor"]]] = {"density": "expert", "scaling_coefficient": "tensor"}
+    varies: ClassVar[Varies] = {"density": "expert", "scaling_coefficient": "tensor"}
 
     density: float = 0.2
     scaling_coefficient: float = 1.0
@@ -80,22 +81,41 @@ class Ties:
             model_thresholds = None
 
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            its = terms(name)
+            tensor_terms = terms(name)
             thresholds = model_thresholds
             if thresholds is None:
-                thresholds = tensor_thresholds(operands, its.per_expert("density", self.density), scratch)
+                thresholds = tensor_thresholds(operands, tensor_terms.per_expert("density", self.density), scratch)
             return merge_tensor(
                 name,
                 operands,
                 scratch,
-                coefficients=its.coefficients,
+                coefficients=tensor_terms.coefficients,
                 thresholds=thresholds,
-                scaling_coefficient=its.of_tensor("scaling_coefficient", self.scaling_coefficient),
+                scaling_coefficient=tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient),
                 average=self.average,
                 undecided=self.undecided,
             )
 
         return merge
+
+
+def ties(
+    base: Weights,
+    experts: Sequence[Weights],
+    *,
+    coefficients: Sequence[float | None] | None = None,
+    density: float = 0.2,
+    scaling_coefficient: float = 1.0,
+    trim: Trim = "global",
+    average: Average = "count",
+    undecided: Undecided = "drop",
+) -> dict[str, Tensor]:
+    """Trim task vectors to ``density``, elect signs, average those who agree (arXiv 2306.01708), in memory.
+
+    Settings are those of :class:`Ties`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
+    """
+    method = Ties(density, scaling_coefficient, trim, average, undecided)
+    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
 
 
 def merge_tensor(
@@ -114,7 +134,7 @@ def merge_tensor(
         _merge_block,
         coefficients=coefficients,
         # hardshrink keeps what is strictly larger than its argument.
-        cuts=[largest_below(threshold, compute_dtype(operands[0].dtype)) for threshold in thresholds],
+        cuts=[largest_below(threshold, accumulation_dtype(operands[0].dtype)) for threshold in thresholds],
         scaling_coefficient=scaling_coefficient,
         average=average,
         undecided=undecided,

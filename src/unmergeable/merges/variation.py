@@ -56,16 +56,16 @@ def describe(terms: Mapping[str, Terms]) -> list[dict[str, Any]]:
     """The terms for a record: each with the tensors it holds for."""
     tensors: dict[str, list[str]] = {}
     distinct: dict[str, Terms] = {}
-    for name, its in terms.items():
-        distinct[repr(its)] = its
-        tensors.setdefault(repr(its), []).append(name)
+    for name, tensor_terms in terms.items():
+        distinct[repr(tensor_terms)] = tensor_terms
+        tensors.setdefault(repr(tensor_terms), []).append(name)
     return [
         {
-            "coefficients": list(its.coefficients),
-            "settings": {name: list(values) for name, values in its.varied.items()},
+            "coefficients": list(tensor_terms.coefficients),
+            "settings": {name: list(values) for name, values in tensor_terms.varied.items()},
             "tensors": tensors[key],
         }
-        for key, its in distinct.items()
+        for key, tensor_terms in distinct.items()
     ]
 
 

@@ -15,9 +15,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unmergeable.errors import Mismatch
+
+Weights = Mapping[str, Tensor] | nn.Module
+"""A state dict by the names on disk, or a live network."""
+
+
+def weights_of(model: Weights) -> Mapping[str, Tensor]:
+    """A state dict as it is, or that of a live network by the names on disk, without copying a parameter.
+
+    Of weights that are tied, the network's files hold one, and so does the result.
+    """
+    if not isinstance(model, nn.Module):
+        return model
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return to_disk_names(model, {name: tensor for name, tensor in model.state_dict().items() if name not in tied})
 
 
 def to_disk_names(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

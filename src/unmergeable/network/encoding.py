@@ -88,7 +88,7 @@ class Encoder:
                 return transformers.AutoImageProcessor.from_pretrained(
                     self.folder, trust_remote_code=False, local_files_only=True
                 )
-            except (OSError, ValueError) as error:
+            except Exception as error:  # of a damaged file it raises whatever its own readers do
                 raise BadInput(
                     f"{self.folder} holds no usable image processor ({next(iter(str(error).splitlines()), '')}); "
                     "give its pixel_values in an npz file instead."

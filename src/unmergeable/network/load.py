@@ -63,7 +63,7 @@ def load_tokenizer(folder: Path | str) -> Any:
     with quiet(transformers):
         try:
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of a damaged file it raises whatever its own readers do
             raise BadInput(
                 f"{folder} holds no usable tokenizer ({_first_line(error)}); give input_ids instead."
             ) from None

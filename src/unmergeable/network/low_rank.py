@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from unmergeable.errors import BadInput, UsageError
-from unmergeable.network.input_grams import linear_layers
+from unmergeable.network.linear_layers import linear_layers
 
 _ADAPTERS = ("lora_A.", "lora_B.")
 """What peft calls them in the names of parameters."""

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from unmergeable.checkpoint.disk import sync_folder
 from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import TensorSpec, save_file_order
-from unmergeable.checkpoint.partial import sync_folder
 from unmergeable.checkpoint.writer import ShardWriter
 from unmergeable.errors import CheckpointError
 

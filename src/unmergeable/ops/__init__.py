@@ -4,6 +4,7 @@ Each opens checkpoints, asks the layers below, and writes through the one rewrit
 with ``to_json()``.
 """
 
+from unmergeable.ops.in_memory import protect_state_dict, restore_state_dict
 from unmergeable.ops.inspection import inspect
 from unmergeable.ops.merging import merge
 from unmergeable.ops.methods import methods, schema
@@ -12,4 +13,15 @@ from unmergeable.ops.recovery import recover
 from unmergeable.ops.restoring import restore
 from unmergeable.ops.verification import verify
 
-__all__ = ["inspect", "merge", "methods", "protect", "recover", "restore", "schema", "verify"]
+__all__ = [
+    "inspect",
+    "merge",
+    "methods",
+    "protect",
+    "protect_state_dict",
+    "recover",
+    "restore",
+    "restore_state_dict",
+    "schema",
+    "verify",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,16 @@ from unmergeable.architecture import Architecture
 from unmergeable.attacks import Estimate, Fit, NearestOrbit
 from unmergeable.attacks.distance import relative_distance
 from unmergeable.attacks.signs import Sign, find_signs, halves, is_near, structure_signs
+from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.manifest import Manifest, read_manifest
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UnsupportedArchitecture, UsageError
 from unmergeable.gauge.equivalence import UNIT_ROUNDOFF
-from unmergeable.ops.exact import describe_groups
-from unmergeable.ops.opened import RenamedSource, open_base, open_with_architecture
-from unmergeable.polynomials.layout import SECTION, names_on_disk
+from unmergeable.ops.opened import open_base, open_with_architecture
+from unmergeable.polynomials.layout import under_names_on_disk
 from unmergeable.progress import Progress, silent
+from unmergeable.protections.exact import describe_groups
 
 GROUP = 128
 """Weights that share a scale in the usual 4-bit formats."""
@@ -33,9 +35,9 @@ Half = Literal["attention", "feed_forward"]
 
 @dataclass(frozen=True)
 class BaseComparison:
-    """What the base tells: distances of every part of a block, and signs of a protection.
+    """A checkpoint against a base: the distance of every part of a block, and signs of a protection.
 
-    ``estimate`` is that of ``nearest_orbit``; None where the structure differs, and nothing can be compared.
+    ``estimate`` is that of ``nearest_orbit``; None where the structure differs, and distances mean nothing.
     """
 
     folder: Path
@@ -56,6 +58,24 @@ class BaseComparison:
         """Relative distance over all attention or all feed-forwards; None where there are none."""
         fits = halves(self.fits)[half == "feed_forward"]
         return relative_distance(getattr(fit, side) for fit in fits) if fits else None
+
+    def lines(self) -> list[str]:
+        """Distances as stored, which depend on the basis, beside those in the nearest one, which do not; the signs."""
+        signs = [f"Sign of {sign.name}: {sign.evidence}" for sign in self.signs]
+        if not self.fits:
+            return signs
+        names = [(fit.before.block, fit.before.part) for fit in self.fits]
+        blocks, parts = (max(len(name[place]) for name in names) for place in (0, 1))
+        lines = [f"Relative distance to {self.folder}, as stored and after the best change of basis:"]
+        halves: tuple[tuple[str, Half], ...] = (("all attention", "attention"), ("all feed-forwards", "feed_forward"))
+        for title, half in halves:
+            stored, nearest = self.distance(half, "before"), self.distance(half, "after")
+            if stored is not None:
+                lines.append(f"  {title:<{blocks + parts + 2}}  {stored:8.4f}  {nearest:8.4f}")
+        for (block, part), fit in zip(names, self.fits, strict=True):
+            distances = f"{fit.before.relative:8.4f}  {fit.after.relative:8.4f}"
+            lines.append(f"  {block:<{blocks}}  {part:<{parts}}  {distances}")
+        return lines + signs
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -80,7 +100,20 @@ class BaseComparison:
 
 @dataclass(frozen=True)
 class InspectResult:
-    """``errors``: relative error of the attention weights under rounding to each format, measured as it is."""
+    """What a checkpoint is.
+
+    Attributes:
+        checkpoint: its folder.
+        model_type: of its config, or the family whose symmetry map fits it.
+        tensors, parameters, nbytes, shards: how many there are of each.
+        dtypes: how many tensors have each dtype.
+        blocks: how many blocks (attention or feed-forward) the symmetry map has.
+        groups: for each role, the changes of basis that keep the function; empty where the structure is unknown.
+        errors: relative Frobenius error of the attention weights when rounded to each format.
+        manifest: its ``unmergeable.json``, if there is one.
+        comparison: with the base, if one was given.
+        left_out: names of files that a protected copy would leave out, each with the reason.
+    """
 
     checkpoint: Path
     model_type: str
@@ -112,7 +145,7 @@ class InspectResult:
             return "no sign of a protection: its weights are in the base's own basis, and none looks edited."
         names = ", ".join(dict.fromkeys(sign.name for sign in self.comparison.signs))
         recoveries = [sign.recovery for sign in self.comparison.signs if sign.recovery]
-        undone = f"`recover --method {recoveries[0]}` undoes it" if recoveries else "no recovery here undoes it"
+        undone = f"`recover --method {recoveries[0]}` undoes it" if recoveries else "no attack here undoes it"
         return f"it looks protected ({names}); {undone}."
 
     def to_json(self) -> dict[str, Any]:
@@ -135,15 +168,21 @@ class InspectResult:
 
 
 def inspect(
-    checkpoint: Path, *, base: Path | None = None, sources: Sequence[Path] = (), progress: Progress = silent
+    checkpoint: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    sources: Sequence[str | os.PathLike[str]] = (),
+    progress: Progress = silent,
 ) -> InspectResult:
     """Describe a checkpoint from its weights; with a base, compare the two and look for signs of a protection.
 
+    Checkpoints are folders, or ``hub:OWNER/NAME``.
+
     Args:
-        checkpoint: a folder, or a LoRA folder with its base.
+        checkpoint: a checkpoint, or a LoRA folder with its base.
         base: what it may have been fine-tuned from.
         sources: public fine-tunes of the base that may be mixed into it.
-        progress: told of parts and tensors looked at.
+        progress: called with the parts and tensors looked at.
 
     Raises:
         CheckpointError, UnsupportedArchitecture: it cannot be read, or there is no map for it (a protection that
@@ -153,20 +192,23 @@ def inspect(
     """
     if sources and base is None:
         raise UsageError("inspect: a source is compared with the base; give --base too.")
+    folder = folder_of(checkpoint)
+    base = None if base is None else folder_of(base)
     try:
-        source, architecture = open_with_architecture(checkpoint, base=base)
+        source, architecture = open_with_architecture(folder, base=base)
     except UnsupportedArchitecture as error:
         if base is None:
             raise
-        source, architecture, signs = _restructured(checkpoint, base, error)
+        source, architecture, signs = _restructured(folder, base, error)
         comparison: BaseComparison | None = BaseComparison(base, None, signs)
         groups, errors = {}, {}
     else:
-        comparison = None if base is None else _compare(source, architecture, base, sources, progress)
+        others = [folder_of(other) for other in sources]
+        comparison = None if base is None else _compare(source, architecture, base, others, progress)
         groups, errors = describe_groups(architecture), storage_errors(source, architecture)
     specs = [source.spec(name) for name in source.names]
     return InspectResult(
-        checkpoint=checkpoint,
+        checkpoint=folder,
         model_type=str(source.config.get("model_type") or architecture.family),
         tensors=len(specs),
         parameters=sum(spec.numel for spec in specs),
@@ -176,7 +218,7 @@ def inspect(
         blocks=len(architecture.blocks),
         groups=groups,
         errors=errors,
-        manifest=read_manifest(checkpoint),
+        manifest=read_manifest(folder),
         comparison=comparison,
         left_out=tuple((item.name, item.reason) for item in source.index.left_out),
     )
@@ -198,17 +240,10 @@ def _restructured(
     """A checkpoint of no known family whose feed-forwards are not the base's; ``error`` where that is not it."""
     source = open_checkpoint(checkpoint)
     base_source, architecture = open_with_architecture(base)
-    signs = structure_signs(under_original_names(source), base_source, architecture)
+    signs = structure_signs(under_names_on_disk(source), base_source, architecture)
     if not signs:
         raise error
     return source, architecture, tuple(signs)
-
-
-def under_original_names(source: TensorSource) -> TensorSource:
-    """A network of polynomials by the names that the files of its family use; its own are those of the modules."""
-    if SECTION not in source.config:
-        return source
-    return RenamedSource(source, names_on_disk(source.config, source.description, source.names))
 
 
 def storage_errors(source: TensorSource, architecture: Architecture) -> dict[str, float]:

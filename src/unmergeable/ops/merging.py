@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,28 +11,31 @@ from typing import Any, Literal
 import torch
 
 from unmergeable.checkpoint.dtypes import torch_dtype
+from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, UsageError
-from unmergeable.merges import MERGES, Merge, engine
-from unmergeable.merges.mergekit_backend import find_command, merge_with_mergekit
-from unmergeable.merges.mergekit_config import MergeConfig, parse_config, read_config, read_document
-from unmergeable.merges.mergekit_meaning import meaning_of
-from unmergeable.merges.mergekit_methods import METHODS as MERGEKIT_METHODS
+from unmergeable.merges import MERGES, engine, merge_method
+from unmergeable.merges.learning import learnt_from_data
+from unmergeable.merges.mergekit.backend import find_command, merge_with_mergekit
+from unmergeable.merges.mergekit.config import read_config, read_document
+from unmergeable.merges.mergekit.documents import absolute_paths, document_of, models_named, open_model
+from unmergeable.merges.mergekit.meaning import meaning_of
 from unmergeable.merges.variation import terms_of
-from unmergeable.ops.data_merges import informed_by_data
-from unmergeable.ops.named_models import absolute_paths, models_named, open_model
 from unmergeable.progress import Progress, silent
-from unmergeable.settings import configure, nearest, settings_of
+from unmergeable.settings import settings_of
 
 Backend = Literal["own", "mergekit"]
+
+Expert = str | os.PathLike[str] | tuple[str | os.PathLike[str], float | None]
+"""A checkpoint, or one with its coefficient."""
 
 
 @dataclass(frozen=True)
 class MergeResult:
     """What was merged, with which coefficients: None where they differ from tensor to tensor.
 
-    ``learnt`` is what a merge found out from data, None where it took none.
+    ``learnt`` is what a merge learnt from data, None where it took none, and ``summary`` says so in a line.
     """
 
     out: Path
@@ -41,6 +45,7 @@ class MergeResult:
     tensors: int
     backend: Backend = "own"
     learnt: Mapping[str, Any] | None = None
+    summary: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,16 +58,25 @@ class MergeResult:
             "learnt": None if self.learnt is None else dict(self.learnt),
         }
 
+    def lines(self) -> list[str]:
+        """The result for a terminal."""
+        by = " by mergekit" if self.backend == "mergekit" else ""
+        return [
+            f"Merged{by}: {self.out} ({self.method}; {self.tensors} tensors)",
+            *(f"  {path}" if value is None else f"  {value:g} of {path}" for path, value in self.experts),
+            *([f"  {self.summary}"] if self.summary else []),
+        ]
+
 
 def merge(
     *,
-    experts: Sequence[tuple[Path, float | None]] = (),
+    experts: Sequence[Expert] = (),
     method: str | None = None,
-    out: Path,
-    base: Path | None = None,
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
     settings: Mapping[str, object] | None = None,
-    data: Sequence[Path] = (),
-    config: Path | None = None,
+    data: Sequence[str | os.PathLike[str]] = (),
+    config: str | os.PathLike[str] | None = None,
     backend: Backend = "own",
     seed: int = 0,
     checksums: bool = False,
@@ -72,13 +86,13 @@ def merge(
     """Merge experts of one base into a new checkpoint.
 
     Args:
-        experts: folders with their coefficient, or None for the method's default.
+        experts: folders, or ``hub:OWNER/NAME``; each alone, or with its coefficient (None for the method's default).
         method: a merge (``methods`` lists them).
         out: folder to create.
-        base: the common base; not needed by ``linear`` and ``slerp``.
+        base: the common base; ``linear`` and ``slerp`` do without.
         settings: of the method; with ``backend="mergekit"``, parameters of mergekit's method of that name.
-        data: what ``fisher``, ``regmean``, ``soup`` and ``adamerging`` learn from: local files or folders (see
-            ``unmergeable.data``), one for each expert and in their order; for ``soup`` any number.
+        data: what a merge learns from, if it does: local files or folders (see ``unmergeable.data``), one for each
+            expert and in their order; for ``soup`` any number.
         config: a mergekit configuration instead of all the above but ``out``.
         backend: ``mergekit`` runs the installed mergekit and refuses its result if a tensor is lost.
         seed: of mergekit's random masks. This package's own are drawn from the method's ``seed`` setting.
@@ -95,55 +109,63 @@ def merge(
         raise UsageError(f"no backend is called {backend!r}; known: own, mergekit.")
     if backend == "mergekit":
         find_command()
+    out = Path(out)
     if config is not None:
         if experts or method is not None or base is not None or settings or data:
             raise UsageError("give either a configuration file, or experts with --method, --base, --set and --data.")
         if backend == "mergekit":
-            return _run_config(config, out, seed=seed, checksums=checksums, threads=threads)
-        return _merge_config(config, out, checksums=checksums, threads=threads, progress=progress)
+            return _merge_config_with_mergekit(Path(config), out, seed=seed, checksums=checksums, threads=threads)
+        return _merge_config(Path(config), out, checksums=checksums, threads=threads, progress=progress)
     if method is None:
         raise UsageError("name the merge with --method, or give a mergekit configuration file.")
-    if method not in MERGES:
-        raise UsageError(f"no merge is called {method!r}{nearest(method, MERGES)}")
-    if base is not None and not base.exists():
+    MERGES.require(method)
+    base_folder = None if base is None else folder_of(base)
+    if base_folder is not None and not base_folder.exists():
         raise BadInput(
-            f"base {base} does not exist; give the folder of the checkpoint the experts were fine-tuned from."
+            f"base {base_folder} does not exist; give the folder of the checkpoint the experts were fine-tuned from."
         )
-    base_source = None if base is None else open_checkpoint(base)
-    sources = [(open_checkpoint(path, base=base), coefficient) for path, coefficient in experts]
+    given = [expert if isinstance(expert, tuple) else (expert, None) for expert in experts]
+    names = [os.fspath(name) for name, _ in given]
+    folders = [folder_of(name) for name in names]
+    coefficients: list[float | None] = [coefficient for _, coefficient in given]
+    base_source = None if base_folder is None else open_checkpoint(base_folder)
+    sources = [open_checkpoint(folder, base=base_folder) for folder in folders]
     if backend == "mergekit":
         if data:
             raise UsageError("mergekit merges without data; leave out --data, or --backend.")
-        return _run_method(
-            method,
-            base_source,
-            sources,
-            experts,
-            settings or {},
-            out,
-            base=base,
-            seed=seed,
-            checksums=checksums,
-            threads=threads,
-        )
-    configured = configure(MERGES[method], settings or {})
-    with informed_by_data(configured, base_source, sources, data, out=out, progress=progress) as informed:
+        resolved = merge_method(method).resolve(coefficients)
+        inputs = {} if base_source is None else {"base": base_source}
+        inputs |= {f"expert {number}": source for number, source in enumerate(sources, start=1)}
+        template = next(iter(inputs.values()))
+        pairs = list(zip(folders, resolved, strict=True))
+        document = document_of(method, pairs, base_folder, settings or {}, out_dtype=_stored_dtype(template))
+        merge_with_mergekit(document, inputs, out, seed=seed, checksums=checksums, threads=threads)
+        used = tuple(zip(names, resolved, strict=True))
+        return MergeResult(out, method, document["parameters"], used, len(template.names), "mergekit")
+    configured = merge_method(method, **(settings or {}))
+    weighted = list(zip(sources, coefficients, strict=True))
+    data_paths = [Path(path) for path in data]
+    with learnt_from_data(configured, base_source, weighted, data_paths, out=out, progress=progress) as learnt:
         engine.merge(
             base_source,
-            [(source, value) for (source, _), value in zip(sources, informed.coefficients, strict=True)],
-            informed.method,
+            list(zip(sources, learnt.coefficients, strict=True)),
+            learnt.method,
             out,
-            vary=informed.vary,
+            vary=learnt.vary,
             checksums=checksums,
             threads=threads,
             progress=progress,
         )
-    coefficients: Sequence[float | None] = configured.resolve(informed.coefficients)
-    if informed.vary is not None:
-        coefficients = [None] * len(experts)
-    used = tuple((str(path), value) for (path, _), value in zip(experts, coefficients, strict=True))
-    tensors = len(sources[0][0].names)
-    return MergeResult(out, method, settings_of(configured), used, tensors, learnt=informed.learnt)
+    values = [None] * len(names) if learnt.vary is not None else configured.resolve(learnt.coefficients)
+    return MergeResult(
+        out,
+        method,
+        settings_of(configured),
+        tuple(zip(names, values, strict=True)),
+        len(sources[0].names),
+        learnt=learnt.facts,
+        summary=learnt.summary,
+    )
 
 
 def _merge_config(config: Path, out: Path, *, checksums: bool, threads: int | None, progress: Progress) -> MergeResult:
@@ -166,19 +188,21 @@ def _merge_config(config: Path, out: Path, *, checksums: bool, threads: int | No
         meaning.method,
         out,
         vary=vary,
-        out_dtype=_torch_dtype(parsed),
+        out_dtype=None if parsed.stored_dtype is None else _named_dtype(parsed.stored_dtype),
         checksums=checksums,
         threads=threads,
         progress=progress,
     )
     used = []
     for number, model in enumerate(meaning.experts):
-        coefficients = {its.coefficients[number] for its in terms.values()}
+        coefficients = {tensor_terms.coefficients[number] for tensor_terms in terms.values()}
         used.append((model, coefficients.pop() if len(coefficients) == 1 else None))
     return MergeResult(out, meaning.method.name, settings_of(meaning.method), tuple(used), len(names))
 
 
-def _run_config(config: Path, out: Path, *, seed: int, checksums: bool, threads: int | None) -> MergeResult:
+def _merge_config_with_mergekit(
+    config: Path, out: Path, *, seed: int, checksums: bool, threads: int | None
+) -> MergeResult:
     """Have mergekit merge as a configuration says: any that mergekit takes, if it keeps the tensors."""
     document = read_document(config)
     models = models_named(document)
@@ -201,61 +225,6 @@ def _run_config(config: Path, out: Path, *, seed: int, checksums: bool, threads:
     listed = tuple((model, None) for model in models if model != base)
     tensors = len(next(iter(roles.values())).names)
     return MergeResult(out, str(document.get("merge_method")), parameters, listed, tensors, "mergekit")
-
-
-def _run_method(
-    method: str,
-    base_source: TensorSource | None,
-    sources: Sequence[tuple[TensorSource, float | None]],
-    experts: Sequence[tuple[Path, float | None]],
-    settings: Mapping[str, object],
-    out: Path,
-    *,
-    base: Path | None,
-    seed: int,
-    checksums: bool,
-    threads: int | None,
-) -> MergeResult:
-    """Have mergekit merge experts with its method of this name, in float32 and stored as the models are."""
-    if method not in MERGEKIT_METHODS:
-        raise UsageError(f"mergekit has no {method}; leave out --backend, or use {', '.join(MERGEKIT_METHODS)}.")
-    merge: Merge = MERGES[method]()
-    coefficients = merge.resolve([coefficient for _, coefficient in experts])
-    template = base_source if base_source is not None else sources[0][0]
-    paths = [str(path.absolute()) for path, _ in experts]
-    document: dict[str, Any] = {
-        "merge_method": method,
-        "models": [{"model": path} for path in paths],
-        "parameters": {name: _plain(value) for name, value in settings.items()},
-        "dtype": "float32",
-        "out_dtype": _stored_dtype(template),
-    }
-    if method == "slerp":
-        document["base_model"] = paths[0]
-        document["parameters"].setdefault("t", coefficients[1])
-    elif method != "model_stock":
-        for model, coefficient in zip(document["models"], coefficients, strict=True):
-            model["parameters"] = {"weight": coefficient}
-    if base is not None and method not in ("linear", "slerp"):
-        document["base_model"] = str(base.absolute())
-    parse_config(document)  # refuses parameters that mergekit would pass over in silence
-    inputs = {f"expert {number}": source for number, (source, _) in enumerate(sources, start=1)}
-    if base_source is not None:
-        inputs = {"base": base_source, **inputs}
-    merge_with_mergekit(document, inputs, out, seed=seed, checksums=checksums, threads=threads)
-    used = tuple((str(path), value) for (path, _), value in zip(experts, coefficients, strict=True))
-    return MergeResult(out, method, document["parameters"], used, len(template.names), "mergekit")
-
-
-def _plain(value: object) -> object:
-    """A setting as YAML would read it: command lines give text."""
-    import yaml
-
-    return yaml.safe_load(value) if isinstance(value, str) else value
-
-
-def _torch_dtype(config: MergeConfig) -> torch.dtype | None:
-    return None if config.stored_dtype is None else _named_dtype(config.stored_dtype)
 
 
 def _named_dtype(name: str) -> torch.dtype:

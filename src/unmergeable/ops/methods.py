@@ -3,104 +3,129 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from unmergeable.architecture.families import QUERY_KEY_GROUPS, RESIDUAL_GROUPS
 from unmergeable.attacks import ATTACKS
 from unmergeable.merges import MERGES
-from unmergeable.ops.data_merges import DATA_DRIVEN
-from unmergeable.ops.steps import METHODS
-from unmergeable.polynomials.layout import LAYOUTS
-from unmergeable.protections import CONTROLS, POLYNOMIAL_PROTECTIONS, PROTECTIONS, LargestGauge, MergeGuard
+from unmergeable.protections import CONTROLS, PROTECTIONS, Protection
+from unmergeable.protections.exact import ExactProtection
+from unmergeable.registry import Requirements
 
-DIFFUSION = ("UNet2DConditionModel",)
-"""Families without a task that has right and wrong answers."""
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of a method: the name of its type, what there is to choose from if it is a choice, and its default."""
+
+    name: str
+    type: str
+    default: object
+    choices: tuple[object, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        choices = {"choices": list(self.choices)} if self.choices else {}
+        return {"name": self.name, "type": self.type, **choices, "default": self.default}
+
+    def to_json_schema(self) -> dict[str, Any]:
+        if self.choices:
+            return {"enum": list(self.choices)}
+        return {"type": {"float": "number", "int": "integer", "bool": "boolean"}.get(self.type, "string")}
+
+
+@dataclass(frozen=True)
+class Validity:
+    """What a family of models leaves to a protection: the group it draws from, or the ``reason`` why it has none."""
+
+    group: str | None = None
+    reason: str | None = None
+
+    @property
+    def is_valid(self) -> bool:
+        return self.reason is None
+
+    def to_json(self) -> dict[str, Any]:
+        told = {"group": self.group, "reason": self.reason}
+        return {"valid": self.is_valid, **{name: text for name, text in told.items() if text is not None}}
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A method with its default settings. ``families`` is of protections only."""
+
+    name: str
+    summary: str
+    exact: bool
+    needs: tuple[str, ...]
+    settings: tuple[Setting, ...]
+    families: Mapping[str, Validity] = field(default_factory=dict)
+    is_control: bool = False
+
+    @classmethod
+    def of(cls, method: Any, families: Mapping[str, Validity] | None = None) -> MethodEntry:
+        """The entry of a registered class."""
+        requirements: Requirements = method().requirements()
+        return cls(
+            name=method.name,
+            summary=_summary(method),
+            exact=requirements.exact,
+            needs=requirements.needs,
+            settings=_settings(method),
+            families=families or {},
+            is_control=getattr(method, "is_control", False),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        families = {family: validity.to_json() for family, validity in self.families.items()}
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "exact": self.exact,
+            "needs": list(self.needs),
+            "settings": [setting.to_json() for setting in self.settings],
+            **({"families": families} if families else {}),
+            **({"control": True} if self.is_control else {}),
+        }
 
 
 @dataclass(frozen=True)
 class MethodsResult:
     """``families``: for each family, the group that survives between queries and keys, and why it is no larger."""
 
-    protections: tuple[dict[str, Any], ...]
-    controls: tuple[dict[str, Any], ...]
-    merges: tuple[dict[str, Any], ...]
-    recoveries: tuple[dict[str, Any], ...]
-    families: dict[str, str]
+    protections: tuple[MethodEntry, ...]
+    controls: tuple[MethodEntry, ...]
+    merges: tuple[MethodEntry, ...]
+    recoveries: tuple[MethodEntry, ...]
+    families: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "protections": list(self.protections),
-            "controls": list(self.controls),
-            "merges": list(self.merges),
-            "recoveries": list(self.recoveries),
-            "families": self.families,
+            "protections": [entry.to_json() for entry in self.protections],
+            "controls": [entry.to_json() for entry in self.controls],
+            "merges": [entry.to_json() for entry in self.merges],
+            "recoveries": [entry.to_json() for entry in self.recoveries],
+            "families": dict(self.families),
         }
 
 
 def methods() -> MethodsResult:
-    """Every method, with ``exact``, ``needs``, its settings and their defaults, and its validity per family."""
-    families = dict(QUERY_KEY_GROUPS)
-    protections = tuple(
-        {
-            "name": cls.name,
-            "summary": cls.summary,
-            "exact": cls.exact,
-            "needs": list(cls.needs),
-            "settings": _settings(cls),
-            "families": {family: _validity(cls, family) for family in families},
-        }
-        for cls in METHODS.values()
+    """Every method, those of other packages included, with its needs, its settings, and its validity per family."""
+    families = tuple(QUERY_KEY_GROUPS)
+    return MethodsResult(
+        protections=tuple(
+            MethodEntry.of(cls, {family: _validity(cls(), family) for family in families})
+            for cls in PROTECTIONS.values()
+        ),
+        controls=tuple(map(MethodEntry.of, CONTROLS.values())),
+        merges=tuple(map(MethodEntry.of, MERGES.values())),
+        recoveries=tuple(map(MethodEntry.of, ATTACKS.values())),
+        families={family: _groups(family)[0] for family in families},
     )
-    controls = tuple(
-        {
-            "name": cls.name,
-            "summary": cls.summary,
-            "exact": cls.name == "identity",
-            "needs": ["base"] if cls.name == "scale" else [],
-            "settings": _settings(cls),
-            "control": True,
-        }
-        for cls in CONTROLS.values()
-    )
-    merges = tuple(
-        {
-            "name": cls.name,
-            "summary": _summary(cls),
-            "exact": False,
-            "needs": [*(["base"] if cls.needs_base else []), *(["data"] if cls.name in DATA_DRIVEN else [])],
-            "settings": _settings(cls),
-        }
-        for cls in MERGES.values()
-    )
-    recoveries = tuple(
-        {
-            "name": cls.name,
-            "summary": cls.summary,
-            "exact": cls.exact,
-            "needs": list(cls.needs),
-            "settings": _settings(cls),
-        }
-        for cls in ATTACKS.values()
-    )
-    return MethodsResult(protections, controls, merges, recoveries, families)
 
 
-def _validity(cls: type[Any], family: str) -> dict[str, Any]:
-    """What a family leaves to a protection, or the reason why it leaves nothing."""
-    if cls.name in PROTECTIONS:
-        attention = QUERY_KEY_GROUPS[family]
-        residual = f"{attention}; residual stream: {RESIDUAL_GROUPS[family]}"
-        return {"valid": True, "group": residual if cls is LargestGauge else attention}
-    if cls.name in POLYNOMIAL_PROTECTIONS and family not in LAYOUTS:
-        return {"valid": False, "reason": "no network of polynomials is known for it"}
-    if cls is MergeGuard and family in DIFFUSION:
-        return {"valid": False, "reason": "it is trained on the right answers of a task, and these networks have none"}
-    return {"valid": True}
-
-
-def schema() -> dict[str, Any]:
+def schema() -> Mapping[str, object]:
     """JSON Schema of a recipe: the methods there are, and the settings of each."""
     steps = [
         {
@@ -109,14 +134,14 @@ def schema() -> dict[str, Any]:
                 "method": {"const": name},
                 "settings": {
                     "type": "object",
-                    "properties": {item["name"]: _json_schema(item) for item in _settings(cls)},
+                    "properties": {setting.name: setting.to_json_schema() for setting in _settings(cls)},
                     "additionalProperties": False,
                 },
             },
             "required": ["method"],
             "additionalProperties": False,
         }
-        for name, cls in METHODS.items()
+        for name, cls in PROTECTIONS.items()
     ]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -128,29 +153,31 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _settings(cls: Any) -> list[dict[str, Any]]:
-    hints = get_type_hints(cls)
-    return [
-        {"name": field.name, **_type(hints[field.name]), "default": field.default} for field in dataclasses.fields(cls)
-    ]
+def _groups(family: str) -> tuple[str, str]:
+    """In words, the groups that a family leaves between queries and keys, and to its residual stream."""
+    return QUERY_KEY_GROUPS[family], RESIDUAL_GROUPS[family]
 
 
-def _type(hint: Any) -> dict[str, Any]:
-    """The name of a setting's type, and what there is to choose from if it is a choice."""
+def _validity(protection: Protection, family: str) -> Validity:
+    reason = protection.unsupported(family)
+    if reason is not None or not isinstance(protection, ExactProtection):
+        return Validity(reason=reason)
+    attention, residual = _groups(family)
+    return Validity(f"{attention}; residual stream: {residual}" if protection.residual else attention)
+
+
+def _settings(method: Any) -> tuple[Setting, ...]:
+    hints = get_type_hints(method)
+    return tuple(_setting(item.name, hints[item.name], item.default) for item in dataclasses.fields(method))
+
+
+def _setting(name: str, hint: Any, default: object) -> Setting:
     if get_origin(hint) is Literal:
-        return {"type": "str", "choices": list(get_args(hint))}
-    return {"type": getattr(hint, "__name__", str(hint))}
+        return Setting(name, "str", default, get_args(hint))
+    return Setting(name, getattr(hint, "__name__", str(hint)), default)
 
 
-def _json_schema(setting: Mapping[str, Any]) -> dict[str, Any]:
-    if "choices" in setting:
-        return {"enum": setting["choices"]}
-    return {"type": {"float": "number", "int": "integer", "bool": "boolean"}.get(setting["type"], "string")}
-
-
-def _summary(cls: Any) -> str:
+def _summary(method: Any) -> str:
     """A method's ``summary``, or the first line of its module's docstring."""
-    import sys
-
-    text = getattr(cls, "summary", None) or (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
-    return str(text).removeprefix(f"``{cls.name}``: ").rstrip(".")
+    text = getattr(method, "summary", None) or sys.modules[method.__module__].__doc__ or method.__doc__ or method.name
+    return str(text).strip().splitlines()[0].removeprefix(f"``{method.name}``: ").rstrip(".")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
 from pathlib import Path
 
-import torch
-
 from unmergeable.architecture import Architecture, detect
-from unmergeable.checkpoint.index import TensorSpec
 from unmergeable.checkpoint.open import open_checkpoint
-from unmergeable.checkpoint.source import DerivedSource, TensorSource
+from unmergeable.checkpoint.source import RenamedSource, TensorSource
 from unmergeable.errors import BadInput, Mismatch
+
+AnyPath = str | os.PathLike[str]
+"""A file or folder; where it names a checkpoint also ``hub:OWNER/NAME``."""
 
 
 def open_with_architecture(
@@ -26,23 +25,6 @@ def open_with_architecture(
 def architecture_of(source: TensorSource) -> Architecture:
     """The architecture of an open checkpoint; raises UnsupportedArchitecture naming what does not fit."""
     return detect(source.config, {name: source.spec(name).shape for name in source.names})
-
-
-@dataclass(frozen=True)
-class RenamedSource(DerivedSource):
-    """A checkpoint under other tensor names: a base saved without the ``bert.`` prefix its fine-tune carries."""
-
-    original_name: Mapping[str, str]
-
-    @property
-    def names(self) -> Sequence[str]:
-        return list(self.original_name)
-
-    def spec(self, name: str) -> TensorSpec:
-        return self.original.spec(self.original_name.get(name, name))
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.original.tensor(self.original_name.get(name, name))
 
 
 def open_base(
@@ -61,7 +43,12 @@ def open_base(
         raise BadInput(
             f"base {folder} does not exist; give the folder of the checkpoint this model was fine-tuned from."
         )
-    base = open_checkpoint(folder, allow_pickle=allow_pickle)
+    return base_of(open_checkpoint(folder, allow_pickle=allow_pickle), expert, architecture)
+
+
+def base_of(base: TensorSource, expert: TensorSource, architecture: Architecture) -> TensorSource:
+    """An open base of ``expert``, under the expert's tensor names; raises as :func:`open_base`."""
+    folder = base.description
     kinds = [source.config.get("model_type") or source.config.get("_class_name") for source in (expert, base)]
     if kinds[0] != kinds[1]:
         raise Mismatch(

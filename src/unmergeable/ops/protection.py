@@ -8,27 +8,31 @@ manifest. Everything that can be refused is refused before the first step begins
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from unmergeable.checkpoint.disk import replace_file
+from unmergeable.checkpoint.disk import replace_file, sync_folder
+from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.index import is_adapter
-from unmergeable.checkpoint.manifest import read_manifest
+from unmergeable.checkpoint.listing import MANIFEST_NAME
+from unmergeable.checkpoint.manifest import Manifest, read_manifest
 from unmergeable.checkpoint.open import open_checkpoint
-from unmergeable.checkpoint.partial import require_absent, sync_folder
-from unmergeable.checkpoint.side_files import MANIFEST_NAME
-from unmergeable.errors import BadInput, UsageError
-from unmergeable.ops.exact import protect_exactly, require_apart
-from unmergeable.ops.mergeguard import protect_with_mergeguard
-from unmergeable.ops.polynomials import protect_with_polynomials
-from unmergeable.ops.sensitivity_shield import protect_with_shield
-from unmergeable.ops.steps import Reads, Step, steps_of
+from unmergeable.checkpoint.partial import partial_of, require_absent
+from unmergeable.checkpoint.rewrite import rewrite
+from unmergeable.checkpoint.source import TensorSource
+from unmergeable.errors import BadInput, KeyFileError, UsageError
+from unmergeable.gauge.key import Key, write_key
+from unmergeable.ops.opened import AnyPath, open_base, open_with_architecture
+from unmergeable.ops.protect_result import ProtectResult, StepReport
+from unmergeable.ops.steps import Methods, Step, steps_of
 from unmergeable.progress import Progress, silent
-from unmergeable.protections import POLYNOMIAL_PROTECTIONS, PROTECTIONS, SensitivityShield
-from unmergeable.settings import configure
+from unmergeable.protections import CONTROLS, Extras, Facts, Inputs, Protection, Rewrite
+from unmergeable.settings import configure, nearest
+from unmergeable.threads import one_thread_per_kernel, worker_threads
 
 EARLIER_STEPS = "earlier_steps"
 """What the manifest of a composition says of the steps before the last, a list of their manifests without outputs."""
@@ -36,69 +40,36 @@ EARLIER_STEPS = "earlier_steps"
 _REQUEST = "request.json"
 
 
-class Protected(Protocol):
-    """What every protection reports."""
-
-    @property
-    def out(self) -> Path: ...
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class ComposedResult:
-    """What several steps, one after another, did (or, in a dry run, would do).
-
-    ``steps``: of each what it reported; of one that an interrupted run had finished, what its manifest says. ``key`` of
-    the exact step, None where there is none.
-    """
-
-    out: Path
-    key: Path | None
-    methods: tuple[str, ...]
-    steps: tuple[Mapping[str, Any], ...]
-    notes: tuple[str, ...]
-    is_dry_run: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "out": str(self.out),
-            "key": str(self.key) if self.key else None,
-            "methods": list(self.methods),
-            "steps": [dict(step) for step in self.steps],
-            "dry_run": self.is_dry_run,
-            "notes": list(self.notes),
-        }
-
-
 def protect(
-    expert: Path,
+    expert: AnyPath,
     *,
-    base: Path,
-    out: Path,
-    method: str | Sequence[str] = "mergelock",
-    key: Path | None = None,
+    base: AnyPath,
+    out: AnyPath,
+    method: Methods = None,
+    key: AnyPath | None = None,
     settings: Mapping[str, object] | None = None,
     seed: int | None = None,
     passphrase: str | None = None,
-    data: Path | None = None,
-    head: Path | None = None,
-    encoder: Path | None = None,
-    siblings: Sequence[Path] = (),
+    data: AnyPath | None = None,
+    head: AnyPath | None = None,
+    encoder: AnyPath | None = None,
+    siblings: Sequence[AnyPath] = (),
+    generic: AnyPath | None = None,
     dry_run: bool = False,
     allow_pickle: bool = False,
     threads: int | None = None,
     progress: Progress = silent,
-) -> Protected:
+) -> ProtectResult:
     """Write a protected copy of ``expert`` to ``out``, and a key where an exact method is among them.
 
     ``out`` appears complete, or not at all. Killed or out of disk, the same call resumes.
 
     Args:
-        expert: checkpoint folder, or a LoRA folder to be merged into ``base`` first.
-        base: the checkpoint it was fine-tuned from.
+        expert: checkpoint folder, a LoRA folder to be merged into ``base`` first, or ``hub:OWNER/NAME``.
+        base: the checkpoint it was fine-tuned from, likewise.
         out: folder to create.
-        method: protections, applied left to right; exact ones that stand next to each other are rounded once.
+        method: protections, applied left to right; exact ones that stand next to each other are rounded once. None for
+            the default, ``gauge`` with ``quantisation_friendly``.
         key: key file to create where a method is exact; ``out`` with ``.key`` appended when None. An existing one is
             used only if it was made by this very call, to resume.
         settings: of the methods, by name, or by ``method.name`` where several have it.
@@ -109,27 +80,128 @@ def protect(
         head: file of the task's head, where the expert ends in features (:mod:`unmergeable.tasks`).
         encoder: folder whose tokenizer or image processor prepares the data; None for the expert's.
         siblings: other fine-tunes of the base, for ``sensitivity_shield``.
+        generic: inputs of other kinds than the task's, for ``collapse``; without labels.
         dry_run: check everything, write nothing.
         allow_pickle: read a checkpoint that has no safetensors files; exact methods only.
-
-    Returns:
-        A ``ProtectResult``, ``PolynomialResult``, ``ShieldResult`` or ``MergeGuardResult``; of several steps a
-        :class:`ComposedResult`.
+        threads: how many tensors are worked on at a time; None for one per processor.
 
     Raises:
         UsageError, BadInput, KeyFileError: before the first byte is written.
         NotEquivalent: the written file does not compute what it should; it is removed.
     """
     steps = steps_of(method, settings or {})
-    request = _Request(
-        expert, base, out, key, seed, passphrase, data, head, encoder, tuple(siblings), allow_pickle, threads, progress
+    extras = Extras(
+        data=_path(data),
+        head=_path(head),
+        encoder=_path(encoder),
+        siblings=tuple(map(folder_of, siblings)),
+        generic=_path(generic),
     )
-    request.require_use(steps)
-    if not out.parent.is_dir():  # found out by the writer as well, but training comes before it
-        raise BadInput(f"{out} cannot be created: its parent folder {out.parent} does not exist; create it first.")
-    if len(steps) == 1:
-        return request.run(steps[0], expert, out, is_dry_run=dry_run)
-    return _compose(request, steps, is_dry_run=dry_run)
+    _require_use(steps, extras, allow_pickle=allow_pickle)
+    out = Path(out)
+    request = _Request(
+        expert=folder_of(expert),
+        base=folder_of(base),
+        out=out,
+        key=(Path(key) if key is not None else out.with_name(f"{out.name}.key")),
+        extras=extras,
+        seed=seed,
+        passphrase=passphrase,
+        allow_pickle=allow_pickle,
+        threads=worker_threads(threads),
+        progress=progress,
+    )
+    request.require_places(steps)
+    if len(steps) > 1:
+        return _compose(request, steps, is_dry_run=dry_run)
+    (step,) = steps
+    report = request.check(step, request.expert) if dry_run else request.write(step, request.expert, out)
+    return request.result(steps, [report], is_dry_run=dry_run)
+
+
+def write_control(
+    expert: AnyPath,
+    *,
+    base: AnyPath,
+    out: AnyPath,
+    method: str,
+    settings: Mapping[str, object] | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Manifest:
+    """Write ``expert`` to ``out`` as a control changes it: in a way that protects nothing, for audits to find that out.
+
+    Raises:
+        UsageError: no such control, or a setting out of range.
+        BadInput: the checkpoints cannot be used, or ``out`` exists.
+    """
+    if method not in CONTROLS:
+        raise UsageError(f"no control is called {method!r}{nearest(method, CONTROLS)}")
+    control = configure(CONTROLS[method], settings or {})
+    inputs = _opened(folder_of(expert), folder_of(base))
+    inputs = replace(inputs, seed=seed, threads=worker_threads(threads), progress=progress)
+    _, manifest = _write(control, control.prepare(inputs), inputs, Path(out))
+    return manifest
+
+
+def _path(path: AnyPath | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _require_use(steps: Sequence[Step], extras: Extras, *, allow_pickle: bool) -> None:
+    """Raises UsageError for something that no step has a use for."""
+    names = ",".join(step.name for step in steps)
+    for extra in fields(extras):
+        if getattr(extras, extra.name) and not any(extra.name in step.reads for step in steps):
+            raise UsageError(f"{names} with these settings reads no {extra.name}: leave out {extra.name}.")
+    if allow_pickle and not steps[0].has_key:
+        raise UsageError(f"{steps[0].name} reads safetensors only: convert the checkpoint and leave out allow_pickle.")
+
+
+def _opened(expert: Path, base: Path, *, allow_pickle: bool = False) -> Inputs:
+    """Both checkpoints, headers only."""
+    source, architecture = open_with_architecture(expert, base=base, allow_pickle=allow_pickle)
+    origin = open_base(base, source, architecture, allow_pickle=allow_pickle)
+    return Inputs(source, origin, architecture, template=base if is_adapter(expert) else expert, base_folder=base)
+
+
+@one_thread_per_kernel()
+def write_prepared(
+    prepared: Rewrite, out: Path, details: Mapping[str, Any], *, threads: int, progress: Progress
+) -> tuple[Facts, Manifest]:
+    """Write a prepared checkpoint to ``out``, with ``details`` in its manifest; its facts after verification."""
+    facts = prepared.facts
+
+    def verify(written: TensorSource) -> Mapping[str, Any]:
+        nonlocal facts
+        facts = facts if prepared.verify is None else prepared.verify(written)
+        return facts.record()
+
+    manifest = rewrite(
+        prepared.source,
+        out,
+        prepared.plan,
+        manifest=details,
+        resume_token=prepared.resume_token,
+        config_changes=prepared.config_changes,
+        also_read=prepared.also_read,
+        verify=verify,
+        threads=threads,
+        progress=progress,
+    )
+    return facts, manifest
+
+
+def _write(protection: Protection, prepared: Rewrite, inputs: Inputs, out: Path) -> tuple[Facts, Manifest]:
+    details = {
+        "kind": "control" if protection.is_control else "protected",
+        "recipe": prepared.recipe,
+        "architecture": inputs.architecture.family,
+        **prepared.record,
+        **({"note": protection.limits} if protection.limits else {}),
+    }
+    return write_prepared(prepared, out, details, threads=inputs.threads, progress=inputs.progress)
 
 
 @dataclass(frozen=True)
@@ -139,130 +211,120 @@ class _Request:
     expert: Path
     base: Path
     out: Path
-    key: Path | None
+    key: Path
+    extras: Extras
     seed: int | None
     passphrase: str | None
-    data: Path | None
-    head: Path | None
-    encoder: Path | None
-    siblings: tuple[Path, ...]
     allow_pickle: bool
-    threads: int | None
+    threads: int
     progress: Progress
 
-    @property
-    def key_path(self) -> Path:
-        return self.key or self.out.with_name(f"{self.out.name}.key")
+    def require_places(self, steps: Sequence[Step]) -> None:
+        """Refuse places that cannot be written to: training and calibration come before the writing."""
+        if not self.out.parent.is_dir():
+            raise BadInput(
+                f"{self.out} cannot be created: its parent folder {self.out.parent} does not exist; create it first."
+            )
+        if any(step.has_key for step in steps):
+            _require_apart(self.key, self.out)
+        require_absent(self.out)
 
-    @property
-    def given(self) -> Mapping[Reads, object]:
-        """What was given for the methods to read."""
-        return {"data": self.data, "head": self.head, "encoder": self.encoder, "siblings": self.siblings}
+    def inputs(self, step: Step, source: Path, out: Path) -> Inputs:
+        """What a step works on, ``source`` being the expert or what the step before wrote."""
+        given = {extra.name: getattr(self.extras, extra.name) for extra in fields(Extras) if extra.name in step.reads}
+        return replace(
+            _opened(source, self.base, allow_pickle=self.allow_pickle),
+            extras=Extras(**given),
+            key_file=self.key if step.has_key else None,
+            passphrase=self.passphrase,
+            seed=self.seed,
+            threads=self.threads,
+            work=out.with_name(f"{out.name}.training"),
+            progress=self.progress,
+        )
 
-    def require_use(self, steps: Sequence[Step]) -> None:
-        """Raises UsageError for something that no step has a use for."""
-        names = ",".join(step.name for step in steps)
-        for what, value in self.given.items():
-            if value and not any(what in step.reads for step in steps):
-                raise UsageError(f"{names} with these settings reads no {what}: leave out {what}.")
-        if self.allow_pickle and not steps[0].is_exact:
-            raise UsageError(
-                f"{steps[0].name} reads safetensors only: convert the checkpoint and leave out allow_pickle."
+    def check(self, step: Step, source: Path) -> StepReport:
+        """A dry run of one step."""
+        inputs = self.inputs(step, source, self.out)
+        return self._report(step, inputs, step.protection.check(inputs), self.out, None, is_dry_run=True)
+
+    def write(self, step: Step, source: Path, out: Path) -> StepReport:
+        """One step, from the folder ``source`` to the folder ``out``."""
+        inputs = self.inputs(step, source, out)
+        prepared = step.protection.prepare(inputs)
+        is_new_key = prepared.key is not None and not os.path.lexists(self.key)
+        if prepared.key is not None and is_new_key:
+            write_key(self.key, prepared.key, self.passphrase)
+        try:
+            facts, _ = _write(step.protection, prepared, inputs, out)
+        except Exception:
+            if is_new_key and not partial_of(out).exists():
+                self.key.unlink(missing_ok=True)  # it opens nothing, and would be in the way of the next try
+            raise
+        if inputs.work is not None:
+            _remove(prepared.leftovers, inputs.work)
+        return self._report(step, inputs, facts, out, prepared.key, is_dry_run=False)
+
+    def _report(
+        self, step: Step, inputs: Inputs, facts: Facts, out: Path, key: Key | None, *, is_dry_run: bool
+    ) -> StepReport:
+        notes = (*facts.notes, step.protection.limits)
+        recipes = [protection.recipe() for protection in step.single]
+        document: dict[str, Any] = {
+            "architecture": inputs.architecture.family,
+            **facts.to_json(),
+            "dry_run": is_dry_run,
+        }
+        if step.has_key:
+            made = {"key": str(self.key), "key_fingerprint": key.fingerprint if key else None}
+            # Several keyed methods may be one step, so theirs are lists.
+            document = {**made, "protections": recipes, **document, "notes": list(notes)}
+        else:
+            document = {**recipes[0], **document, "note": " ".join(notes)}
+        return StepReport(step.methods, out, notes, document, facts)
+
+    def result(self, steps: Sequence[Step], reports: Sequence[StepReport], *, is_dry_run: bool) -> ProtectResult:
+        return ProtectResult(
+            out=self.out,
+            base=self.base,
+            key=self.key if any(step.has_key for step in steps) else None,
+            steps=tuple(reports),
+            is_dry_run=is_dry_run,
+            attack=steps[-1].protection.attack,
+        )
+
+
+def _require_apart(key: Path, out: Path) -> None:
+    """Raises KeyFileError when the key would lie in a folder that is published, or removed."""
+    target = key.parent.resolve() / key.name
+    for folder in (out, partial_of(out), _steps_folder(out)):
+        place = folder.parent.resolve() / folder.name
+        if target == place or place in target.parents:
+            raise KeyFileError(
+                f"key file {key} would lie inside {folder}, which is published or removed; keep it elsewhere."
             )
 
-    def run(self, step: Step, source: Path, out: Path, *, is_dry_run: bool) -> Protected:
-        """One step, from the folder ``source`` to the folder ``out``."""
-        return _runner(step)(self, step, source, out, is_dry_run)
+
+def _remove(leftovers: Sequence[Path], work: Path) -> None:
+    """What the result makes superfluous; somebody else's files in the work folder stay."""
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
 
 
-_Run = Callable[[_Request, Step, Path, Path, bool], Protected]
+def _steps_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.steps")
 
 
-def _runner(step: Step) -> _Run:
-    if step.is_exact:
-        return _run_exact
-    if step.name in POLYNOMIAL_PROTECTIONS:
-        return _run_polynomials
-    return _run_shield if step.name == SensitivityShield.name else _run_mergeguard
-
-
-def _run_exact(request: _Request, step: Step, source: Path, out: Path, is_dry_run: bool) -> Protected:
-    return protect_exactly(
-        source,
-        base=request.base,
-        out=out,
-        protections=[configure(PROTECTIONS[name], step.settings[name]) for name in step.methods],
-        key=request.key_path,
-        seed=request.seed,
-        passphrase=request.passphrase,
-        dry_run=is_dry_run,
-        allow_pickle=request.allow_pickle,
-        threads=request.threads,
-        progress=request.progress,
-    )
-
-
-def _run_polynomials(request: _Request, step: Step, source: Path, out: Path, is_dry_run: bool) -> Protected:
-    return protect_with_polynomials(
-        source,
-        base=request.base,
-        out=out,
-        method=step.name,
-        data=request.data if "data" in step.reads else None,
-        settings=step.settings[step.name],
-        dry_run=is_dry_run,
-        threads=request.threads,
-        progress=request.progress,
-    )
-
-
-def _run_shield(request: _Request, step: Step, source: Path, out: Path, is_dry_run: bool) -> Protected:
-    return protect_with_shield(
-        source,
-        base=request.base,
-        out=out,
-        siblings=request.siblings if "siblings" in step.reads else (),
-        data=request.data if "data" in step.reads else None,
-        encoder=request.encoder,
-        settings=step.settings[step.name],
-        seed=request.seed or 0,
-        threads=request.threads,
-        dry_run=is_dry_run,
-        progress=request.progress,
-    )
-
-
-def _run_mergeguard(request: _Request, step: Step, source: Path, out: Path, is_dry_run: bool) -> Protected:
-    return protect_with_mergeguard(
-        source,
-        base=request.base,
-        out=out,
-        data=request.data if "data" in step.reads else None,
-        head=request.head,
-        encoder=request.encoder,
-        settings=step.settings[step.name],
-        seed=request.seed or 0,
-        threads=request.threads,
-        dry_run=is_dry_run,
-        progress=request.progress,
-    )
-
-
-def _compose(request: _Request, steps: Sequence[Step], *, is_dry_run: bool) -> ComposedResult:
+def _compose(request: _Request, steps: Sequence[Step], *, is_dry_run: bool) -> ProtectResult:
     """Check every step, do every step, and give the last one's result its place."""
-    require_absent(request.out)
-    place = request.out.with_name(f"{request.out.name}.steps")
+    place = _steps_folder(request.out)
     identity = _identity(request, steps)
     _require_ours(place, identity)
-    key = request.key_path if any(step.is_exact for step in steps) else None
-    if key is not None:
-        for folder in (request.out, place):
-            require_apart(key, folder)
     folders = [place / str(number) for number in range(1, len(steps) + 1)]
-    reports: list[Mapping[str, Any]] = [
-        request.run(step, source, request.out, is_dry_run=True).to_json()
-        for step, source, folder in _inputs(request, steps, folders)
-        if not folder.exists()
+    reports = [
+        request.check(step, source) for step, source, folder in _inputs(request, steps, folders) if not folder.exists()
     ]
     if not is_dry_run:
         place.mkdir(exist_ok=True)
@@ -273,30 +335,24 @@ def _compose(request: _Request, steps: Sequence[Step], *, is_dry_run: bool) -> C
         folders[-1].rename(request.out)
         sync_folder(request.out.parent)
         shutil.rmtree(place)
-    notes = dict.fromkeys(note for report in reports for note in _notes_in(report))
-    return ComposedResult(
-        request.out, key, tuple(step.name for step in steps), tuple(reports), tuple(notes), is_dry_run
-    )
+    return request.result(steps, reports, is_dry_run=is_dry_run)
 
 
-def _run_all(request: _Request, steps: Sequence[Step], folders: Sequence[Path]) -> list[Mapping[str, Any]]:
+def _run_all(request: _Request, steps: Sequence[Step], folders: Sequence[Path]) -> list[StepReport]:
     """Do the steps that are not done yet, each from the folder before it; what each has to report."""
-    reports: list[Mapping[str, Any]] = []
+    reports: list[StepReport] = []
     source = request.expert
     for step, folder in zip(steps, folders, strict=True):
-        if folder.exists():
-            report = _manifest_json(folder)
-        else:
-            report = request.run(step, source, folder, is_dry_run=False).to_json()
-        reports.append({**report, "out": str(request.out if folder == folders[-1] else folder)})
+        report = _finished(step, folder) if folder.exists() else request.write(step, source, folder)
+        reports.append(replace(report, out=request.out) if folder == folders[-1] else report)
         source = folder
     return reports
 
 
-def _notes_in(report: Mapping[str, Any]) -> Sequence[str]:
-    """The sentences of a step that the owner has to read."""
-    notes: Sequence[str] = report["notes"] if "notes" in report else [report["note"]]
-    return notes
+def _finished(step: Step, folder: Path) -> StepReport:
+    """What an interrupted run did."""
+    record = _manifest_json(folder)
+    return StepReport(step.methods, folder, (str(record["note"]),), record)
 
 
 def _inputs(request: _Request, steps: Sequence[Step], folders: Sequence[Path]) -> Iterator[tuple[Step, Path, Path]]:
@@ -310,7 +366,6 @@ def _inputs(request: _Request, steps: Sequence[Step], folders: Sequence[Path]) -
 
 def _identity(request: _Request, steps: Sequence[Step]) -> str:
     """What the work below ``OUT.steps`` was begun for."""
-    paths = {what: value for what, value in request.given.items() if value}
     source = open_checkpoint(request.expert, base=request.base, allow_pickle=request.allow_pickle)
     return json.dumps(
         {
@@ -318,7 +373,7 @@ def _identity(request: _Request, steps: Sequence[Step]) -> str:
             "base": request.base.resolve(),
             "steps": [[step.methods, step.settings] for step in steps],
             "seed": request.seed,
-            **paths,
+            **{name: value for name, value in asdict(request.extras).items() if value},
         },
         default=str,
         sort_keys=True,
@@ -329,8 +384,8 @@ def _require_ours(place: Path, identity: str) -> None:
     """Raises BadInput when ``place`` holds anything but the unfinished work of this very request."""
     if not place.is_symlink() and (not place.exists() or (place.is_dir() and not any(place.iterdir()))):
         return
-    told = place / _REQUEST
-    if place.is_symlink() or not told.is_file() or told.read_text() != identity:
+    begun_for = place / _REQUEST
+    if place.is_symlink() or not begun_for.is_file() or begun_for.read_text() != identity:
         raise BadInput(f"{place} holds the unfinished work of another request: remove it, or choose another OUT.")
 
 

@@ -8,16 +8,17 @@ from typing import Any
 
 from unmergeable.architecture import Architecture
 from unmergeable.architecture.residual import OUTPUT_HEAD
+from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.manifest import read_manifest
 from unmergeable.checkpoint.source import TensorSource, require_same_tensors
 from unmergeable.gauge.additive import Neutral, freedoms_of
 from unmergeable.gauge.equivalence import BlockError, Equivalence, Rounded, compare
-from unmergeable.ops.logits import LogitGap, logit_gap
-from unmergeable.ops.opened import architecture_of, open_with_architecture
-from unmergeable.ops.untied import untied
-from unmergeable.ops.workers import one_thread_per_kernel, worker_threads
+from unmergeable.network.logits import LogitGap, logit_gap
+from unmergeable.ops.opened import AnyPath, open_with_architecture
 from unmergeable.progress import Progress, silent
+from unmergeable.protections.untied import untied
 from unmergeable.randomness import Stream
+from unmergeable.threads import one_thread_per_kernel, worker_threads
 
 CONDITION_WITHOUT_MANIFEST = 1.0
 """When neither folder says how it was made, no rounding but that of what is stored is assumed."""
@@ -76,11 +77,11 @@ class VerifyResult:
 
 
 def verify(
-    expert: Path,
-    other: Path,
+    expert: AnyPath,
+    other: AnyPath,
     *,
-    base: Path | None = None,
-    probe: Path | None = None,
+    base: AnyPath | None = None,
+    probe: AnyPath | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> VerifyResult:
@@ -91,21 +92,24 @@ def verify(
     (:mod:`unmergeable.gauge.additive`) are taken out of both. An output head tied in one and apart in the other is one.
 
     Args:
-        expert, other: checkpoint folders; ``expert`` may be a LoRA folder on ``base``.
+        expert, other: checkpoint folders, or ``hub:OWNER/NAME``; ``expert`` may be a LoRA folder on ``base``.
         probe: JSON lines of ``{"text": …}`` or ``{"input_ids": […]}``, or an ``.npz`` of arrays named like the
             network's inputs; random inputs when None.
 
     Raises:
         Mismatch: they hold other tensors, so that comparing makes no sense.
     """
-    stored = open_with_architecture(expert, base=base), open_with_architecture(other)
+    folders = folder_of(expert), folder_of(other)
+    adapted = None if base is None else folder_of(base)
+    stored = open_with_architecture(folders[0], base=adapted), open_with_architecture(folders[1])
     (first, architecture), (second, _) = _equally_tied(*stored)
     require_same_tensors(first, second, "comparing two checkpoints")
-    condition = max(_condition(expert), _condition(other))
+    condition = max(map(_condition, folders))
     with one_thread_per_kernel():
         found = _compared(first, second, architecture, condition, worker_threads(threads), progress)
+    inputs = None if probe is None else Path(probe)
     gap = logit_gap(
-        stored[0][0], stored[1][0], condition, probe=probe, is_requested=True, is_measured=True, progress=progress
+        stored[0][0], stored[1][0], condition, probe=inputs, is_requested=True, is_measured=True, progress=progress
     )
     return VerifyResult(architecture.family, found, gap, condition)
 
@@ -157,19 +161,14 @@ def _equally_tied(first: Opened, second: Opened) -> tuple[Opened, Opened]:
     """Both with the output head apart from the embedding, if one of them has it apart."""
     heads = [OUTPUT_HEAD in source.names for source, _ in (first, second)]
     if heads == [False, True] and _is_tied(first):
-        return _apart(first), second
+        return untied(*first), second
     if heads == [True, False] and _is_tied(second):
-        return first, _apart(second)
+        return first, untied(*second)
     return first, second
 
 
 def _is_tied(opened: Opened) -> bool:
     return any(stream.tied is not None for stream in opened[1].residuals)
-
-
-def _apart(opened: Opened) -> Opened:
-    source = untied(*opened)
-    return source, architecture_of(source)
 
 
 def _condition(folder: Path) -> float:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from unmergeable.architecture import Architecture, FeedForward
+from unmergeable.checkpoint.source import RenamedSource, TensorSource
 from unmergeable.errors import BadInput, UnsupportedArchitecture
 from unmergeable.polynomials.activations import Basis
 
@@ -255,3 +256,10 @@ def names_on_disk(config: Mapping[str, Any], description: str, names: Iterable[s
         return {name: name for name in names}
     layout = Section.from_config(config, description).layout
     return {layout.to_disk_name(name): name for name in names}
+
+
+def under_names_on_disk(source: TensorSource) -> TensorSource:
+    """The checkpoint under the tensor names that the files of its family use; see :func:`names_on_disk`."""
+    if SECTION not in source.config:
+        return source
+    return RenamedSource(source, names_on_disk(source.config, source.description, source.names))

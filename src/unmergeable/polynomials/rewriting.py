@@ -182,7 +182,7 @@ class SourceWithFile(DerivedSource):
     @property
     def index(self) -> CheckpointIndex:
         index = self.original.index
-        return replace(index, side_files=(*index.side_files, self.extra_file))
+        return replace(index, side_files={**index.side_files, self.extra_file.name: self.extra_file.resolve()})
 
     def stored(self, name: str) -> Extent | None:
         """Where the tensor's bytes lie, if in a file."""

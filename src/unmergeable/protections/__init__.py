@@ -1,9 +1,13 @@
-"""Protections, one file each: they draw a gauge (see :mod:`.protection`), plan another structure, or other weights."""
+"""Protections, one file (or folder) each: what they are is in :mod:`.base`, what exact ones share in :mod:`.exact`."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
-from unmergeable.protections.base import GaugeProtection, Weights
-from unmergeable.protections.controls import CONTROLS, Control
+from unmergeable.errors import UsageError
+from unmergeable.protections.base import Extras, Facts, Inputs, Protection, ProtectionRequirements, Rewrite
+from unmergeable.protections.collapse import Collapse
+from unmergeable.protections.controls import Control, Identity, Noise, Scale
+from unmergeable.protections.exact import ExactProtection, Weights
 from unmergeable.protections.gauge import LargestGauge
 from unmergeable.protections.mergebarrier import MergeBarrier
 from unmergeable.protections.mergeguard import MergeGuard
@@ -11,32 +15,48 @@ from unmergeable.protections.mergelock import MergeLock
 from unmergeable.protections.params import PaRaMS
 from unmergeable.protections.sensitivity_shield import SensitivityShield
 from unmergeable.protections.taylor_mlp import TaylorMLP
+from unmergeable.registry import Registry
 
 __all__ = [
     "CONTROLS",
-    "POLYNOMIAL_PROTECTIONS",
     "PROTECTIONS",
-    "WEIGHT_PROTECTIONS",
+    "Collapse",
     "Control",
-    "GaugeProtection",
+    "ExactProtection",
+    "Extras",
+    "Facts",
+    "Inputs",
     "LargestGauge",
     "MergeBarrier",
     "MergeGuard",
     "MergeLock",
     "PaRaMS",
+    "Protection",
+    "ProtectionRequirements",
+    "Rewrite",
     "SensitivityShield",
     "TaylorMLP",
     "Weights",
+    "register_protection",
 ]
 
-PROTECTIONS: dict[str, type[GaugeProtection]] = {cls.name: cls for cls in (MergeLock, PaRaMS, LargestGauge)}
+PROTECTIONS = Registry(
+    "protection",
+    "unmergeable.protections",
+    (MergeLock, PaRaMS, LargestGauge, TaylorMLP, MergeBarrier, MergeGuard, SensitivityShield, Collapse),
+)
+CONTROLS: Mapping[str, type[Control]] = {cls.name: cls for cls in (Identity, Noise, Scale)}
+"""Protections in form only, for audits; ``protect`` refuses them."""
 
-POLYNOMIAL_PROTECTIONS: Mapping[str, type[TaylorMLP | MergeBarrier]] = {
-    cls.name: cls for cls in (TaylorMLP, MergeBarrier)
-}
-"""Those that change the structure of the network: calibrated on data, without a key."""
+Method = TypeVar("Method", bound=type[Protection])
 
-WEIGHT_PROTECTIONS: Mapping[str, type[MergeGuard | SensitivityShield]] = {
-    cls.name: cls for cls in (MergeGuard, SensitivityShield)
-}
-"""Those that change weights and with them the function, and keep the structure: no key."""
+
+def register_protection(method: Method) -> Method:
+    """Add a protection under its ``name``; returns the class, to be used as a decorator.
+
+    Raises:
+        UsageError: it is no :class:`Protection`, has no name, or one that is taken.
+    """
+    if not issubclass(method, Protection):
+        raise UsageError(f"{method.__qualname__} is no protection: derive it from unmergeable.protections.Protection.")
+    return PROTECTIONS.register(method)

@@ -4,50 +4,75 @@
     noise      theta_d + size . rms(theta_d) . N(0, 1)  per tensor: what a loss of utility alone buys
     scale      theta_0 + factor (theta_d - theta_0)     undone by one number
 
-They are never offered as protections: ``protect`` refuses them, and `unmergeable methods` marks them.
+They are protections in form only: ``protect`` refuses them, and `unmergeable methods` marks them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from unmergeable.checkpoint.plan import output_like
 from unmergeable.errors import UsageError
+from unmergeable.protections.base import Inputs, Protection, ProtectionRequirements, Rewrite, shared_tensors
 from unmergeable.randomness import Stream
 
 CHUNK_ELEMENTS = 1 << 20
 
 
-class Control(Protocol):
-    """A rewrite of one tensor at a time."""
+class Control(Protection):
+    """A rewrite of one tensor at a time. ``edit`` is the whole of it.
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
+    Tensors that the base lacks or holds in another shape (an output head of another task), and tensors that are not
+    floating point, are copied.
+    """
 
-    def validate(self) -> None: ...
+    is_control = True
+    limits = ""
 
     def edit(self, expert: Tensor, base: Tensor, stream: Stream) -> Tensor:
         """The tensor that is released in place of ``expert``, in its dtype; ``stream`` belongs to the tensor."""
-        ...
+        raise NotImplementedError
+
+    def requirements(self) -> ProtectionRequirements:
+        return ProtectionRequirements()
+
+    def prepare(self, inputs: Inputs) -> Rewrite:
+        expert, base, seed = inputs.expert, inputs.base, inputs.seed or 0
+        stream = Stream.from_seed(seed).child(f"control.{self.name}")
+
+        def edit(name: str) -> Callable[[Tensor], Tensor]:
+            return lambda tensor: self.edit(tensor, base.tensor(name), stream.child(name))
+
+        recipe = {**self.recipe(), "seed": seed}
+        return Rewrite(
+            source=expert,
+            plan=output_like(expert, {name: edit(name) for name in shared_tensors((expert, base))}),
+            recipe=recipe,
+            resume_token=f"control {recipe}",
+            also_read={"base": base},
+        )
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Control):
     name: ClassVar[str] = "identity"
     summary: ClassVar[str] = "the expert itself"
 
-    def validate(self) -> None: ...
+    def requirements(self) -> ProtectionRequirements:
+        return ProtectionRequirements(exact=True)
 
     def edit(self, expert: Tensor, base: Tensor, stream: Stream) -> Tensor:
         return expert
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(Control):
     """``size``: standard deviation of the noise, relative to the root mean square of the tensor it is added to."""
 
     name: ClassVar[str] = "noise"
@@ -73,7 +98,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Control):
     """``factor``: how much of the task vector is left."""
 
     name: ClassVar[str] = "scale"
@@ -85,6 +110,9 @@ class Scale:
         """Raises UsageError unless 0 <= factor <= 1."""
         if not 0 <= self.factor <= 1:
             raise UsageError(f"scale: factor must lie between 0 and 1, not {self.factor}.")
+
+    def requirements(self) -> ProtectionRequirements:
+        return ProtectionRequirements(needs=("base",))
 
     def edit(self, expert: Tensor, base: Tensor, stream: Stream) -> Tensor:
         start, end = base.double(), expert.double()

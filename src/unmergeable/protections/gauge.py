@@ -37,7 +37,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from unmergeable.architecture import Architecture, Space
 from unmergeable.architecture.residual import Norm
@@ -47,13 +46,12 @@ from unmergeable.errors import BadInput, UsageError
 from unmergeable.gauge.elements import Element, Monomial
 from unmergeable.gauge.gauge import Gauge, fixed_gauge, sampled_gauge
 from unmergeable.gauge.groups import sample
-from unmergeable.progress import Progress
-from unmergeable.protections.base import Weights
+from unmergeable.protections.exact import ExactProtection, Weights
 from unmergeable.randomness import Stream
 
 
 @dataclass(frozen=True)
-class LargestGauge:
+class LargestGauge(ExactProtection):
     """Parts to change, all by default. ``condition``: bound on the condition number of each matrix.
 
     ``quantisation_friendly``: orthogonal matrices, permutations and signs only, which keep 4-bit formats as good as
@@ -62,8 +60,6 @@ class LargestGauge:
 
     name: ClassVar[str] = "gauge"
     summary: ClassVar[str] = "every change of basis the architecture allows, at once"
-    exact: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("key",)
 
     condition: float = 4.0
     quantisation_friendly: bool = False
@@ -125,11 +121,6 @@ class LargestGauge:
             return {}
         every = architecture.symmetry.select("residual", folding=True)
         return {name: space for name, space in every.items() if space.folded}
-
-    def orders(
-        self, architecture: Architecture, expert: TensorSource, base: TensorSource, progress: Progress
-    ) -> dict[str, Tensor]:
-        return {}
 
     def gauges(self, architecture: Architecture, stream: Stream, weights: Weights) -> tuple[Gauge, ...]:
         """Everything that stands by itself; then gains into their readers, the rotation, and gains out again.

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.architecture import Architecture, Space, SymmetryMap
+from unmergeable.checkpoint.plan import output_like
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.gauge.act import edits, leg_view
@@ -39,6 +40,8 @@ from unmergeable.gauge.gauge import Gauge
 from unmergeable.polynomials.activations import Basis
 from unmergeable.polynomials.layout import Guard
 from unmergeable.polynomials.rewriting import Polynomials, Rewriting, UnitRanges, rewriting
+from unmergeable.protections.base import Facts, Inputs, ProtectionRequirements, Rewrite
+from unmergeable.protections.polynomial import PolynomialFacts, PolynomialProtection
 
 Parts = Literal["attention", "ffn", "both"]
 
@@ -46,7 +49,7 @@ _FLIPPED = ("general_linear", "rotary", "pair_sign")
 
 
 @dataclass(frozen=True)
-class MergeBarrier:
+class MergeBarrier(PolynomialProtection):
     """``parts``: attention (exact), ffn (approximate), or both.
 
     ``top_k``: directions, or rotary pairs, of every head to flip; 0 for half of them. ``basis`` of the polynomials, and
@@ -55,8 +58,6 @@ class MergeBarrier:
 
     name: ClassVar[str] = "mergebarrier"
     summary: ClassVar[str] = "strongest directions of every head flipped, feed-forwards as polynomials"
-    exact: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("data",)
 
     parts: Parts = "both"
     top_k: int = 0
@@ -78,6 +79,41 @@ class MergeBarrier:
     def _polynomials(self) -> Polynomials:
         share = 1.0 if self.as_published else self.share
         return Polynomials(self.basis, self.order, share, self.guard, self.mask_order, self.mask_radius)
+
+    @property
+    def limits(self) -> str:
+        if self.parts != "attention":
+            return super().limits
+        return super().limits.replace(self.remark, "Applying it once more undoes it, and that takes no key.")
+
+    @property
+    def attack(self) -> str | None:
+        return None if self.parts == "attention" else super().attack
+
+    def requirements(self) -> ProtectionRequirements:
+        if self.parts != "attention":
+            return super().requirements()
+        return ProtectionRequirements(exact=not self.as_published, stage="basis")
+
+    def unsupported(self, family: str) -> str | None:
+        return None if self.parts == "attention" else super().unsupported(family)
+
+    def check(self, inputs: Inputs) -> Facts:
+        self.spaces(inputs.architecture)
+        return PolynomialFacts() if self.parts == "attention" else super().check(inputs)
+
+    def prepare(self, inputs: Inputs) -> Rewrite:
+        self.spaces(inputs.architecture)  # a setting that does not fit is refused before the network is loaded
+        if self.parts != "attention":
+            return super().prepare(inputs)
+        flipped = edits(inputs.architecture.symmetry, [self.gauge(inputs.expert, inputs.architecture)])
+        return Rewrite(
+            source=inputs.expert,
+            plan=output_like(inputs.expert, flipped),
+            recipe=self.recipe(),
+            resume_token=f"polynomials {self.recipe()} None",
+            facts=PolynomialFacts(),
+        )
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
         """The bases of queries and keys whose signs can be flipped.
@@ -117,11 +153,6 @@ class MergeBarrier:
     def rewriting(
         self, source: TensorSource, architecture: Architecture, ranges: Mapping[str, UnitRanges]
     ) -> Rewriting:
-        """The checkpoint to write, ``parts`` not being attention.
-
-        Raises:
-            As :meth:`spaces` and :func:`unmergeable.polynomials.rewriting.rewriting`.
-        """
         assert self.parts != "attention", "the attention part is a gauge, and keeps the structure"
         flipped = edits(architecture.symmetry, [self.gauge(source, architecture)])
         return rewriting(source, architecture, ranges, self._polynomials, flipped)

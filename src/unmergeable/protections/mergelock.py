@@ -24,19 +24,15 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from unmergeable.architecture import Architecture, Space
-from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UsageError
 from unmergeable.gauge.gauge import Gauge, sampled_gauge
-from unmergeable.progress import Progress
-from unmergeable.protections.base import Weights, without_positions
+from unmergeable.protections.exact import ExactProtection, Weights, without_positions
 from unmergeable.randomness import Stream
 
 
 @dataclass(frozen=True)
-class MergeLock:
+class MergeLock(ExactProtection):
     """``condition``: bound on the condition number of each matrix; rounding errors grow with it.
 
     ``cross_attention``: also transform encoder-decoder and text-conditioning attention; the paper leaves it alone.
@@ -46,8 +42,6 @@ class MergeLock:
 
     name: ClassVar[str] = "mergelock"
     summary: ClassVar[str] = "secret change of basis inside every attention head"
-    exact: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("key",)
 
     condition: float = 4.0
     cross_attention: bool = True
@@ -75,11 +69,6 @@ class MergeLock:
     def gauge(self, architecture: Architecture, stream: Stream) -> Gauge:
         """A secret element for every space, drawn from ``stream``."""
         return sampled_gauge(self.spaces(architecture), stream, self.condition)
-
-    def orders(
-        self, architecture: Architecture, expert: TensorSource, base: TensorSource, progress: Progress
-    ) -> dict[str, Tensor]:
-        return {}
 
     def gauges(self, architecture: Architecture, stream: Stream, weights: Weights) -> tuple[Gauge, ...]:
         return (self.gauge(architecture, stream),)

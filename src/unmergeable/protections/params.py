@@ -45,7 +45,8 @@ from unmergeable.gauge.assignment import nearly_best_assignment
 from unmergeable.gauge.elements import Element, Monomial, Rotary, pair_indices
 from unmergeable.gauge.gauge import Gauge
 from unmergeable.progress import Progress
-from unmergeable.protections.base import Weights, without_positions
+from unmergeable.protections.base import ProtectionRequirements
+from unmergeable.protections.exact import ExactProtection, Weights, without_positions
 from unmergeable.randomness import Stream
 
 ROWS = 2048
@@ -60,7 +61,7 @@ _SCALED = ("general_linear", "rotary", "pair_scale", "diagonal")
 
 
 @dataclass(frozen=True)
-class PaRaMS:
+class PaRaMS(ExactProtection):
     """``smallest``, ``largest``: the range of the entries of the diagonals. The parts may be used alone.
 
     ``as_published``: a number for every coordinate under rotary positions too, where it is not exact.
@@ -68,8 +69,6 @@ class PaRaMS:
 
     name: ClassVar[str] = "params"
     summary: ClassVar[str] = "hidden units in the order furthest from the base's, attention scaled by secret diagonals"
-    exact: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("key", "base")
 
     smallest: float = 0.05
     largest: float = 20.0
@@ -86,6 +85,9 @@ class PaRaMS:
             )
         if not (self.attention or self.feed_forward):
             raise UsageError("params: attention and feed_forward are both off; leave one on.")
+
+    def requirements(self) -> ProtectionRequirements:
+        return ProtectionRequirements(exact=True, needs=("key", "base"), stage="basis")
 
     @property
     def bound(self) -> float:

@@ -27,10 +27,11 @@ from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.polynomials.layout import Guard
 from unmergeable.polynomials.rewriting import Polynomials, Rewriting, UnitRanges, rewriting
+from unmergeable.protections.polynomial import PolynomialProtection
 
 
 @dataclass(frozen=True)
-class TaylorMLP:
+class TaylorMLP(PolynomialProtection):
     """``order`` N of the polynomials; ``share`` of the hidden units, narrowest ranges first, at most.
 
     ``tolerance``: the largest error of a unit's polynomial within the range seen, in units of the activation.
@@ -41,8 +42,6 @@ class TaylorMLP:
 
     name: ClassVar[str] = "taylor_mlp"
     summary: ClassVar[str] = "hidden units as Taylor polynomials; the output projection is not in the file"
-    exact: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("data",)
 
     order: int = 8
     share: float = 0.7
@@ -65,5 +64,4 @@ class TaylorMLP:
     def rewriting(
         self, source: TensorSource, architecture: Architecture, ranges: Mapping[str, UnitRanges]
     ) -> Rewriting:
-        """The checkpoint to write; raises as :func:`unmergeable.polynomials.rewriting.rewriting`."""
         return rewriting(source, architecture, ranges, self._polynomials)

@@ -2,7 +2,6 @@
 
 from unmergeable.tasks.classification import Classification
 from unmergeable.tasks.clip_head import clip_head
-from unmergeable.tasks.code import Code
 from unmergeable.tasks.credits import ChoiceScorer, example_credits, example_losses
 from unmergeable.tasks.generation import Generation
 from unmergeable.tasks.heads import FeatureHead, read_head, write_head
@@ -18,7 +17,6 @@ __all__ = [
     "TASKS",
     "ChoiceScorer",
     "Classification",
-    "Code",
     "FeatureHead",
     "Generation",
     "HarnessTask",
@@ -39,6 +37,5 @@ __all__ = [
 ]
 
 TASKS: dict[str, type[TaskKind]] = {
-    cls.name: cls
-    for cls in (Classification, MultipleChoice, Generation, Perplexity, Code, TextToImage, Judge, HarnessTask)
+    cls.name: cls for cls in (Classification, MultipleChoice, Generation, Perplexity, TextToImage, Judge, HarnessTask)
 }

@@ -39,6 +39,8 @@ class HarnessTask:
         metric: whose value is the credit; empty for the first that the task reports.
         fewshot: worked examples before each question; -1 for as many as the task says.
         chat: whether questions are put into the form of the tokenizer's chat template.
+        runs_code: allow a task that runs the programs that the model writes (HumanEval, MBPP). The harness runs them
+            with your rights: use a virtual machine or a container without secrets.
     """
 
     name: ClassVar[str] = "lm_eval"
@@ -47,12 +49,13 @@ class HarnessTask:
     metric: str = ""
     fewshot: int = -1
     chat: bool = False
+    runs_code: bool = False
 
     def scorer(self, data: TaskData, network: Any) -> HarnessScorer:
         """Loads the task and chooses its documents.
 
         Raises:
-            UsageError: lm-eval is not installed.
+            UsageError: lm-eval is not installed, or the task runs programs and ``runs_code`` does not allow it.
             BadInput: there is no such task, its data cannot be read, or the network is no language model.
         """
         _harness()
@@ -60,6 +63,11 @@ class HarnessTask:
         with _quiet():
             manager, task = self._loaded(data.source.path)
             documents = list(task.eval_docs)
+        if getattr(task, "UNSAFE_CODE", False) and not self.runs_code:
+            raise UsageError(
+                f"{task.config.task} runs the programs that the model writes, with your rights: do it in a container "
+                "without secrets, and set runs_code=true."
+            )
         chosen = sorted(
             int(example.record["number"]) for example in data.source.select(_Documents(documents, data.source.path))
         )
@@ -140,6 +148,7 @@ class HarnessScorer:
                 samples={name: list(self.documents)},
                 apply_chat_template=self.settings.chat,
                 bootstrap_iters=0,
+                confirm_run_unsafe_code=self.settings.runs_code,
                 log_samples=True,
                 # the harness would seed the generators of the whole process
                 random_seed=None,

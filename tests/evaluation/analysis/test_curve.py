@@ -7,7 +7,7 @@ import pytest
 from evaluation.analysis.quadratic import inner, minus, quadratic, score, state
 from unmergeable.errors import UsageError
 from unmergeable.evaluation.analysis import Curve, barrier, connectivity, scaling
-from unmergeable.network.task_vectors import TaskVectors
+from unmergeable.merges.task_vectors import TaskVectors
 
 
 def test_the_line_between_two_models_of_a_quadratic() -> None:

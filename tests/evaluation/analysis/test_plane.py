@@ -13,7 +13,7 @@ from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.analysis import grid, landscape, plane_through, principal_plane, task_vector_gram
 from unmergeable.evaluation.analysis.plane import Plane
-from unmergeable.network.task_vectors import TaskVectors
+from unmergeable.merges.task_vectors import TaskVectors
 
 BASE, MODELS = state(1), [state(2), state(3), state(4)]
 

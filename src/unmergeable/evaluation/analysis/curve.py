@@ -21,7 +21,7 @@ from typing import Any
 
 from unmergeable.errors import UsageError
 from unmergeable.evaluation.analysis.scored import Score
-from unmergeable.network.task_vectors import TaskVectors, score_merges
+from unmergeable.merges.task_vectors import TaskVectors, score_merges
 
 LINE = tuple(number / 10 for number in range(11))
 """Positions from one model to the other."""

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from unmergeable.evaluation.analysis.scored import Score
-from unmergeable.network.task_vectors import TaskVectors, score_merges
+from unmergeable.merges.task_vectors import TaskVectors, score_merges
 from unmergeable.protections.controls import Noise
 from unmergeable.randomness import Stream
 

@@ -25,7 +25,7 @@ from unmergeable.attacks.task_vectors import common_tensors, inner_products
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.analysis.scored import Score
-from unmergeable.network.task_vectors import TaskVectors, score_merges
+from unmergeable.merges.task_vectors import TaskVectors, score_merges
 from unmergeable.progress import Progress, silent
 
 INDEPENDENT = 1e-6

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from unmergeable.evaluation.analysis.scored import Backpropagate
+from unmergeable.merges.task_vectors import TaskVectors
 from unmergeable.network.disk_weights import Place, disk_gradients, find_places, show, swapped
-from unmergeable.network.task_vectors import TaskVectors
 from unmergeable.randomness import Stream
 
 RADII = (0.001, 0.002, 0.005)

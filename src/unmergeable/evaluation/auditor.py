@@ -1,0 +1,339 @@
+"""The steps of an audit, from a plan to its result.
+
+plan ── models: protected, recovered ── search on validation examples ── contenders on test examples ── D*
+                                                      └── the best of them, trained ────────────────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from unmergeable.errors import BadInput
+from unmergeable.evaluation.analyses import Analyses, Surroundings, analyse, subjects_of
+from unmergeable.evaluation.cells import Cell
+from unmergeable.evaluation.judge import Contest, Judge, ScoredAttack, controls
+from unmergeable.evaluation.models import Variant, make_variants
+from unmergeable.evaluation.plans.audit_plan import AuditPlan
+from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry, Part
+from unmergeable.evaluation.pool import Call
+from unmergeable.evaluation.results import AuditResult, Line, ModelRecord, Refusal
+from unmergeable.evaluation.run import Run
+from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, Outcome, ScoredTask, score_points
+from unmergeable.evaluation.search import best_starts, mean_scores, search
+from unmergeable.evaluation.selection import KEPT_SHARE, Menu, skill_to_keep
+from unmergeable.evaluation.threat_models import ThreatModel, least
+from unmergeable.evaluation.tuning import Tuning, tune
+from unmergeable.evaluation.worst_case import contenders
+
+_ADDED = MergeEntry("task_arithmetic", "task_arithmetic", {})
+
+_MEASURED = (
+    "distance_before", "distance_after", "confidence", "measured_block_error", "condition_bound", "findings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Models to merge by one method, and whose they are; ``variant`` is None where the victim is left alone."""
+
+    variant: Variant | None
+    rider: ExpertEntry
+    merge: MergeEntry
+    group: Group
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """That of the weakest attacker who can do it."""
+        return least(step.threat_model for step in (self.variant, self.merge) if step is not None)
+
+    def attack(self, point: Coefficients | None, validation: Cell, test: Cell | None, **training: Any) -> ScoredAttack:
+        return ScoredAttack(self.variant, self.rider.name, self.merge, point, validation, test, **training)
+
+    def refusal(self, reason: str, **training: Any) -> Refusal:
+        """That the merge, or the training after it, came to nothing."""
+        rider, merge = self.rider.name, self.merge.name
+        if self.variant is None:
+            return Refusal(protection=None, rider=rider, merge=merge, reason=reason, **training)
+        return replace(_refusal(self.variant, reason), rider=rider, merge=merge, **training)
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """A job and what was found on validation examples."""
+
+    job: _Job
+    outcome: Outcome
+
+    @property
+    def points(self) -> list[Coefficients | None]:
+        return list(self.outcome.cells)
+
+    @property
+    def menu(self) -> Menu:
+        """Its attacks, none of which is tested."""
+        defended, rider = (task.entry.name for task in self.job.group.tasks)
+        return Menu.of([(cell, None) for cell in self.outcome.cells.values()], defended, rider)
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """Models that are not merged, by name: the base, the experts, and what was released."""
+
+    validation: Mapping[str, Cell]
+    test: Mapping[str, Cell]
+
+    def rider(self, rider: ExpertEntry) -> Any:
+        """Credits of a free-rider's own model on validation examples of its task."""
+        return self.validation[rider.name].credits[rider.task]
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Mean test scores by model and task."""
+        return {
+            name: {task: float(credited.mean()) for task, credited in cell.credits.items()}
+            for name, cell in self.test.items()
+        }
+
+
+@dataclass(frozen=True)
+class Auditor:
+    """A plan at work."""
+
+    run: Run
+    plan: AuditPlan
+
+    def result(self) -> AuditResult:
+        """Do everything that is not done yet."""
+        made = make_variants(self.plan, self.run.models, self.run.digests, self.run.progress)
+        variants = [replace(variant, refusal=self._without_paths(variant.refusal, made)) for variant in made]
+        alone = self._alone(variants)
+        searched = self._searched(variants, alone)
+        attacks = self._tested(searched, alone)
+        trained, failures = self._trained(searched, alone)
+        lines = self._connections(variants)
+        contests = [self._contest(rider, [*attacks, *trained], alone) for rider in self.plan.riders]
+        released = [variant for variant in variants if variant.recovery is None]
+        protections = Judge(self.plan, contests, alone.scores()).protections(released)
+        checked = controls(protections, variants)
+        analyses = self._analyses(variants)
+        refused = [done.job.refusal(done.outcome.refusal) for done in searched if done.outcome.refusal]
+        refused = [
+            replace(refusal, reason=self._without_paths(refusal.reason, made)) for refusal in [*refused, *failures]
+        ]
+        refused += [_refusal(variant, variant.refusal) for variant in variants if variant.refusal]
+        return AuditResult(
+            **self.run.facts(),
+            task=self.plan.victim.task,
+            kept_share=KEPT_SHARE,
+            alone=alone.scores(),
+            protections=protections,
+            models=tuple(_model(variant) for variant in variants),
+            connectivity=tuple(lines),
+            controls=checked,
+            passed=all(control.passed for control in checked),
+            cells=tuple(contest.cell(attack) for contest in contests for attack in contest.attacks),
+            analyses=analyses,
+            refused=tuple(refused),
+        )
+
+    def _without_paths(self, reason: str, variants: Sequence[Variant]) -> str:
+        """The reason without the model that it begins with, which is named beside it."""
+        read = [self.plan.base, *(expert.path for expert in self.plan.experts)]
+        for path in [*read, *(v.checkpoint.path for v in variants if v.checkpoint is not None)]:
+            reason = reason.removeprefix(f"{path}: ")
+        return self.run.without_paths(reason, [(variant.label, variant) for variant in variants])
+
+    def _tasks(self, rider: ExpertEntry) -> tuple[ScoredTask, ScoredTask]:
+        defended, own = (self.run.scored(self.plan.task(name)) for name in (self.plan.victim.task, rider.task))
+        return defended, own
+
+    def _group(self, victim: Checkpoint | None, rider: ExpertEntry, merge: MergeEntry) -> Group:
+        """A free-rider's model, merged with the victim or alone."""
+        own = self.run.checkpoint(rider.path)
+        models = (own,) if victim is None else (victim, own)
+        return Group(self.run.checkpoint(self.plan.base), models, merge, self._tasks(rider))
+
+    def _single(self, model: Checkpoint, rider: ExpertEntry) -> Group:
+        """A model that is not merged, on the defended task and a free-rider's."""
+        return Group(self.run.checkpoint(self.plan.base), (model,), None, self._tasks(rider))
+
+    def _alone(self, variants: Iterable[Variant]) -> _Alone:
+        first, *_ = self.plan.riders
+        models = {"base": self._single(self.run.checkpoint(self.plan.base), first)}
+        for rider in self.plan.riders:
+            models[rider.name] = self._single(self.run.checkpoint(rider.path), rider)
+        for variant in variants:
+            if variant.recovery is None and variant.checkpoint is not None:
+                models[variant.label] = self._single(variant.checkpoint, first)
+        return _Alone(self._scored(models, "validation"), self._scored(models, "test"))
+
+    def _scored(self, models: Mapping[str, Group], part: Part) -> dict[str, Cell]:
+        calls: list[Call] = [(score_points, (group, [None], part, self.run.cells)) for group in models.values()]
+        outcomes = self.run.done(f"scoring models alone, {part}", calls, "models")
+        for name, outcome in zip(models, outcomes, strict=True):
+            if None not in outcome.cells:
+                raise BadInput(f"{name} cannot be scored: {outcome.refusal}")
+        return {name: outcome.cells[None] for name, outcome in zip(models, outcomes, strict=True)}
+
+    def _jobs(self, variants: Sequence[Variant], rider: ExpertEntry) -> list[_Job]:
+        jobs = [_Job(None, rider, _ADDED, self._group(None, rider, _ADDED))]
+        for variant in variants:
+            if variant.checkpoint is not None:
+                jobs += [
+                    _Job(variant, rider, merge, self._group(variant.checkpoint, rider, merge))
+                    for merge in self.plan.merges
+                    if self.plan.reaches(merge.threat_model)
+                ]
+        return jobs
+
+    def _kept(self, rider: ExpertEntry, alone: _Alone) -> float:
+        return skill_to_keep(float(alone.rider(rider).mean()))
+
+    def _searched(self, variants: Sequence[Variant], alone: _Alone) -> list[_Searched]:
+        """Every merge of every variant, over the coefficients."""
+        jobs = [job for rider in self.plan.riders for job in self._jobs(variants, rider)]
+        calls: list[Call] = [
+            (search, (job.group, self.plan.coefficients, self._kept(job.rider, alone), self.run.cells)) for job in jobs
+        ]
+        outcomes = self.run.done("searching merges", calls, "merges")
+        return [_Searched(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True)]
+
+    def _tested(self, searched: Sequence[_Searched], alone: _Alone) -> list[ScoredAttack]:
+        """All attacks; those that a selection may pick with their test."""
+        without = {merges.job.rider.name: merges.menu for merges in searched if merges.job.variant is None}
+        wanted = []
+        for merges in searched:
+            points, rider = merges.points, merges.job.rider
+            if points and merges.job.variant is not None:
+                numbers = contenders(merges.menu, without[rider.name], alone.rider(rider))
+                points = [points[number] for number in numbers]
+            wanted.append(points)
+        calls: list[Call] = [
+            (score_points, (merges.job.group, points, "test", self.run.cells))
+            for merges, points in zip(searched, wanted, strict=True)
+        ]
+        tested = self.run.done("testing contenders", calls, "merges")
+        return [
+            merges.job.attack(point, cell, test.cells.get(point))
+            for merges, test in zip(searched, tested, strict=True)
+            for point, cell in merges.outcome.cells.items()
+        ]
+
+    def _trained(self, searched: Sequence[_Searched], alone: _Alone) -> tuple[list[ScoredAttack], list[Refusal]]:
+        """Attacks that train the best merges on labelled examples, and those that came to nothing."""
+        if not self.plan.strongest.trains:
+            return [], []
+        wanted = [
+            (job, Tuning(job.group, point, method))
+            for job, point in self._starts(searched, alone)
+            for samples in self.plan.few_shot.samples
+            for method in self.plan.few_shot.methods(samples)
+        ]
+        calls: list[Call] = [(tune, (tuning, self.run.cells)) for _, tuning in wanted]
+        attacks, failures = [], []
+        for (job, tuning), tuned in zip(wanted, self.run.done("training merges", calls, "trainings"), strict=True):
+            if tuned.cells is None:
+                method = tuning.method
+                rate = float(method.learning_rates)
+                failures.append(job.refusal(tuned.refusal, samples=method.samples, learning_rate=rate))
+                continue
+            cells = tuned.cells["validation"], tuned.cells["test"]
+            attacks.append(job.attack(tuning.point, *cells, training=tuning.method))
+        return attacks, failures
+
+    def _starts(self, searched: Sequence[_Searched], alone: _Alone) -> list[tuple[_Job, Coefficients | None]]:
+        """The merges to train: for each free-rider as many of each model, and of what it has without the victim.
+
+        Each attacker who trains starts from the best that it has.
+        """
+        groups: dict[tuple[str, tuple[str, int] | None, ThreatModel], list[int]] = {}
+        for model in (model for model in ThreatModel if model.trains and self.plan.reaches(model)):
+            for number, merges in enumerate(searched):
+                variant = merges.job.variant
+                if model.includes(merges.job.threat_model):
+                    owner = None if variant is None else (variant.protection, variant.seed)
+                    groups.setdefault((merges.job.rider.name, owner, model), []).append(number)
+        chosen: dict[tuple[int, Coefficients | None], None] = {}
+        for (rider, _, _), numbers in groups.items():
+            scores = [mean_scores(searched[number].job.group, searched[number].outcome.cells) for number in numbers]
+            kept = self._kept(self.plan.expert(rider), alone)
+            starts = best_starts(scores, kept, self.plan.few_shot.starts)
+            chosen |= dict.fromkeys((numbers[place], point) for place, point in starts)
+        return [(searched[number].job, point) for number, point in chosen]
+
+    def _contest(self, rider: ExpertEntry, attacks: Sequence[ScoredAttack], alone: _Alone) -> Contest:
+        return Contest(
+            rider=rider.name,
+            defended_task=self.plan.victim.task,
+            rider_task=rider.task,
+            rider_alone=alone.rider(rider),
+            attacks=tuple(attack for attack in attacks if attack.rider == rider.name),
+        )
+
+    def _analyses(self, variants: Sequence[Variant]) -> Analyses | None:
+        """Why the figures are what they are, where the plan asks for it."""
+        if self.plan.analyses is None:
+            return None
+        around = Surroundings(
+            self.run.checkpoint(self.plan.base),
+            self.run.checkpoint(self.plan.victim.path),
+            tuple((rider.name, self.run.checkpoint(rider.path)) for rider in self.plan.riders),
+            self.run.scored(self.plan.task(self.plan.victim.task)),
+            self.plan.analyses,
+        )
+        subjects = subjects_of(variants)
+        return analyse(subjects, around, self.run.folder / "analyses", self.run.pool, self.run.progress)
+
+    def _connections(self, variants: Iterable[Variant]) -> list[Line]:
+        """Scores on the line from each free-rider's model to each variant, whose ends are the two, on test examples."""
+        if not self.plan.connectivity:
+            return []
+        chosen = [
+            (variant, rider) for rider in self.plan.riders for variant in variants if variant.checkpoint is not None
+        ]
+        last = self.plan.connectivity - 1
+        shares = [number / last for number in range(last + 1)]
+        calls = [self._line(variant.checkpoint, rider, shares[1:-1]) for variant, rider in chosen if variant.checkpoint]
+        done = iter(self.run.done("measuring connectivity", [call for line in calls for call in line], "merges"))
+        lines = [[cell for _ in line for cell in next(done).cells.values()] for line in calls]
+        return [
+            Line(
+                protection=variant.protection,
+                seed=variant.seed,
+                recovery=variant.recovery,
+                rider=rider.name,
+                share=tuple(shares),
+                scores={
+                    task: tuple(float(cell.credits[task].mean()) for cell in cells)
+                    for task in (self.plan.victim.task, rider.task)
+                },
+            )
+            for (variant, rider), cells in zip(chosen, lines, strict=True)
+            if len(cells) == len(shares)  # a model of another structure has no line to it
+        ]
+
+    def _line(self, model: Checkpoint, rider: ExpertEntry, shares: Sequence[float]) -> list[Call]:
+        """Calls that score a line's ends as the models they are, and what lies between as shares of the model."""
+        between: list[Coefficients | None] = [(share, 1 - share) for share in shares]
+        parts: tuple[tuple[Group, list[Coefficients | None]], ...] = (
+            (self._single(self.run.checkpoint(rider.path), rider), [None]),
+            (self._group(model, rider, _ADDED), between),
+            (self._single(model, rider), [None]),
+        )
+        return [(score_points, (group, points, "test", self.run.cells)) for group, points in parts]
+
+
+def _refusal(variant: Variant, reason: str) -> Refusal:
+    return Refusal(protection=variant.protection, seed=variant.seed, recovery=variant.recovery, reason=reason)
+
+
+def _model(variant: Variant) -> ModelRecord:
+    return ModelRecord(
+        protection=variant.protection,
+        seed=variant.seed,
+        recovery=variant.recovery,
+        cpu_seconds=variant.cpu_seconds,
+        refusal=variant.refusal,
+        facts={name: variant.facts[name] for name in _MEASURED if name in variant.facts},
+    )

@@ -1,0 +1,154 @@
+"""Audits: what protections are worth against an attacker who knows about them.
+
+:mod:`unmergeable.evaluation.auditor` has the steps, :mod:`unmergeable.evaluation.run` says what lies where in the
+output directory. Interrupted or killed, the same call resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from unmergeable.checkpoint.disk import replace_file
+from unmergeable.errors import BadInput
+from unmergeable.evaluation.auditor import Auditor
+from unmergeable.evaluation.plans.audit_plan import WITHOUT_DATA, AuditPlan, parse_plan, read_plan
+from unmergeable.evaluation.pool import WorkerPool
+from unmergeable.evaluation.ray_pool import RayPool
+from unmergeable.evaluation.results import RESULT, AuditResult
+from unmergeable.evaluation.run import begun
+from unmergeable.progress import Progress, silent
+
+PathLike = str | os.PathLike[str]
+
+
+def audit(
+    plan: PathLike,
+    *,
+    out: PathLike,
+    root: PathLike | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    progress: Progress = silent,
+) -> AuditResult:
+    """Audit protections against an attacker who knows about them.
+
+    Interrupted or killed, the same call resumes: nothing that was computed is computed again.
+
+    Args:
+        plan: a YAML file (:mod:`unmergeable.evaluation.plans.audit_plan`).
+        out: output directory; created, or that of an earlier run.
+        root: where the relative paths of the plan start; its folder when None.
+        workers: processes; None for one per GPU, or per processor where there are no GPUs.
+        ray: address of a Ray cluster to work on, or "local"; None for processes of this machine. The result depends on
+            neither.
+        progress: called as models are made and attacks searched.
+
+    Returns:
+        What is written to ``out/audit.json``.
+
+    Raises:
+        BadInput, UsageError: the plan, a checkpoint or the data cannot be used; before any compute where possible.
+        NotEquivalent: a protection changed the function.
+        CheckpointError: the disk is full or fails; what was done is kept.
+    """
+    # Actors of a cluster start in folders of their own: paths are absolute.
+    parsed = read_plan(Path(plan).absolute(), None if root is None else Path(root).absolute())
+    return run_audit(parsed, out=Path(out), workers=workers, ray=ray, progress=progress)
+
+
+def run_audit(
+    plan: AuditPlan, *, out: Path, workers: int | None = None, ray: str | None = None, progress: Progress = silent
+) -> AuditResult:
+    """The same for a plan that was read or built. Raises what :func:`audit` does."""
+    plan = plan.downloaded()
+    pool = partial(WorkerPool, workers) if ray is None else partial(RayPool, ray, workers)
+    with begun(plan, out, "audit", pool, progress) as run:
+        result = Auditor(run, plan).result()
+        replace_file(out / RESULT, (json.dumps(result.to_json(), indent=1) + "\n").encode())
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """An audit from Python: the plan that a file would give, without the file.
+
+        result = unmergeable.Audit(
+            base="base",
+            victim="expert-digits",
+            attacker="expert-animals",
+            tasks=[
+                {"name": "digits", "data": "digits.npz", "head": "digits-head.safetensors"},
+                {"name": "animals", "data": "animals.npz", "head": "animals-head.safetensors"},
+            ],
+            protections=["mergelock"],
+        ).run(out="audit")
+
+    Checkpoints are paths, relative to the working directory, or ``hub:OWNER/NAME``.
+
+    Attributes:
+        base: what everything was fine-tuned from.
+        victim: the defended expert, tuned for the first of the tasks.
+        attacker: the free-rider's model, tuned for the second; or several, each with a task.
+        tasks: each with the entries that a plan has (docs/audit.md).
+        protections: names, or mappings with the entries that a plan has.
+        version: of the attacker (:mod:`unmergeable.evaluation.attackers`), which says what merges and recoveries are
+            tried.
+        threat_models: what the attackers have; names, or codes.
+        entries: further entries of the plan, ``coefficients`` or ``seeds``; ``merges`` and ``recoveries`` take the
+            place of the version's.
+    """
+
+    base: PathLike
+    victim: PathLike
+    attacker: PathLike | Sequence[PathLike]
+    tasks: Sequence[Mapping[str, Any]]
+    protections: Sequence[str | Mapping[str, Any]]
+    version: str = "standard"
+    threat_models: Sequence[str] = tuple(model.label for model in WITHOUT_DATA)
+    entries: Mapping[str, Any] = field(default_factory=dict)
+
+    def plan(self) -> AuditPlan:
+        """The plan.
+
+        Raises:
+            BadInput, UsageError: as :func:`unmergeable.evaluation.plans.audit_plan.read_plan` does.
+        """
+        attackers = [self.attacker] if isinstance(self.attacker, str | os.PathLike) else list(self.attacker)
+        if len(self.tasks) != 1 + len(attackers):
+            raise BadInput(f"{len(self.tasks)} tasks for {1 + len(attackers)} experts: give the victim's task first.")
+        names = ["attacker"] if len(attackers) == 1 else [f"attacker {number + 1}" for number in range(len(attackers))]
+        document = {
+            "base": self.base,
+            "experts": [
+                {"name": name, "path": path, "task": task.get("name")}
+                for name, path, task in zip(["victim", *names], [self.victim, *attackers], self.tasks, strict=True)
+            ],
+            "protect": {"expert": "victim", "methods": self.protections},
+            "merges": self.version,
+            "recoveries": self.version,
+            "threat_models": self.threat_models,
+            "tasks": self.tasks,
+            **self.entries,
+        }
+        return parse_plan(_plain(document), Path.cwd(), "the audit")
+
+    def run(
+        self, out: PathLike, *, workers: int | None = None, ray: str | None = None, progress: Progress = silent
+    ) -> AuditResult:
+        """Run it. Arguments, result and errors are those of :func:`audit`."""
+        return run_audit(self.plan(), out=Path(out), workers=workers, ray=ray, progress=progress)
+
+
+def _plain(value: Any) -> Any:
+    """As YAML would give it: texts for paths, lists for tuples."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -1,0 +1,275 @@
+"""The plan of an audit: which expert is defended, by what, against which attacks, scored on what.
+
+    base: base
+    experts:
+      - {name: digits, path: expert-digits, task: digits}
+      - {name: animals, path: expert-animals, task: animals}
+    protect:
+      expert: digits
+      methods: [mergelock, {name: strong, method: mergelock, settings: {condition: 1000}}]
+    merges: [task_arithmetic, ties]
+    recoveries: [kabsch, nearest_orbit]
+    tasks:
+      - {name: digits, data: digits.npz, head: digits-head.safetensors}
+      - {name: animals, data: animals.npz, head: animals-head.safetensors}
+
+Every other expert is a free-rider's, each of whom attacks separately. ``merges: standard`` and ``recoveries: standard``
+are the lists of :mod:`unmergeable.evaluation.attackers`. Paths are relative to the plan; a checkpoint may be
+``hub:OWNER/NAME`` too. Everything that can be wrong with a plan is reported before anything is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from unmergeable.attacks import FewShot
+from unmergeable.attacks.few_shot import parse_rates
+from unmergeable.errors import BadInput
+from unmergeable.evaluation.attackers import attacker_named
+from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings, read_analysis_settings
+from unmergeable.evaluation.plans.entries import (
+    ExpertEntry,
+    read_expert,
+    read_merge,
+    read_protection,
+    read_recovery,
+    read_task,
+)
+from unmergeable.evaluation.plans.fields import Entry, read_document, require_unique
+from unmergeable.evaluation.plans.plan import Plan
+from unmergeable.evaluation.threat_models import ThreatModel, least
+from unmergeable.settings import configure
+from unmergeable.tasks import Classification, Generation, MultipleChoice, Perplexity
+
+Item = TypeVar("Item")
+
+DEFENDED_COEFFICIENTS = (0.2, 0.5, 1.0, 1.5)
+RIDER_COEFFICIENTS = (0.0, 0.5, 1.0, 1.5)
+REFINEMENTS = 8
+CONNECTIVITY = 11
+
+LEARNING_RATES = "1e-5,3e-5,1e-4,3e-4"
+"""Lower than those of few_shot alone: on a vision transformer with a head that is not trained, 1e-4 is too much."""
+
+LEARNABLE = (Classification.name, MultipleChoice.name, Generation.name, Perplexity.name)
+"""Kinds of task that an attacker can train on."""
+
+FEWEST_SAMPLES = 2
+
+WITHOUT_DATA = (ThreatModel.OFF_THE_SHELF, ThreatModel.WHITE_BOX)
+"""The default threat models."""
+
+_TOP = (
+    "base", "experts", "protect", "merges", "recoveries", "coefficients", "tiers", "threat_models", "few_shot", "tasks",
+    "seeds", "connectivity", "analyses",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FewShotEntry:
+    """How an attacker with labels trains: ``settings`` are of :class:`unmergeable.attacks.FewShot`.
+
+    Attributes:
+        samples: labelled examples of the defended task; with each number the attacker is another one.
+        starts: the best merges, each of which is trained.
+    """
+
+    samples: tuple[int, ...] = (16, 100)
+    starts: int = 3
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def methods(self, samples: int) -> tuple[FewShot, ...]:
+        """One for each learning rate."""
+        whole = configure(FewShot, {"learning_rates": LEARNING_RATES, **self.settings, "samples": samples})
+        return tuple(replace(whole, learning_rates=repr(rate)) for rate in parse_rates(whole.learning_rates))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The coarse grid of the defended expert's and the free-rider's coefficient, and how many points refine it."""
+
+    defended: tuple[float, ...] = DEFENDED_COEFFICIENTS
+    rider: tuple[float, ...] = RIDER_COEFFICIENTS
+    refinements: int = REFINEMENTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditPlan(Plan):
+    """An audit, checked. ``analyses`` is None for an audit without.
+
+    ``connectivity``: how many points of the line between two models are scored, its ends among them; 0 for none.
+    """
+
+    defended: str
+    coefficients: Grid
+    threat_models: tuple[ThreatModel, ...]
+    few_shot: FewShotEntry
+    seeds: tuple[int, ...]
+    connectivity: int
+    analyses: AnalysisSettings | None
+
+    @property
+    def strongest(self) -> ThreatModel:
+        """The strongest attacker."""
+        return least(self.threat_models)
+
+    def reaches(self, model: ThreatModel) -> bool:
+        """Whether the strongest attacker has all that is had under ``model``."""
+        return self.strongest.includes(model)
+
+    @property
+    def victim(self) -> ExpertEntry:
+        """The expert that is defended."""
+        return self.expert(self.defended)
+
+    @property
+    def riders(self) -> tuple[ExpertEntry, ...]:
+        """The experts of free-riders."""
+        return tuple(expert for expert in self.experts if expert.name != self.defended)
+
+
+def read_plan(path: Path, root: Path | None = None) -> AuditPlan:
+    """A plan from its YAML file; ``root`` is where its relative paths start, its folder when None.
+
+    Raises:
+        BadInput: the file cannot be read; an entry is missing, misspelt or means nothing; a path leads nowhere; two
+            things have one name. One line, before any compute.
+        UsageError: a setting that its method does not have.
+    """
+    return parse_plan(read_document(path, "docs/audit.md"), root or path.parent, str(path))
+
+
+def parse_plan(document: object, folder: Path, where: str = "the plan") -> AuditPlan:
+    """A plan from its parsed document; ``folder`` is where its paths start. Raises what :func:`read_plan` does."""
+    top = Entry(document, _TOP, where)
+    base = top.checkpoint("base", folder)
+    protect = Entry(top.document("protect"), ("expert", "methods"), f"{where}, protect")
+    grid = Entry(top.document("coefficients", {}), ("defended", "rider", "refinements"), f"{where}, coefficients")
+    plan = AuditPlan(
+        base=base,
+        experts=top.listed("experts", partial(read_expert, folder=folder)),
+        defended=protect.text("expert"),
+        protections=protect.listed("methods", partial(read_protection, folder=folder)),
+        merges=_menu(top, "merges", read_merge),
+        recoveries=_menu(top, "recoveries", partial(read_recovery, folder=folder), is_optional=True),
+        coefficients=Grid(
+            grid.numbers("defended", DEFENDED_COEFFICIENTS),
+            grid.numbers("rider", RIDER_COEFFICIENTS),
+            grid.whole("refinements", REFINEMENTS, least=0),
+        ),
+        threat_models=_threat_models(top),
+        few_shot=_few_shot(top),
+        tasks=top.listed("tasks", partial(read_task, folder=folder, base=base)),
+        seeds=tuple(_seeds(top)),
+        connectivity=_connectivity(top),
+        analyses=read_analysis_settings(top.document("analyses"), f"{where}, analyses"),
+        document=dict(document) if isinstance(document, Mapping) else {},
+    )
+    plan.require_names(where, [plan.defended])
+    _require_consistent(plan, where)
+    return plan
+
+
+def _menu(top: Entry, key: str, read: Callable[[object, str], Item], *, is_optional: bool = False) -> tuple[Item, ...]:
+    """A list of the plan, or the one that an attacker of this name has."""
+    value = top.document(key)
+    if not isinstance(value, str):
+        return top.listed(key, read, default=() if is_optional else None)
+    methods: tuple[str, ...] = getattr(attacker_named(value, f"{top.where}, {key}"), key)
+    return tuple(read(method, f"{top.where}, {key}") for method in methods)
+
+
+def _threat_models(top: Entry) -> tuple[ThreatModel, ...]:
+    if "tiers" in top and "threat_models" in top:
+        raise BadInput(f"{top.where}: tiers is the older name of threat_models; give one of them.")
+    key = "tiers" if "tiers" in top else "threat_models"
+    if top.document(key) == []:
+        raise BadInput(f"{top.where}, {key}: none is left; known: {', '.join(map(str, ThreatModel))}.")
+    try:
+        named = [ThreatModel.named(text) for text in top.texts(key, [model.label for model in WITHOUT_DATA])]
+    except BadInput as error:
+        raise BadInput(f"{top.where}, {key}: {error}") from None
+    return tuple(model for model in ThreatModel if model in named)
+
+
+def _few_shot(top: Entry) -> FewShotEntry:
+    default = FewShotEntry()
+    entry = Entry(top.document("few_shot", {}), ("samples", "starts", "settings"), f"{top.where}, few_shot")
+    samples = entry.numbers("samples", default.samples)
+    if not all(number.is_integer() and number >= FEWEST_SAMPLES for number in samples):
+        raise entry.wrong("samples", f"must be whole numbers of at least {FEWEST_SAMPLES}", list(samples))
+    settings = entry.mapping("settings")
+    if "samples" in settings:
+        raise BadInput(f"{entry.where}, settings: samples stands beside settings, as a list.")
+    few_shot = FewShotEntry(tuple(map(int, samples)), entry.whole("starts", default.starts), settings)
+    few_shot.methods(FEWEST_SAMPLES)
+    return few_shot
+
+
+def _connectivity(top: Entry) -> int:
+    """Points of a line; a line has two ends and something between them."""
+    points = top.whole("connectivity", CONNECTIVITY, least=0)
+    if points in (1, 2):
+        raise top.wrong("connectivity", "must be at least 3, or 0 to leave it out", points)
+    return points
+
+
+def _seeds(top: Entry) -> list[int]:
+    seeds = top.document("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise top.wrong("seeds", "must be a list of whole numbers", seeds)
+    return seeds
+
+
+def _require_consistent(plan: AuditPlan, where: str) -> None:
+    require_unique([str(seed) for seed in plan.seeds], f"{where}, seeds")
+    if not plan.riders:
+        raise BadInput(f"{where}, experts: nobody to merge with; add a free-rider's expert.")
+    for rider in plan.riders:
+        if rider.task == plan.victim.task:
+            raise BadInput(f"{where}, expert {rider.name}: it has the defended task; a free-rider lacks that skill.")
+    if 1.0 not in plan.coefficients.defended:
+        raise BadInput(f"{where}, coefficients: defended must contain 1.0, or the expert is never used as it was made.")
+    _require_attacks(plan, where)
+    _require_examples(plan, where)
+
+
+def _require_attacks(plan: AuditPlan, where: str) -> None:
+    """No verdict on an attacker who has not attacked."""
+    if plan.reaches(ThreatModel.WHITE_BOX) and not plan.recoveries:
+        raise BadInput(
+            f"{where}, recoveries: there are none, and an attacker of threat model {ThreatModel.WHITE_BOX} undoes what "
+            "was done; add `recoveries: standard`, or `threat_models: [off_the_shelf]` to claim nothing about it."
+        )
+    for kind, entries in (("recovery", plan.recoveries), ("merge", plan.merges)):
+        for entry in entries:
+            if entry.threat_model == ThreatModel.UNLABELLED and not plan.reaches(entry.threat_model):
+                raise BadInput(
+                    f"{where}, {kind} {entry.name}: it needs data, which threat model unlabelled (T3) has; add it to "
+                    "threat_models."
+                )
+
+
+def _require_examples(plan: AuditPlan, where: str) -> None:
+    for task in plan.tasks:
+        if plan.strongest.trains and task.kind.name not in LEARNABLE:
+            raise BadInput(
+                f"{where}, task {task.name}: threat models few_shot and unlabelled learn from {', '.join(LEARNABLE)}, "
+                f"not from {task.kind.name}; leave them out."
+            )
+        if plan.strongest.trains and task.train is None:
+            raise BadInput(
+                f"{where}, task {task.name}: threat models few_shot and unlabelled learn from examples; give train."
+            )
+        if task.train in (task.validation, task.test) and not task.is_split:
+            raise BadInput(f"{where}, task {task.name}: train must be other data than validation and test.")
+    for recovery in plan.recoveries:
+        if recovery.threat_model == ThreatModel.UNLABELLED and plan.task(plan.victim.task).is_split:
+            raise BadInput(
+                f"{where}, task {plan.victim.task}: recovery {recovery.name} reads examples; give them as train, a "
+                "file of their own."
+            )

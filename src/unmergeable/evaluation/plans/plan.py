@@ -1,0 +1,117 @@
+"""What the plans of audits and of tables have in common: models, methods and tasks, checked and by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from unmergeable.checkpoint.hub import download, is_on_hub
+from unmergeable.data import download_data
+from unmergeable.errors import BadInput
+from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry, ProtectionEntry, RecoveryEntry, TaskEntry
+from unmergeable.evaluation.plans.fields import require_unique
+from unmergeable.settings import nearest
+
+AnyPlan = TypeVar("AnyPlan", bound="Plan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A plan, checked. ``document`` is the plan as it was written."""
+
+    base: Path
+    experts: tuple[ExpertEntry, ...]
+    protections: tuple[ProtectionEntry, ...]
+    recoveries: tuple[RecoveryEntry, ...]
+    merges: tuple[MergeEntry, ...]
+    tasks: tuple[TaskEntry, ...]
+    document: Mapping[str, Any]
+
+    def expert(self, name: str) -> ExpertEntry:
+        """The expert of this name, which must exist."""
+        return next(expert for expert in self.experts if expert.name == name)
+
+    def task(self, name: str) -> TaskEntry:
+        """The task of this name, which must exist."""
+        return next(task for task in self.tasks if task.name == name)
+
+    def as_released(self) -> Iterable[ProtectionEntry]:
+        """Every protection with what it reads of an owner."""
+        return self.protections
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Everything that is read, each once."""
+        read = [self.base, *(expert.path for expert in self.experts)]
+        read += [path for task in self.tasks for path in task.paths]
+        read += [path for protection in self.as_released() for path in protection.paths]
+        read += [path for recovery in self.recoveries for path in recovery.sources]
+        return tuple(dict.fromkeys(read))
+
+    def downloaded(self: AnyPlan) -> AnyPlan:
+        """The plan with local folders in place of the checkpoints and the data that it names on the hub.
+
+        Raises:
+            UsageError, BadInput: as :func:`unmergeable.checkpoint.hub.download` and
+                :func:`unmergeable.data.download_data` do.
+        """
+        return replace(
+            self,
+            base=_local(self.base),
+            experts=tuple(
+                replace(
+                    entry,
+                    path=_local(entry.path),
+                    data=entry.data and _local_data(entry.data),
+                    siblings=_all(entry.siblings),
+                )
+                for entry in self.experts
+            ),
+            protections=tuple(
+                replace(entry, encoder=entry.encoder and _local(entry.encoder), siblings=_all(entry.siblings))
+                for entry in self.protections
+            ),
+            recoveries=tuple(replace(entry, sources=_all(entry.sources)) for entry in self.recoveries),
+            tasks=tuple(
+                replace(
+                    entry,
+                    encoder=_local(entry.encoder),
+                    train=entry.train and _local_data(entry.train),
+                    validation=entry.validation and _local_data(entry.validation),
+                    test=_local_data(entry.test),
+                )
+                for entry in self.tasks
+            ),
+        )
+
+    def require_names(self, where: str, victims: Iterable[str]) -> None:
+        """Raises BadInput for a name that is there twice, or that stands for nothing; ``victims``: of experts."""
+        require_unique([entry.name for entry in self.experts], f"{where}, experts")
+        require_unique([entry.name for entry in self.tasks], f"{where}, tasks")
+        require_unique([entry.name for entry in self.protections], f"{where}, protect, methods")
+        require_unique([entry.name for entry in self.recoveries], f"{where}, recoveries")
+        require_unique([entry.name for entry in self.merges], f"{where}, merges")
+        experts = {entry.name: None for entry in self.experts}
+        for name in victims:
+            if name not in experts:
+                raise BadInput(f"{where}, protect: no expert is called {name!r}{nearest(name, experts)}")
+        tasks = {entry.name: None for entry in self.tasks}
+        for expert in self.experts:
+            if expert.task not in tasks:
+                raise BadInput(
+                    f"{where}, expert {expert.name}: no task is called {expert.task!r}{nearest(expert.task, tasks)}"
+                )
+
+
+def _local(path: Path) -> Path:
+    return download(str(path)) if is_on_hub(str(path)) else path
+
+
+def _local_data(path: Path) -> Path:
+    return download_data(str(path)) if is_on_hub(str(path)) else path
+
+
+def _all(paths: Iterable[Path]) -> tuple[Path, ...]:
+    return tuple(_local(path) for path in paths)

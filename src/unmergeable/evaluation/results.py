@@ -1,0 +1,311 @@
+"""The result of an audit, typed: what stands in ``audit.json``, and the same to work with.
+
+    result = unmergeable.audit("plan.yaml", out="audit")
+    result.d_star["mergelock", "white_box"], result.interval["mergelock", "white_box"]
+    print(result.table)
+
+docs/audit.md explains every entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unmergeable.errors import BadInput
+from unmergeable.evaluation.analyses import Analyses
+from unmergeable.evaluation.models import IDENTITY, SCALE
+from unmergeable.evaluation.records import INLINED, OPTIONAL, Record
+from unmergeable.evaluation.threat_models import ThreatModel
+
+RESULT = "audit.json"
+
+NO_FIGURE = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackRecord(Record):
+    """What was done, for somebody who wants to do it again.
+
+    ``cpu_seconds``: of the recovery, of merging, training and scoring once; without the search for the coefficients.
+    """
+
+    recovery: str | None
+    merge: str | None
+    coefficients: tuple[float, ...] | None
+    uses_victim: bool
+    samples: int | None = None
+    learning_rate: float | None = None
+    cpu_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial(Record):
+    """One free-rider, one key, one number of labelled examples.
+
+    ``d_star`` and both ends of ``interval`` are None where the victim adds nothing. The scores are those of the best
+    attacks, on test examples; ``best`` says which these are, under ``unprotected``, ``protected``, ``without_victim``.
+    """
+
+    rider: str
+    seed: int
+    samples: int | None = None
+    d_star: float | None
+    interval: tuple[float | None, float | None]
+    unprotected: float
+    protected: float
+    without_victim: float
+    is_denominator_small: bool
+    attacks_tried: int
+    search_cpu_seconds: float = 0.0
+    best: Mapping[str, AttackRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdicts(Record):
+    """What was found about one protection under one threat model.
+
+    ``worst`` is the trial with the lowest D*, among those with enough to defend if there are any; None when the victim
+    adds nothing in any of them.
+    """
+
+    worst: Trial | None
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utility(Record):
+    """Scores of the models alone on the defended task; ``loss`` is their difference."""
+
+    expert: float
+    protected: float
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixCell(Record):
+    """The best test score of a recovery with a merge, over free-riders and keys; None where no attack counts."""
+
+    recovery: str | None
+    merge: str
+    score: float | None
+    attacks: int
+
+
+Front = tuple[tuple[float, float], ...]
+"""Test scores on the defended task and on the free-rider's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fronts(Record):
+    """The strongest attacker's attacks that no other beats on both tasks, chosen on validation examples."""
+
+    rider: str
+    seed: int
+    tier: ThreatModel | None = None
+    samples: int | None = None
+    unprotected: Front
+    protected: Front
+    without_victim: Front
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtectionResult(Record):
+    """What one protection costs and is worth. ``drop_ratio``: as published, per merge without a recovery."""
+
+    is_control: bool
+    utility: Utility
+    tiers: Mapping[ThreatModel, Verdicts]
+    matrix: tuple[MatrixCell, ...]
+    drop_ratio: Mapping[str, float | None] = field(default_factory=dict)
+    fronts: tuple[Fronts, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord(Record):
+    """A model that was made. ``facts``: what protecting or recovering measured."""
+
+    protection: str
+    seed: int = 0
+    recovery: str | None
+    cpu_seconds: float
+    refusal: str = ""
+    facts: Mapping[str, Any] = field(metadata=INLINED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line(Record):
+    """Scores by task at ``share`` of a variant and the rest of the free-rider's model."""
+
+    protection: str
+    seed: int
+    recovery: str | None
+    rider: str
+    share: tuple[float, ...]
+    scores: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control(Record):
+    """Something that must hold in every audit. ``bound`` is None where any ``value`` is allowed."""
+
+    name: str
+    what: str
+    value: float | None
+    bound: float | None
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRecord(Record):
+    """One set of weights that was scored; ``scores`` by part, None for attacks that no selection would pick."""
+
+    protection: str | None
+    seed: int | None
+    rider: str
+    tier: ThreatModel
+    attack: AttackRecord = field(metadata=INLINED)
+    scores: Mapping[str, Mapping[str, float] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal(Record):
+    """What could not be done and why. ``protection`` is None for what was done without the victim."""
+
+    protection: str | None
+    seed: int | None = field(default=None, metadata=OPTIONAL)
+    recovery: str | None = field(default=None, metadata=OPTIONAL)
+    rider: str | None = field(default=None, metadata=OPTIONAL)
+    merge: str | None = field(default=None, metadata=OPTIONAL)
+    samples: int | None = field(default=None, metadata=OPTIONAL)
+    learning_rate: float | None = field(default=None, metadata=OPTIONAL)
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        document = super().to_json()
+        if self.protection is None:
+            return document
+        # ``recovery`` is there also where nothing was undone.
+        return {"protection": self.protection, "seed": self.seed, "recovery": self.recovery, **document}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditResult(Record):
+    """An audit.
+
+    Attributes:
+        plan: as it was written.
+        tasks: kind of each task, and what its scores depend on.
+        task: the defended one.
+        kept_share: of the free-rider's own skill, which an attack must keep to count.
+        alone: mean test scores of models that are not merged, by model and task.
+        protections: by name, controls among them.
+        passed: whether all controls hold; otherwise the figures mean nothing.
+        cells: every set of weights that was scored; None in a result that was stored without them, which says how many
+            there were (``scored``) and how base and experts were made (``prepared``).
+    """
+
+    plan: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    digests: Mapping[str, str] = field(default_factory=dict)
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    task: str
+    kept_share: float
+    alone: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    protections: Mapping[str, ProtectionResult]
+    models: tuple[ModelRecord, ...]
+    connectivity: tuple[Line, ...]
+    controls: tuple[Control, ...]
+    passed: bool
+    cells: tuple[CellRecord, ...] | None = field(default=None, metadata=OPTIONAL)
+    analyses: Analyses | None = field(default=None, metadata=OPTIONAL)
+    refused: tuple[Refusal, ...]
+    prepared: Mapping[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    scored: int | None = field(default=None, metadata=OPTIONAL)
+
+    @property
+    def threat_models(self) -> tuple[ThreatModel, ...]:
+        """Those of the plan, the weakest first."""
+        return tuple(next(iter(self.protections.values())).tiers)
+
+    @property
+    def audited(self) -> dict[str, ProtectionResult]:
+        """The protections of the plan, without the controls unless there is nothing else."""
+        own = {name: protection for name, protection in self.protections.items() if name not in (IDENTITY, SCALE)}
+        return own or dict(self.protections)
+
+    @property
+    def count(self) -> int:
+        """How many sets of weights were scored."""
+        return len(self.cells or ()) if self.scored is None else self.scored
+
+    @property
+    def d_star(self) -> dict[tuple[str, str], float | None]:
+        """D* by protection and threat model (``"mergelock", "white_box"``); None where nothing can be said."""
+        return {key: None if worst is None else worst.d_star for key, worst in self._worst.items()}
+
+    @property
+    def interval(self) -> dict[tuple[str, str], tuple[float | None, float | None]]:
+        """The 95 % interval of each D*."""
+        return {key: (None, None) if worst is None else worst.interval for key, worst in self._worst.items()}
+
+    @property
+    def table(self) -> Table:
+        """D* of each protection under each threat model, to be printed."""
+        rows = tuple(
+            (name, f"{100 * protection.utility.loss:.1f}", *(star(entry.worst) for entry in protection.tiers.values()))
+            for name, protection in self.audited.items()
+        )
+        return Table(("protection", "points lost alone", *map(str, self.threat_models)), rows)
+
+    @property
+    def _worst(self) -> dict[tuple[str, str], Trial | None]:
+        return {
+            (name, model.label): verdicts.worst
+            for name, protection in self.audited.items()
+            for model, verdicts in protection.tiers.items()
+        }
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first of each row says what the row is. ``note`` stands below."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.columns, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+        return "\n".join(line.rstrip() for line in padded)
+
+
+def star(worst: Trial | None) -> str:
+    """D* with its interval."""
+    if worst is None or worst.d_star is None:
+        return NO_FIGURE
+    low, high = worst.interval
+    return f"{worst.d_star:.2f}, 95 % interval {low:.2f} to {high:.2f}"
+
+
+def read_audit(folder: Path) -> AuditResult:
+    """The result of an audit.
+
+    Args:
+        folder: of the audit; or a result that is stored as a file.
+
+    Raises:
+        BadInput: there is none that is complete.
+    """
+    path = folder / RESULT if folder.is_dir() else folder
+    try:
+        return AuditResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist; run `unmergeable audit` to its end first.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadInput):
+        raise BadInput(f"{path} is not the result of an audit; run `unmergeable audit` again.") from None

@@ -1,0 +1,94 @@
+"""The attacker's choice: which of the attacks it tried it goes on with, from its scores on validation examples.
+
+An attack counts only when it keeps the free-rider's own skill. Among those that count, the attacker takes the one that
+gets most of the defended skill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from unmergeable.evaluation.cells import Cell
+
+Floats = npt.NDArray[np.float64]
+
+KEPT_SHARE = 0.95
+"""Of the free-rider's own score, which an attack has to keep to count."""
+
+ROUNDING = 1e-12
+"""An attack that keeps exactly that share counts, in whatever order its examples are added up."""
+
+
+def skill_to_keep(rider_alone: float) -> float:
+    """The score on its own task that an attack must keep, from that of the free-rider's own model."""
+    return KEPT_SHARE * rider_alone - ROUNDING
+
+
+def choice(defended: Floats, rider: Floats, rider_alone: float) -> int | None:
+    """The number of the attack that the attacker picks; None when none keeps the free-rider's skill.
+
+    Args:
+        defended: scores on the defended task, [attacks].
+        rider: scores on the free-rider's task, [attacks].
+        rider_alone: the score of the free-rider's own model on its task.
+    """
+    counts = rider >= skill_to_keep(rider_alone)
+    return int(np.where(counts, defended, -1.0).argmax()) if counts.any() else None
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What the attacks of a menu score, example by example, as credits in [0, 1].
+
+    Attributes:
+        defended: on validation examples of the defended task, [attacks, examples].
+        rider: on validation examples of the free-rider's task, [attacks, examples].
+        test: on test examples of the defended task, [attacks, examples]; NaN rows for attacks that no selection picks
+            and that were therefore never tested.
+    """
+
+    defended: Floats
+    rider: Floats
+    test: Floats
+
+    def __post_init__(self) -> None:
+        assert len(self.defended) == len(self.rider) == len(self.test)
+
+    @classmethod
+    def of(cls, cells: Sequence[tuple[Cell, Cell | None]], defended: str, rider: str) -> Menu:
+        """From the cells of each attack on validation and test examples (None: not tested), and the two tasks."""
+        tested = [None if test is None else test.credits[defended] for _, test in cells]
+        untested = np.full(next((len(row) for row in tested if row is not None), 1), np.nan)
+        return cls(
+            np.array([validation.credits[defended] for validation, _ in cells]),
+            np.array([validation.credits[rider] for validation, _ in cells]),
+            np.array([untested if row is None else row for row in tested]),
+        )
+
+    def only(self, numbers: Sequence[int]) -> Menu:
+        """These attacks, in this order."""
+        chosen = np.array(numbers, dtype=int)
+        return Menu(self.defended[chosen], self.rider[chosen], self.test[chosen])
+
+    def joined(self, other: Menu) -> Menu:
+        """Both menus, this one's attacks first."""
+        return Menu(
+            np.concatenate([self.defended, other.defended]),
+            np.concatenate([self.rider, other.rider]),
+            np.concatenate([self.test, other.test]),
+        )
+
+
+def pareto_front(first: Sequence[float] | Floats, second: Sequence[float] | Floats) -> list[int]:
+    """The points that no other point beats in both coordinates, in the order of the first; the first of equal ones."""
+    order = np.lexsort((np.arange(len(first)), -np.asarray(second), -np.asarray(first)))
+    front, highest = [], -np.inf
+    for number in order:
+        if second[number] > highest:
+            front.append(int(number))
+            highest = second[number]
+    return front[::-1]

@@ -1,0 +1,68 @@
+"""Threat models: what an attacker has. They are listed here and nowhere else.
+
+    off_the_shelf   T0   ordinary tools to merge
+    white_box       T1   the base and the method as well, but no data
+    few_shot        T2   labelled examples of the defended task as well
+    unlabelled      T3   unlabelled examples as well, as many as there are
+
+Each contains those before it. Plans take names and codes; results on disk have codes, pages and terminals names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+
+from unmergeable.errors import BadInput
+from unmergeable.settings import nearest
+
+
+class ThreatModel(Enum):
+    """What an attacker has.
+
+    Attributes:
+        code: in results on disk.
+        phrase: what such an attacker is called in a sentence.
+    """
+
+    OFF_THE_SHELF = ("off_the_shelf", "T0", "ordinary merging")
+    WHITE_BOX = ("white_box", "T1", "an attacker who knows base and method, without data")
+    FEW_SHOT = ("few_shot", "T2", "an attacker who has labelled examples as well")
+    UNLABELLED = ("unlabelled", "T3", "an attacker with additional unlabelled data")
+
+    def __init__(self, label: str, code: str, phrase: str) -> None:
+        self.label = label
+        self.code = code
+        self.phrase = phrase
+
+    def __str__(self) -> str:
+        return self.label
+
+    def includes(self, other: ThreatModel) -> bool:
+        """Whether this attacker has everything that the other one has."""
+        return _ORDER.index(self) >= _ORDER.index(other)
+
+    @property
+    def trains(self) -> bool:
+        """Whether this attacker has labelled examples to train on."""
+        return self.includes(ThreatModel.FEW_SHOT)
+
+    @classmethod
+    def named(cls, text: str) -> ThreatModel:
+        """The threat model of a name (``white_box``) or a code (``T1``).
+
+        Raises:
+            BadInput: there is none, with the nearest name.
+        """
+        known = {word: model for model in cls for word in (model.label, model.code)}
+        if text not in known:
+            raise BadInput(f"no threat model is called {text!r}{nearest(text, {model.label: model for model in cls})}")
+        return known[text]
+
+
+_ORDER = tuple(ThreatModel)
+
+
+def least(models: Iterable[ThreatModel]) -> ThreatModel:
+    """The weakest threat model that includes all of these; ``off_the_shelf`` for none."""
+    return max(models, key=_ORDER.index, default=ThreatModel.OFF_THE_SHELF)

@@ -1,0 +1,323 @@
+"""mergekit's YAML: read it, and say what it means for the merges of this package.
+
+    models:                                   # or slices: [{sources: [{model, layer_range: [0, 12]}, …]}, …]
+      - model: ./mathematician                # a folder, relative to the file; folder+adapter for a LoRA
+        parameters: {weight: [0.2, 0.8]}      # a gradient over the layers
+      - model: ./programmer
+        parameters:
+          weight:
+            - {filter: mlp, value: 0.5}       # tensors whose name holds "mlp"
+            - {value: 0.3}                    # all others
+    merge_method: ties
+    base_model: ./base
+    parameters: {density: 0.5, normalize: true}
+    dtype: float32
+    out_dtype: bfloat16
+
+A value is looked up in the source, its slice, and the whole, in that order; a list of filters that matches nothing is
+passed over. A gradient is interpolated over the layers of its slice: layer i of n is at i / (n - 1), everything before
+and behind the layers at 0. So it is in mergekit, and the methods are run in mergekit's variants (``docs/merging.md``
+has the table), so that one file means one merge.
+
+Stricter than mergekit: an unknown key is refused, a typo never passes. Not offered: parts of models stacked to new
+depths, ``modules``, and tokenizers other than the base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unmergeable.errors import BadInput
+from unmergeable.merges.mergekit.methods import METHODS
+from unmergeable.settings import nearest
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+USE_MERGEKIT = "run mergekit itself with --backend mergekit"
+
+_TOP = ("models", "slices", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source")
+_ELSEWHERE = ("modules", "tokenizer", "chat_template")
+_IGNORED = ("int8_mask",)
+"""Accepted without effect: how mergekit stores a mask changes nothing of the merge."""
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """A value, or a gradient of them, for the tensors whose name holds ``filter`` (None: all)."""
+
+    gradient: tuple[float, ...]
+    filter: str | None = None
+
+    def matches(self, name: str) -> bool:
+        return self.filter is None or self.filter == "*" or self.filter in name
+
+    def at(self, t: float) -> float:
+        """The value at ``t`` from 0 to 1, interpolated between its neighbours."""
+        position = t * (len(self.gradient) - 1)
+        below = int(position)
+        above = min(below + 1, len(self.gradient) - 1)
+        return (1 - (position - below)) * self.gradient[below] + (position - below) * self.gradient[above]
+
+
+Setting = tuple[Filtered, ...]
+"""One parameter: the first entry that matches a tensor holds."""
+
+Parameters = Mapping[str, Setting]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as it is written in the file, with its own parameters."""
+
+    model: str
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers ``first`` to ``stop`` of the merge; ``stop`` None means all."""
+
+    sources: tuple[Source, ...]
+    parameters: Parameters = field(default_factory=dict)
+    first: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """A merge as its file describes it."""
+
+    merge_method: str
+    slices: tuple[Slice, ...]
+    base_model: str | None
+    parameters: Parameters
+    dtype: str | None
+    out_dtype: str | None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models in the order in which they are listed."""
+        return tuple(source.model for source in self.slices[0].sources)
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """The dtype of the merge on disk; None for that of the models."""
+        return self.out_dtype or self.dtype
+
+
+def read_config(path: Path) -> MergeConfig:
+    """Read a configuration file.
+
+    Raises:
+        BadInput: naming the file, the key and what is wrong with it.
+    """
+    document = read_document(path)
+    try:
+        return parse_config(document)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def read_document(path: Path) -> Mapping[str, Any]:
+    """Read a configuration file without asking what its keys mean.
+
+    Raises:
+        BadInput: when it cannot be read, is no YAML, or gives a key twice.
+    """
+    import yaml
+
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_strict_loader())  # noqa: S506
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); give a mergekit configuration file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{path} is not valid YAML: {reason}") from error
+    if not isinstance(document, dict):
+        raise BadInput(f"{path} is no configuration: it holds {type(document).__name__}, not keys and values.")
+    return document
+
+
+def parse_config(document: object) -> MergeConfig:
+    """The configuration of a parsed file.
+
+    Raises:
+        BadInput: naming the key and what is wrong with it.
+    """
+    top = _mapping(document, "the file", _TOP, elsewhere=_ELSEWHERE)
+    method = _text(top, "merge_method", "the file")
+    if method is None:
+        raise BadInput("merge_method is missing; name one, e.g. merge_method: ties")
+    if method not in METHODS:
+        raise BadInput(f"merge_method {method!r} is not offered here{nearest(method, METHODS)} Or {USE_MERGEKIT}.")
+    if ("models" in top) == ("slices" in top):
+        raise BadInput("give either models or slices.")
+    base_model = _text(top, "base_model", "the file")
+    tokenizer = top.get("tokenizer_source")
+    if tokenizer not in (None, "base", base_model):
+        raise BadInput(
+            f"tokenizer_source {tokenizer!r}: only the base's tokenizer is kept; write base, or {USE_MERGEKIT}."
+        )
+    config = MergeConfig(
+        merge_method=method,
+        slices=_whole(top["models"], method) if "models" in top else _slices(top["slices"], method),
+        base_model=base_model,
+        parameters=_parameters(top.get("parameters"), "parameters", method),
+        dtype=_dtype(top, "dtype"),
+        out_dtype=_dtype(top, "out_dtype"),
+    )
+    _require_same_models(config)
+    return config
+
+
+def _whole(entries: object, method: str) -> tuple[Slice, ...]:
+    sources = []
+    for number, entry in enumerate(_list(entries, "models"), start=1):
+        where = f"models, entry {number}"
+        sources.append(_source(_mapping(entry, where, ("model", "parameters")), where, method))
+    return (Slice(tuple(sources)),)
+
+
+def _slices(entries: object, method: str) -> tuple[Slice, ...]:
+    slices: list[Slice] = []
+    for number, entry in enumerate(_list(entries, "slices"), start=1):
+        where = f"slices, entry {number}"
+        part = _mapping(entry, where, ("sources", "parameters"), elsewhere=("base_model", "residual_weight"))
+        sources, ranges = [], []
+        for index, source in enumerate(_list(part.get("sources"), f"{where}, sources"), start=1):
+            inner = f"{where}, source {index}"
+            fields = _mapping(source, inner, ("model", "layer_range", "parameters"))
+            sources.append(_source(fields, inner, method))
+            ranges.append(_range(fields.get("layer_range"), inner))
+        first = slices[-1].stop if slices else 0
+        if set(ranges) != {(first, ranges[0][1])} or first is None:
+            raise BadInput(
+                f"{where}: all sources must have the same layer_range, going on at layer {first}; models of other "
+                f"depths are not built here, {USE_MERGEKIT}."
+            )
+        parameters = _parameters(part.get("parameters"), f"{where}, parameters", method)
+        slices.append(Slice(tuple(sources), parameters, *ranges[0]))
+    return tuple(slices)
+
+
+def _source(fields: Mapping[str, Any], where: str, method: str) -> Source:
+    model = _text(fields, "model", where)
+    if model is None:
+        raise BadInput(f"{where}: model is missing; name a folder.")
+    parameters = _parameters(fields.get("parameters"), f"{where}, parameters", method)
+    for name in METHODS[method].of_merge:
+        if name in parameters:  # mergekit would pass over it
+            raise BadInput(
+                f"{where}: {name} is shared by all models; put it in the parameters of a slice or at the top."
+            )
+    return Source(model, parameters)
+
+
+def _range(value: object, where: str) -> tuple[int, int]:
+    if isinstance(value, list) and len(value) == 2 and all(type(end) is int for end in value) and value[0] < value[1]:
+        return value[0], value[1]
+    raise BadInput(f"{where}: layer_range must be two whole numbers, as in [0, 12], not {value!r}.")
+
+
+def _require_same_models(config: MergeConfig) -> None:
+    models = set(config.models)
+    for number, part in enumerate(config.slices, start=1):
+        listed = [source.model for source in part.sources]
+        if len(set(listed)) < len(listed):
+            raise BadInput(f"{max(listed, key=listed.count)} is listed twice; list each model once.")
+        if set(listed) != models:
+            raise BadInput(f"slices, entry {number}: merges other models than the first one; or {USE_MERGEKIT}.")
+
+
+def _parameters(value: object, where: str, method: str) -> Parameters:
+    if value is None:
+        return {}
+    known = METHODS[method]
+    names = (*known.of_experts, *known.of_merge, *known.switches, *_IGNORED)
+    return {
+        name: (_switch_setting if name in (*known.switches, *_IGNORED) else _setting)(setting, f"{where}, {name}")
+        for name, setting in _mapping(value, where, names, what=f"parameter of {method}").items()
+    }
+
+
+def _setting(value: object, where: str) -> Setting:
+    entries = value if isinstance(value, list) and any(isinstance(entry, dict) for entry in value) else [value]
+    return tuple(_filtered(entry, where) for entry in entries)
+
+
+def _filtered(entry: object, where: str) -> Filtered:
+    if not isinstance(entry, dict):
+        return Filtered(_gradient(entry, where))
+    fields = _mapping(entry, where, ("filter", "value"))
+    if "value" not in fields:
+        raise BadInput(f"{where}: a filter needs a value.")
+    return Filtered(_gradient(fields["value"], where), _text(fields, "filter", where))
+
+
+def _gradient(value: object, where: str) -> tuple[float, ...]:
+    values = value if isinstance(value, list) else [value]
+    try:
+        # YAML takes 1e-3 for text; true and false are no numbers.
+        numbers = tuple(float(str(number)) for number in values)
+    except ValueError:
+        numbers = ()
+    if not numbers:
+        raise BadInput(f"{where}: must be a number or a list of numbers, not {value!r}.")
+    return numbers
+
+
+def _switch_setting(value: object, where: str) -> Setting:
+    if isinstance(value, bool) or (type(value) is int and value in (0, 1)):
+        return (Filtered((float(value),)),)
+    raise BadInput(f"{where}: must be true or false, not {value!r}; it holds for the whole merge.")
+
+
+def _dtype(top: Mapping[str, Any], key: str) -> str | None:
+    dtype = _text(top, key, "the file")
+    if dtype is not None and dtype not in DTYPES:
+        raise BadInput(f"{key}: must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    return dtype
+
+
+def _mapping(
+    value: object, where: str, known: Sequence[str], *, elsewhere: Sequence[str] = (), what: str = "key"
+) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise BadInput(f"{where}: must be a mapping of {', '.join(known)}, not {value!r}.")
+    for key in value:
+        if key in elsewhere:
+            raise BadInput(f"{where}: {key} is not offered here; {USE_MERGEKIT}.")
+        if key not in known:
+            raise BadInput(f"{where}: no {what} is called {key!r}{nearest(str(key), dict.fromkeys(known))}")
+    return value
+
+
+def _list(value: object, where: str) -> list[Any]:
+    if isinstance(value, list) and value:
+        return value
+    raise BadInput(f"{where}: must be a list of at least one entry.")
+
+
+def _text(fields: Mapping[str, Any], key: str, where: str) -> str | None:
+    value = fields.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    raise BadInput(f"{where}: {key} must be text, not {value!r}.")
+
+
+def _strict_loader() -> Any:
+    """PyYAML's safe loader, which lets a key be given twice and keeps the last, made to refuse that."""
+    import yaml
+
+    class StrictLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+            merged_in = "tag:yaml.org,2002:merge"
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merged_in]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return StrictLoader

@@ -1,0 +1,219 @@
+"""How far the outputs of two whole networks lie apart, where they fit in memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmergeable.checkpoint.reader import Checkpoint
+from unmergeable.checkpoint.source import TensorSource
+from unmergeable.errors import BadInput
+from unmergeable.gauge.equivalence import MARGIN, UNIT_ROUNDOFF, amplified, off_by
+from unmergeable.network.load import load_network, load_tokenizer
+from unmergeable.progress import Progress, silent
+from unmergeable.randomness import Stream
+
+NETWORK_FACTOR = 64
+"""Bound on the relative logit error, in units of u * condition: errors of many blocks, some amplified downstream."""
+
+ARITHMETIC = 64 * 2.0**-24
+"""Relative error of outputs computed in float32, however well the weights are stored."""
+
+SMALL_NETWORK_BYTES = 1 << 30
+"""In float32; larger networks are compared only on request, because loading them takes longer than protecting them."""
+
+
+@dataclass(frozen=True)
+class LogitGap:
+    """``gap``: Frobenius norm of the difference of the outputs over that of the outputs, in float32 arithmetic.
+
+    None where it was not measured, for ``reason``.
+    """
+
+    bound: float
+    gap: float | None = None
+    reason: str = ""
+
+    @property
+    def is_beyond_bound(self) -> bool:
+        return self.gap is not None and not self.gap <= self.bound  # a NaN is beyond any bound
+
+    def describe(self) -> str:
+        """The figure beside its bound, or why there is none."""
+        if self.gap is None:
+            return f"not measured: {self.reason}"
+        return f"{self.gap:.1e} relative; bound {self.bound:.1e}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"relative_gap": self.gap, "bound": self.bound, "not_measured_because": self.reason or None}
+
+
+def logit_gap(
+    first: TensorSource,
+    second: TensorSource,
+    condition: float,
+    *,
+    probe: Path | None = None,
+    is_requested: bool = False,
+    is_measured: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> LogitGap:
+    """Load both networks one after the other and compare their outputs on the same inputs.
+
+    Args:
+        first, second: two checkpoints of one architecture.
+        condition: condition number that may separate them.
+        probe: inputs (see :func:`read_probe`); random ones when None.
+        is_requested: also for networks that take a while to load, as long as memory allows.
+        is_measured: take the bound from what simulated roundings of the weights do to the outputs.
+        seed: of the random inputs.
+    """
+    unit = max(UNIT_ROUNDOFF.get(source.spec(name).dtype, 0) for source in (first, second) for name in source.names)
+    bound = NETWORK_FACTOR * unit * condition
+    reason = _obstacle(first, second, is_requested or probe is not None)
+    if reason:
+        return LogitGap(bound, None, reason)
+    progress("comparing outputs", 0, 2, "networks")
+    rounding = unit if is_measured else None
+    expected, first_error = _outputs(first.folder, probe, seed, rounding)
+    progress("comparing outputs", 1, 2, "networks")
+    found, second_error = _outputs(second.folder, probe, seed, rounding)
+    progress("comparing outputs", 2, 2, "networks")
+    if is_measured:
+        bound = MARGIN * math.hypot(amplified(condition) * first_error, second_error)
+        bound = max(bound, ARITHMETIC)
+    return LogitGap(bound, _gap(found, expected))
+
+
+def _gap(found: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
+
+
+def _obstacle(first: TensorSource, second: TensorSource, is_requested: bool) -> str:
+    """Why the networks cannot be run, empty when they can."""
+    if not (isinstance(first, Checkpoint) and isinstance(second, Checkpoint)):
+        return "an adapter or pickled checkpoint is compared block by block only"
+    is_diffusion = "_class_name" in first.config
+    library = "diffusers" if is_diffusion else "transformers"
+    if importlib.util.find_spec(library) is None:
+        return f"{library} is not installed; pip install 'unmergeable[{'diffusion' if is_diffusion else 'hf'}]'"
+    nbytes = 4 * sum(first.spec(name).numel for name in first.names)
+    if nbytes > SMALL_NETWORK_BYTES and not is_requested:
+        return "the network takes a while to load; run `unmergeable verify` to measure it"
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 2 * nbytes > available:
+        return f"the network needs {nbytes / 1e9:.0f} GB in float32 and {available / 1e9:.0f} GB are free"
+    return ""
+
+
+@torch.no_grad()
+def _outputs(folder: Path, probe: Path | None, seed: int, unit: float | None) -> tuple[Tensor, float]:
+    """The outputs, and how far relative errors of ``unit`` in all weights move them (0 for None)."""
+    network = load_network(folder, dtype=torch.float32)
+    if probe is None:
+        batches = [random_inputs(network, seed)]
+    else:
+        batches = read_probe(probe, folder)
+
+    def run() -> Tensor:
+        return torch.cat([_main_output(network(**batch)).double().flatten() for batch in batches])
+
+    outputs = run()
+    if unit is None:
+        return outputs, 0.0
+    for name, parameter in network.named_parameters():
+        parameter.copy_(off_by(parameter, unit, Stream.from_seed(seed).child(name)))
+    return outputs, _gap(run(), outputs)
+
+
+def _main_output(result: Any) -> Tensor:
+    """The first floating-point tensor of a model output: logits, sample, or hidden states."""
+    for key in ("logits", "logits_per_image", "sample", "last_hidden_state", "image_embeds", "text_embeds"):
+        value = getattr(result, key, None)
+        if isinstance(value, Tensor):
+            return value
+    for value in result.to_tuple():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise BadInput(
+        f"{type(result).__name__} holds no tensor to compare; the network cannot be verified by its outputs."
+    )
+
+
+def random_inputs(network: Any, seed: int, *, length: int = 16) -> dict[str, Tensor]:
+    """Inputs of the right shapes for a transformers or diffusers network, from a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    config = network.config
+    if hasattr(config, "cross_attention_dim"):  # a diffusers UNet
+        width = config.cross_attention_dim
+        width = width[0] if isinstance(width, (list, tuple)) else width
+        side = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+        return {
+            "sample": torch.randn(1, config.in_channels, side, side, generator=generator),
+            "timestep": torch.tensor(10),
+            "encoder_hidden_states": torch.randn(1, 7, width, generator=generator),
+        }
+    inputs: dict[str, Tensor] = {}
+    vision = getattr(config, "vision_config", config)
+    text = getattr(config, "text_config", config)
+    if hasattr(vision, "image_size"):
+        side = vision.image_size
+        height, width = (side, side) if isinstance(side, int) else side
+        channels = getattr(vision, "num_channels", 3)
+        inputs["pixel_values"] = torch.randn(2, channels, height, width, generator=generator)
+    if getattr(text, "vocab_size", None):
+        positions = getattr(text, "max_position_embeddings", None) or length
+        ids = torch.randint(0, text.vocab_size, (2, min(length, positions)), generator=generator)
+        inputs["input_ids"] = ids
+        if getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids[:, : length // 2]
+    return inputs
+
+
+def read_probe(path: Path, folder: Path) -> list[dict[str, Tensor]]:
+    """Inputs from a file: JSON lines of ``{"text": …}`` or ``{"input_ids": […]}``, or an ``.npz`` of arrays.
+
+    Raises:
+        BadInput: naming the file and line that cannot be used.
+    """
+    if not path.is_file():
+        raise BadInput(f"probe {path} does not exist; give a .jsonl or .npz file.")
+    if path.suffix == ".npz":
+        import numpy as np
+
+        with np.load(path, allow_pickle=False) as arrays:
+            return [{name: torch.from_numpy(arrays[name]) for name in arrays.files}]
+    rows = [
+        _probe_row(line, f"{path} line {number}")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if line.strip()
+    ]
+    if not rows:
+        raise BadInput(f"probe {path} is empty; give at least one line.")
+    return [_probe_inputs(row, folder) for row in rows]
+
+
+def _probe_row(line: str, where: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not ({"text", "input_ids"} & set(row)):
+        raise BadInput(f'{where}: expected {{"text": …}} or {{"input_ids": […]}}.')
+    return row
+
+
+def _probe_inputs(row: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
+    if "input_ids" in row:
+        return {"input_ids": torch.tensor([row["input_ids"]], dtype=torch.long)}
+    return dict(load_tokenizer(folder)(row["text"], return_tensors="pt"))

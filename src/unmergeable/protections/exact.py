@@ -1,0 +1,487 @@
+"""Exact protections: secret changes of basis that the network cannot see, undone by a key.
+
+A method describes which bases it changes and how the elements are drawn. What all of them share is here: several are
+applied at once and rounded once, under one key; the written file is verified block by block, and as a whole network
+where that fits in memory; ``restore`` draws the same gauges again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from unmergeable.architecture import Architecture, Group, Space, detect
+from unmergeable.architecture.residual import OUTPUT_HEAD
+from unmergeable.architecture.symmetry import GroupKind
+from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
+from unmergeable.checkpoint.plan import OutputTensor
+from unmergeable.checkpoint.source import TensorSource
+from unmergeable.errors import KeyFileError, NotEquivalent, UsageError
+from unmergeable.gauge.act import compute_dtype, edits
+from unmergeable.gauge.equivalence import UNIT_ROUNDOFF, Equivalence, changed_blocks, compare, rounded_factors
+from unmergeable.gauge.gauge import Gauge, undo
+from unmergeable.gauge.key import Key, read_key
+from unmergeable.gauge.plan import transformed
+from unmergeable.network.logits import LogitGap, logit_gap
+from unmergeable.progress import Progress
+from unmergeable.protections.base import Facts, Inputs, Protection, ProtectionRequirements, Rewrite
+from unmergeable.protections.untied import TIED, UNTIED, UntiedSource, untied
+from unmergeable.randomness import KEY_BYTES, Stream, new_entropy
+from unmergeable.registry import Registry
+from unmergeable.settings import configure
+from unmergeable.threads import one_thread_per_kernel
+
+logger = logging.getLogger(__name__)
+
+VACUOUS = (
+    "The bound on rounding is 1 or more: at this precision the check of the result says nothing. Measure the result on "
+    "your task, or use smaller conditions, a narrower range for params, or float32."
+)
+
+_ROLES = {
+    "query_key": "query and key",
+    "value_output": "value and output",
+    "heads": "order of heads",
+    "feed_forward": "feed-forward",
+    "experts": "order of experts",
+    "norm": "gains of norms",
+    "residual": "residual stream",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a gauge may depend on besides the key's secret.
+
+    ``source`` holds the expert's tensors when protecting and the protected ones when restoring, so that only what is
+    the same in both may be read from it. ``orders`` are the permutations that the protection computed from the expert
+    and the base, by space, int64 [size]; the key keeps them.
+    """
+
+    source: TensorSource
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class ExactProtection(Protection):
+    """A keyed change of basis. A subclass has ``spaces`` and ``gauges``, and bounds on its matrices."""
+
+    remark: ClassVar[str] = (
+        "The base shows which basis the weights started in, and a least-squares fit per head finds the way back in "
+        "seconds."
+    )
+    attack: ClassVar[str] = "nearest_orbit"
+
+    # Settings that some methods have; the shared code below asks all of them.
+    untie: bool = False
+    residual: bool = False
+    as_published: bool = False
+
+    @property
+    def bound(self) -> float:
+        """How much more than once a rounding error counts at most: the condition number of what mixes coordinates."""
+        raise NotImplementedError
+
+    @property
+    def stretch(self) -> float:
+        """Bound on the condition number of its matrices, diagonals included. Alone a diagonal rounds each weight once;
+        before or after something that mixes coordinates its condition counts as well."""
+        raise NotImplementedError
+
+    def spaces(self, architecture: Architecture) -> dict[str, Space]:
+        """The bases it changes. Raises BadInput where the architecture leaves it none."""
+        raise NotImplementedError
+
+    def orders(
+        self, architecture: Architecture, expert: TensorSource, base: TensorSource, progress: Progress
+    ) -> dict[str, Tensor]:
+        """Permutations that depend on weights it changes, so that the key has to keep them; none for most methods."""
+        return {}
+
+    def gauges(self, architecture: Architecture, stream: Stream, weights: Weights) -> tuple[Gauge, ...]:
+        """What is applied, left to right; ``stream`` is the secret."""
+        raise NotImplementedError
+
+    def requirements(self) -> ProtectionRequirements:
+        return ProtectionRequirements(exact=True, needs=("key",), stage="basis")
+
+    def check(self, inputs: Inputs) -> Facts:
+        return ExactSequence((self,)).check(inputs)
+
+    def prepare(self, inputs: Inputs) -> Rewrite:
+        return ExactSequence((self,)).prepare(inputs)
+
+
+@dataclass(frozen=True)
+class ExactFacts(Facts):
+    """What exact methods report.
+
+    Attributes:
+        tensors, changed_tensors: how many there are, and how many the methods change.
+        condition_bound: bound on how much more than once a rounding error counts.
+        predicted_error: bound on each block's relative output error from rounding.
+        groups: by role of a basis, the group that is drawn from and why it is no larger.
+        left_out: files of the expert's folder that are not copied, and why.
+        unchanged: why a method that changes residual streams leaves one as it is.
+        equivalence: of every changed block, read back from the written file; None before it is written.
+        logits: how far the outputs of the whole networks lie apart, or why that was not measured.
+    """
+
+    tensors: int
+    changed_tensors: int
+    condition_bound: float
+    predicted_error: float
+    groups: Mapping[str, str]
+    left_out: tuple[tuple[str, str], ...] = ()
+    unchanged: tuple[str, ...] = ()
+    equivalence: Equivalence | None = None
+    logits: LogitGap | None = None
+
+    @property
+    def measured_error(self) -> float | None:
+        """The largest relative output error of a block."""
+        return None if self.equivalence is None else max(block.error for block in self.equivalence.blocks)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*((VACUOUS,) if self.predicted_error >= 1 else ()), *self.unchanged)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tensors": self.tensors,
+            "changed_tensors": self.changed_tensors,
+            "condition_bound": self.condition_bound,
+            "predicted_block_error": self.predicted_error,
+            "measured_block_error": self.measured_error,
+            "logits": self.logits.to_json() if self.logits else None,
+            "groups": dict(self.groups),
+            "left_out": [{"name": name, "reason": reason} for name, reason in self.left_out],
+        }
+
+    def record(self) -> Mapping[str, Any]:
+        assert self.equivalence is not None
+        assert self.logits is not None
+        worst = self.equivalence.worst
+        assert worst is not None
+        return {
+            "measured": {
+                "blocks": len(self.equivalence.blocks),
+                "largest_block_error": self.measured_error,
+                "worst_block": worst.name,
+                # Errors of different blocks are independent: their squares add.
+                "predicted_logit_error": math.sqrt(sum(block.error**2 for block in self.equivalence.blocks)),
+                "logits": self.logits.to_json(),
+            }
+        }
+
+    def lines(self) -> list[str]:
+        lines = [f"  {self.changed_tensors} of {self.tensors} tensors changed"]
+        lines += [f"  {_ROLES.get(role, role)}: {group}" for role, group in self.groups.items()]
+        if self.measured_error is None:
+            lines += [f"Largest error that rounding may cause in a block: {self.predicted_error:.1e} relative"]
+        else:
+            lines += [f"Largest error of a block: {self.measured_error:.1e} relative; bound {self.predicted_error:.1e}"]
+        if self.logits is not None:
+            lines += [f"Error of the network's output: {self.logits.describe()}"]
+        return [*lines, *(f"Left out: {name} ({reason})" for name, reason in self.left_out)]
+
+
+@dataclass(frozen=True)
+class RestoredFacts(Facts):
+    """What restoring reports: ``measured_error`` is the largest of a block, against the protected checkpoint."""
+
+    changed_tensors: int
+    measured_error: float
+
+    def record(self) -> Mapping[str, Any]:
+        return {"measured": {"largest_block_error": self.measured_error}}
+
+
+@dataclass(frozen=True)
+class ExactSequence(Protection):
+    """Exact methods applied left to right, rounded once, under one key."""
+
+    name: ClassVar[str] = "exact"
+    summary: ClassVar[str] = "exact protections, applied at once"
+
+    methods: tuple[ExactProtection, ...]
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any], known: Registry) -> ExactSequence:
+        """The methods that a key was made by.
+
+        Raises:
+            UsageError: one is not ``known`` to this version.
+        """
+        for step in recipe["steps"]:
+            if step["method"] not in known:
+                raise UsageError(
+                    f"the key was made by method {step['method']!r}, unknown to this version; update unmergeable."
+                )
+        return cls(tuple(configure(known[step["method"]], step["settings"]) for step in recipe["steps"]))
+
+    @property
+    def limits(self) -> str:
+        measured = (method.limits.removesuffix(method.remark).strip() for method in self.methods)
+        return " ".join(dict.fromkeys((*measured, *(method.remark for method in self.methods))))
+
+    @property
+    def attack(self) -> str:
+        return ExactProtection.attack
+
+    @property
+    def unties(self) -> bool:
+        """Whether the output head is stored apart from the embedding."""
+        return any(method.untie for method in self.methods)
+
+    @property
+    def condition(self) -> float:
+        """Bound on how much more than once a rounding error counts after all methods."""
+        if len(self.methods) == 1:
+            return self.methods[0].bound
+        return math.prod(method.stretch for method in self.methods)
+
+    def requirements(self) -> ProtectionRequirements:
+        every = [method.requirements() for method in self.methods]
+        needs = tuple(dict.fromkeys(need for requirements in every for need in requirements.needs))
+        return ProtectionRequirements(exact=True, needs=needs, stage="basis")
+
+    def spaces(self, architecture: Architecture) -> dict[str, Space]:
+        """Every basis the methods change."""
+        return {name: space for method in self.methods for name, space in method.spaces(architecture).items()}
+
+    def moves_streams(self, architecture: Architecture) -> bool:
+        """Whether residual streams, or the gains of their norms, are among what changes."""
+        return any(space.role in ("norm", "residual") for space in self.spaces(architecture).values())
+
+    def gauges(self, architecture: Architecture, key: Key, source: TensorSource) -> tuple[Gauge, ...]:
+        """The secret gauges, in the order they are applied; ``source`` as in :class:`Weights`."""
+        stream = key.stream()
+        gauges: list[Gauge] = []
+        for index, method in enumerate(self.methods):
+            step = f"{index}."
+            orders = {
+                name.removeprefix(step): torch.tensor(key.orders[name]) for name in key.orders if name.startswith(step)
+            }
+            gauges += method.gauges(architecture, stream.child(f"{step}{method.name}"), Weights(source, orders))
+        return tuple(gauges)
+
+    def check(self, inputs: Inputs) -> ExactFacts:
+        source, architecture = self._seen(inputs)
+        _ = self._key(inputs, source, architecture)  # a key file that belongs to other work is refused
+        return self._facts(source, architecture)
+
+    @one_thread_per_kernel()
+    def prepare(self, inputs: Inputs) -> Rewrite:
+        source, architecture = self._seen(inputs)
+        facts = self._facts(source, architecture)
+        key, is_new = self._key(inputs, source, architecture)
+        if is_new:
+            key = replace(key, orders=self._orders(inputs, source, architecture))
+        gauges = self.gauges(architecture, key, source)
+        heads = _heads_apart(source, architecture, gauges)
+        return Rewrite(
+            source=inputs.expert,
+            plan=transformed(inputs.expert, architecture.symmetry, gauges, extra=heads),
+            recipe=self._recipe(architecture),
+            resume_token=key.fingerprint,
+            facts=facts,
+            record=self._record(facts, key, source, architecture, is_public=inputs.seed is not None),
+            config_changes=UNTIED if self.unties else None,
+            key=key,
+            verify=lambda written: self._verified(facts, inputs, source, architecture, written),
+        )
+
+    def restore(
+        self, protected: TensorSource, architecture: Architecture, key: Key, *, threads: int, progress: Progress
+    ) -> Rewrite:
+        """The original again, from a checkpoint that these methods protected under ``key``.
+
+        Only the verification can tell whether the weights were altered since, and nothing here whether the key is
+        another one's: every gauge leaves the function alone.
+        """
+        spaces = self.spaces(architecture)
+
+        def verify(written: TensorSource) -> Facts:
+            restored = (
+                untied(written, detect(written.config, {name: written.spec(name).shape for name in written.names}))[0]
+                if self.unties
+                else written
+            )
+            equivalence = compare(
+                protected,
+                restored,
+                changed_blocks(architecture, list(spaces)),
+                condition=self.condition,
+                threads=threads,
+                blocks_only=True,
+                through_streams=self.moves_streams(architecture),
+                progress=progress,
+            )
+            if not equivalence.is_equal:
+                raise NotEquivalent(
+                    f"the result would not compute what {protected.description} computes: {equivalence.explain()}; "
+                    "nothing was written."
+                )
+            return RestoredFacts(changed, max(block.error for block in equivalence.blocks))
+
+        changed = len(architecture.symmetry.tensors_of(spaces))
+        gauges = undo(self.gauges(architecture, key, protected))
+        drop = [OUTPUT_HEAD] if self.unties else []
+        return Rewrite(
+            source=protected,
+            plan=transformed(protected, architecture.symmetry, gauges, drop=drop),
+            recipe=self._recipe(architecture),
+            resume_token=f"restore {key.fingerprint}",
+            config_changes=TIED if self.unties else None,
+            verify=verify,
+        )
+
+    def _seen(self, inputs: Inputs) -> tuple[TensorSource, Architecture]:
+        """The expert as the methods see it: its output head apart, where that is asked for."""
+        return untied(inputs.expert, inputs.architecture) if self.unties else (inputs.expert, inputs.architecture)
+
+    def _recipe(self, architecture: Architecture) -> dict[str, Any]:
+        """Enough to redo it, given the key."""
+        return {"steps": [method.recipe() for method in self.methods], "architecture": architecture.family}
+
+    def _key(self, inputs: Inputs, source: TensorSource, architecture: Architecture) -> tuple[Key, bool]:
+        """The key of an interrupted run of this very work, or a new one; and whether it is new."""
+        recipe = {**self._recipe(architecture), "source": source.index.headers_digest}
+        path = inputs.key_file
+        if path is not None and os.path.lexists(path):
+            existing = read_key(path, inputs.passphrase)
+            if existing.recipe != recipe:
+                raise KeyFileError(
+                    f"key file {path} belongs to another checkpoint or recipe and is never overwritten; name another."
+                )
+            return existing, False
+        if inputs.seed is None:
+            return Key(new_entropy(), recipe), True
+        logger.warning("the key is drawn from the public seed %d: anybody can make it again", inputs.seed)
+        seed = str(inputs.seed).encode()
+        return Key(hashlib.blake2b(seed, digest_size=KEY_BYTES, person=b"unmergeable-pub").digest(), recipe), True
+
+    def _orders(self, inputs: Inputs, source: TensorSource, architecture: Architecture) -> dict[str, list[int]]:
+        return {
+            f"{index}.{space}": order.tolist()
+            for index, method in enumerate(self.methods)
+            for space, order in method.orders(architecture, source, inputs.base, inputs.progress).items()
+        }
+
+    def _facts(self, source: TensorSource, architecture: Architecture) -> ExactFacts:
+        spaces = self.spaces(architecture)
+        changed = architecture.symmetry.tensors_of(spaces)
+        roundoff = max(UNIT_ROUNDOFF[source.spec(name).dtype] for name in changed)
+        factors = rounded_factors(through_streams=self.moves_streams(architecture))
+        return ExactFacts(
+            tensors=len(source.names),
+            changed_tensors=len(changed),
+            condition_bound=self.condition,
+            predicted_error=factors * self.condition * roundoff,
+            groups=describe_groups(architecture, spaces),
+            left_out=tuple((item.name, item.reason) for item in source.index.left_out),
+            unchanged=self._unchanged_streams(architecture),
+        )
+
+    def _unchanged_streams(self, architecture: Architecture) -> tuple[str, ...]:
+        if not any(method.residual for method in self.methods):
+            return ()
+        streams = {name: why for name, why in architecture.symmetry.missing.items() if name.endswith("residual")}
+        return tuple(f"The {name.replace('.', ' ')} stream stays as it is: {why}." for name, why in streams.items())
+
+    def _record(
+        self, facts: ExactFacts, key: Key, source: TensorSource, architecture: Architecture, *, is_public: bool
+    ) -> dict[str, Any]:
+        changed = architecture.symmetry.tensors_of(self.spaces(architecture))
+        return {
+            "groups": dict(facts.groups),
+            "key_fingerprint": key.fingerprint,
+            "key_from_public_seed": is_public,
+            "condition_bound": facts.condition_bound,
+            "predicted_block_error": facts.predicted_error,
+            "stored_dtypes": sorted({source.spec(name).dtype for name in source.names}),
+            "compute_dtypes": sorted(
+                {dtype_code(compute_dtype(torch_dtype(source.spec(name).dtype))) for name in changed}
+            ),
+            "changed_tensors": facts.changed_tensors,
+        }
+
+    def _verified(
+        self, facts: ExactFacts, inputs: Inputs, source: TensorSource, architecture: Architecture, written: TensorSource
+    ) -> ExactFacts:
+        """Raises NotEquivalent when the written file does not compute what the expert computes."""
+        equivalence = compare(
+            source,
+            written,
+            # Every tensor without a leg was copied byte for byte, so only blocks that changed can differ.
+            changed_blocks(architecture, list(self.spaces(architecture))),
+            condition=self.condition,
+            threads=inputs.threads,
+            blocks_only=True,
+            through_streams=self.moves_streams(architecture),
+            progress=inputs.progress,
+        )
+        if not equivalence.is_equal:
+            raise NotEquivalent(
+                f"the result would not compute what {inputs.expert.description} computes: {equivalence.explain()}; "
+                f"nothing was written. {self._remedy(architecture)}"
+            )
+        gap = logit_gap(inputs.expert, written, self.condition, progress=inputs.progress)
+        if gap.is_beyond_bound:
+            raise NotEquivalent(
+                f"the result's outputs move by {gap.gap:.2e}, rounding explains {gap.bound:.2e}; nothing was written."
+            )
+        return replace(facts, equivalence=equivalence, logits=gap)
+
+    def _remedy(self, architecture: Architecture) -> str:
+        """What to try where the result computes something else."""
+        for method in self.methods:
+            changed = method.spaces(architecture)
+            turned = any(architecture.symmetry.spaces[name].group.kind == "rotary" for name in changed)
+            if turned and method.as_published:
+                return (
+                    f"{method.name} as published is not exact under the rotary positions of {architecture.family}; "
+                    "leave as_published out."
+                )
+        return "Try a smaller condition number."
+
+
+def _heads_apart(source: TensorSource, architecture: Architecture, gauges: Sequence[Gauge]) -> tuple[OutputTensor, ...]:
+    """The output head of an untied checkpoint, beside the embedding it is made from."""
+    if not isinstance(source, UntiedSource):
+        return ()
+    edit = edits(architecture.symmetry, gauges).get(OUTPUT_HEAD)
+    shard = source.index.entries[source.embedding].shard
+    return (OutputTensor(OUTPUT_HEAD, source.spec(OUTPUT_HEAD), shard, edit=edit, origin=source.embedding),)
+
+
+def describe_groups(architecture: Architecture, spaces: Mapping[str, Space] | None = None) -> dict[str, str]:
+    """For each role among ``spaces`` (those of attention when None), the group used and why it is no larger."""
+    groups: dict[str, str] = {}
+    shown = architecture.symmetry.select("query_key", "value_output") if spaces is None else spaces
+    for space in shown.values():
+        reason = f" ({space.limit})" if space.limit else ""
+        text = f"{space.group}{reason}"
+        earlier = groups.get(space.role)
+        groups[space.role] = text if earlier is None or text in earlier else f"{earlier}; {text}"
+    return groups
+
+
+def without_positions(spaces: Mapping[str, Space], kind: GroupKind) -> dict[str, Space]:
+    """The spaces as papers have them that know no rotary positions: ``kind`` where a rotary group acts.
+
+    Not a symmetry of the network: what is drawn there changes its function.
+    """
+    limit = "as published, which is not exact under rotary positions"
+    return {
+        name: replace(space, group=Group(kind), limit=limit) if space.group.kind == "rotary" else space
+        for name, space in spaces.items()
+    }

@@ -1,0 +1,56 @@
+"""Results as JSON: the fields in their order, and read back as they were."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pytest
+
+from unmergeable.evaluation.records import INLINED, OPTIONAL, Record
+from unmergeable.evaluation.threat_models import ThreatModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner(Record):
+    value: float | None
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer(Record):
+    name: str
+    note: str | None = field(default=None, metadata=OPTIONAL)
+    inner: Inner = field(metadata=INLINED)
+    by_model: Mapping[ThreatModel, Inner | None]
+    pair: tuple[float, int]
+
+
+WHOLE = Outer(
+    name="a",
+    inner=Inner(value=None, texts=("x",)),
+    by_model={ThreatModel.WHITE_BOX: Inner(value=0.5), ThreatModel.FEW_SHOT: None},
+    pair=(0.25, 3),
+)
+
+
+def test_a_record_is_an_object_with_its_fields() -> None:
+    document = WHOLE.to_json()
+    assert list(document) == ["name", "value", "texts", "by_model", "pair"], "an optional field is left out"
+    assert document["by_model"] == {"T1": {"value": 0.5, "texts": []}, "T2": None}
+
+
+@pytest.mark.parametrize("note", [None, "said"])
+def test_it_is_read_back_as_it_was(note: str | None) -> None:
+    record = Outer(**{**vars(WHOLE), "note": note})
+    assert Outer.from_json(json.loads(json.dumps(record.to_json()))) == record
+    assert ("note" in record.to_json()) == (note is not None)
+
+
+def test_what_is_missing_is_an_error_and_what_is_more_is_not() -> None:
+    document = WHOLE.to_json()
+    assert Inner.from_json({"value": 1.0, "more": 2}) == Inner(value=1.0)
+    del document["name"]
+    with pytest.raises(KeyError, match="name"):
+        Outer.from_json(document)
