@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import unmergeable
 from toy_checkpoints import ToyCheckpoint, toy_checkpoint
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import BadInput, UsageError
@@ -126,3 +127,27 @@ def test_a_rotation_refuses_gains_that_are_not_folded() -> None:
     with pytest.raises(AssertionError, match="gain is not folded"):
         turn.apply(uneven, "gain")
     assert torch.equal(turn.apply(uneven, "vector"), Dense(turn.values).apply(uneven, "covector"))
+
+
+@pytest.mark.parametrize("rotation", ["dense", "fast"])
+def test_either_rotation_is_exact_restored_and_found(rotation: str) -> None:
+    toy = toy_checkpoint("llama")
+    generator = torch.Generator().manual_seed(5)
+    expert = {
+        name: tensor + 0.02 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in toy.tensors.items()
+    }
+    settings = {"rotation": rotation, "quantisation_friendly": True}
+
+    # Protecting compares every block with the expert's, and raises where one differs by more than rounding.
+    released, key = unmergeable.protect_state_dict(expert, toy.config, method="gauge", settings=settings, seed=3)
+
+    matrices = [name for name, tensor in expert.items() if tensor.dim() == 2]
+    shares = [float((released[name] - expert[name]).norm() / expert[name].norm()) for name in matrices]
+    assert min(shares) > 0.5
+    restored = unmergeable.restore_state_dict(released, toy.config, key=key)
+    assert all(torch.allclose(restored[name], expert[name], rtol=0, atol=1e-4) for name in matrices)
+    fit = unmergeable.attacks.nearest_orbit(released, toy.tensors, toy.config)
+    unprotected = unmergeable.attacks.nearest_orbit(expert, toy.tensors, toy.config)
+    assert fit.distance_before > 10 * unprotected.distance_before
+    assert fit.distance <= 1.02 * unprotected.distance_before

@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -45,9 +45,11 @@ from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.gauge.elements import Element, Monomial
 from unmergeable.gauge.gauge import Gauge, fixed_gauge, sampled_gauge
-from unmergeable.gauge.groups import sample
+from unmergeable.gauge.groups import fast_rotation, sample
 from unmergeable.protections.exact import ExactProtection, Weights
 from unmergeable.randomness import Stream
+
+Rotation = Literal["dense", "fast"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class LargestGauge(ExactProtection):
 
     ``quantisation_friendly``: orthogonal matrices, permutations and signs only, which keep 4-bit formats as good as
     they were. ``untie``: store the output head apart from the embedding, where that is what keeps rotations out.
+    ``rotation`` of a stream: ``dense``, from the Haar measure, or ``fast``, Walsh-Hadamard factors behind a signed
+    permutation, which take a twentieth of the arithmetic at a width of 4096.
     """
 
     name: ClassVar[str] = "gauge"
@@ -64,6 +68,7 @@ class LargestGauge(ExactProtection):
     condition: float = 4.0
     quantisation_friendly: bool = False
     untie: bool = False
+    rotation: Rotation = "dense"
     attention: bool = True
     heads: bool = True
     feed_forward: bool = True
@@ -135,7 +140,12 @@ class LargestGauge(ExactProtection):
             return (independent,)
         spaces = architecture.symmetry.spaces
         # Drawn here and kept: a rotation of a wide stream takes seconds, and every tensor asks for it.
-        drawn = {name: sample(space, stream.child(name), self.bound) for name, space in rotations.items()}
+        drawn = {
+            name: fast_rotation(space, stream.child(name))
+            if self.rotation == "fast"
+            else sample(space, stream.child(name), self.bound)
+            for name, space in rotations.items()
+        }
         folded = {name for space in rotations.values() for name in space.folded}
         norms = (norm for residual in architecture.residuals for norm in residual.norms if norm.space in folded)
         fold = fixed_gauge(spaces, _gains_to_one(norms, weights.source))
