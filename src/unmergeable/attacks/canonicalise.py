@@ -67,8 +67,9 @@ mean square of logarithms): what a fine-tune changes, it changes by itself."""
 ALIKE = 0.5
 """Cosine of a column of weights with the base's beyond which it says how the column was scaled."""
 
-EXTREME = 8.0
-"""Powers of two between the scales of two factors, beyond the base's, that no fit should have to find."""
+EXTREME = 16.0
+"""Powers of two between the scales of two factors, beyond the base's, that no fit should have to find. The protections
+here stay below at their defaults."""
 
 SEEN = 0.01
 """Root mean square of logarithms of a scale below which a trade is not worth looking for."""
