@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import unmergeable
 from attacks.planted import Build, Network
+from rigged import everything
 from unmergeable import attacks
 from unmergeable.attacks import ATTACKS, OrbitFit, RecoveredWeights
 from unmergeable.errors import Mismatch, UsageError
@@ -46,6 +47,7 @@ def write(toy: Network, tensors: Mapping[str, torch.Tensor], folder: Path) -> Pa
 
 CASES: dict[str, dict[str, Any]] = {
     "nearest_orbit": {"negligible_epsilon": True},
+    "canonicalise": {},
     "kabsch": {},
     "neuron_matching": {},
     "diagonal_ratio": {},
@@ -56,9 +58,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_gives_the_bits_of_the_file_path(name: str, toy: Network, protected: State, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "is_traded"), [*((name, name == "canonicalise") for name in CASES), ("nearest_orbit", True)]
+)
+def test_gives_the_bits_of_the_file_path(
+    name: str, is_traded: bool, toy: Network, protected: State, tmp_path: Path
+) -> None:
     settings = CASES[name]
+    if is_traded:
+        protected = everything(dict(toy.expert(0.05).tensors), toy.architecture, torch.Generator().manual_seed(1))
     sources = [dict(toy.expert(0.02).tensors)] if "sources" in ATTACKS[name]().requirements().needs else []
     before = {key: tensor.clone() for key, tensor in protected.items()}
     found = getattr(attacks, name)(protected, toy.base.tensors, toy.base.config, sources=sources, **settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -321,10 +322,13 @@ def test_holds_one_part_of_one_block_at_a_time(network: Build) -> None:
     NearestOrbit().estimate(source, toy.base, toy.architecture)
 
     every = parts(toy.architecture)
-    # Once to find the orders, once for the distance as found, once for the bases; before that, the embedding.
-    inside = sorted(name for name in source.read if ".layer." in name and "LayerNorm" not in name)
-    assert inside == sorted(3 * [name for part in every for name in part.tensors])
-    assert set(source.read) - set(inside) == {"bert.embeddings.word_embeddings.weight"}
+    # Once to find the orders, once for the distance as found, once for the bases; before that, the embedding. And three
+    # times at most for scales and constants: how far apart, traded or not, keys that are not seen.
+    times = Counter(source.read)
+    inside = {name for part in every for name in part.tensors}
+    assert all(3 <= times[name] <= 6 for name in inside)
+    small = {name for name in source.read if source.spec(name).numel <= 80}
+    assert set(source.read) - inside - small == {"bert.embeddings.word_embeddings.weight"}
     assert source.peak[0] <= max(len(part.tensors) for part in every)
 
 

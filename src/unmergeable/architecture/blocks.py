@@ -201,7 +201,8 @@ class Mixture:
 class Architecture:
     """A network as its blocks. ``untouched`` are tensors the map knows and no block owns (norms, embeddings, heads).
 
-    ``missing`` says why a symmetry one might look for is not declared.
+    ``exposed`` are streams that the network gives out: their basis is fixed, the norms on them are declared all the
+    same. ``missing`` says why a symmetry one might look for is not declared.
     """
 
     family: str
@@ -211,6 +212,7 @@ class Architecture:
     mixtures: tuple[Mixture, ...] = ()
     residuals: tuple[Residual, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
+    exposed: tuple[Residual, ...] = ()
     symmetry: SymmetryMap = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,8 @@ OLMo 2, BERT), a layer scale, or an output head that is the embedding, stays whe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from unmergeable.architecture.collector import Collector
@@ -42,13 +43,15 @@ class StreamAxis:
 class Norm:
     """A norm on the stream. ``readers`` are all that see its output; none where the output is the stream itself.
 
-    ``offset``: 1 where a gain is stored as ``gain - 1``.
+    ``offset``: 1 where a gain is stored as ``gain - 1``. ``then``: where the output is the stream itself, the block
+    that alone reads it and adds to it before the next norm (BERT); empty elsewhere.
     """
 
     gain: str
     bias: str | None
     readers: tuple[StreamAxis, ...]
     offset: float = 0.0
+    then: str = ""
 
     @property
     def space(self) -> str:
@@ -61,7 +64,9 @@ class Residual:
     """One stream. ``axes`` are all that lie along it but norms; the first is an embedding, a matrix of many vectors.
 
     ``tied`` names the embedding that is the output head too, which keeps rotations out until OUTPUT_HEAD is stored
-    apart from it.
+    apart from it. ``layer_scales`` maps the gain on what a block adds to the name of the block. ``is_exposed``: the
+    network gives the stream out, so that its basis is fixed and only the norms inside are of use; ``is_normed_out``: by
+    a last norm.
     """
 
     name: str
@@ -70,6 +75,9 @@ class Residual:
     axes: tuple[StreamAxis, ...]
     norms: tuple[Norm, ...]
     tied: str | None = None
+    layer_scales: Mapping[str, str] = field(default_factory=dict)
+    is_exposed: bool = False
+    is_normed_out: bool = False
 
     @property
     def rotation_limit(self) -> str:

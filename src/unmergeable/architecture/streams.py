@@ -62,14 +62,14 @@ def _axis(names: Names, tensor: str, axis: int, variance: Variance) -> StreamAxi
     return StreamAxis(tensor, axis % len(names.shapes[tensor]), variance)
 
 
-def norm(names: Names, module: str, readers: Iterable[StreamAxis] = (), offset: float = 0.0) -> Norm:
+def norm(names: Names, module: str, readers: Iterable[StreamAxis] = (), offset: float = 0.0, then: str = "") -> Norm:
     """The norm ``module``; ``readers`` are all that see its output, none where its output is the stream.
 
-    Files converted from TensorFlow call weight and bias gamma and beta.
+    ``then`` as in :class:`Norm`. Files converted from TensorFlow call weight and bias gamma and beta.
     """
     is_old = f"{module}.gamma" in names
     gain, bias = (f"{module}.gamma", f"{module}.beta") if is_old else (f"{module}.weight", f"{module}.bias")
-    return Norm(gain, names.optional(bias), tuple(dict.fromkeys(readers)), offset)
+    return Norm(gain, names.optional(bias), tuple(dict.fromkeys(readers)), offset, then)
 
 
 def readers_in(
@@ -98,6 +98,9 @@ def residual(
     mixtures: Iterable[Mixture] = (),
     others: Iterable[StreamAxis] = (),
     tied: str | None = None,
+    layer_scales: Mapping[str, str] | None = None,
+    is_exposed: bool = False,
+    is_normed_out: bool = False,
 ) -> Residual:
     """A stream with its ``blocks``: what they read and write, what the norms' readers read, and ``others``."""
     blocks = tuple(blocks)
@@ -110,7 +113,9 @@ def residual(
         axes += mixture_readers(mixture)
         axes += [StreamAxis(mixture.fused.down, 1, "vector")] if mixture.fused else []
     axes += [reader for item in norms for reader in item.readers]
-    return Residual(name, size, kind, tuple(dict.fromkeys(axes)), tuple(norms), tied)
+    axes += scales(names, *(layer_scales or {}))
+    every = tuple(dict.fromkeys(axes))
+    return Residual(name, size, kind, every, tuple(norms), tied, layer_scales or {}, is_exposed, is_normed_out)
 
 
 def with_residuals(
@@ -130,6 +135,8 @@ def with_residuals(
     ``aside``: patterns of tensors known to lie beside every stream. ``missing``: streams left out, and why.
     """
     blocks = tuple(blocks)
+    exposed = tuple(item for item in residuals if item.is_exposed and all(norm.gain in names for norm in item.norms))
+    residuals = [item for item in residuals if not item.is_exposed]
     reasons = dict(missing or {})
     inside = set(symmetry_map(blocks, shared_heads, mixtures).legs)
     along = {axis.tensor for item in residuals for axis in item.axes}
@@ -138,13 +145,13 @@ def with_residuals(
     absent = next((item.gain for stream in residuals for item in stream.norms if item.gain not in names), None)
     if absent is not None:
         reasons["residual"] = f"tensor {absent} is missing: a norm without a gain, or an incomplete checkpoint"
-        residuals = ()
+        residuals = []
     beside = re.compile("|".join(f"(?:{pattern})" for pattern in (*ASIDE, *aside)))
     for name in names.shapes:
         if residuals and name not in inside and name not in along and beside.fullmatch(name) is None:
             reasons["residual"] = f"tensor {name} may read the stream in a way this version does not know"
-            residuals = ()
-    return Architecture(family, blocks, untouched, shared_heads, mixtures, tuple(residuals), reasons)
+            residuals = []
+    return Architecture(family, blocks, untouched, shared_heads, mixtures, tuple(residuals), reasons, exposed)
 
 
 def is_headless(config: Config) -> bool:
@@ -183,10 +190,9 @@ def language_model_streams(
     stored = reads(names, *(f"{head}.weight" for head in HEADS)) if heads is None else list(heads)
     is_tied = bool(setting(config, "tie_word_embeddings", default=is_tied_by_default))
     has_task_head = any(not axis.tensor.startswith(("lm_head", "embed_out")) for axis in stored)
-    if not stored and (not is_tied or is_headless(config)):
-        return [], {"residual": EXPOSED}
+    is_exposed = not stored and (not is_tied or is_headless(config))
     tied = None
-    if is_tied and not has_task_head:
+    if is_tied and not has_task_head and not is_exposed:
         tied = embedding
     every = list(norms)
     if final is not None:
@@ -204,8 +210,10 @@ def language_model_streams(
         mixtures=mixtures,
         others=[*others, *stored],
         tied=tied,
+        is_exposed=is_exposed,
+        is_normed_out=final is not None,
     )
-    return [stream], {}
+    return [stream], {"residual": EXPOSED} if is_exposed else {}
 
 
 def cross_readers(blocks: Iterable[Attention | FeedForward]) -> list[StreamAxis]:

@@ -7,6 +7,7 @@ works on state dicts or live networks: :mod:`unmergeable.attacks.in_memory` says
 from __future__ import annotations
 
 from unmergeable.attacks.base import Attack, AttackRequirements, Estimate, Fit, Inputs, Learnt, Recovered
+from unmergeable.attacks.canonicalise import Canonicalise, canonicalise
 from unmergeable.attacks.diagonal_ratio import DiagonalRatio, diagonal_ratio
 from unmergeable.attacks.distance import Distance, relative_distance
 from unmergeable.attacks.estimate import GaugeAttack
@@ -28,6 +29,7 @@ __all__ = [
     "ATTACKS",
     "Attack",
     "AttackRequirements",
+    "Canonicalise",
     "DiagonalRatio",
     "Distance",
     "Estimate",
@@ -49,6 +51,7 @@ __all__ = [
     "TaskVectorRescale",
     "TaylorInversion",
     "Unmask",
+    "canonicalise",
     "diagonal_ratio",
     "distances",
     "few_shot",
@@ -71,6 +74,7 @@ ATTACKS = Registry(
     "unmergeable.attacks",
     (
         NearestOrbit,
+        Canonicalise,
         Kabsch,
         NeuronMatching,
         DiagonalRatio,

@@ -74,10 +74,15 @@ class Estimate:
 
     ``unmergeable.gauge.plan.transformed`` applies them, left to right: the residual stream, the permutations of
     experts, heads and hidden units, the bases inside them. The network stays the same function.
+
+    ``template``: what they apply to, where that is not the checkpoint itself: biases, gains and scales had been traded
+    between tensors too (:mod:`unmergeable.attacks.canonicalise`), which no gauge undoes; ``traces`` says which.
     """
 
     gauges: tuple[Gauge, ...]
     fits: tuple[Fit, ...]
+    template: TensorSource | None = None
+    traces: tuple[str, ...] = ()
 
     def condition(self) -> float:
         """A bound on the condition number of what is applied: the product over the gauges."""
@@ -101,6 +106,7 @@ class Estimate:
 
 Finding = float | int | str
 
+NOT_RECOGNISED = "not recognised: the base explains nothing of these weights in any basis that was tried"
 Structure = Literal["base", "polynomial", "any"]
 
 
@@ -190,3 +196,9 @@ class Attack(Protocol):
     def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
         """Find out what to change; writes nothing."""
         ...
+
+
+def recovered_by(estimate: Estimate, protected: TensorSource) -> Recovered:
+    """What an estimate makes of the checkpoint. One that explains nothing says so."""
+    findings: dict[str, Finding] = {} if estimate.confidence > 0 else {"result": NOT_RECOGNISED}
+    return Recovered(estimate.template or protected, findings=findings, estimate=estimate)

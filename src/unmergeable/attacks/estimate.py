@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unmergeable.architecture import Architecture, Leg, Space
 from unmergeable.architecture.symmetry import GroupKind
-from unmergeable.attacks.base import AttackRequirements, Estimate, Fit, Inputs, Recovered
+from unmergeable.attacks.base import AttackRequirements, Estimate, Fit, Inputs, Recovered, recovered_by
 from unmergeable.attacks.distance import Part, part_distance, parts, require_comparable
 from unmergeable.attacks.moments import LegPair, leg_pairs, legs_by_space
 from unmergeable.attacks.permutations import Match, UnitSimilarity, match_experts, match_permutations, unit_similarity
@@ -90,7 +90,7 @@ class GaugeAttack(ABC):
     def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
         """See :meth:`estimate`."""
         estimate = self.estimate(inputs.protected, inputs.base, inputs.architecture, progress)
-        return Recovered(inputs.protected, estimate=estimate)
+        return recovered_by(estimate, inputs.protected)
 
 
 def estimate_gauges(

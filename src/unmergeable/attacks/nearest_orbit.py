@@ -15,17 +15,22 @@ From the outside in, each compared by what the later ones do not alter: the resi
 scales of everything (:mod:`~unmergeable.attacks.closed_forms`). A permutation is recognised, not optimised: it is the
 planted one as long as a head or unit resembles its origin more than any other, which at real widths it does however far
 a fine-tune goes. The stream is only touched where the embedding or the gains show that it was moved.
+
+Biases, gains and scales may have been traded between tensors besides, which is no change of basis. Where there are
+traces of it (:mod:`~unmergeable.attacks.canonicalise`) the bases are found between the neutral forms of both
+checkpoints, which no trade alters, and the result is kept if it is nearer by more than the numbers it fits explain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from unmergeable.architecture import Architecture, Space
 from unmergeable.architecture.symmetry import GroupKind, Role
-from unmergeable.attacks.base import AttackRequirements
+from unmergeable.attacks.base import AttackRequirements, Estimate
+from unmergeable.attacks.canonicalise import AsStored, Home, balanced, traces
 from unmergeable.attacks.closed_forms import (
     nearest_block_scale,
     nearest_block_sign,
@@ -36,11 +41,20 @@ from unmergeable.attacks.closed_forms import (
     nearest_quarter_turn,
     nearest_rotary,
 )
+from unmergeable.attacks.distance import part_distance, parts
 from unmergeable.attacks.estimate import GaugeAttack, Nearest, Solvers
 from unmergeable.attacks.general_linear import nearest_general_linear
 from unmergeable.attacks.in_memory import fit_in_memory
 from unmergeable.attacks.moments import LegPair, dense_moments
+from unmergeable.attacks.reading import GaugedSource, Reader
+from unmergeable.attacks.residual_stream import find_stream
+from unmergeable.checkpoint.source import TensorSource
+from unmergeable.gauge.additive import Freedoms, Neutral, freedoms_of
 from unmergeable.gauge.elements import Dense
+from unmergeable.progress import Progress, silent
+
+CLEARLY = 0.1
+"""Share of what an estimate leaves unexplained that undoing trades has to explain."""
 
 ROLES: tuple[Role, ...] = ("query_key", "value_output", "heads", "feed_forward", "experts", "norm", "residual")
 
@@ -67,6 +81,51 @@ class NearestOrbit(GaugeAttack):
     @property
     def solvers(self) -> Solvers:
         return Solvers(NEAREST)
+
+    def estimate(
+        self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent
+    ) -> Estimate:
+        """As :meth:`GaugeAttack.estimate`, with a ``template`` where undoing trades brings the base clearly nearer."""
+        source, scales = balanced(protected, base, architecture)
+        estimate = super().estimate(source, base, architecture, progress)
+        if scales.spaces:
+            before = [part_distance(part, protected.tensor, base.tensor) for part in parts(architecture)]
+            fits = (replace(fit, before=stored) for fit, stored in zip(estimate.fits, before, strict=True))
+            estimate = Estimate((scales, *estimate.gauges), tuple(fits))
+        freedoms = freedoms_of(architecture, protected.names)
+        ours, theirs = (Reader(side, architecture.symmetry) for side in (source, base))
+        stream = find_stream(ours, theirs, architecture, self.spaces(architecture))
+        traded = traces(GaugedSource(source, ours.under(*stream.gauges)), base, freedoms)
+        if not traded:
+            return estimate
+        home = self._without_trades(source, base, architecture, freedoms, progress)
+        at_home = super().estimate(home, base, architecture, progress)
+        template = AsStored(GaugedSource(home, Reader(home, architecture.symmetry).under(*at_home.gauges)))
+        fitted = freedoms.count(protected) // len(at_home.fits)
+        fits = (
+            replace(fit, before=stored.before, freedoms=fit.freedoms + fitted)
+            for fit, stored in zip(at_home.fits, estimate.fits, strict=True)
+        )
+        undone = Estimate((), tuple(fits), template, traded)
+        is_nearer = 1 - undone.confidence < (1 - CLEARLY) * (1 - estimate.confidence)
+        return undone if is_nearer else estimate
+
+    def _without_trades(
+        self,
+        source: TensorSource,
+        base: TensorSource,
+        architecture: Architecture,
+        freedoms: Freedoms,
+        progress: Progress,
+    ) -> Home:
+        """``source`` in the basis nearest to ``base``, with the constants, gains and scales of ``base``.
+
+        Neutral forms weigh columns by gains. What is fitted between them is near enough to find the base's gains; the
+        bases are to be fitted once more to the result.
+        """
+        neutral = Neutral(source, freedoms)
+        gauges = super().estimate(neutral, Neutral(base, freedoms), architecture, progress).gauges
+        return Home(source, freedoms, base, Reader(neutral, architecture.symmetry).under(*gauges).read)
 
 
 def _nearest_dense(space: Space, legs: Sequence[LegPair]) -> Dense:

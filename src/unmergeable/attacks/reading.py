@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.architecture import SymmetryMap
-from unmergeable.checkpoint.source import TensorSource
+from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput
 from unmergeable.gauge.act import compute_dtype, edits, origins
 from unmergeable.gauge.gauge import Gauge
@@ -34,7 +34,7 @@ class Reader:
         Raises:
             BadInput: when one of them holds NaN or infinity.
         """
-        return {name: self._tensor(name) for name in names}
+        return {name: self.read(name) for name in names}
 
     @cached_property
     def _edits(self) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -44,7 +44,8 @@ class Reader:
     def _origins(self) -> dict[str, str]:
         return origins(self.symmetry, self.gauges)
 
-    def _tensor(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """One tensor; see :meth:`__call__`."""
         stored = self._origins.get(name, name)
         tensor = self.source.tensor(stored)
         if not bool(tensor.sum(dtype=torch.float64).isfinite()):  # in float64 no finite weights overflow
@@ -52,3 +53,13 @@ class Reader:
         edit = self._edits.get(name)
         tensor = tensor.to(compute_dtype(tensor.dtype))
         return tensor if edit is None else edit(tensor)
+
+
+@dataclass(frozen=True)
+class GaugedSource(DerivedSource):
+    """``original`` as ``reader`` sees it: tensors in the dtype they are computed in."""
+
+    reader: Reader
+
+    def tensor(self, name: str) -> Tensor:
+        return self.reader.read(name)

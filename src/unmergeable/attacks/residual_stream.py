@@ -43,6 +43,9 @@ MOVED = 1.5
 """How many times nearer its base a rotated embedding must be for the stream to count as moved. A reordering, or a sign,
 counts as soon as it is nearer: noise does not bring it about."""
 
+ADDED = 0.9
+"""Share of a tensor's rows that both must have for the rest to count as added."""
+
 GAINS_MOVED = 0.5
 """Relative distance of all gains from the base's beyond which they count as moved."""
 
@@ -107,13 +110,14 @@ def refined(
 def _turn_of_embedding(space: Space, residual: Residual, protected: Reader, base: Reader) -> Element | None:
     """The nearest element, where it brings the embedding nearer: a rotation by :data:`MOVED`."""
     name = residual.axes[0].tensor
-    if not _is_comparable(name, protected, base):
+    both = _in_common(name, residual.axes[0].axis, protected, base)
+    if both is None:
         return None
-    ours, theirs = (reader([name])[name] for reader in (protected, base))
+    ours, theirs = both
     before, our_squares, their_squares = (_squares(values) for values in (ours - theirs, ours, theirs))
     if before <= NEAR**2 * their_squares:
         return None
-    del ours, theirs
+    del both, ours, theirs
     legs = [(name, leg) for leg in protected.symmetry.legs[name] if leg.space == space.name]
     cross = _products(space, legs, protected, base)
     element = _NEAREST[space.group.kind](cross)
@@ -132,8 +136,10 @@ def _products(space: Space, legs: Sequence[tuple[str, Leg]], protected: Reader, 
     total = torch.zeros(space.size, space.size, dtype=torch.float64)
     for name, leg in legs:
         # A gain says nothing about a rotation, and little about an order.
-        if leg.variance != "gain" and _is_comparable(name, protected, base):
-            pairs = leg_pairs(space, [(name, leg)], protected([name]), base([name]), protected.symmetry.gain_offset)
+        both = None if leg.variance == "gain" else _in_common(name, leg.axis, protected, base)
+        if both is not None:
+            ours, theirs = ({name: side} for side in both)
+            pairs = leg_pairs(space, [(name, leg)], ours, theirs, protected.symmetry.gain_offset)
             total += block_products(space, pairs, leg.variance)[0, :, 0]
     return total
 
@@ -197,14 +203,27 @@ def _diagonal(scale: Tensor) -> Monomial:
 
 
 def _nearest_gain(space: Space, legs: Sequence[tuple[str, Leg]], protected: Reader, base: Reader) -> Monomial:
-    legs = [(name, leg) for name, leg in legs if _is_comparable(name, protected, base)]
-    names = dict.fromkeys(name for name, _ in legs)
-    pairs = leg_pairs(space, legs, protected(names), base(names), protected.symmetry.gain_offset)
-    return nearest_diagonal(space, pairs)
+    found = {name: _in_common(name, leg.axis, protected, base) for name, leg in legs}
+    both = {name: sides for name, sides in found.items() if sides is not None}
+    legs = [(name, leg) for name, leg in legs if name in both]
+    ours, theirs = ({name: sides[side] for name, sides in both.items()} for side in (0, 1))
+    return nearest_diagonal(space, leg_pairs(space, legs, ours, theirs, protected.symmetry.gain_offset))
 
 
-def _is_comparable(name: str, protected: Reader, base: Reader) -> bool:
-    """Embeddings and heads of a fine-tune may be others than the base's."""
-    if name not in base.source.names:
-        return False
-    return protected.source.spec(name).shape == base.source.spec(name).shape
+def _in_common(name: str, axis: int, protected: Reader, base: Reader) -> tuple[Tensor, Tensor] | None:
+    """A tensor of both, with the rows in common where a few were added (tokens of a vocabulary); ``axis`` is whole.
+
+    None where the base has no such tensor: heads of a fine-tune may be others than the base's.
+    """
+    if name not in base.source.index.entries:
+        return None
+    shapes = [reader.source.spec(name).shape for reader in (protected, base)]
+    if len(shapes[0]) != len(shapes[1]) or shapes[0][axis] != shapes[1][axis]:
+        return None
+    common = [min(lengths) for lengths in zip(*shapes, strict=True)]
+    if any(length < ADDED * max(lengths) for length, lengths in zip(common, zip(*shapes, strict=True), strict=True)):
+        return None
+    ours, theirs = (
+        reader.read(name)[tuple(slice(length) for length in common)].contiguous() for reader in (protected, base)
+    )
+    return ours, theirs

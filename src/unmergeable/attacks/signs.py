@@ -4,6 +4,7 @@ Every sign is a number that fine-tuning does not produce (:mod:`unmergeable.atta
 
     another basis       distance to the base as stored against after ``nearest_orbit``, and what its gauges do: matrices
                         that are not diagonal (gauge), diagonal ones (scaling), permutations
+    traded constants    biases, gains or scales that moved against those beside them (``canonicalise``)
     polynomial FFN      the base's feed-forward tensors are gone, others have come
     reset entries       entries equal to the base's among those where the smallest change would show
     shrink              c = 1 - <theta, theta_0> / ||theta_0||^2, positive in nearly every matrix
@@ -31,7 +32,14 @@ from unmergeable.polynomials.layout import SECTION
 from unmergeable.progress import Progress, silent
 
 SignName = Literal[
-    "gauge", "scaling", "permutation", "polynomial FFN", "reset entries", "shrink", "mixture of siblings"
+    "gauge",
+    "scaling",
+    "permutation",
+    "traded constants",
+    "polynomial FFN",
+    "reset entries",
+    "shrink",
+    "mixture of siblings",
 ]
 
 UNRELATED = 0.7
@@ -125,6 +133,9 @@ def gauge_signs(estimate: Estimate) -> list[Sign]:
     """Signs that weights are in another basis than the base's, from an estimate of ``nearest_orbit``."""
     signs: list[tuple[SignName, str]] = []
     attention, feed_forward = halves(estimate.fits)
+    if estimate.template is not None:
+        evidence = f"{_distances(estimate.fits)} and with {', '.join(estimate.traces)} as the base has them."
+        return [Sign("traded constants", f"weights are {evidence}", "nearest_orbit")]
     if any(space.role == "residual" for gauge in estimate.gauges for space in gauge.spaces.values()):
         signs.append(
             ("gauge", "embeddings are near the base's only after a turn or reordering of the residual stream.")

@@ -14,7 +14,7 @@ checkpoint's own: :mod:`unmergeable.gauge.activations` makes them from its embed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from unmergeable.architecture import Architecture, Attention, FeedForward, Mixture
 from unmergeable.architecture.blocks import FusedExperts, Heads, QueryKeyNorm, ScorePart
-from unmergeable.checkpoint.source import TensorSource
+from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import UnsupportedArchitecture
+from unmergeable.gauge.act import compute_dtype
 from unmergeable.gauge.activations import TOKENS, Activations, RandomActivations, StreamActivations, product
 from unmergeable.gauge.elements import split_pairs
 from unmergeable.progress import Progress, silent
@@ -41,6 +42,39 @@ STREAM_FACTORS = 3
 UNIT_ROUNDOFF = {"F64": 2.0**-44, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 """Largest relative error of rounding to nearest, by stored dtype. Everything is computed in float64 at best, so for
 weights stored in it the error is that of sums over thousands of terms: 2^9 roundings of 2^-53."""
+
+
+MARGIN = 2.0
+"""How many times the error that rounding is measured to make may be there. Roundings are simulated as uniform over the
+whole of a unit roundoff, which is 1.4 times what rounding to nearest makes in the mean."""
+
+
+@dataclass(frozen=True)
+class Rounded(DerivedSource):
+    """``original`` with every number off by as much as storing it may make it, at random."""
+
+    stream: Stream
+
+    def tensor(self, name: str) -> Tensor:
+        stored, dtype = self.original.tensor(name), self.spec(name).dtype
+        if dtype not in UNIT_ROUNDOFF:
+            return stored
+        return off_by(stored, UNIT_ROUNDOFF[dtype], self.stream.child(name))
+
+
+def off_by(tensor: Tensor, unit: float, stream: Stream) -> Tensor:
+    """A copy with independent relative errors, uniform up to ``unit``; float32 for the 16-bit formats, else float64."""
+    generator = torch.Generator().manual_seed(int(2**53 * float(stream.uniform(1)[0])))
+    exact = tensor.to(compute_dtype(tensor.dtype))
+    return exact * (1 + unit * (2 * torch.rand(exact.shape, generator=generator, dtype=exact.dtype) - 1))
+
+
+def amplified(condition: float) -> float:
+    """By how much a matrix with singular values spread evenly over this condition, on a logarithmic scale, amplifies
+    errors and shrinks what they are errors of, both in the root mean square: sinh(ln k) / ln k.
+    """
+    spread = math.log(max(condition, 1.0))
+    return math.sinh(spread) / spread if spread > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +141,8 @@ def compare(
     threads: int = 2,
     blocks_only: bool = False,
     through_streams: bool = False,
+    rounded: tuple[TensorSource, TensorSource] | None = None,
+    computed: Collection[str] = (),
     progress: Progress = silent,
 ) -> Equivalence:
     """Compare two checkpoints of one architecture.
@@ -118,6 +154,9 @@ def compare(
         threads: blocks evaluated at a time.
         blocks_only: leave out the tensors outside blocks (and streams), when they are known to be copies.
         through_streams: the bases of residual streams and the gains of their norms may differ too.
+        rounded: both checkpoints with simulated roundings (:class:`Rounded`). Bounds are then measured on them, and
+            hold for this checkpoint in this basis; the condition number only covers roundings made in between.
+        computed: tensors outside blocks that are themselves known up to rounding only.
 
     Raises:
         UnsupportedArchitecture: for weights that are not floating point, naming the tensor.
@@ -127,18 +166,42 @@ def compare(
     both = (first, second)
     kind = StreamActivations if through_streams else RandomActivations
     sides = [kind.of(source, architecture, stream.child("activations")) for source in (first, second)]
+    noisy = [kind.of(source, architecture, stream.child("activations")) for source in rounded or ()]
     factors = rounded_factors(through_streams=through_streams)
     by_name = {block.name: block for block in architecture.blocks}
 
     def block_error(block: Block) -> BlockError:
         scale, expected = _evaluate(block, by_name, first, sides[0], architecture, stream.child(block.name), None)
         _, found = _evaluate(block, by_name, second, sides[1], architecture, stream.child(block.name), scale)
-        tensors = _tensors(block, by_name)
-        return BlockError(block.name, _relative_error(found, expected), factors * condition * _unit(tensors, *both))
+        bound = factors * condition * _unit(_tensors(block, by_name), *both)
+
+        def again(side: int) -> Tensor:
+            assert rounded is not None
+            source, activations = rounded[side], noisy[side]
+            child = stream.child(block.name)
+            return _evaluate(block, by_name, source, activations, architecture, child, scale)[1]
+
+        return measured(block.name, (expected, found), bound, again)
 
     def tensor_error(name: str) -> BlockError:
         expected, found = (side.contracted(name) for side in sides)
-        return BlockError(name, _relative_error(found, expected), factors * condition * _unit([name], *both))
+        bound = factors * condition * _unit([name], *both)
+        return measured(name, (expected, found), bound, lambda side: noisy[side].contracted(name))
+
+    def computed_error(name: str) -> BlockError:
+        expected, found = (source.tensor(name).double() for source in both)
+        bound = factors * condition * _unit([name], *both)
+        return measured(name, (expected, found), bound, lambda side: (rounded or both)[side].tensor(name).double())
+
+    def measured(name: str, sides: tuple[Tensor, Tensor], bound: float, again: Callable[[int], Tensor]) -> BlockError:
+        """The error, with the bound measured where roundings are simulated and anything differs."""
+        error = _relative_error(sides[1], sides[0])
+        if rounded is None or error == 0 or math.isnan(error):
+            return BlockError(name, error, bound)
+        first, second = (_relative_error(again(side), sides[side]) for side in (0, 1))
+        # The fewer numbers there are, the more their errors scatter.
+        margin = MARGIN * (1 + 3 / math.sqrt(sides[0].numel()))
+        return BlockError(name, error, margin * math.hypot(amplified(condition) * first, second))
 
     # A router with other rows may stand for experts in other places; with the same ones each expert is compared alone.
     moved = [
@@ -151,15 +214,16 @@ def compare(
     evaluated |= {shared.bias_tensor for shared in architecture.shared_heads}
     along = [name for name in first.names if name not in evaluated and name in sides[0].along]
     seen = evaluated | set(along) | sides[0].seen_through_readers
-    outside = [] if blocks_only else [name for name in first.names if name not in seen]
+    outside = [] if blocks_only else [name for name in first.names if name not in seen and name not in computed]
+    nearly = [name for name in first.names if name not in seen and name in computed]
 
     def is_altered(name: str) -> bool:
         return not _same_values(first.tensor(name), second.tensor(name))
 
-    total = len(blocks) + len(along) + len(outside)
+    total = len(blocks) + len(along) + len(nearly) + len(outside)
     with ThreadPoolExecutor(threads) as pool:
         errors, altered = [], []
-        for results in (pool.map(block_error, blocks), pool.map(tensor_error, along)):
+        for results in (pool.map(block_error, blocks), pool.map(tensor_error, along), pool.map(computed_error, nearly)):
             for error in results:
                 errors.append(error)
                 progress("verifying", len(errors), total, "tensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ from torch import Tensor
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput
-from unmergeable.gauge.equivalence import UNIT_ROUNDOFF
+from unmergeable.gauge.equivalence import MARGIN, UNIT_ROUNDOFF, amplified, off_by
 from unmergeable.network.load import load_network, load_tokenizer
 from unmergeable.progress import Progress, silent
+from unmergeable.randomness import Stream
 
 NETWORK_FACTOR = 64
 """Bound on the relative logit error, in units of u * condition: errors of many blocks, some amplified downstream."""
+
+ARITHMETIC = 64 * 2.0**-24
+"""Relative error of outputs computed in float32, however well the weights are stored."""
 
 SMALL_NETWORK_BYTES = 1 << 30
 """In float32; larger networks are compared only on request, because loading them takes longer than protecting them."""
@@ -59,6 +64,7 @@ def logit_gap(
     *,
     probe: Path | None = None,
     is_requested: bool = False,
+    is_measured: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> LogitGap:
@@ -69,6 +75,7 @@ def logit_gap(
         condition: condition number that may separate them.
         probe: inputs (see :func:`read_probe`); random ones when None.
         is_requested: also for networks that take a while to load, as long as memory allows.
+        is_measured: take the bound from what simulated roundings of the weights do to the outputs.
         seed: of the random inputs.
     """
     unit = max(UNIT_ROUNDOFF.get(source.spec(name).dtype, 0) for source in (first, second) for name in source.names)
@@ -77,12 +84,19 @@ def logit_gap(
     if reason:
         return LogitGap(bound, None, reason)
     progress("comparing outputs", 0, 2, "networks")
-    expected = _outputs(first.folder, probe, seed)
+    rounding = unit if is_measured else None
+    expected, first_error = _outputs(first.folder, probe, seed, rounding)
     progress("comparing outputs", 1, 2, "networks")
-    found = _outputs(second.folder, probe, seed)
+    found, second_error = _outputs(second.folder, probe, seed, rounding)
     progress("comparing outputs", 2, 2, "networks")
-    gap = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
-    return LogitGap(bound, gap)
+    if is_measured:
+        bound = MARGIN * math.hypot(amplified(condition) * first_error, second_error)
+        bound = max(bound, ARITHMETIC)
+    return LogitGap(bound, _gap(found, expected))
+
+
+def _gap(found: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
 
 
 def _obstacle(first: TensorSource, second: TensorSource, is_requested: bool) -> str:
@@ -103,13 +117,23 @@ def _obstacle(first: TensorSource, second: TensorSource, is_requested: bool) -> 
 
 
 @torch.no_grad()
-def _outputs(folder: Path, probe: Path | None, seed: int) -> Tensor:
+def _outputs(folder: Path, probe: Path | None, seed: int, unit: float | None) -> tuple[Tensor, float]:
+    """The outputs, and how far relative errors of ``unit`` in all weights move them (0 for None)."""
     network = load_network(folder, dtype=torch.float32)
     if probe is None:
         batches = [random_inputs(network, seed)]
     else:
         batches = read_probe(probe, folder)
-    return torch.cat([_main_output(network(**batch)).double().flatten() for batch in batches])
+
+    def run() -> Tensor:
+        return torch.cat([_main_output(network(**batch)).double().flatten() for batch in batches])
+
+    outputs = run()
+    if unit is None:
+        return outputs, 0.0
+    for name, parameter in network.named_parameters():
+        parameter.copy_(off_by(parameter, unit, Stream.from_seed(seed).child(name)))
+    return outputs, _gap(run(), outputs)
 
 
 def _main_output(result: Any) -> Tensor:

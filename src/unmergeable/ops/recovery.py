@@ -12,7 +12,7 @@ from time import process_time
 from typing import Any
 
 from unmergeable.attacks import ATTACKS, Attack, AttackRequirements, Estimate, Fit, Inputs, Learnt, NearestOrbit
-from unmergeable.attacks.base import Finding, Recovered
+from unmergeable.attacks.base import Finding, recovered_by
 from unmergeable.attacks.examples import Examples
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.open import open_checkpoint
@@ -153,7 +153,7 @@ def recover(
         examples = Examples(Path(data), prepared_by, None if head is None else Path(head))
     inputs = _open(protected, base, others, requirements, examples)
     if known is not None and attack == NearestOrbit():
-        recovered = Recovered(inputs.protected, estimate=known)
+        recovered = recovered_by(known, inputs.protected)
     else:
         recovered = attack.recover(inputs, progress)
     seconds = process_time() - started
@@ -170,9 +170,9 @@ def recover(
             recovered.plan(inputs.architecture),
             manifest={"kind": "recovered", **details, "architecture": inputs.architecture.family},
             resume_token=f"recover {details} {inputs.base.index.headers_digest} {run}",
-            # Gauges are applied without reading the base again.
+            # Gauges alone are applied without reading the base again.
             also_read={role: source for role, source in read.items() if source is not recovered.template}
-            if estimate is None
+            if estimate is None or estimate.template is not None
             else None,
             threads=threads,
             progress=progress,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attacks.planted import Build
+from rigged import everything
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.evaluation.analysis import canonical_source
@@ -24,6 +25,18 @@ def test_a_planted_key_is_gone(name: str, network: Build) -> None:
     assert away == pytest.approx(toy.distance(_held(theirs)), rel=1e-3)
     assert away < 0.06
     assert toy.distance(protected) > 0.5  # control: it was far away
+
+
+def test_planted_trades_are_gone(network: Build) -> None:
+    """Constants and scales moved between tensors, which no change of basis brings back."""
+    toy = network("mixtral")
+    expert = toy.expert(0.05)
+    traded = MemorySource(
+        everything(dict(expert.tensors), toy.architecture, torch.Generator().manual_seed(1)), expert.config
+    )
+    canonical = _held(canonical_source(traded, toy.base, toy.architecture))
+    assert toy.distance(canonical) <= 1.02 * toy.distance(expert)
+    assert toy.distance(traded) > 0.5  # control: it was far away
 
 
 def test_reads_like_the_checkpoint_it_is_made_from(network: Build) -> None:

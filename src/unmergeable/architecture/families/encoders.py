@@ -54,13 +54,12 @@ def bert(config: Config, names: Names) -> Architecture:
     # A cross-encoder or decoder variant has weights no block above owns: they stay unclaimed, and are refused.
     untouched = (HEADS_ON_TOP, _EMBEDDINGS, _NORMS, r".*\bpooler\.dense\.(weight|bias)")
     readers, aside = _bert_heads(names, prefix)
-    if not readers:
-        return with_residuals(names, str(config["model_type"]), blocks, untouched, (), missing={"residual": EXPOSED})
     embeddings = [f"{prefix}embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")]
     after = [f"{prefix}embeddings.LayerNorm"]
     for index in range(int(setting(config, "num_hidden_layers", default=12))):
         layer = f"{prefix}encoder.layer.{index}"
         after += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+    followers = [*(block.name for block in blocks), ""]
     stream = residual(
         names,
         "residual",
@@ -68,10 +67,12 @@ def bert(config: Config, names: Names) -> Architecture:
         "layer",
         embeddings=writes(names, *embeddings),
         blocks=blocks,
-        norms=[norm(names, module) for module in after],
+        norms=[norm(names, module, then=then) for module, then in zip(after, followers, strict=True)],
         others=readers,
+        is_exposed=not readers,
     )
-    return with_residuals(names, str(config["model_type"]), blocks, untouched, [stream], aside=aside)
+    missing = {} if readers else {"residual": EXPOSED}
+    return with_residuals(names, str(config["model_type"]), blocks, untouched, [stream], aside=aside, missing=missing)
 
 
 def _bert_heads(names: Names, prefix: str) -> tuple[list[StreamAxis], tuple[str, ...]]:
@@ -126,10 +127,12 @@ def _vision_architecture(
     """ViT or DINOv2 with its stream, if a classifier reads it; DINOv2's reads [class token | mean of the patches]."""
     family = str(config["model_type"])
     size = names.shapes.get(f"{prefix}layernorm.weight", (0,))[0]
-    if "classifier.weight" not in names or not size:
+    if not size:
         return with_residuals(names, family, blocks, untouched, (), missing={"residual": EXPOSED})
-    head = reads(names, "classifier.weight", copies=names.shapes["classifier.weight"][1] // size)
+    is_exposed = "classifier.weight" not in names
+    head = [] if is_exposed else reads(names, "classifier.weight", copies=names.shapes["classifier.weight"][1] // size)
     norms = []
+    layer_scales: dict[str, str] = {}
     layers = [
         f"{prefix}encoder.layer.{index}" for index in range(int(setting(config, "num_hidden_layers", default=12)))
     ]
@@ -137,6 +140,9 @@ def _vision_architecture(
         feed_forward = layer if any(block.name == layer for block in blocks) else f"{layer}.mlp"
         for module, reader in zip(layer_norms, (f"{layer}.attention", feed_forward), strict=True):
             norms.append(norm(names, f"{layer}.{module}", readers_in(blocks, [reader])))
+        for number, block in ((1, f"{layer}.attention"), (2, feed_forward)):
+            if f"{layer}.layer_scale{number}.lambda1" in names:
+                layer_scales[f"{layer}.layer_scale{number}.lambda1"] = block
     tokens = (
         f"{prefix}embeddings.{name}" for name in ("cls_token", "mask_token", "register_tokens", "position_embeddings")
     )
@@ -148,12 +154,13 @@ def _vision_architecture(
         embeddings=linear(names, f"{prefix}embeddings.patch_embeddings.projection"),
         blocks=blocks,
         norms=[*norms, norm(names, f"{prefix}layernorm", head)],
-        others=[
-            *writes(names, *tokens),
-            *scales(names, *(f"{layer}.layer_scale{i}.lambda1" for layer in layers for i in (1, 2))),
-        ],
+        others=writes(names, *tokens),
+        layer_scales=layer_scales,
+        is_exposed=is_exposed,
+        is_normed_out=True,
     )
-    return with_residuals(names, family, blocks, untouched, [stream])
+    missing = {"residual": EXPOSED} if is_exposed else {}
+    return with_residuals(names, family, blocks, untouched, [stream], missing=missing)
 
 
 def _vit_attention(names: Names, layer: str, heads: int, size: int) -> Attention:
@@ -234,9 +241,9 @@ def clip(config: Config, names: Names) -> Architecture:
         projection = f"{'visual' if tower == 'vision' else 'text'}_projection.weight"
         # A tower on its own is made to have its layers read (diffusion, vision-language models); SigLIP gives its
         # vectors away as they are.
-        if model_type == "clip" and projection in names:
-            streams.append(_tower_stream(names, prefix, tower, own, layers, heads * size, projection))
-        else:
+        is_exposed = model_type != "clip" or projection not in names
+        streams.append(_tower_stream(names, prefix, tower, own, layers, heads * size, projection, is_exposed))
+        if is_exposed:
             missing[f"{tower}.residual"] = EXPOSED
         pooling = f"{prefix}head"
         if f"{pooling}.attention.in_proj_weight" in names:
@@ -261,16 +268,18 @@ def _tower_stream(
     layers: int,
     size: int,
     projection: str,
+    is_exposed: bool,
 ) -> Residual:
     """The stream of one CLIP tower, from its embeddings to its projection."""
     embeddings = f"{prefix}embeddings"
-    norms: list[Norm] = [norm(names, f"{prefix}pre_layrnorm")] if tower == "vision" else []
+    has_first = f"{prefix}pre_layrnorm.weight" in names  # SigLIP has none
+    norms: list[Norm] = [norm(names, f"{prefix}pre_layrnorm")] if has_first else []
     for index in range(layers):
         layer = f"{prefix}encoder.layers.{index}"
         norms.append(norm(names, f"{layer}.layer_norm1", readers_in(blocks, [f"{layer}.self_attn"])))
         norms.append(norm(names, f"{layer}.layer_norm2", readers_in(blocks, [f"{layer}.mlp"])))
     final = f"{prefix}post_layernorm" if tower == "vision" else f"{prefix}final_layer_norm"
-    norms.append(norm(names, final, reads(names, projection)))
+    norms.append(norm(names, final, () if is_exposed else reads(names, projection)))
     first = (
         linear(names, f"{embeddings}.patch_embedding")
         if tower == "vision"
@@ -278,7 +287,15 @@ def _tower_stream(
     )
     places = writes(names, f"{embeddings}.class_embedding", f"{embeddings}.position_embedding.weight")
     return residual(
-        names, f"{tower}.residual", size, "layer", embeddings=first, blocks=blocks, norms=norms, others=places
+        names,
+        f"{tower}.residual",
+        size,
+        "layer",
+        embeddings=first,
+        blocks=blocks,
+        norms=norms,
+        others=places,
+        is_exposed=is_exposed,
     )
 
 

@@ -37,8 +37,13 @@ def _finished(
     heads: Sequence[StreamAxis] | None = None,
     aside: Sequence[str] = (),
     is_tied_by_default: bool = True,
+    followers: Mapping[str, str] | None = None,
 ) -> Architecture:
-    """With its stream under LayerNorms: ``norms`` gives for each the blocks that alone see its output."""
+    """With its stream under LayerNorms: ``norms`` gives for each the blocks that alone see its output.
+
+    ``followers``: for norms whose output is the stream, the block that reads it next.
+    """
+    then = followers or {}
     streams, missing = language_model_streams(
         config,
         names,
@@ -46,7 +51,10 @@ def _finished(
         "layer",
         embedding=embedding,
         final=final,
-        norms=[norm(names, module, readers_in(blocks, readers)) for module, readers in norms.items()],
+        norms=[
+            norm(names, module, readers_in(blocks, readers), then=then.get(module, ""))
+            for module, readers in norms.items()
+        ],
         embedding_axis=embedding_axis,
         others=others,
         heads=heads,
@@ -315,9 +323,14 @@ def opt(config: Config, names: Names) -> Architecture:
         blocks.append(plain(names, layer, f"{layer}.fc1", f"{layer}.fc2", activation))
     is_pre_norm = bool(setting(config, "do_layer_norm_before", default=True))
     norms: dict[str, list[str]] = {}
+    followers: dict[str, str] = {}
     for index in range(int(setting(config, "num_hidden_layers"))):
         layer = f"{prefix}layers.{index}"
         readers = ([f"{layer}.self_attn"], [layer]) if is_pre_norm else ([], [])
+        if not is_pre_norm:
+            followers[f"{layer}.self_attn_layer_norm"] = layer
+            if index:
+                followers[f"{prefix}layers.{index - 1}.final_layer_norm"] = f"{layer}.self_attn"
         norms |= {f"{layer}.self_attn_layer_norm": readers[0], f"{layer}.final_layer_norm": readers[1]}
     # The 350M model embeds in a narrower space and projects into the stream and out of it.
     is_narrow = f"{prefix}project_in.weight" in names
@@ -334,6 +347,7 @@ def opt(config: Config, names: Names) -> Architecture:
         others=writes(names, f"{prefix}embed_positions.weight"),
         heads=reads(names, f"{prefix}project_out.weight") if is_narrow else None,
         aside=(r".*embed_tokens\.weight", r"lm_head\.weight") if is_narrow else (),
+        followers=followers,
     )
 
 

@@ -44,6 +44,6 @@ def canonical_source(
         Mismatch: the two do not hold the same tensors in attention and feed-forward.
         BadInput: one of them holds NaN or infinity.
     """
-    gauges = NearestOrbit().estimate(source, base, architecture, progress).gauges
-    symmetry = architecture.symmetry
-    return CanonicalSource(source, edits(symmetry, gauges), origins(symmetry, gauges))
+    estimate = NearestOrbit().estimate(source, base, architecture, progress)
+    symmetry, gauges = architecture.symmetry, estimate.gauges
+    return CanonicalSource(estimate.template or source, edits(symmetry, gauges), origins(symmetry, gauges))

@@ -1,0 +1,413 @@
+"""canonicalise: constants, gains and scales that were moved between tensors, back to where the base has them.
+
+A change of basis is not all that keeps a function: biases trade with biases, gains and layer scales with the weights
+beside them, and a LayerNorm is blind in one direction (:mod:`unmergeable.gauge.additive` lists every case). Whoever
+moves them at random takes a checkpoint as far from its base as he likes, and no search over bases brings it back.
+With the base at hand they are undone in closed form, one tensor at a time:
+
+    balance     factors far apart in scale, such as queries and keys, times powers of two
+    neutral     everything undone in the checkpoint: biases moved on, gains and scales 1, unseen directions 0
+    home        g, l    the scales a that minimise  |W / a - W0|^2, a number for each coordinate
+                b, b_v, b_k     the base's, taken out of the reader's or the output's bias
+                u       the multiple of the unseen direction that brings W nearest to W0
+
+The result computes the same function. A checkpoint that shows no trace of such a trade stays as it is, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from unmergeable.architecture import Architecture, Leg, Space
+from unmergeable.architecture.symmetry import GroupKind
+from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
+from unmergeable.attacks.closed_forms import over_pairs
+from unmergeable.attacks.in_memory import in_memory
+from unmergeable.attacks.moments import diagonal_moments, leg_pairs, legs_by_space
+from unmergeable.attacks.reading import GaugedSource, Reader
+from unmergeable.checkpoint.dtypes import torch_dtype
+from unmergeable.checkpoint.source import DerivedSource, TensorSource
+from unmergeable.gauge.additive import (
+    Freedoms,
+    Neutral,
+    NormFreedom,
+    Writer,
+    along,
+    copies_of,
+    freedoms_of,
+    of_values,
+    through,
+)
+from unmergeable.gauge.elements import Element, Monomial, pair_indices
+from unmergeable.gauge.gauge import Gauge, fixed_gauge
+from unmergeable.progress import Progress, silent
+
+SCALABLE: frozenset[GroupKind] = frozenset({"general_linear", "rotary", "diagonal", "positive_diagonal"})
+"""Groups that hold every positive scale of a coordinate, or of a frequency pair."""
+
+MOVED = 0.5
+"""Relative distance of norm biases, layer scales or output biases from the base's beyond which they count as moved."""
+
+LARGER = 1.3
+"""How many times its share of the base's weights an unseen part may take up. A fine-tune and a change of basis with
+moderate condition leave the share, which is an average over thousands of rows, nearly as it is."""
+
+FLOOR = 1e-4
+"""Share of the weights' squares below which an unseen part is too small to matter."""
+
+TRADED = 0.25
+"""A scale was traded when its product with the norms of the weights beside it moved by less than this share (of the
+mean square of logarithms): what a fine-tune changes, it changes by itself."""
+
+ALIKE = 0.5
+"""Cosine of a column of weights with the base's beyond which it says how the column was scaled."""
+
+EXTREME = 16.0
+"""Powers of two between the scales of two factors, beyond the base's, that no fit should have to find. The protections
+here stay below at their defaults."""
+
+SEEN = 0.01
+"""Root mean square of logarithms of a scale below which a trade is not worth looking for."""
+
+SEEN_ALIKE = 0.1
+"""The same for scales that all moved by one factor."""
+
+
+@dataclass(frozen=True)
+class Canonicalise:
+    """No settings."""
+
+    name: ClassVar[str] = "canonicalise"
+    summary: ClassVar[str] = "biases, gains and scales that were traded between tensors, as the base has them"
+
+    def validate(self) -> None:
+        """There is nothing to set."""
+
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(exact=True, needs=("base",))
+
+    def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
+        """Undoes every trade as soon as there are traces of one, and nothing else."""
+        freedoms = freedoms_of(inputs.architecture, inputs.protected.names)
+        source, scales = balanced(inputs.protected, inputs.base, inputs.architecture)
+        found = (["extreme scales"] if scales.spaces else []) + list(traces(source, inputs.base, freedoms))
+        if not found:
+            return Recovered(inputs.protected, findings={"traces": "none"})
+        home = Home(inputs.protected, freedoms, inputs.base, Neutral(source, freedoms).tensor)
+        return Recovered(AsStored(home), findings={"traces": ", ".join(found)})
+
+
+@dataclass(frozen=True)
+class Home(DerivedSource):
+    """The neutral form that ``moved`` gives, in the basis of ``base``, with the constants and scales of ``base``.
+
+    ``original`` lends names and shapes; tensors are float64.
+    """
+
+    freedoms: Freedoms
+    base: TensorSource
+    moved: Callable[[str], Tensor]
+    _scales: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self.freedoms.tensors:
+            return self.moved(name)
+        tensor = self.moved(name).double()
+        for norm in self.freedoms.norms:
+            if name == norm.gain and norm.trades_gain:
+                return (tensor + norm.offset) * self._gain(norm) - norm.offset
+            if name == norm.bias:
+                return self._of_base(name)
+            if name == norm.scaled_bias:
+                return tensor * self._gain(norm)
+        if any(name == writer.layer_scale for writer in self.freedoms.writers):
+            return tensor * self._layer_scale(name)
+        if name in self.freedoms.reading:
+            self._read(name, tensor)
+        if name in self.freedoms.routers and self._is_comparable(name):
+            tensor += (self._of_base(name) - tensor).mean(0)
+        if name in self.freedoms.reader_of_bias:
+            tensor -= self._constant(name)
+        writer = self.freedoms.by_tensor.get(name)
+        scale = self._scale_of(writer)
+        if writer is not None:
+            columns = along(tensor, writer.axis)
+            columns /= scale
+        self._take_from_output_bias(name, tensor)
+        if writer is not None and writer.is_blind and self._is_comparable(name):
+            _add_nearest(along(tensor, writer.axis), along(self._of_base(name), writer.axis), 1 / scale)
+        places = [places for bias, places in self.freedoms.keys if name == bias]
+        places += [value.value for value in self.freedoms.values if name == value.bias]
+        for place in places:
+            tensor[place.flatten()] = self._of_base(name)[place.flatten()]
+        return tensor
+
+    def _take_from_output_bias(self, name: str, tensor: Tensor) -> None:
+        for value in self.freedoms.values:
+            if name == value.output_bias:
+                bias = self.tensor(value.bias)
+                if value.bias in self.freedoms.reader_of_bias:
+                    bias = bias + self._constant(value.bias)
+                tensor -= of_values(value, self.tensor(value.block.output.weight), bias)
+        for norm in self.freedoms.norms:
+            if name == norm.output_bias and norm.bias is not None:
+                tensor -= self._of_base(norm.bias)
+
+    def _is_comparable(self, name: str) -> bool:
+        return name in self.base.index.entries and self.base.spec(name).shape == self.spec(name).shape
+
+    def _of_base(self, name: str) -> Tensor:
+        """The base's tensor in float64; zeros where it has none."""
+        if self._is_comparable(name):
+            return self.base.tensor(name).double()
+        return torch.zeros(self.spec(name).shape, dtype=torch.float64)
+
+    def _constant(self, bias: str) -> Tensor:
+        """What a reader makes of the base's bias of its norm."""
+        norm, reader = self.freedoms.reader_of_bias[bias]
+        if norm.bias is None:
+            return torch.zeros(())
+        return through(self.tensor(reader.weight), reader.axis, self._of_base(norm.bias).repeat(reader.copies))
+
+    def _read(self, name: str, tensor: Tensor) -> None:
+        norm, reader = self.freedoms.reading[name]
+        gain = self.moved(norm.gain).double() + norm.offset
+        scale = self._gain(norm) if norm.trades_gain else torch.ones_like(gain)
+        gain = gain * scale
+        base = self._of_base(name)
+        for columns, theirs in zip(
+            copies_of(tensor, reader, len(gain)), copies_of(base, reader, len(gain)), strict=True
+        ):
+            columns /= scale
+            if norm.is_blind and bool((gain != 0).all()) and self._is_comparable(name):
+                _add_nearest(columns, theirs, 1 / gain)
+
+    def _gain(self, norm: NormFreedom) -> Tensor:
+        """What to multiply the gain with, and divide the readers' columns by."""
+        if norm.gain not in self._scales:
+            ours = self.moved(norm.gain).double() + norm.offset
+            theirs = self._of_base(norm.gain) + norm.offset
+            pairs = [
+                pair
+                for reader in norm.readers
+                if self._is_comparable(reader.weight)
+                for pair in zip(
+                    copies_of(self.moved(reader.weight).double(), reader, len(ours)),
+                    copies_of(self._of_base(reader.weight), reader, len(ours)),
+                    strict=True,
+                )
+            ]
+            self._scales[norm.gain] = _nearest_scale(ours, theirs, pairs)
+        return self._scales[norm.gain]
+
+    def _scale_of(self, writer: Writer | None) -> Tensor:
+        if writer is None or writer.layer_scale is None:
+            return torch.ones((), dtype=torch.float64)
+        return self._layer_scale(writer.layer_scale)
+
+    def _layer_scale(self, name: str) -> Tensor:
+        if name not in self._scales:
+            # Not by its bias, which holds other constants as well.
+            writers = [writer for writer in self.freedoms.writers if writer.layer_scale == name and writer.is_matrix]
+            pairs = [
+                (along(self.moved(item.tensor).double(), item.axis), along(self._of_base(item.tensor), item.axis))
+                for item in writers
+                if self._is_comparable(item.tensor)
+            ]
+            self._scales[name] = _nearest_scale(self.moved(name).double(), self._of_base(name), pairs)
+        return self._scales[name]
+
+
+@dataclass(frozen=True)
+class AsStored(DerivedSource):
+    """``original``, which computes in a wider dtype, rounded once to the one it is stored in."""
+
+    def tensor(self, name: str) -> Tensor:
+        return self.original.tensor(name).to(torch_dtype(self.spec(name).dtype))
+
+
+def _nearest_scale(ours: Tensor, theirs: Tensor, beside: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The a (of either sign) that minimises sum |W / a - W0|^2 for each of the last axis, |W|^2 / <W, W0>.
+
+    Where the weights beside a scale do not resemble the base's, a brings the scale itself to the base's.
+    """
+    norms, base_norms, products = torch.zeros(3, len(ours), dtype=torch.float64)
+    for weight, base in beside:
+        norms += weight.square().reshape(-1, len(ours)).sum(0)
+        base_norms += base.square().reshape(-1, len(ours)).sum(0)
+        products += (weight * base).reshape(-1, len(ours)).sum(0)
+    is_alike = products.square() > ALIKE**2 * norms * base_norms
+    to_base = torch.where((ours == 0) | (theirs == 0), 1.0, theirs / torch.where(ours == 0, 1.0, ours))
+    scale = torch.where(is_alike, norms / torch.where(is_alike, products, 1.0), to_base)
+    return torch.where(ours == 0, 1.0, scale)
+
+
+def _add_nearest(ours: Tensor, theirs: Tensor, direction: Tensor) -> None:
+    """To every row of ``ours`` the multiple of ``direction`` that brings it nearest to ``theirs``."""
+    direction = direction.expand(ours.shape[-1])
+    ours += ((theirs - ours) @ direction / direction.square().sum())[..., None] * direction
+
+
+def traces(protected: TensorSource, base: TensorSource, freedoms: Freedoms) -> tuple[str, ...]:
+    """What may have been traded between tensors, by name; empty for a fine-tune and for changes of basis.
+
+    The streams of ``protected`` must be in the basis of ``base``; its heads and hidden units may be in any.
+    """
+
+    def comparable(name: str | None) -> bool:
+        return name is not None and name in base.index.entries and protected.spec(name).shape == base.spec(name).shape
+
+    def both(name: str) -> tuple[Tensor, Tensor]:
+        return protected.tensor(name).double(), base.tensor(name).double()
+
+    found: list[str] = []
+    biases = [norm.bias for norm in freedoms.norms if norm.bias is not None and comparable(norm.bias)]
+    if _is_away(both(bias) for bias in biases):
+        found.append("norm bias")
+    outputs = [value.output_bias for value in freedoms.values if comparable(value.output_bias)]
+    if _is_away(both(output) for output in outputs):
+        found.append("value bias")
+
+    unseen = {"key bias": _Share(), "unseen reading": _Share(), "unseen writing": _Share(), "router": _Share()}
+    weight_of = {bias: reader.weight for bias, (_, reader) in freedoms.reader_of_bias.items()}
+    for bias, places in freedoms.keys:
+        if comparable(bias) and comparable(weight_of.get(bias)):
+            reader = freedoms.reading[weight_of[bias]][1]
+            rows = [along(weight, reader.axis)[places.flatten()] for weight in both(reader.weight)]
+            unseen["key bias"].add([vector[places.flatten()] for vector in both(bias)], rows)
+    ratios: dict[str, list[tuple[Tensor, Tensor]]] = {"norm gain": [], "layer scale": []}
+    for norm in freedoms.norms:
+        if not comparable(norm.gain):
+            continue
+        gains = [gain + norm.offset for gain in both(norm.gain)]
+        norms = [torch.zeros_like(gain) for gain in gains]
+        for reader in norm.readers:
+            if not comparable(reader.weight):
+                continue
+            for side, weight in enumerate(both(reader.weight)):
+                for columns in copies_of(weight, reader, len(gains[side])):
+                    norms[side] += columns.square().reshape(-1, len(gains[side])).sum(0)
+                    if norm.is_blind:
+                        unseen["unseen reading"].add_to(side, (columns * gains[side]).mean(-1), columns * gains[side])
+        if norm.trades_gain:
+            ratios["norm gain"].append((_log_ratio(*gains), _log_ratio(*norms) / 2))
+    for writer in freedoms.writers:
+        if comparable(writer.tensor) and writer.is_blind and writer.is_matrix:
+            for side, weight in enumerate(both(writer.tensor)):
+                columns = along(weight, writer.axis)
+                if writer.layer_scale is not None:
+                    columns = columns * both(writer.layer_scale)[side]
+                unseen["unseen writing"].add_to(side, columns.mean(-1), columns)
+        if writer.layer_scale is not None and writer.is_matrix and comparable(writer.layer_scale):
+            scales = both(writer.layer_scale)
+            rows = [along(weight, writer.axis) for weight in both(writer.tensor)]
+            norms = [side.square().reshape(-1, side.shape[-1]).sum(0) for side in rows]
+            ratios["layer scale"].append((_log_ratio(*scales), _log_ratio(*norms) / 2))
+    for router in freedoms.routers:
+        if comparable(router):
+            for side, weight in enumerate(both(router)):
+                unseen["router"].add_to(side, weight.mean(0), weight.T)
+    found += [kind for kind, pairs in ratios.items() if _is_traded(pairs)]
+    found += [kind for kind, share in unseen.items() if share.is_larger]
+    layer_scales = {writer.layer_scale for writer in freedoms.writers if writer.layer_scale is not None}
+    if "layer scale" not in found and _is_away(both(scale) for scale in sorted(layer_scales) if comparable(scale)):
+        found.append("layer scale")
+    return tuple(found)
+
+
+def balanced(protected: TensorSource, base: TensorSource, architecture: Architecture) -> tuple[TensorSource, Gauge]:
+    """``protected`` with factors no further apart in scale than the base's, and the powers of two that did it.
+
+    Queries times 2^100 against keys by 2^100 are a change of basis like another; but squares of such numbers, added up,
+    leave nothing of their neighbours. The checkpoint itself, and an empty gauge, where nothing is extreme.
+    """
+    symmetry = architecture.symmetry
+    ours, theirs = Reader(protected, symmetry), Reader(base, symmetry)
+    legs = legs_by_space(symmetry)
+    elements: dict[str, Element] = {}
+    for name, space in symmetry.select("query_key", "value_output", "feed_forward").items():
+        tensors = [tensor for tensor, _ in legs[name]]
+        is_comparable = all(
+            tensor in base.index.entries and protected.spec(tensor).shape == base.spec(tensor).shape
+            for tensor in tensors
+        )
+        powers = _powers(space, legs[name], ours, theirs) if space.group.kind in SCALABLE and is_comparable else None
+        if powers is not None and bool(powers.any()):
+            order = torch.arange(space.size).expand(space.blocks, -1).clone()
+            elements[name] = Monomial(order, 2.0**powers)
+    gauge = fixed_gauge(symmetry.spaces, elements)
+    return (GaugedSource(protected, ours.under(gauge)) if elements else protected), gauge
+
+
+def _powers(space: Space, legs: Sequence[tuple[str, Leg]], ours: Reader, theirs: Reader) -> Tensor:
+    """Exponents of two, [blocks, size], that bring the two sides of a space as far apart as the base's; 0 if near."""
+    names = list(dict.fromkeys(tensor for tensor, _ in legs))
+    pairs = leg_pairs(space, legs, ours(names), theirs(names), ours.symmetry.gain_offset)
+    vectors, covectors = (diagonal_moments(space, pairs, variance) for variance in ("vector", "covector"))
+    apart = _log2(covectors.protected) - _log2(vectors.protected) + _log2(vectors.base) - _log2(covectors.base)
+    if space.group.pairing is not None:
+        first, second = pair_indices(space.size, space.group.pairing)
+        apart = over_pairs(space, (apart[:, first] + apart[:, second]) / 2)
+    return torch.where(apart.abs() / 2 > EXTREME, (apart / 4).round(), 0.0)
+
+
+def _log2(values: Tensor) -> Tensor:
+    """0 where a value is."""
+    return torch.where(values > 0, torch.where(values > 0, values, 1.0).log2(), 0.0)
+
+
+class _Share:
+    """The part of weights that is not seen, as a share of their squares: the checkpoint's and the base's."""
+
+    def __init__(self) -> None:
+        self._unseen, self._whole = [0.0, 0.0], [0.0, 0.0]
+
+    def add(self, unseen: list[Tensor], whole: list[Tensor]) -> None:
+        for side in range(2):
+            self._unseen[side] += float(unseen[side].square().sum())
+            self._whole[side] += float(whole[side].square().sum())
+
+    def add_to(self, side: int, means: Tensor, whole: Tensor) -> None:
+        self._unseen[side] += float(means.square().sum()) * whole.shape[-1]
+        self._whole[side] += float(whole.square().sum())
+
+    @property
+    def is_larger(self) -> bool:
+        ours, theirs = (part / whole if whole else 0.0 for part, whole in zip(self._unseen, self._whole, strict=True))
+        return ours > LARGER * theirs + FLOOR
+
+
+def _is_away(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    away = whole = 0.0
+    for ours, theirs in pairs:
+        away, whole = away + float((ours - theirs).square().sum()), whole + float(theirs.square().sum())
+    return away > MOVED**2 * whole
+
+
+def _log_ratio(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The logarithm of |ours / theirs|; 0 where one of them is."""
+    is_known = (ours != 0) & (theirs != 0)
+    return torch.where(is_known, (torch.where(is_known, ours, 1.0) / torch.where(is_known, theirs, 1.0)).abs().log(), 0)
+
+
+def _is_traded(pairs: list[tuple[Tensor, Tensor]]) -> bool:
+    """Whether scales moved, and the norms of what lies beside them moved against it: each by itself, or all alike."""
+    if not pairs:
+        return False
+    middles = torch.stack([torch.stack([scales.median(), norms.median()]) for scales, norms in pairs])
+    # A change of basis may make all norms beside one scale larger: single ones are compared with the middle.
+    single = torch.cat([torch.stack([scales - scales.median(), norms - norms.median()], 1) for scales, norms in pairs])
+    return any(
+        float(moved[:, 0].square().mean()) > least**2
+        and float(moved.sum(1).square().mean()) < TRADED * float(moved[:, 0].square().mean())
+        for moved, least in ((single, SEEN), (middles, SEEN_ALIKE))
+    )
+
+
+canonicalise = in_memory(Canonicalise)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""
