@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -14,7 +14,7 @@ from unmergeable.attacks import ATTACKS
 from unmergeable.errors import UsageError, shown
 from unmergeable.merges import MERGES
 from unmergeable.protections import PROTECTIONS
-from unmergeable.settings import configure, nearest, parse_assignments, settings_of
+from unmergeable.settings import ADDED_LATER, configure, nearest, parse_assignments, settings_of
 
 laws = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -169,3 +169,16 @@ def test_a_message_shows_the_ends_of_a_long_value() -> None:
     assert shown("x" * 10_000).startswith("'xxx")
     assert len(shown("x" * 10_000)) <= 100
     assert shown({"a": [1, 2]}) == repr({"a": [1, 2]})
+
+
+@dataclass(frozen=True)
+class Grown:
+    old: int = 1
+    new: int = field(default=2, metadata=ADDED_LATER)
+
+
+def test_a_setting_that_came_later_is_recorded_only_where_it_is_used() -> None:
+    assert settings_of(Grown()) == {"old": 1}
+    assert settings_of(Grown(new=3)) == {"old": 1, "new": 3}
+    assert configure(Grown, settings_of(Grown(new=3))) == Grown(new=3)
+    assert configure(Grown, {"old": 1}) == Grown()

@@ -34,9 +34,18 @@ def configure(method: type[Method], values: Mapping[str, object]) -> Method:
     return instance
 
 
+ADDED_LATER: Mapping[str, bool] = {"added later": True}
+"""Metadata of a setting that a method got after recipes were published: one that keeps its default is not recorded, so
+that the recipes of before, and with them the fingerprints of keys, stay as they were."""
+
+
 def settings_of(instance: object) -> dict[str, Any]:
-    """Names and values of every setting, ready for JSON."""
-    return dataclasses.asdict(instance)  # type: ignore[call-overload,no-any-return]
+    """Names and values of the settings, ready for JSON; see :data:`ADDED_LATER` for those that are left out."""
+    values: dict[str, Any] = dataclasses.asdict(instance)  # type: ignore[call-overload]
+    for field in dataclasses.fields(instance):  # type: ignore[arg-type]
+        if field.metadata == ADDED_LATER and values[field.name] == field.default:
+            del values[field.name]
+    return values
 
 
 def nearest(word: str, known: Mapping[str, object]) -> str:

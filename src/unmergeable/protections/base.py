@@ -181,7 +181,7 @@ class Protection:
     def limits(self) -> str:
         """What audits measured of it with these settings, and the remark: what every ``protect`` ends with."""
         defaults = settings_of(type(self)())
-        changed = {name: value for name, value in settings_of(self).items() if value != defaults[name]}
+        changed = {name: value for name, value in settings_of(self).items() if value != defaults.get(name)}
         return f"{claims.limits(self.name, settings=changed)} {self.remark}".strip()
 
     @property

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -48,6 +48,7 @@ from unmergeable.gauge.gauge import Gauge, fixed_gauge, sampled_gauge
 from unmergeable.gauge.groups import fast_rotation, sample
 from unmergeable.protections.exact import ExactProtection, Weights
 from unmergeable.randomness import Stream
+from unmergeable.settings import ADDED_LATER
 
 Rotation = Literal["dense", "fast"]
 
@@ -68,7 +69,7 @@ class LargestGauge(ExactProtection):
     condition: float = 4.0
     quantisation_friendly: bool = False
     untie: bool = False
-    rotation: Rotation = "dense"
+    rotation: Rotation = field(default="dense", metadata=ADDED_LATER)
     attention: bool = True
     heads: bool = True
     feed_forward: bool = True
