@@ -34,7 +34,7 @@ def detect(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Architectur
         )
     _require_possible_counts(config, shapes)
     try:
-        architecture = family(config, Names(shapes))
+        architecture = family.declare(config, Names(shapes))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Families read sizes from the config and shapes without asking whether they are numbers that fit.
         raise UnsupportedArchitecture(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from unmergeable.architecture.families import QUERY_KEY_GROUPS, RESIDUAL_GROUPS
+from unmergeable.architecture.families import FAMILIES, described
 from unmergeable.attacks import ATTACKS
 from unmergeable.merges import MERGES
 from unmergeable.ops.data_merges import DATA_DRIVEN
@@ -41,7 +41,7 @@ class MethodsResult:
 
 def methods() -> MethodsResult:
     """Every method, with ``exact``, ``needs``, its settings and their defaults, and its validity per family."""
-    families = dict(QUERY_KEY_GROUPS)
+    families = {family: described(family).query_key for family in FAMILIES}
     protections = tuple(
         {
             "name": cls.name,
@@ -90,9 +90,9 @@ def methods() -> MethodsResult:
 def _validity(cls: type[Any], family: str) -> dict[str, Any]:
     """What a family leaves to a protection, or the reason why it leaves nothing."""
     if cls.name in PROTECTIONS:
-        attention = QUERY_KEY_GROUPS[family]
-        residual = f"{attention}; residual stream: {RESIDUAL_GROUPS[family]}"
-        return {"valid": True, "group": residual if cls is LargestGauge else attention}
+        groups = described(family)
+        whole = f"{groups.query_key}; residual stream: {groups.residual}"
+        return {"valid": True, "group": whole if cls is LargestGauge else groups.query_key}
     if cls.name in POLYNOMIAL_PROTECTIONS and family not in LAYOUTS:
         return {"valid": False, "reason": "no network of polynomials is known for it"}
     if cls is MergeGuard and family in DIFFUSION:
