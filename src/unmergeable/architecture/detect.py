@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from unmergeable.architecture.blocks import Architecture, output_bias, tensor_extents
+from unmergeable.architecture.architecture import Architecture
+from unmergeable.architecture.blocks import output_bias
 from unmergeable.architecture.declare import Config, Names
 from unmergeable.architecture.families import FAMILIES
+from unmergeable.architecture.rules import tensor_extents
 from unmergeable.errors import UnsupportedArchitecture
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from unmergeable.architecture.blocks import Architecture
+from unmergeable.architecture.architecture import Architecture
 from unmergeable.architecture.declare import Config, Names
 from unmergeable.architecture.families import decoders, diffusion, encoder_decoders, encoders, gpt, latent
 from unmergeable.architecture.symmetry import GroupKind

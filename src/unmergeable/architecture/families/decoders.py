@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, Heads, Mixture, QueryKeyNorm
+from unmergeable.architecture.architecture import Architecture
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, Mixture, QueryKeyNorm
 from unmergeable.architecture.declare import (
     HEADS_ON_TOP,
     Config,

@@ -1,10 +1,11 @@
-"""Encoders without positions inside attention: BERT, RoBERTa, ViT, DINOv2, CLIP, SigLIP."""
+"""Encoders of text and of images without rotary positions: BERT, RoBERTa, ViT, DINOv2, CLIP, SigLIP."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, Heads
+from unmergeable.architecture.architecture import Architecture
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads
 from unmergeable.architecture.declare import (
     HEADS_ON_TOP,
     Config,
