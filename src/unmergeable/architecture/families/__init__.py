@@ -11,7 +11,7 @@ from unmergeable.architecture.families import decoders, diffusion, encoder_decod
 from unmergeable.architecture.symmetry import GroupKind
 
 Kinds = tuple[GroupKind, ...]
-"""Groups that a model has side by side, on different coordinates or tensors."""
+"""Groups that a model has side by side, on different coordinates, tensors or layers."""
 
 ROTARY: Kinds = ("rotary",)
 FREE: Kinds = ("general_linear",)
@@ -60,6 +60,7 @@ FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
+    "smollm3": Family(decoders.llama, (PARTLY_ROTARY,), (ROTATIONS, SIGNED)),
     "gemma": Family(decoders.gemma, (ROTARY,), (ROTATIONS, SIGNED)),
     "gemma2": Family(decoders.gemma, (ROTARY,), (SIGNED,)),
     "qwen3": Family(decoders.qwen3, (RMS_PER_HEAD,), (ROTATIONS, SIGNED)),
@@ -82,6 +83,7 @@ FAMILIES: dict[str, Family] = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
+    "modernbert": Family(encoders.modernbert, (ROTARY,), (ORDERS, NOTHING)),
     "vit": Family(encoders.vit, (FREE,), (ORDERS, NOTHING)),
     "dinov2": Family(encoders.dinov2, (FREE,), (ORDERS, NOTHING)),
     "clip": Family(encoders.clip, (FREE,), (ORDERS,)),
