@@ -86,7 +86,9 @@ class Latent:
 @dataclass(frozen=True)
 class Attention:
     """One attention block. ``value_size`` is the value head dimension; ``groups`` counts key-value heads.
-    ``heads_limit`` says why heads cannot be reordered, empty where they can.
+
+    ``heads_limit`` says why heads cannot be reordered, empty where they can. ``value_limit`` says why coordinates of
+    the values can only be scaled one by one, empty where they can be mixed.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Attention:
     is_cross: bool = False
     heads_limit: str = ""
     latents: tuple[Latent, ...] = ()
+    value_limit: str = ""
 
     @property
     def num_heads(self) -> int:
@@ -109,7 +112,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """One feed-forward block, ``down(act(gate) * up)`` or ``down(act(up))`` when ``gate`` is None."""
+    """One feed-forward block, ``down(act(gate) * up)`` or ``down(act(up))`` when ``gate`` is None.
+
+    ``scale_limit`` says why hidden units of a gated block cannot be scaled (``up`` is clamped), empty where they can.
+    """
 
     name: str
     size: int
@@ -117,6 +123,7 @@ class FeedForward:
     down: Heads
     gate: Heads | None = None
     activation: Activation = "other"
+    scale_limit: str = ""
 
 
 def output_bias(block: Attention | FeedForward) -> str:

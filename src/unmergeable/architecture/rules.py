@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from unmergeable.architecture.blocks import Attention, FeedForward, Heads, Mixture, QueryKeyNorm, SharedHeads
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, Mixture, QueryKeyNorm, ScorePart, SharedHeads
 from unmergeable.architecture.collector import Collector
 from unmergeable.architecture.residual import Residual, residual_rules
 from unmergeable.architecture.symmetry import GroupKind, Leg, Pairing, Space, Stack, SymmetryMap, Variance
@@ -109,25 +109,55 @@ def _normed_score_rules(collector: Collector, block: Attention, norm: QueryKeyNo
         return
     if norm.scope == "full":
         reason = "a full-width RMS norm on queries and keys keeps signs; its gains trade scales"
-        _query_key_space(collector, block, "sign", "pair_sign", block.groups, size, query, key, reason)
-        gain = _normed_space(collector, block, "gain", "pair_scale", block.groups, size, reason)
-        (query_gain,), (key_gain,) = norm.query_gains, norm.key_gains
-        members = ((block.members, size),)
-        collector.leg(gain, query_gain, "vector", block_stride=block.members * size, spectators=members)
-        collector.leg(gain, key_gain, "covector", block_stride=size)
-        _scale_rules(collector, block, norm, (1, 1), size, reason)
+        scales = (1, 1)
+    else:
+        reason = "an RMS norm per head on queries and keys keeps signs and quarter turns; its gains trade scales"
+        scales = (block.num_heads, block.groups)
+    start = 0
+    for index, part in enumerate(block.parts):
+        suffix = "" if len(block.parts) == 1 else f".{index}"
+        _query_key_space(
+            collector, block, f"sign{suffix}", "pair_sign", block.groups, part.size, part.query, part.key, reason
+        )
+        if norm.scope == "full":
+            _wide_gain_rules(collector, block, norm, part, suffix, start, reason)
+        else:
+            _turn_rules(collector, block, norm, part, suffix, start, reason)
+        start += part.size
+    if norm.scope == "head":
+        _shared_gain_rules(collector, block, norm, reason)
+    _scale_rules(collector, block, norm, scales, size, reason)
+
+
+def _wide_gain_rules(
+    collector: Collector, block: Attention, norm: QueryKeyNorm, part: ScorePart, suffix: str, start: int, reason: str
+) -> None:
+    """Gains of a norm over the full width: one for every coordinate of every head."""
+    if not norm.query_gains:
         return
-    reason = "an RMS norm per head on queries and keys keeps signs and quarter turns; its gains trade scales"
-    _query_key_space(collector, block, "sign", "pair_sign", block.groups, size, query, key, reason)
-    turn = _normed_space(collector, block, "turn", "quarter_turn", 1, size, reason)
-    for heads, count in ((query, block.members), (key, 1)):
+    size = sum(other.size for other in block.parts)
+    space = _normed_space(collector, block, f"gain{suffix}", "pair_scale", block.groups, part.size, reason)
+    (query_gain,), (key_gain,) = norm.query_gains, norm.key_gains
+    stride, members = block.members * size, ((block.members, size),)
+    collector.leg(space, query_gain, "vector", offset=start, block_stride=stride, spectators=members)
+    collector.leg(space, key_gain, "covector", offset=start, block_stride=size)
+    if norm.offset:
+        collector.gain_offset |= {query_gain: norm.offset, key_gain: norm.offset}
+
+
+def _turn_rules(
+    collector: Collector, block: Attention, norm: QueryKeyNorm, part: ScorePart, suffix: str, start: int, reason: str
+) -> None:
+    """Quarter turns of the pairs of every head at once, which the gains follow."""
+    turn = _normed_space(collector, block, f"turn{suffix}", "quarter_turn", 1, part.size, reason)
+    for heads, count in ((part.query, block.members), (part.key, 1)):
         spectators = ((block.groups, heads.group_stride), (count, heads.member_stride))
         for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
             collector.leg(turn, tensor, "vector", axis=axis, offset=heads.offset, spectators=spectators)
     for tensor in (*norm.query_gains, *norm.key_gains):
-        collector.leg(turn, tensor, "gain", axis=norm.gain_axis)
-    _shared_gain_rules(collector, block, norm, reason)
-    _scale_rules(collector, block, norm, (block.num_heads, block.groups), size, reason)
+        collector.leg(turn, tensor, "gain", axis=norm.gain_axis, offset=start)
+        if norm.offset:
+            collector.gain_offset[tensor] = norm.offset
 
 
 def _normed_space(
@@ -174,6 +204,8 @@ def _query_key_space(
 
 def _shared_gain_rules(collector: Collector, block: Attention, norm: QueryKeyNorm, reason: str) -> None:
     """Gains (and biases) after the norm: queries times t, keys over t, t tied within a rotary pair."""
+    if not norm.query_gains:
+        return
     start = 0
     for index, part in enumerate(block.parts):
         kind: GroupKind = "pair_scale" if part.rotary else "diagonal"
@@ -212,13 +244,17 @@ def _whole_head(block: Attention) -> tuple[Heads, Heads, int]:
 
 
 def _value_rules(collector: Collector, block: Attention) -> None:
-    """Values: V' = B V, O' = O B^-1. The softmax mixes whole value vectors, so any invertible B commutes."""
+    """Values: V' = B V, O' = O B^-1. The softmax mixes whole value vectors, so any invertible B commutes.
+
+    What multiplies each coordinate of the result lets only a scale for each by.
+    """
     space = collector.space(
         f"{block.name}.value_output",
         "value_output",
-        "general_linear",
+        "diagonal" if block.value_limit else "general_linear",
         blocks=block.groups,
         size=block.value_size,
+        limit=block.value_limit,
         is_cross=block.is_cross,
     )
     _heads_leg(collector, space, block.value, "vector")
@@ -277,7 +313,7 @@ def _head_rules(
 
 def _feed_forward_rules(collector: Collector, block: FeedForward) -> None:
     """Hidden units in another order; and a scale per unit between up and down where the activation lets it by."""
-    if block.gate is not None:
+    if block.gate is not None and not block.scale_limit:
         scale = collector.space(
             f"{block.name}.scale",
             "feed_forward",
@@ -286,7 +322,7 @@ def _feed_forward_rules(collector: Collector, block: FeedForward) -> None:
             size=block.size,
             limit="only between up and down: the gate passes through its activation",
         )
-    elif block.activation == "relu":
+    elif block.gate is None and block.activation == "relu":
         scale = collector.space(
             f"{block.name}.scale",
             "feed_forward",
@@ -300,7 +336,7 @@ def _feed_forward_rules(collector: Collector, block: FeedForward) -> None:
     if scale is not None:
         _heads_leg(collector, scale, block.up, "vector")
         _heads_leg(collector, scale, block.down, "covector")
-    limit = "" if scale else "the activation lets only a reordering through"
+    limit = "" if scale else block.scale_limit or "the activation lets only a reordering through"
     order = collector.space(
         f"{block.name}.order", "feed_forward", "permutation", blocks=1, size=block.size, limit=limit
     )

@@ -5,6 +5,7 @@ with ``to_json()``.
 """
 
 from unmergeable.ops.inspection import inspect
+from unmergeable.ops.map import derive_map
 from unmergeable.ops.merging import merge
 from unmergeable.ops.methods import methods, schema
 from unmergeable.ops.protection import protect
@@ -12,4 +13,4 @@ from unmergeable.ops.recovery import recover
 from unmergeable.ops.restoring import restore
 from unmergeable.ops.verification import verify
 
-__all__ = ["inspect", "merge", "methods", "protect", "recover", "restore", "schema", "verify"]
+__all__ = ["derive_map", "inspect", "merge", "methods", "protect", "recover", "restore", "schema", "verify"]

@@ -1,0 +1,44 @@
+"""The map of one ``model_type``: two sizes built, derived and put into one table."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from unmergeable.architecture.derived import DerivedMap
+from unmergeable.derivation.build import Specimen, build, default_config, registered
+from unmergeable.derivation.derive import derive
+from unmergeable.derivation.shrink import OTHER, SMALL, Sizes, shrunken
+from unmergeable.derivation.table import tabulate
+from unmergeable.errors import UnsupportedArchitecture
+
+
+def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | None = None) -> DerivedMap:
+    """The proven map of networks of ``network_class`` with the flags of ``config`` (transformers' own by default).
+
+    Raises:
+        UnsupportedArchitecture: no small network of this kind can be built or run.
+    """
+    transformers = importlib.import_module("transformers")
+    kind = getattr(transformers, network_class)
+    if config is None:
+        same = kind.config_class.model_type == model_type
+        config = default_config(model_type) if same else kind.config_class().to_dict()
+    specimens = [_built(config, kind, sizes) for sizes in (SMALL, OTHER)]
+    return tabulate(model_type, network_class, [(specimen, derive(specimen)) for specimen in specimens])
+
+
+def _built(config: Mapping[str, Any], kind: Any, sizes: Sizes) -> Specimen:
+    """With grouped keys where the class has them, with a key for every query head else."""
+    try:
+        return build(shrunken(config, sizes), kind)
+    except UnsupportedArchitecture as error:
+        try:
+            return build(shrunken(config, replace(sizes, groups=sizes.heads)), kind)
+        except UnsupportedArchitecture:
+            raise error from None
+
+
+__all__ = ["derive_map", "registered"]

@@ -1,0 +1,247 @@
+"""From the blocks of two small networks to templates that hold for every size.
+
+Both are derived from one kind of config with other numbers; a number in a map becomes the formula that gives it in
+both: a setting of the config, a quotient of two, or a sum of products of the numbers found before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, QueryKeyNorm
+from unmergeable.architecture.derived import DerivedMap, evaluate, numbers
+from unmergeable.architecture.rules import symmetry_map
+from unmergeable.derivation.build import Specimen
+from unmergeable.derivation.derive import Block, Derivation, without_numbers
+from unmergeable.derivation.propose import Unexplained
+
+_PREFERRED = ("num_key_value_heads", "num_attention_heads", "head_dim", "num_heads", "n_head", "d_kv", "hidden_size")
+
+
+@dataclass
+class _Pair:
+    """One block in both networks, and the numbers known so far by name."""
+
+    first: Block
+    second: Block
+    settings: tuple[dict[str, float], dict[str, float]]
+    scope: tuple[dict[str, float], dict[str, float]]
+    used: set[str]
+
+    def know(self, name: str, values: tuple[float, float]) -> None:
+        for scope, value in zip(self.scope, values, strict=True):
+            scope[name] = value
+
+    def fit(self, values: tuple[int, int]) -> str | int:
+        """The simplest formula that gives both numbers.
+
+        Raises Unexplained when none does.
+        """
+        for formula in itertools.chain(self._local(values), self._from_config(values)):
+            if all(_evaluates(formula, scope, value) for scope, value in zip(self._scopes(), values, strict=True)):
+                self.used |= {word for word in str(formula).split() if word in self.settings[0]}
+                return formula
+        if values[0] == values[1]:
+            return values[0]
+        raise Unexplained(f"no formula in the config gives {values[0]} and {values[1]}")
+
+    def _scopes(self) -> list[dict[str, float]]:
+        return [{**settings, **scope} for settings, scope in zip(self.settings, self.scope, strict=True)]
+
+    def _local(self, values: tuple[int, int]) -> Iterator[str | int]:
+        if values in {(0, 0), (1, 1)}:
+            yield values[0]
+        terms = _terms(self.scope[0])
+        for count in range(1, 4):
+            for chosen in itertools.combinations_with_replacement(terms, count):
+                if sum(evaluate(term, self.scope[0]) for term in chosen) == values[0]:
+                    yield " + ".join(chosen)
+
+    def _from_config(self, values: tuple[int, int]) -> Iterator[str | int]:
+        first = self.settings[0]
+        names = sorted(first, key=lambda name: (_rank(name), name.count("."), len(name), name))
+        yield from (name for name in names if first[name] == values[0])
+        for a, b in itertools.product(names, names):
+            if first[b] and first[a] / first[b] == values[0] and first[b] != 1:
+                yield f"{a} / {b}"
+        for a, b in itertools.product([*self.scope[0], *names], names):
+            value = self._scopes()[0].get(a, 0)
+            if isinstance(first[b], float) and int(value * first[b]) == values[0]:
+                yield f"{a} * {b}"
+
+
+def _rank(name: str) -> int:
+    last = name.rsplit(".", 1)[-1]
+    return _PREFERRED.index(last) if last in _PREFERRED else len(_PREFERRED)
+
+
+def _terms(scope: Mapping[str, float]) -> list[str]:
+    """Products of known numbers that places are usually made of."""
+    sizes = [name for name in scope if name not in {"groups", "members", "columns"}]
+    outer = [
+        factor for factor in ("", "groups * ", "members * ", "groups * members * ") if "groups" in scope or not factor
+    ]
+    return [factor + size for factor in outer for size in sizes]
+
+
+def _evaluates(formula: str | int, scope: Mapping[str, float], value: int) -> bool:
+    return evaluate(formula, scope) == value
+
+
+def tabulate(model_type: str, network_class: str, pair: Sequence[tuple[Specimen, Derivation]]) -> DerivedMap:
+    """The map of a type from two derivations with different sizes; blocks that no formula describes are left out."""
+    (first, found), (second, other) = pair
+    settings = (numbers(first.config), numbers(second.config))
+    attentions: dict[str, dict[str, Any]] = {}
+    feed_forwards: dict[str, dict[str, Any]] = {}
+    reasons = {
+        without_numbers(name): text for name, text in found.reasons.items() if "not proven" in text or " " in name
+    }
+    used: set[str] = set()
+    for block, twin in _matched(found.blocks, other.blocks):
+        both = _Pair(block, twin, settings, ({}, {}), used)
+        try:
+            if isinstance(block, Attention) and isinstance(twin, Attention):
+                template = _attention(both, block, twin)
+                kept = attentions
+            else:
+                assert isinstance(block, FeedForward)
+                assert isinstance(twin, FeedForward)
+                template = _feed_forward(both, block, twin)
+                kept = feed_forwards
+        except Unexplained as reason:
+            reasons[without_numbers(block.name)] = str(reason)
+            continue
+        known = kept.setdefault(str(template["name"]), template)
+        if known != template:
+            kept[str(template["name"])] = _smaller(known, template)
+    defaults = {name: settings[0][name] for name in sorted(used) if not isinstance(settings[0][name], int)}
+    prefix = str(getattr(first.network, "base_model_prefix", "") or "")
+    return DerivedMap(
+        model_type=model_type,
+        network_class=network_class,
+        prefix=f"{prefix}." if prefix else "",
+        attentions=tuple(attentions.values()),
+        feed_forwards=tuple(feed_forwards.values()),
+        defaults=defaults,
+        known=tuple(sorted({without_numbers(name) for name in first.stored_names()})),
+        reasons=dict(sorted(reasons.items())),
+        proof=_proof(found, other),
+    )
+
+
+def _matched(first: Sequence[Block], second: Sequence[Block]) -> Iterator[tuple[Block, Block]]:
+    """Blocks of the same name in both networks."""
+    twins = {block.name: block for block in second}
+    for block in first:
+        twin = twins.get(block.name)
+        if twin is not None and type(twin) is type(block):
+            yield block, twin
+
+
+def _smaller(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Of two templates for the same tensors, what holds for both.
+
+    Layers may differ in what no tensor shows: whether they rotate queries and keys, for instance.
+    """
+    if first.get("parts") is None or {**first, "parts": 0} != {**second, "parts": 0}:
+        raise Unexplained("layers of one form differ in more than their positions")
+    return dict(first if any(part["rotary"] for part in first["parts"]) else second)
+
+
+def _attention(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]:
+    same = ("position", "is_cross", "heads_limit", "value_limit")
+    if any(getattr(block, name) != getattr(twin, name) for name in same) or len(block.parts) != len(twin.parts):
+        raise Unexplained("two sizes of the network have different groups")
+    template: dict[str, Any] = {"name": without_numbers(block.name)}
+    heads = (block.num_heads, twin.num_heads)
+    template["groups"] = both.fit((block.groups, twin.groups))
+    both.know("groups", (block.groups, twin.groups))
+    template["members"] = _members(both, block, twin, heads)
+    both.know("members", (block.members, twin.members))
+    template["value_size"] = "columns / groups / members"
+    both.know("value_size", (block.value_size, twin.value_size))
+    parts = [{"size": both.fit((part.size, other.size))} for part, other in zip(block.parts, twin.parts, strict=True)]
+    for index, (part, other) in enumerate(zip(block.parts, twin.parts, strict=True)):
+        both.know(f"part_{index}", (part.size, other.size))
+    if block.parts:
+        both.know("query_size", (sum(p.size for p in block.parts), sum(p.size for p in twin.parts)))
+    template["parts"] = [
+        {
+            **data,
+            "query": _heads(both, part.query, other.query),
+            "key": _heads(both, part.key, other.key),
+            "rotary": part.rotary,
+            "shared_key": part.shared_key,
+        }
+        for data, part, other in zip(parts, block.parts, twin.parts, strict=True)
+    ]
+    template["value"] = _heads(both, block.value, twin.value)
+    template["output"] = _heads(both, block.output, twin.output)
+    if block.norm is not None:
+        template["norm"] = _norm(block.norm)
+    return template | {name: getattr(block, name) for name in same}
+
+
+def _members(both: _Pair, block: Attention, twin: Attention, heads: tuple[int, int]) -> str | int:
+    if block.members == twin.members == 1:
+        return 1
+    return f"{both.fit(heads)} / groups"
+
+
+def _norm(norm: QueryKeyNorm) -> dict[str, Any]:
+    names = {side: [without_numbers(name) for name in getattr(norm, side)] for side in ("query_gains", "key_gains")}
+    biases = {
+        side: name and without_numbers(name) for side in ("query_bias", "key_bias") for name in (getattr(norm, side),)
+    }
+    return names | biases | {key: getattr(norm, key) for key in ("kind", "scope", "epsilon", "gain_axis", "offset")}
+
+
+def _feed_forward(both: _Pair, block: FeedForward, twin: FeedForward) -> dict[str, Any]:
+    if (block.activation, block.scale_limit) != (twin.activation, twin.scale_limit):
+        raise Unexplained("two sizes of the network have different groups")
+    both.know("units", (block.size, twin.size))
+    template: dict[str, Any] = {"name": without_numbers(block.name)}
+    for side in ("gate", "up", "down"):
+        here, there = getattr(block, side), getattr(twin, side)
+        if here is not None and there is not None:
+            template[side] = _heads(both, here, there)
+    return template | {"activation": block.activation, "scale_limit": block.scale_limit}
+
+
+def _heads(both: _Pair, here: Heads, there: Heads) -> dict[str, Any]:
+    if (without_numbers(here.weight), here.axis) != (without_numbers(there.weight), there.axis):
+        raise Unexplained("two sizes of the network are stored differently")
+    data: dict[str, Any] = {"weight": without_numbers(here.weight), "axis": here.axis}
+    if here.bias is not None:
+        data["bias"] = without_numbers(here.bias)
+    for key in ("offset", "group_stride", "member_stride"):
+        values = (getattr(here, key), getattr(there, key))
+        if values != (0, 0):
+            data[key] = both.fit(values)
+    return data
+
+
+def _proof(*derivations: Derivation) -> dict[str, Any]:
+    """The versions a map was proven with, and the worst figures for every kind of group."""
+    figures: dict[str, dict[str, Any]] = {}
+    for derivation in derivations:
+        spaces = symmetry_map(derivation.blocks).spaces
+        for name, proof in derivation.proofs.items():
+            if name not in spaces:
+                continue
+            kind = f"{spaces[name].role} {spaces[name].group}"
+            worst = figures.setdefault(kind, {"change": 0.0, "one_sided": float("inf"), "outside": None})
+            worst["change"] = max(worst["change"], proof.change)
+            worst["one_sided"] = min(worst["one_sided"], proof.one_sided)
+            if proof.outside is not None:
+                worst["outside"] = min(worst["outside"] or float("inf"), proof.outside)
+    rounded = {
+        kind: {key: value and float(f"{value:.2g}") for key, value in row.items()} for kind, row in figures.items()
+    }
+    joint = max(derivation.joint for derivation in derivations)
+    return {"transformers": version("transformers"), "torch": version("torch"), "joint": joint, "groups": rounded}
