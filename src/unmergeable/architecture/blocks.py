@@ -14,6 +14,7 @@ from unmergeable.architecture.symmetry import Pairing
 
 Position = Literal["none", "alibi", "relative_bias", "rotary"]
 Activation = Literal["relu", "other"]
+ValueGroup = Literal["general_linear", "orthogonal", "diagonal"]
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Latent:
 class Attention:
     """One attention block. ``value_size`` is the value head dimension; ``groups`` counts key-value heads.
 
-    ``heads_limit`` says why heads cannot be reordered, empty where they can. ``value_limit`` says why coordinates of
-    the values can only be scaled one by one, empty where they can be mixed.
+    ``heads_limit`` says why heads cannot be reordered, empty where they can. ``value_group``: what a head's values let
+    through; rotations behind a norm without gains, a scale per coordinate where something multiplies the result.
     """
 
     name: str
@@ -103,7 +104,7 @@ class Attention:
     is_cross: bool = False
     heads_limit: str = ""
     latents: tuple[Latent, ...] = ()
-    value_limit: str = ""
+    value_group: ValueGroup = "general_linear"
 
     @property
     def num_heads(self) -> int:

@@ -36,8 +36,9 @@ class DerivedMap:
     """The proven map of one ``model_type``.
 
     ``prefix`` starts the names of the body's tensors in files of the whole network, and may be absent in those of the
-    bare body. ``defaults`` holds settings that a config may leave out. ``known`` are all names of tensors, without
-    numbers. ``reasons`` says what was left alone, and why; ``proof`` what the map was tried on.
+    bare body. ``flags`` are the settings other than sizes that the map was proven with, a list where layers differ;
+    ``defaults`` holds sizes that a config may leave out. ``known`` are all names of tensors, without numbers.
+    ``reasons`` says what was left alone, and why; ``proof`` what the map was tried on.
     """
 
     model_type: str
@@ -45,6 +46,7 @@ class DerivedMap:
     prefix: str
     attentions: tuple[Mapping[str, Any], ...]
     feed_forwards: tuple[Mapping[str, Any], ...]
+    flags: Mapping[str, Any]
     defaults: Mapping[str, Any]
     known: tuple[str, ...]
     reasons: Mapping[str, str]
@@ -116,9 +118,10 @@ def architecture_of(derived: DerivedMap, config: Config, names: Names) -> Archit
     """The blocks of a checkpoint of this type, of whatever size.
 
     Raises:
-        UnsupportedArchitecture: no block of the map is in the checkpoint, or one of its modules holds a tensor that
-            the network the map was proven on does not have.
+        UnsupportedArchitecture: the config has other flags than the map was proven with, no block of the map is in the
+            checkpoint, or one of its modules holds a tensor that the network the map was proven on does not have.
     """
+    _require_flags(derived, config)
     prefix = _prefix(derived, names)
     scope = _settings(config, derived.defaults)
     blocks: list[Attention | FeedForward] = []
@@ -267,7 +270,7 @@ class _Reader:
             norm=self.norm(data["norm"]) if data.get("norm") else None,
             is_cross=data["is_cross"],
             heads_limit=data["heads_limit"],
-            value_limit=data["value_limit"],
+            value_group=data["value_group"],
         )
 
     def norm(self, data: Mapping[str, Any]) -> QueryKeyNorm:
@@ -287,6 +290,45 @@ class _Reader:
             gate=self.heads(data["gate"]) if data.get("gate") else None,
             activation=data["activation"],
             scale_limit=data["scale_limit"],
+        )
+
+
+def flags_of(config: Config, prefix: str = "") -> dict[str, Any]:
+    """Every setting that is no size, by its dotted name: switches, words, and the distinct entries of lists of them.
+
+    Left out are those that no block's groups depend on: names, tokens, data types, how positions are stretched.
+    """
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in _NO_FLAGS or name.startswith("_") or name.endswith(("_token_id", "_token")):
+            continue
+        if isinstance(value, Mapping):
+            found |= flags_of(value, f"{prefix}{name}.")
+        elif isinstance(value, (bool, str)):
+            found[prefix + name] = value
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(item, (bool, str)) for item in value):
+            found[prefix + name] = sorted(set(map(str, value)))
+    return found
+
+
+_NO_FLAGS = {
+    "architectures", "dtype", "torch_dtype", "transformers_version", "model_type", "name_or_path", "use_cache",
+    "return_dict", "id2label", "label2id", "problem_type", "tie_word_embeddings", "rope_parameters", "rope_scaling",
+    "output_attentions", "output_hidden_states", "tokenizer_class", "summary_type", "quantization_config", "auto_map",
+}  # fmt: skip
+
+
+def _require_flags(derived: DerivedMap, config: Config) -> None:
+    """Refuse a network of the same type that is put together differently."""
+    for name, value in flags_of(config).items():
+        proven = derived.flags.get(name)
+        if proven is None or value == proven or (isinstance(proven, list) and set(value) <= set(proven)):
+            continue
+        if name.endswith(("_act", "activation", "activation_function")) and "relu" not in f"{value} {proven}":
+            continue  # whatever is not ReLU lets the same through
+        raise UnsupportedArchitecture(
+            f"config.json: {name} is {value!r}, and the map of {derived.model_type} was proven with {proven!r}; derive "
+            f"one for this model with `unmergeable map` and put it into the folder {MAPS_VARIABLE} names."
         )
 
 

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from unmergeable.architecture.blocks import Attention, FeedForward, Heads, Mixture, QueryKeyNorm, ScorePart, SharedHeads
+from unmergeable.architecture.blocks import (
+    Attention,
+    FeedForward,
+    Heads,
+    Mixture,
+    QueryKeyNorm,
+    ScorePart,
+    SharedHeads,
+    ValueGroup,
+)
 from unmergeable.architecture.collector import Collector
 from unmergeable.architecture.residual import Residual, residual_rules
 from unmergeable.architecture.symmetry import GroupKind, Leg, Pairing, Space, Stack, SymmetryMap, Variance
@@ -243,18 +252,25 @@ def _whole_head(block: Attention) -> tuple[Heads, Heads, int]:
     return first.query, first.key, sum(part.size for part in block.parts)
 
 
+_VALUE_LIMITS: Mapping[ValueGroup, str] = {
+    "general_linear": "",
+    "orthogonal": "a norm sits on the values of every head",
+    "diagonal": "something multiplies each coordinate of the attention's result",
+}
+
+
 def _value_rules(collector: Collector, block: Attention) -> None:
     """Values: V' = B V, O' = O B^-1. The softmax mixes whole value vectors, so any invertible B commutes.
 
-    What multiplies each coordinate of the result lets only a scale for each by.
+    A norm without gains on the values keeps rotations, what multiplies each coordinate of the result a scale for each.
     """
     space = collector.space(
         f"{block.name}.value_output",
         "value_output",
-        "diagonal" if block.value_limit else "general_linear",
+        block.value_group,
         blocks=block.groups,
         size=block.value_size,
-        limit=block.value_limit,
+        limit=_VALUE_LIMITS[block.value_group],
         is_cross=block.is_cross,
     )
     _heads_leg(collector, space, block.value, "vector")

@@ -80,6 +80,7 @@ def _nearest_orthogonal(space: Space, legs: Sequence[LegPair]) -> Dense:
 
 NEAREST_ISOMETRY: dict[GroupKind, Nearest] = {
     "general_linear": _nearest_orthogonal,
+    "orthogonal": _nearest_orthogonal,
     "rotary": nearest_phase,
     "quarter_turn": nearest_quarter_turn,
     "pair_sign": nearest_pair_sign,

@@ -38,6 +38,7 @@ from unmergeable.attacks.closed_forms import (
 )
 from unmergeable.attacks.estimate import Nearest, Solvers, estimate_gauges
 from unmergeable.attacks.general_linear import nearest_general_linear
+from unmergeable.attacks.kabsch import NEAREST_ISOMETRY
 from unmergeable.attacks.moments import LegPair, dense_moments
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.gauge.elements import Dense
@@ -86,6 +87,7 @@ def _nearest_dense(space: Space, legs: Sequence[LegPair]) -> Dense:
 
 NEAREST: dict[GroupKind, Nearest] = {
     "general_linear": _nearest_dense,
+    "orthogonal": NEAREST_ISOMETRY["orthogonal"],
     "rotary": nearest_rotary,
     "quarter_turn": nearest_quarter_turn,
     "pair_sign": nearest_pair_sign,

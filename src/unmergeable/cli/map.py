@@ -59,4 +59,4 @@ def _groups(template: dict[str, object]) -> str:
     assert isinstance(parts, list)
     kinds = [f"{part['rotary']} rotary pairs" if part["rotary"] else "no positions" for part in parts]
     scores = " and ".join(kinds) if kinds else "queries and keys left alone"
-    return f"{scores}; values {'scaled only' if template['value_limit'] else 'in any basis'}"
+    return f"{scores}; values: {template['value_group']}"

@@ -110,8 +110,7 @@ def build(config: Mapping[str, Any], network_class: Any, *, seed: int = 0) -> Sp
 
 
 def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def _randomise(network: Any, seed: int) -> None:

@@ -42,7 +42,13 @@ def without_numbers(text: str) -> str:
 
 def derive(specimen: Specimen) -> Derivation:
     """Watch a network, propose its blocks and prove them."""
-    return _Search(specimen).run()
+    found = _Search(specimen, share=True).run()
+    if found.joint > TOLERANCE:  # blocks of one form differ, and each has to be proven by itself
+        found = _Search(specimen, share=False).run()
+    if found.joint > TOLERANCE:
+        found.reasons["everything at once"] = f"changes the function by {found.joint:.1e}"
+        found.blocks = []
+    return found
 
 
 def _epsilon(specimen: Specimen) -> float:
@@ -52,7 +58,8 @@ def _epsilon(specimen: Specimen) -> float:
 
 
 class _Search:
-    def __init__(self, specimen: Specimen) -> None:
+    def __init__(self, specimen: Specimen, *, share: bool) -> None:
+        self.share = share
         disk = Disk(specimen.network)
         self.scene = Scene.of(watch(specimen), disk)
         self.prover = Prover(specimen, disk)
@@ -73,7 +80,9 @@ class _Search:
                 self._add(self._first_proven(propose.feed_forward(self.scene, index, taken), "feed_forward"))
             except Unexplained as reason:
                 self.result.reasons[product.name] = str(reason)
-        self._prove_together()
+        symmetry = symmetry_map(self.result.blocks)
+        every = symmetry.select("query_key", "value_output", "heads", "feed_forward")
+        self.result.joint = self.prover.together(symmetry, every)
         return self.result
 
     def _add(self, block: Block) -> None:
@@ -102,7 +111,7 @@ class _Search:
         tried: list[str] = []
         for block in options:
             key = f"{role} {without_numbers(repr(block).replace(chr(39), '.'))}"
-            if key not in self._verdicts:
+            if key not in self._verdicts or not self.share:
                 self._verdicts[key] = self._failures(block, role)
             if not self._verdicts[key]:
                 return block
@@ -119,13 +128,3 @@ class _Search:
                 return (f"{name.rsplit('.', 1)[-1]}: {proofs[name]}",)
         self.result.proofs |= proofs
         return ()
-
-    def _prove_together(self) -> None:
-        """Every group of every block at once; a block that stood only for others of its kind is tried here."""
-        symmetry = symmetry_map(self.result.blocks)
-        self.result.joint = self.prover.together(
-            symmetry, symmetry.select("query_key", "value_output", "heads", "feed_forward")
-        )
-        if self.result.joint > TOLERANCE:
-            self.result.reasons["everything at once"] = f"changes the function by {self.result.joint:.1e}"
-            self.result.blocks = []

@@ -10,7 +10,7 @@ from typing import Any
 from unmergeable.architecture.derived import DerivedMap
 from unmergeable.derivation.build import Specimen, build, default_config, registered
 from unmergeable.derivation.derive import derive
-from unmergeable.derivation.shrink import OTHER, SMALL, Sizes, shrunken
+from unmergeable.derivation.shrink import OTHER, SMALL, Sizes, filled, shrunken
 from unmergeable.derivation.table import tabulate
 from unmergeable.errors import UnsupportedArchitecture
 
@@ -31,14 +31,17 @@ def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | 
 
 
 def _built(config: Mapping[str, Any], kind: Any, sizes: Sizes) -> Specimen:
-    """With grouped keys where the class has them, with a key for every query head else."""
-    try:
-        return build(shrunken(config, sizes), kind)
-    except UnsupportedArchitecture as error:
+    """The first that can be built and run: keys shared between queries or not, settings left open filled in or not."""
+    alone = replace(sizes, groups=sizes.heads)
+    tries = ((config, sizes), (config, alone), (filled(config, sizes), sizes), (filled(config, sizes), alone))
+    first: UnsupportedArchitecture | None = None
+    for settings, some in tries:
         try:
-            return build(shrunken(config, replace(sizes, groups=sizes.heads)), kind)
-        except UnsupportedArchitecture:
-            raise error from None
+            return build(shrunken(settings, some), kind)
+        except UnsupportedArchitecture as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 __all__ = ["derive_map", "registered"]

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unmergeable.architecture.blocks import Attention, FeedForward, Heads, QueryKeyNorm, ScorePart
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, QueryKeyNorm, ScorePart, ValueGroup
 from unmergeable.architecture.declare import score_parts
 from unmergeable.architecture.symmetry import Pairing
 from unmergeable.derivation.probe import Disk, Spot, support
@@ -128,11 +128,8 @@ def attention(scene: Scene, call: AttentionCall) -> Iterator[Attention]:
     """
     layer = layer_of(scene.trace.products[call.position - 1].name)
     sources = scene.before(call.position, layer)
-    value_heads, size = call.value.shape[-3], call.value.shape[-1]
-    values = scene.origins(call.value, sources, heads=True)
-    if not values or any(len(rows) != 1 for rows in values):
-        raise Unexplained("values do not come from one row each: they are normed, mixed or made in another layer")
-    spots = [[scene.spot(next(iter(values[h * size + e]))) for e in range(size)] for h in range(value_heads)]
+    size = call.value.shape[-1]
+    spots, is_normed = _value_rows(scene, call.value, sources)
     distinct = sorted({tuple(head) for head in spots}, key=lambda head: (head[0].weight, head[0].place))
     group_of = [distinct.index(tuple(head)) for head in spots]
     index, reader = _output(scene, call, layer)
@@ -167,8 +164,23 @@ def attention(scene: Scene, call: AttentionCall) -> Iterator[Attention]:
     )
     if (output.offset, output.group_stride % (members * size or 1)) != (0, 0):
         raise Unexplained(f"{output.weight}: heads lie in no regular order")
-    yield plain
-    yield replace(plain, value_limit="something multiplies each coordinate of the attention's result")
+    groups: tuple[ValueGroup, ...] = ("orthogonal",) if is_normed else ("general_linear", "diagonal")
+    for group in groups:
+        yield replace(plain, value_group=group)
+
+
+def _value_rows(scene: Scene, value: Tensor, sources: list[int]) -> tuple[list[list[Spot]], bool]:
+    """The rows that the values of every head come from, and whether a norm mixes those of a head."""
+    heads, size = value.shape[-3], value.shape[-1]
+    rows = scene.origins(value, sources, heads=True)
+    if rows and all(len(row) == 1 for row in rows):
+        return [[scene.spot(next(iter(rows[h * size + e]))) for e in range(size)] for h in range(heads)], False
+    outputs = [scene.trace.products[index].outputs for index in sources]
+    for index, table in zip(sources, support(value, outputs, heads=True), strict=True):
+        mixed = [torch.nonzero(part.any(0))[:, 0].tolist() for part in table.reshape(heads, size, -1)]
+        if all(len(row) == size for row in mixed):
+            return [[scene.spot(Row(index, row)) for row in head] for head in mixed], True
+    raise Unexplained("values come neither from one row each, nor from all of a norm's: they are made in another layer")
 
 
 def _module(first: str, second: str) -> str:

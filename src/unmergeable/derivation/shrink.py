@@ -43,7 +43,7 @@ _HIDDEN = (
 )  # fmt: skip
 _INTERMEDIATE = (
     "intermediate_size", "d_ff", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
-    "moe_intermediate_size", "shared_expert_intermediate_size", "dim_feedforward", "mlp_dim", "ff_dim",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "dim_feedforward", "mlp_dim", "ff_dim", "dff", "dim_ff",
     "moe_shared_expert_intermediate_size", "intermediate_size_mlp", "feed_forward_size", "encoder_intermediate_size",
     "decoder_intermediate_size", "shared_intermediate_size", "block_ff_dim", "expert_intermediate_size",
     "mlp_hidden_size",
@@ -83,6 +83,8 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
     for key, value in config.items():
         if isinstance(value, Mapping) and "model_type" in value:
             small[key] = shrunken(value, sizes)
+        elif isinstance(value, Mapping) and value and all(str(name).isdigit() for name in value):
+            small[key] = {kept.index(int(name)): part for name, part in value.items() if int(name) in kept}
         elif isinstance(value, (list, tuple)) and layers > 1 and len(value) == layers:
             small[key] = [value[index] for index in kept]
         elif key.endswith("token_id") or key.endswith("token_index"):
@@ -110,7 +112,7 @@ def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, Mapping):
-        return _small_rope(value, sizes) if "mrope_section" in value else dict(value)
+        return _small_rope(value, sizes) if "rope_theta" in value else dict(value)
     if key == "mrope_section":
         return _sections(value, sizes)
     if not isinstance(value, int):
@@ -136,7 +138,8 @@ def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers
 
 
 def _small_rope(rope: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    return {**rope, "mrope_section": _sections(rope["mrope_section"], sizes)}
+    small = {**rope, "rope_theta": rope["rope_theta"] or 10000.0}
+    return small | {"mrope_section": _sections(rope["mrope_section"], sizes)} if "mrope_section" in rope else small
 
 
 def _sections(sections: Any, sizes: Sizes) -> list[int]:
@@ -155,6 +158,22 @@ def _place_tokens(config: dict[str, Any]) -> None:
             config[key] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}.get(key, 3 + place)
         elif isinstance(value, (list, tuple)) and value:
             config[key] = [2]
+
+
+def filled(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
+    """``config`` with the settings that it leaves open and that some classes do not fill in by themselves."""
+    layers = next((int(config[key]) for key in _LAYERS if isinstance(config.get(key), int)), 2)
+    unset = {
+        **dict.fromkeys(("head_dim",), sizes.head_size),
+        **dict.fromkeys(_GROUPS, sizes.groups),
+        **dict.fromkeys(_INTERMEDIATE, sizes.intermediate),
+        **dict.fromkeys(_EXPERTS, sizes.experts),
+        **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
+        **dict.fromkeys(("layer_types", "layers_block_type"), ["full_attention"] * layers),
+        "n_shared_experts": 1,
+        "attn_layer_indices": [0],
+    }
+    return {key: unset[key] if value is None and key in unset else value for key, value in config.items()}
 
 
 _OTHER = {
@@ -189,5 +208,11 @@ _OTHER = {
     "linear_num_value_heads": lambda value, sizes: min(value, 4),
     "linear_key_head_dim": lambda value, sizes: 8,
     "linear_value_head_dim": lambda value, sizes: 8,
+    "mamba_n_heads": lambda value, sizes: 2 * sizes.heads,
+    "mamba_d_head": lambda value, sizes: sizes.head_size,
+    "mamba_d_ssm": lambda value, sizes: 2 * sizes.heads * sizes.head_size,
+    "num_group": lambda value, sizes: min(value, 2),
+    "dim_model": lambda value, sizes: sizes.hidden,
+    "mamba_d_state": lambda value, sizes: 8,
     "hidden_size_per_layer_input": lambda value, sizes: 12,
 }

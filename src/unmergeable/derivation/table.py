@@ -13,11 +13,11 @@ from importlib.metadata import version
 from typing import Any
 
 from unmergeable.architecture.blocks import Attention, FeedForward, Heads, QueryKeyNorm
-from unmergeable.architecture.derived import DerivedMap, evaluate, numbers
+from unmergeable.architecture.derived import DerivedMap, evaluate, flags_of, numbers
 from unmergeable.architecture.rules import symmetry_map
 from unmergeable.derivation.build import Specimen
 from unmergeable.derivation.derive import Block, Derivation, without_numbers
-from unmergeable.derivation.propose import Unexplained
+from unmergeable.derivation.propose import NOT_UNDERSTOOD, Unexplained
 
 _PREFERRED = ("num_key_value_heads", "num_attention_heads", "head_dim", "num_heads", "n_head", "d_kv", "hidden_size")
 
@@ -102,6 +102,10 @@ def tabulate(model_type: str, network_class: str, pair: Sequence[tuple[Specimen,
         without_numbers(name): text for name, text in found.reasons.items() if "not proven" in text or " " in name
     }
     used: set[str] = set()
+    dropped: set[str] = set()
+    for block in found.blocks:
+        if block.name not in {twin.name for twin in other.blocks}:
+            reasons[without_numbers(block.name)] = "proven at one size of the network and not at another"
     for block, twin in _matched(found.blocks, other.blocks):
         both = _Pair(block, twin, settings, ({}, {}), used)
         try:
@@ -116,17 +120,24 @@ def tabulate(model_type: str, network_class: str, pair: Sequence[tuple[Specimen,
         except Unexplained as reason:
             reasons[without_numbers(block.name)] = str(reason)
             continue
-        known = kept.setdefault(str(template["name"]), template)
-        if known != template:
-            kept[str(template["name"])] = _smaller(known, template)
+        name = str(template["name"])
+        known = kept.setdefault(name, template)
+        if known == template:
+            continue
+        try:
+            kept[name] = _common(known, template)
+        except Unexplained as reason:
+            reasons[name] = str(reason)
+            dropped.add(name)
     defaults = {name: settings[0][name] for name in sorted(used) if not isinstance(settings[0][name], int)}
     prefix = str(getattr(first.network, "base_model_prefix", "") or "")
     return DerivedMap(
         model_type=model_type,
         network_class=network_class,
         prefix=f"{prefix}." if prefix else "",
-        attentions=tuple(attentions.values()),
-        feed_forwards=tuple(feed_forwards.values()),
+        attentions=tuple(template for name, template in attentions.items() if name not in dropped),
+        feed_forwards=tuple(template for name, template in feed_forwards.items() if name not in dropped),
+        flags=flags_of(first.config),
         defaults=defaults,
         known=tuple(sorted({without_numbers(name) for name in first.stored_names()})),
         reasons=dict(sorted(reasons.items())),
@@ -143,18 +154,43 @@ def _matched(first: Sequence[Block], second: Sequence[Block]) -> Iterator[tuple[
             yield block, twin
 
 
-def _smaller(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Of two templates for the same tensors, what holds for both.
+_PROPERTIES = {"parts": (), "norm": None, "position": "none", "heads_limit": "", "value_group": "general_linear"}
 
-    Layers may differ in what no tensor shows: whether they rotate queries and keys, for instance.
+
+def _common(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """What holds for both of two templates with the same tensors: layers may differ in what no tensor shows.
+
+    Some rotate queries and keys and others do not (rotary pairs hold for both), or heads stay in order in some.
     """
-    if first.get("parts") is None or {**first, "parts": 0} != {**second, "parts": 0}:
-        raise Unexplained("layers of one form differ in more than their positions")
-    return dict(first if any(part["rotary"] for part in first["parts"]) else second)
+    if any(first.get(name) != second.get(name) for name in {*first, *second} - {*_PROPERTIES}):
+        raise Unexplained("layers of one form differ in where their heads lie")
+    one, other = sorted((first, second), key=lambda template: any(part["rotary"] for part in template.get("parts", ())))
+    groups = {one["value_group"], other["value_group"]} - {"general_linear"}
+    if len(groups) > 1:
+        raise Unexplained("layers of one form differ in what they do to values")
+    common = {**other, "heads_limit": other["heads_limit"] or one["heads_limit"]}
+    common["value_group"] = groups.pop() if groups else "general_linear"
+    if not one["parts"] or not _spans(one["parts"], other["parts"]) or one.get("norm") != other.get("norm"):
+        common |= {"parts": [], "position": "none", "heads_limit": common["heads_limit"] or NOT_UNDERSTOOD}
+        common.pop("norm", None)
+    return common
+
+
+def _spans(plain: Sequence[Mapping[str, Any]], rotary: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether what the rotary parts allow is allowed by the others too."""
+    if plain == rotary:
+        return True
+    is_free = len(plain) == 1 and not plain[0]["rotary"]
+    first = rotary[0]
+    return is_free and all(
+        first[side].get(key) == plain[0][side].get(key)
+        for side in ("query", "key")
+        for key in ("weight", "axis", "offset")
+    )
 
 
 def _attention(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]:
-    same = ("position", "is_cross", "heads_limit", "value_limit")
+    same = ("position", "is_cross", "heads_limit", "value_group")
     if any(getattr(block, name) != getattr(twin, name) for name in same) or len(block.parts) != len(twin.parts):
         raise Unexplained("two sizes of the network have different groups")
     template: dict[str, Any] = {"name": without_numbers(block.name)}
