@@ -53,7 +53,16 @@ def granite() -> DerivedMap:
 
 @pytest.mark.parametrize(
     ("formula", "value"),
-    [(0, 0), ("a", 6), ("a / b", 3), ("a * c", 3), ("3 * a + b", 20), ("groups * a + a", 30), ("rope.share * a", 3)],
+    [
+        (0, 0),
+        ("a", 6),
+        ("a / b", 3),
+        ("a * c", 3),
+        ("3 * a + b", 20),
+        ("a - b", 4),
+        ("groups * a + a", 30),
+        ("rope.share * a", 3),
+    ],
 )
 def test_formulas(formula: str | int, value: int) -> None:
     assert evaluate(formula, {"a": 6, "b": 2, "c": 0.5, "groups": 4, "rope.share": 0.5}) == value

@@ -10,7 +10,7 @@ import torch
 
 from unmergeable.architecture.blocks import Attention, FeedForward
 from unmergeable.architecture.rules import symmetry_map
-from unmergeable.derivation import propose
+from unmergeable.derivation import scene as scenes
 from unmergeable.derivation.build import Specimen, build
 from unmergeable.derivation.derive import derive
 from unmergeable.derivation.probe import Disk
@@ -94,12 +94,12 @@ def test_a_larger_group_than_declared_is_noticed(llama: Specimen, blocks: Any) -
 
 def test_a_probe_that_lies_is_caught(llama: Specimen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of keys reported in the order of another head: nothing of the attention survives but its values."""
-    honest = propose.Scene.spot
+    honest = scenes.Scene.spot
 
-    def lying(scene: propose.Scene, row: propose.Row) -> Any:
+    def lying(scene: scenes.Scene, row: scenes.Row) -> Any:
         spot = honest(scene, row)
         return replace(spot, place=spot.place ^ 1) if spot.weight.endswith("k_proj.weight") else spot
 
-    monkeypatch.setattr(propose.Scene, "spot", lying)
+    monkeypatch.setattr(scenes.Scene, "spot", lying)
     found = [block for block in derive(llama).blocks if isinstance(block, Attention)]
     assert all(block.parts == () for block in found)

@@ -64,8 +64,8 @@ class DerivedMap:
         """
         if document.get("format") != FORMAT or not set(cls.__dataclass_fields__) <= set(document):
             raise UnsupportedArchitecture(f"the map is not of format {FORMAT}; derive it again with `unmergeable map`.")
-        values = {name: document[name] for name in cls.__dataclass_fields__}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        values: dict[str, Any] = {name: document[name] for name in cls.__dataclass_fields__}
+        return cls(**values | {name: tuple(values[name]) for name in ("attentions", "feed_forwards", "known")})
 
 
 MAPS_VARIABLE = "UNMERGEABLE_MAPS"
@@ -163,10 +163,12 @@ def _pattern(template: str) -> str:
 
 
 def _settings(config: Config, defaults: Mapping[str, Any]) -> dict[str, float]:
-    """Every number in a config by its dotted name; nested ones by their last name too, where nothing else has it."""
-    found = {**numbers(defaults), **numbers(config)}
+    """Every number in a config by its dotted name, and by the last part of it: older files nest settings elsewhere."""
+    found = numbers(config)
     for name, value in numbers(config).items():
         found.setdefault(name.rsplit(".", 1)[-1], value)
+    for name, value in defaults.items():
+        found.setdefault(name, found.get(name.rsplit(".", 1)[-1], value))
     return found
 
 
@@ -182,13 +184,13 @@ def numbers(settings: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def evaluate(formula: str | int, scope: Mapping[str, float]) -> int:
-    """A sum of products and quotients of names and numbers, as a whole number.
+    """A sum or difference of products and quotients of names and numbers, as a whole number.
 
     Raises UnsupportedArchitecture for a name that is not in ``scope``, or a result that is not whole.
     """
     total = 0.0
-    for term in str(formula).split(" + "):
-        value = 1.0
+    for term in re.split(r" (?=[+-] )", str(formula)):
+        value = -1.0 if term.startswith("- ") else 1.0
         for sign, factor in re.findall(r"([*/]?)\s*([\w.]+)", term):
             try:
                 number = float(factor) if factor[0].isdigit() else float(scope[factor])
@@ -274,10 +276,17 @@ class _Reader:
         )
 
     def norm(self, data: Mapping[str, Any]) -> QueryKeyNorm:
-        gains = {side: tuple(map(self.name, data[side])) for side in ("query_gains", "key_gains")}
-        biases = {side: self.name(data[side]) if data[side] else None for side in ("query_bias", "key_bias")}
-        rest = {key: data[key] for key in ("kind", "scope", "epsilon", "gain_axis", "offset")}
-        return QueryKeyNorm(**gains, **biases, **rest)
+        return QueryKeyNorm(
+            kind=data["kind"],
+            scope=data["scope"],
+            epsilon=data["epsilon"],
+            query_gains=tuple(map(self.name, data["query_gains"])),
+            key_gains=tuple(map(self.name, data["key_gains"])),
+            query_bias=self.name(data["query_bias"]) if data["query_bias"] else None,
+            key_bias=self.name(data["key_bias"]) if data["key_bias"] else None,
+            gain_axis=data["gain_axis"],
+            offset=data["offset"],
+        )
 
     def feed_forward(self, data: Mapping[str, Any]) -> FeedForward:
         size = self.length(data["down"])

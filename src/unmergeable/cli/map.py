@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,9 +55,7 @@ def describe(result: MapResult) -> list[str]:
     return [*lines, f"Map: {result.out}"] if result.out else lines
 
 
-def _groups(template: dict[str, object]) -> str:
-    parts = template["parts"]
-    assert isinstance(parts, list)
-    kinds = [f"{part['rotary']} rotary pairs" if part["rotary"] else "no positions" for part in parts]
+def _groups(template: Mapping[str, Any]) -> str:
+    kinds = [f"{part['rotary']} rotary pairs" if part["rotary"] else "no positions" for part in template["parts"]]
     scores = " and ".join(kinds) if kinds else "queries and keys left alone"
     return f"{scores}; values: {template['value_group']}"

@@ -10,11 +10,12 @@ from typing import TypeVar
 from unmergeable.architecture.blocks import Attention, FeedForward
 from unmergeable.architecture.rules import symmetry_map
 from unmergeable.architecture.symmetry import Role
-from unmergeable.derivation import propose
+from unmergeable.derivation import attentions
 from unmergeable.derivation.build import Specimen
+from unmergeable.derivation.feed_forwards import feed_forward
 from unmergeable.derivation.probe import Disk
-from unmergeable.derivation.propose import Scene, Unexplained
 from unmergeable.derivation.prove import TOLERANCE, Proof, Prover
+from unmergeable.derivation.scene import Scene, Unexplained, layer_of
 from unmergeable.derivation.watch import AttentionCall, watch
 
 Block = Attention | FeedForward
@@ -61,7 +62,7 @@ class _Search:
     def __init__(self, specimen: Specimen, *, share: bool) -> None:
         self.share = share
         disk = Disk(specimen.network)
-        self.scene = Scene.of(watch(specimen), disk)
+        self.scene = Scene(watch(specimen), disk)
         self.prover = Prover(specimen, disk)
         self.epsilon = _epsilon(specimen)
         self.result = Derivation()
@@ -69,7 +70,7 @@ class _Search:
 
     def run(self) -> Derivation:
         for call in self.scene.trace.attentions:
-            where = propose.layer_of(self.scene.trace.products[call.position - 1].name)
+            where = layer_of(self.scene.trace.products[call.position - 1].name)
             try:
                 self._add(self._attention(call))
             except Unexplained as reason:
@@ -77,7 +78,7 @@ class _Search:
         taken = {block.output.weight for block in self.result.blocks if isinstance(block, Attention)}
         for index, product in enumerate(self.scene.trace.products):
             try:
-                self._add(self._first_proven(propose.feed_forward(self.scene, index, taken), "feed_forward"))
+                self._add(self._first_proven(feed_forward(self.scene, index, taken), "feed_forward"))
             except Unexplained as reason:
                 self.result.reasons[product.name] = str(reason)
         symmetry = symmetry_map(self.result.blocks)
@@ -90,11 +91,11 @@ class _Search:
             self.result.blocks.append(block)
 
     def _attention(self, call: AttentionCall) -> Attention:
-        block = self._first_proven(propose.attention(self.scene, call), "value_output")
+        block = self._first_proven(attentions.attention(self.scene, call), "value_output")
         try:
             options = (
                 replace(block, parts=parts, norm=norm, heads_limit="")
-                for parts, norm in propose.scores(self.scene, call, block, self.epsilon)
+                for parts, norm in attentions.scores(self.scene, call, block, self.epsilon)
             )
             scored = self._first_proven(options, "query_key")
         except Unexplained as reason:

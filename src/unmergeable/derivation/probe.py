@@ -43,6 +43,8 @@ def support(
     Coordinates are the last axis; with ``heads``, the last axis within the one before the tokens [..., heads, tokens,
     size]. Sources with three axes or more and a first one longer than 1 (experts, heads) count that axis in as well.
     """
+    if target.numel() == 0:  # an expert that no token was sent to
+        return [torch.zeros(target.shape[-1], _width(source), dtype=torch.bool) for source in sources]
     weights = torch.zeros(target.shape[-2] if target.dim() > 1 else 1, dtype=target.dtype)
     weights[0] = 1
     if not first_token:
@@ -136,6 +138,7 @@ class Disk:
         return [spot and Spot(spot.weight, spot.axis, spot.place) for spot in spots]
 
     def _spots(self, product: Product, total: Tensor, count: int) -> list[Spot | None]:
+        grads: Sequence[Tensor | None]
         grads = torch.autograd.grad(total, product.parameters, retain_graph=True, allow_unused=True)
         spots: list[Spot | None] = [None] * count
         biases: dict[tuple[int, int], str] = {}

@@ -6,7 +6,7 @@ differ; nested configs are shrunken with the same table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,10 @@ _HEAD_SIZE = (
     "attention_head_size",
     "global_head_dim",
 )
+COUNTS_OF_HEADS = {*_HEADS, *_GROUPS}
+SIZES_OF_HEADS = {*COUNTS_OF_HEADS, *_HEAD_SIZE, *_HIDDEN}
+"""Settings by name that say how many heads there are, and how many or how large."""
+
 _LAYERS = (
     "num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
     "num_encoder_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers", "depth", "num_blocks",
@@ -172,11 +176,12 @@ def filled(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
         **dict.fromkeys(("layer_types", "layers_block_type"), ["full_attention"] * layers),
         "n_shared_experts": 1,
         "attn_layer_indices": [0],
+        "vocab_size": sizes.vocabulary,
     }
     return {key: unset[key] if value is None and key in unset else value for key, value in config.items()}
 
 
-_OTHER = {
+_OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "vocab_size": lambda value, sizes: sizes.vocabulary,
     "vocab_size_per_layer_input": lambda value, sizes: sizes.vocabulary,
     "max_position_embeddings": lambda value, sizes: 128,
@@ -208,6 +213,9 @@ _OTHER = {
     "linear_num_value_heads": lambda value, sizes: min(value, 4),
     "linear_key_head_dim": lambda value, sizes: 8,
     "linear_value_head_dim": lambda value, sizes: 8,
+    "unpadded_vocab_size": lambda value, sizes: sizes.vocabulary,
+    "attn_layer_period": lambda value, sizes: min(value, 2),
+    "attn_layer_offset": lambda value, sizes: min(value, 1),
     "mamba_n_heads": lambda value, sizes: 2 * sizes.heads,
     "mamba_d_head": lambda value, sizes: sizes.head_size,
     "mamba_d_ssm": lambda value, sizes: 2 * sizes.heads * sizes.head_size,

@@ -15,11 +15,17 @@ from typing import Any
 from unmergeable.architecture.blocks import Attention, FeedForward, Heads, QueryKeyNorm
 from unmergeable.architecture.derived import DerivedMap, evaluate, flags_of, numbers
 from unmergeable.architecture.rules import symmetry_map
+from unmergeable.derivation.attentions import NOT_UNDERSTOOD
 from unmergeable.derivation.build import Specimen
 from unmergeable.derivation.derive import Block, Derivation, without_numbers
-from unmergeable.derivation.propose import NOT_UNDERSTOOD, Unexplained
+from unmergeable.derivation.scene import Unexplained
+from unmergeable.derivation.shrink import COUNTS_OF_HEADS, SIZES_OF_HEADS
 
-_PREFERRED = ("num_key_value_heads", "num_attention_heads", "head_dim", "num_heads", "n_head", "d_kv", "hidden_size")
+_PREFERRED = (
+    "num_key_value_heads", "num_attention_heads", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "head_dim",
+    "num_heads", "n_head", "d_kv", "hidden_size",
+)  # fmt: skip
+"""Names that files have had longest come first: a config may lack what a newer class fills in."""
 
 
 @dataclass
@@ -36,13 +42,13 @@ class _Pair:
         for scope, value in zip(self.scope, values, strict=True):
             scope[name] = value
 
-    def fit(self, values: tuple[int, int]) -> str | int:
-        """The simplest formula that gives both numbers.
+    def fit(self, values: tuple[int, int], *guesses: str) -> str | int:
+        """The simplest formula that gives both numbers, of ``guesses`` first.
 
         Raises Unexplained when none does.
         """
-        for formula in itertools.chain(self._local(values), self._from_config(values)):
-            if all(_evaluates(formula, scope, value) for scope, value in zip(self._scopes(), values, strict=True)):
+        for formula in itertools.chain(guesses, self._local(values), self._from_config(values)):
+            if all(evaluate(formula, scope) == value for scope, value in zip(self._scopes(), values, strict=True)):
                 self.used |= {word for word in str(formula).split() if word in self.settings[0]}
                 return formula
         if values[0] == values[1]:
@@ -53,43 +59,49 @@ class _Pair:
         return [{**settings, **scope} for settings, scope in zip(self.settings, self.scope, strict=True)]
 
     def _local(self, values: tuple[int, int]) -> Iterator[str | int]:
+        """Zero or one, then products of what is known, their multiples, differences and sums."""
         if values in {(0, 0), (1, 1)}:
             yield values[0]
         terms = _terms(self.scope[0])
-        for count in range(1, 4):
+        yield from terms
+        yield from (f"{count} * {term}" for count in (2, 3) for term in terms)
+        yield from (f"{a} - {b}" for a, b in itertools.permutations(_sizes(self.scope[0]), 2))
+        for count in (2, 3):
             for chosen in itertools.combinations_with_replacement(terms, count):
                 if sum(evaluate(term, self.scope[0]) for term in chosen) == values[0]:
                     yield " + ".join(chosen)
 
     def _from_config(self, values: tuple[int, int]) -> Iterator[str | int]:
-        first = self.settings[0]
+        """A share of what is known, a setting that counts heads or their size, a quotient of two.
+
+        Settings that are the same in both networks would fit by chance, but for those that may be.
+        """
+        first, second = self.settings
         names = sorted(first, key=lambda name: (_rank(name), name.count("."), len(name), name))
-        yield from (name for name in names if first[name] == values[0])
-        for a, b in itertools.product(names, names):
-            if first[b] and first[a] / first[b] == values[0] and first[b] != 1:
-                yield f"{a} / {b}"
-        for a, b in itertools.product([*self.scope[0], *names], names):
-            value = self._scopes()[0].get(a, 0)
-            if isinstance(first[b], float) and int(value * first[b]) == values[0]:
-                yield f"{a} * {b}"
+        shares = [name for name in names if "rotary" in name and isinstance(first[name], float)]
+        yield from (f"{size} * {share}" for size in _sizes(self.scope[0]) for share in shares)
+        sizes = [name for name in names if _last(name) in SIZES_OF_HEADS or first[name] != second.get(name)]
+        yield from (name for name in sizes if first[name] == values[0])
+        counts = [name for name in sizes if _last(name) in COUNTS_OF_HEADS and first[name]]
+        yield from (f"{a} / {b}" for a in sizes for b in counts if first[a] / first[b] == values[0])
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _rank(name: str) -> int:
-    last = name.rsplit(".", 1)[-1]
-    return _PREFERRED.index(last) if last in _PREFERRED else len(_PREFERRED)
+    return _PREFERRED.index(_last(name)) if _last(name) in _PREFERRED else len(_PREFERRED)
+
+
+def _sizes(scope: Mapping[str, float]) -> list[str]:
+    return [name for name in scope if name not in {"groups", "members"}]
 
 
 def _terms(scope: Mapping[str, float]) -> list[str]:
     """Products of known numbers that places are usually made of."""
-    sizes = [name for name in scope if name not in {"groups", "members", "columns"}]
-    outer = [
-        factor for factor in ("", "groups * ", "members * ", "groups * members * ") if "groups" in scope or not factor
-    ]
-    return [factor + size for factor in outer for size in sizes]
-
-
-def _evaluates(formula: str | int, scope: Mapping[str, float], value: int) -> bool:
-    return evaluate(formula, scope) == value
+    outer = ("", "groups * ", "members * ", "groups * members * ") if "groups" in scope else ("",)
+    return [factor + size for factor in outer for size in _sizes(scope)]
 
 
 def tabulate(model_type: str, network_class: str, pair: Sequence[tuple[Specimen, Derivation]]) -> DerivedMap:
@@ -201,8 +213,12 @@ def _attention(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]
     both.know("members", (block.members, twin.members))
     template["value_size"] = "columns / groups / members"
     both.know("value_size", (block.value_size, twin.value_size))
-    parts = [{"size": both.fit((part.size, other.size))} for part, other in zip(block.parts, twin.parts, strict=True)]
+    parts = []
     for index, (part, other) in enumerate(zip(block.parts, twin.parts, strict=True)):
+        rest = " - ".join(["value_size", *(f"part_{before}" for before in range(index))])
+        parts.append(
+            {"size": both.fit((part.size, other.size), *([rest] if 0 < index == len(block.parts) - 1 else []))}
+        )
         both.know(f"part_{index}", (part.size, other.size))
     if block.parts:
         both.know("query_size", (sum(p.size for p in block.parts), sum(p.size for p in twin.parts)))
@@ -226,7 +242,10 @@ def _attention(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]
 def _members(both: _Pair, block: Attention, twin: Attention, heads: tuple[int, int]) -> str | int:
     if block.members == twin.members == 1:
         return 1
-    return f"{both.fit(heads)} / groups"
+    formula = both.fit(heads)
+    if isinstance(formula, int):
+        raise Unexplained("no setting counts the query heads; layers may have different numbers of them")
+    return f"{formula} / groups"
 
 
 def _norm(norm: QueryKeyNorm) -> dict[str, Any]:

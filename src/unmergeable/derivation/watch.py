@@ -132,7 +132,8 @@ class _Recorder(TorchFunctionMode):
     def _attention(self, first: Tensor, second: Tensor, result: Tensor) -> None:
         scored = getattr(first, "_weights", None)
         if scored is not None:
-            self.trace.attentions.append(AttentionCall(*scored, second, len(self.trace.products)))
+            query, key = scored
+            self.trace.attentions.append(AttentionCall(query, key, second, len(self.trace.products)))
         elif first.dim() >= 3 and second.dim() >= 3:
             result._scores = (first, second.transpose(-1, -2))  # type: ignore[attr-defined]
 

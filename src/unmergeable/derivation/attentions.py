@@ -1,172 +1,81 @@
-"""From what was seen to blocks in the words of a declared family, the largest group of each first.
+"""Proposals for attention: where its heads lie, and what lies between queries and keys.
 
-Nothing here has to be right: every proposal is proven or dropped by :mod:`unmergeable.derivation.prove`. What is not
-explained raises :class:`Unexplained` with the reason.
+Nothing here has to be right: every proposal is proven or dropped by :mod:`unmergeable.derivation.prove`.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from unmergeable.architecture.blocks import Attention, FeedForward, Heads, QueryKeyNorm, ScorePart, ValueGroup
+from unmergeable.architecture.blocks import Attention, QueryKeyNorm, ScorePart, ValueGroup
 from unmergeable.architecture.declare import score_parts
 from unmergeable.architecture.symmetry import Pairing
-from unmergeable.derivation.probe import Disk, Spot, support
-from unmergeable.derivation.watch import AttentionCall, Trace
-
-MOST_ROWS = 4
-"""A hidden unit or a head's coordinate comes from at most this many rows; what comes from more lies behind a mixing."""
+from unmergeable.derivation.probe import Spot, support
+from unmergeable.derivation.scene import Row, Scene, Unexplained, common_module, laid_out, layer_of
+from unmergeable.derivation.watch import AttentionCall
 
 NOT_UNDERSTOOD = "queries and keys are not understood, so heads stay in their order"
 
-
-class Unexplained(Exception):
-    """No block of the vocabulary looks like this; the message says what was seen."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One output coordinate of one product."""
-
-    product: int
-    coordinate: int
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A trace with the places of its products on disk, each asked for once."""
-
-    trace: Trace
-    disk: Disk
-    _rows: dict[int, list[Spot | None]]
-    _columns: dict[int, list[Spot | None]]
-
-    @classmethod
-    def of(cls, trace: Trace, disk: Disk) -> Scene:
-        return cls(trace, disk, {}, {})
-
-    def spot(self, row: Row) -> Spot:
-        if row.product not in self._rows:
-            self._rows[row.product] = self.disk.rows(self.trace.products[row.product])
-        found = self._rows[row.product][row.coordinate]
-        if found is None:
-            raise Unexplained(f"the rows of {self.trace.products[row.product].name} lie in no one place on disk")
-        return found
-
-    def columns(self, product: int) -> list[Spot | None]:
-        if product not in self._columns:
-            self._columns[product] = self.disk.columns(self.trace.products[product])
-        return self._columns[product]
-
-    def before(self, position: int, layer: str) -> list[int]:
-        """Products of a layer that ran before ``position``."""
-        return [index for index in range(position) if layer_of(self.trace.products[index].name) == layer]
-
-    def origins(
-        self, target: Tensor, sources: Sequence[int], *, heads: bool = False, first: bool = False
-    ) -> list[set[Row]]:
-        """For each coordinate of ``target``, the rows it comes from without being mixed with many others."""
-        outputs = [self.trace.products[index].outputs for index in sources]
-        found: list[set[Row]] = []
-        for index, table in zip(sources, support(target, outputs, heads=heads, first_token=first), strict=True):
-            found = found or [set() for _ in range(len(table))]
-            few = table & (table.sum(1, keepdim=True) <= MOST_ROWS)
-            for coordinate, row in torch.nonzero(few).tolist():
-                found[coordinate].add(Row(index, row))
-        return found
-
-
-def layer_of(name: str) -> str:
-    """The name of the layer a parameter belongs to: up to the first number, or all but the last word."""
-    match = re.match(r".*?\.\d+(?=\.)", name)
-    return match.group(0) if match else ""
-
-
-def laid_out(spots: Sequence[Sequence[Sequence[Spot]]]) -> Heads:
-    """The heads whose coordinate (group, member, element) lies at ``spots[group][member][element]``."""
-    flat = [spot for group in spots for member in group for spot in member]
-    first = flat[0]
-    if any((spot.weight, spot.axis, spot.bias) != (first.weight, first.axis, first.bias) for spot in flat):
-        raise Unexplained(f"{first.weight}: heads are spread over several tensors")
-
-    def stride(other: Spot | None) -> int:
-        return 0 if other is None else other.place - first.place
-
-    groups = stride(spots[1][0][0] if len(spots) > 1 else None)
-    members = stride(spots[0][1][0] if len(spots[0]) > 1 else None)
-    for g, group in enumerate(spots):
-        for m, member in enumerate(group):
-            for e, spot in enumerate(member):
-                if spot.place != first.place + g * groups + m * members + e:
-                    raise Unexplained(f"{first.weight}: heads lie in no regular order")
-    return Heads(first.weight, first.bias, first.axis, first.place, groups, members)
-
-
-# ------------------------------------------------------------------------------------------------------- attention
-
-
-@dataclass(frozen=True)
-class Head:
-    """One head: the key-value head it belongs to and its place among those that share it."""
-
-    group: int
-    member: int
+SOON = 8
+"""Among this many products after an attention is the one that reads its result."""
 
 
 def attention(scene: Scene, call: AttentionCall) -> Iterator[Attention]:
-    """Proposals for one attention, the one with the largest groups first.
+    """Proposals for one attention, the one with the largest groups first; queries and keys are left for later.
 
     Raises:
         Unexplained: the values, or what reads the result, are not found.
     """
     layer = layer_of(scene.trace.products[call.position - 1].name)
-    sources = scene.before(call.position, layer)
     size = call.value.shape[-1]
-    spots, is_normed = _value_rows(scene, call.value, sources)
-    distinct = sorted({tuple(head) for head in spots}, key=lambda head: (head[0].weight, head[0].place))
-    group_of = [distinct.index(tuple(head)) for head in spots]
-    index, reader = _output(scene, call, layer)
-    columns: list[list[list[Spot]]] = [[[] for _ in range(size)] for _ in distinct]
-    for column, source in sorted(reader.items()):
-        spot = scene.columns(index)[column]
-        if spot is None:
-            raise Unexplained(f"the columns of {scene.trace.products[index].name} lie in no one place on disk")
-        columns[group_of[source // size]][source % size].append(spot)
-    members = len(columns[0][0])
-    if any(len(places) != members for group in columns for places in group):
-        raise Unexplained("some coordinates of the values are read more often than others")
-    # Heads of a group are told apart by where they lie among the columns.
-    output = laid_out(
-        [
-            [[sorted(group[e], key=lambda spot: spot.place)[m] for e in range(size)] for m in range(members)]
-            for group in columns
-        ]
-    )
-    value = laid_out([[list(head)] for head in distinct])
-    plain = Attention(
-        name=_module(value.weight, output.weight),
-        groups=len(distinct),
-        members=members,
-        parts=(),
-        value=value,
-        output=output,
-        value_size=size,
-        position="none",
-        is_cross=call.query.shape[-2] != call.key.shape[-2],
-        heads_limit=NOT_UNDERSTOOD,
-    )
-    if (output.offset, output.group_stride % (members * size or 1)) != (0, 0):
-        raise Unexplained(f"{output.weight}: heads lie in no regular order")
+    spots, is_normed = _value_rows(scene, call.value, scene.before(call.position, layer))
+    heads = sorted({tuple(head) for head in spots}, key=lambda head: (head[0].weight, head[0].place))
+    columns = _columns_by_head(scene, call, layer, [heads.index(tuple(head)) for head in spots])
+    members = len(columns[0])
+    value, output = laid_out([[list(head)] for head in heads]), laid_out(columns)
+    if (output.offset, output.group_stride or members * size, output.member_stride or size) != (
+        0,
+        members * size,
+        size,
+    ):
+        raise Unexplained(f"{output.weight}: heads are not read in the order of their groups")
     groups: tuple[ValueGroup, ...] = ("orthogonal",) if is_normed else ("general_linear", "diagonal")
     for group in groups:
-        yield replace(plain, value_group=group)
+        yield Attention(
+            name=common_module(value.weight, output.weight),
+            groups=len(heads),
+            members=members,
+            parts=(),
+            value=value,
+            output=output,
+            value_size=size,
+            position="none",
+            is_cross=call.query.shape[-2] != call.key.shape[-2],
+            heads_limit=NOT_UNDERSTOOD,
+            value_group=group,
+        )
+
+
+def _columns_by_head(scene: Scene, call: AttentionCall, layer: str, group_of: Sequence[int]) -> list[list[list[Spot]]]:
+    """The columns that read coordinate ``e`` of each group's values: [group][member][e].
+
+    Members of a group read the same values, and are told apart by their order among the columns.
+    """
+    index, value_of = _output(scene, call, layer)
+    size = call.value.shape[-1]
+    readers: list[list[list[Spot]]] = [[[] for _ in range(size)] for _ in range(max(group_of) + 1)]
+    for column, source in enumerate(value_of):
+        readers[group_of[source // size]][source % size].append(scene.column(index, column))
+    if len({len(spots) for group in readers for spots in group}) != 1:
+        raise Unexplained("some coordinates of the values are read more often than others")
+    ordered = [[sorted(spots, key=lambda spot: spot.place) for spots in group] for group in readers]
+    return [[list(member) for member in zip(*group, strict=True)] for group in ordered]
 
 
 def _value_rows(scene: Scene, value: Tensor, sources: list[int]) -> tuple[list[list[Spot]], bool]:
@@ -183,29 +92,15 @@ def _value_rows(scene: Scene, value: Tensor, sources: list[int]) -> tuple[list[l
     raise Unexplained("values come neither from one row each, nor from all of a norm's: they are made in another layer")
 
 
-def _module(first: str, second: str) -> str:
-    """The longest module that holds both tensors."""
-    words = [
-        a
-        for a, b in itertools.takewhile(
-            lambda pair: pair[0] == pair[1], zip(first.split("."), second.split("."), strict=False)
-        )
-    ]
-    return ".".join(words)
-
-
-def _output(scene: Scene, call: AttentionCall, layer: str) -> tuple[int, dict[int, int]]:
+def _output(scene: Scene, call: AttentionCall, layer: str) -> tuple[int, list[int]]:
     """The product that reads an attention's result, and for each of its columns the coordinate of the values."""
-    following = range(call.position, min(call.position + 8, len(scene.trace.products)))
-    for index in following:
+    for index in range(call.position, min(call.position + SOON, len(scene.trace.products))):
         product = scene.trace.products[index]
         if layer_of(product.name) != layer:
             continue
         (table,) = support(product.inputs, [call.value])
-        if table.shape[1] != call.value.shape[-3] * call.value.shape[-1]:
-            table = table.reshape(len(table), -1)
         if bool((table.sum(1) == 1).all()) and bool(table.any(0).all()):
-            return index, dict(enumerate(table.int().argmax(1).tolist()))
+            return index, table.int().argmax(1).tolist()
     raise Unexplained(
         "no product reads the attention's result coordinate by coordinate: a norm or a mixing lies between"
     )
@@ -250,7 +145,8 @@ def _normed_scores(
     if bool(names[0]) != bool(names[1]):
         raise Unexplained("only one of queries and keys has gains of its own")
     axis = scene.disk.places[names[0][0]].shape.numel() != size if scope == "head" and len(names[0]) == 1 else False
-    for kind, offset in itertools.product(("rms", "layer"), (0.0, 1.0) if names[0] else (0.0,)):
+    kinds: tuple[Literal["rms", "layer"], ...] = ("rms", "layer")
+    for kind, offset in itertools.product(kinds, (0.0, 1.0) if names[0] else (0.0,)):
         norm = QueryKeyNorm(
             kind, scope, epsilon, names[0], names[1], biases[0], biases[1], gain_axis=int(axis), offset=offset
         )
@@ -361,43 +257,3 @@ def _pairing(partners: Sequence[int | None], elements: Sequence[int]) -> Pairing
     if found == [place ^ 1 for place in range(len(elements))]:
         return "interleaved"
     raise Unexplained("rotary pairs are neither halves nor neighbours")
-
-
-# ---------------------------------------------------------------------------------------------------- feed-forward
-
-
-def feed_forward(scene: Scene, index: int, taken: set[str]) -> Iterator[FeedForward]:
-    """Proposals for the hidden units that the product ``index`` reads, the one with the largest groups first.
-
-    ``taken``: weights whose columns belong to an attention. Raises Unexplained when these are no hidden units.
-    """
-    product = scene.trace.products[index]
-    columns = scene.columns(index)
-    if any(spot is None for spot in columns):
-        raise Unexplained(f"the columns of {product.name} lie in no one place on disk")
-    places = [spot for spot in columns if spot is not None]
-    if places[0].weight in taken:
-        raise Unexplained("read by an attention")
-    sources = scene.before(index, layer_of(product.name))
-    few = scene.origins(product.inputs[..., :1], sources)  # most products read the stream, and are done with here
-    origins = scene.origins(product.inputs, sources) if {len(rows) for rows in few} <= {1, 2} else few
-    counts = {len(rows) for rows in origins}
-    if len(counts) != 1 or not counts <= {1, 2}:
-        raise Unexplained("its input does not come from one or two rows for each coordinate")
-    rows = [row for unit in origins for row in unit]
-    if len(set(rows)) != len(rows):
-        raise Unexplained("its input takes several coordinates from one row")
-    order = sorted(range(len(places)), key=lambda unit: places[unit].place)
-    down = laid_out([[[places[unit] for unit in order]]])
-    sides = [sorted((scene.spot(row) for row in origins[unit]), key=lambda s: (s.weight, s.place)) for unit in order]
-    made = [laid_out([[[side[which] for side in sides]]]) for which in range(len(sides[0]))]
-    block = FeedForward(_module(made[0].weight, down.weight), len(order), made[0], down)
-    if down.offset:
-        raise Unexplained(f"{down.weight} reads more than these units")
-    if len(made) == 1:
-        yield replace(block, activation="relu")
-        yield block
-        return
-    for gate, up in (made, made[::-1]):
-        yield replace(block, gate=gate, up=up)
-    yield replace(block, gate=made[0], up=made[1], scale_limit="both factors pass through what is not linear")
