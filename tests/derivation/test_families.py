@@ -33,7 +33,7 @@ def specimen(name: str) -> Specimen:
 def derived(name: str) -> DerivedMap:
     small = specimen(name)
     found = derive(small)
-    return tabulate(str(small.config["model_type"]), type(small.network).__name__, [(small, found), (small, found)])
+    return tabulate(str(small.config["model_type"]), type(small.network).__name__, (small, found), (small, found))
 
 
 def changes(architecture: Architecture, role: str) -> set[tuple[str, frozenset[tuple[str, Leg]]]]:

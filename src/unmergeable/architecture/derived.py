@@ -126,7 +126,7 @@ def architecture_of(derived: DerivedMap, config: Config, names: Names) -> Archit
     scope = _settings(config, derived.defaults)
     blocks: list[Attention | FeedForward] = []
     for template in (*derived.attentions, *derived.feed_forwards):
-        blocks += _instances(template, scope, names, prefix)
+        blocks += _instances(template, config, scope, names, prefix)
     if not blocks:
         raise UnsupportedArchitecture(
             f"none of the blocks that a {derived.model_type} model has is in the checkpoint; it does not hold the "
@@ -183,6 +183,16 @@ def numbers(settings: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
+def of_layer(settings: Mapping[str, Any], numbers_in_name: tuple[int, ...]) -> dict[str, float]:
+    """The entries for one layer of settings that list a number for each, by the setting's name and ``[layer]``.
+
+    The first number in a block's name counts.
+    """
+    lists = {name: value for name, value in settings.items() if isinstance(value, (list, tuple)) and numbers_in_name}
+    found = {name: value[numbers_in_name[0]] for name, value in lists.items() if len(value) > numbers_in_name[0]}
+    return {f"{name}[layer]": value for name, value in found.items() if type(value) in (int, float)}
+
+
 def evaluate(formula: str | int, scope: Mapping[str, float]) -> int:
     """A sum or difference of products and quotients of names and numbers, as a whole number.
 
@@ -191,7 +201,7 @@ def evaluate(formula: str | int, scope: Mapping[str, float]) -> int:
     total = 0.0
     for term in re.split(r" (?=[+-] )", str(formula)):
         value = -1.0 if term.startswith("- ") else 1.0
-        for sign, factor in re.findall(r"([*/]?)\s*([\w.]+)", term):
+        for sign, factor in re.findall(r"([*/]?)\s*([\w.\[\]]+)", term):
             try:
                 number = float(factor) if factor[0].isdigit() else float(scope[factor])
                 value = value / number if sign == "/" else value * number
@@ -204,7 +214,7 @@ def evaluate(formula: str | int, scope: Mapping[str, float]) -> int:
 
 
 def _instances(
-    template: Mapping[str, Any], scope: Mapping[str, float], names: Names, change: tuple[str, str]
+    template: Mapping[str, Any], config: Config, scope: Mapping[str, float], names: Names, change: tuple[str, str]
 ) -> Iterator[Attention | FeedForward]:
     """A template's blocks: one for every number under which its last tensor is stored."""
     is_attention = "output" in template
@@ -213,7 +223,7 @@ def _instances(
     matches = (pattern.fullmatch(name) for name in names.shapes)
     numbers = sorted({tuple(map(int, match.groups())) for match in matches if match})
     for number in numbers:
-        reader = _Reader(names, change, number, dict(scope))
+        reader = _Reader(names, change, number, {**scope, **of_layer(config, number)})
         yield reader.attention(template) if is_attention else reader.feed_forward(template)
 
 

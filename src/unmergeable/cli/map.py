@@ -23,10 +23,11 @@ def map_(
         Path | None, typer.Option("--out", metavar="FILE", help="Write the map as JSON; the file must not exist.")
     ] = None,
 ) -> Outcome:
-    """Find which changes of basis a kind of network allows, and prove them.
+    """Derive and prove a network's symmetry map.
 
-    Builds a small random network from the config (no weights are read), watches where its heads and hidden units lie,
-    and keeps the groups under which its outputs stay the same to 1e-9 while a control changes them.
+    That is which changes of basis its weights allow. Builds a small random network from the config (no weights are
+    read), watches where its heads and hidden units lie, and keeps the groups under which its outputs stay the same to
+    1e-9 while a control changes them.
 
     Put the map into a folder named by UNMERGEABLE_MAPS, and every command knows the model type.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from unmergeable.architecture.blocks import Attention, QueryKeyNorm, ScorePart, ValueGroup
 from unmergeable.architecture.declare import score_parts
 from unmergeable.architecture.symmetry import Pairing
-from unmergeable.derivation.probe import Spot, support
+from unmergeable.derivation.probe import Source, Spot, support
 from unmergeable.derivation.scene import Row, Scene, Unexplained, common_module, laid_out, layer_of
 from unmergeable.derivation.watch import AttentionCall
 
@@ -81,11 +81,10 @@ def _columns_by_head(scene: Scene, call: AttentionCall, layer: str, group_of: Se
 def _value_rows(scene: Scene, value: Tensor, sources: list[int]) -> tuple[list[list[Spot]], bool]:
     """The rows that the values of every head come from, and whether a norm mixes those of a head."""
     heads, size = value.shape[-3], value.shape[-1]
-    rows = scene.origins(value, sources, heads=True)
+    rows = scene.origins(Source(value, outer=True), sources)
     if rows and all(len(row) == 1 for row in rows):
         return [[scene.spot(next(iter(rows[h * size + e]))) for e in range(size)] for h in range(heads)], False
-    outputs = [scene.trace.products[index].outputs for index in sources]
-    for index, table in zip(sources, support(value, outputs, heads=True), strict=True):
+    for index, table in zip(sources, support(Source(value, outer=True), scene.outputs(sources)), strict=True):
         mixed = [torch.nonzero(part.any(0))[:, 0].tolist() for part in table.reshape(heads, size, -1)]
         if all(len(row) == size for row in mixed):
             return [[scene.spot(Row(index, row)) for row in head] for head in mixed], True
@@ -98,7 +97,7 @@ def _output(scene: Scene, call: AttentionCall, layer: str) -> tuple[int, list[in
         product = scene.trace.products[index]
         if layer_of(product.name) != layer:
             continue
-        (table,) = support(product.inputs, [call.value])
+        (table,) = support(Source(product.inputs), [Source(call.value, outer=True)])
         if bool((table.sum(1) == 1).all()) and bool(table.any(0).all()):
             return index, table.int().argmax(1).tolist()
     raise Unexplained(
@@ -119,8 +118,8 @@ def scores(scene: Scene, call: AttentionCall, block: Attention, epsilon: float) 
     size = call.query.shape[-1]
     sides = []
     for tensor in (call.query, call.key):
-        every = scene.origins(tensor, sources, heads=True)
-        own = scene.origins(tensor, sources, heads=True, first=True)
+        every = scene.origins(Source(tensor, outer=True), sources)
+        own = scene.origins(Source(tensor, outer=True), sources, first_token=True)
         if not every or any(not 1 <= len(rows) <= 2 for rows in every) or any(len(rows) != 1 for rows in own):
             yield from _normed_scores(scene, call, block, sources, epsilon)
             return
@@ -161,8 +160,7 @@ def _mixed_heads(
 ) -> tuple[list[list[Spot]], Literal["head", "full"]]:
     """The rows of every head in order, where each coordinate comes from all rows of its head, or of all heads."""
     size, stored = tensor.shape[-1], tensor.shape[-3]
-    outputs = [scene.trace.products[index].outputs for index in sources]
-    for index, table in zip(sources, support(tensor, outputs, heads=True), strict=True):
+    for index, table in zip(sources, support(Source(tensor, outer=True), scene.outputs(sources)), strict=True):
         rows = [torch.nonzero(part.any(0))[:, 0].tolist() for part in table.reshape(stored, size, -1)]
         rows = [rows[head * stored // heads] for head in range(heads)]
         every = sorted({row for part in rows for row in part})

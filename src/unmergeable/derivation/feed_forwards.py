@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from unmergeable.architecture.blocks import FeedForward
+from unmergeable.derivation.probe import Source
 from unmergeable.derivation.scene import Scene, Unexplained, common_module, laid_out, layer_of
 
 
@@ -22,8 +23,11 @@ def feed_forward(scene: Scene, index: int, taken: set[str]) -> Iterator[FeedForw
     if places[0].weight in taken:
         raise Unexplained("read by an attention")
     sources = scene.before(index, layer_of(product.name))
-    few = scene.origins(product.inputs[..., :1], sources)  # most products read the stream, and are done with here
-    origins = scene.origins(product.inputs, sources) if {len(rows) for rows in few} <= {1, 2} else few
+    inputs = Source(product.inputs, outer=product.weight.dim() > 2)
+    few = scene.origins(
+        Source(product.inputs[..., :1]), sources
+    )  # most products read the stream, and are done with here
+    origins = scene.origins(inputs, sources) if {len(rows) for rows in few} <= {1, 2} else few
     counts = {len(rows) for rows in origins}
     if len(counts) != 1 or not counts <= {1, 2}:
         raise Unexplained("its input does not come from one or two rows for each coordinate")

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from unmergeable.architecture.blocks import Attention
 from unmergeable.architecture.derived import DerivedMap
 from unmergeable.derivation.build import Specimen, build, default_config, registered
-from unmergeable.derivation.derive import derive
-from unmergeable.derivation.shrink import OTHER, SMALL, Sizes, filled, shrunken
+from unmergeable.derivation.derive import Derivation, derive
+from unmergeable.derivation.shrink import OTHER, SMALL, WIDE, Sizes, filled, shrunken
 from unmergeable.derivation.table import tabulate
 from unmergeable.errors import UnsupportedArchitecture
 
@@ -26,8 +27,18 @@ def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | 
     if config is None:
         same = kind.config_class.model_type == model_type
         config = default_config(model_type) if same else kind.config_class().to_dict()
-    specimens = [_built(config, kind, sizes) for sizes in (SMALL, OTHER)]
-    return tabulate(model_type, network_class, [(specimen, derive(specimen)) for specimen in specimens])
+    first = _derived(config, kind, SMALL)
+    try:
+        derived = tabulate(model_type, network_class, first, _derived(config, kind, OTHER))
+    except UnsupportedArchitecture:
+        return tabulate(model_type, network_class, first, _derived(config, kind, WIDE))
+    is_whole = len(derived.attentions) > 0 or not any(isinstance(block, Attention) for block in first[1].blocks)
+    return derived if is_whole else tabulate(model_type, network_class, first, _derived(config, kind, WIDE))
+
+
+def _derived(config: Mapping[str, Any], kind: Any, sizes: Sizes) -> tuple[Specimen, Derivation]:
+    specimen = _built(config, kind, sizes)
+    return specimen, derive(specimen)
 
 
 def _built(config: Mapping[str, Any], kind: Any, sizes: Sizes) -> Specimen:

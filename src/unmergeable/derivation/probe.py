@@ -35,38 +35,60 @@ class Spot:
     bias: str | None = None
 
 
-def support(
-    target: Tensor, sources: Sequence[Tensor], *, heads: bool = False, first_token: bool = False
-) -> list[Tensor]:
-    """For each source, a boolean [coordinates of target, coordinates of source].
+@dataclass(frozen=True)
+class Source:
+    """An activation [..., tokens, coordinates]; ``outer`` where the axis before tokens (heads, experts) counts in."""
 
-    Coordinates are the last axis; with ``heads``, the last axis within the one before the tokens [..., heads, tokens,
-    size]. Sources with three axes or more and a first one longer than 1 (experts, heads) count that axis in as well.
+    tensor: Tensor
+    outer: bool = False
+
+    @property
+    def width(self) -> int:
+        return self.tensor.shape[-1] * (self.tensor.shape[-3] if self.outer else 1)
+
+    def over_tokens(self, grad: Tensor) -> Tensor:
+        """[directions, *activation] summed over all but coordinates: [directions, width]."""
+        count, size = len(grad), self.tensor.shape[-1]
+        if self.outer:
+            return grad.reshape(count, -1, *self.tensor.shape[-3:]).sum((1, 3)).reshape(count, -1)
+        return grad.reshape(count, -1, size).sum(1)
+
+
+def output_of(product: Product) -> Source:
+    """A product's output; that of experts side by side has a coordinate for each of each."""
+    return Source(product.outputs, outer=product.weight.dim() > 2)
+
+
+def support(target: Source, sources: Sequence[Source], *, first_token: bool = False) -> list[Tensor]:
+    """For each source, a boolean [coordinates of target, coordinates of source]: whether one changes with the other.
+
+    Over all tokens, or at the first one alone.
     """
-    if target.numel() == 0:  # an expert that no token was sent to
-        return [torch.zeros(target.shape[-1], _width(source), dtype=torch.bool) for source in sources]
-    weights = torch.zeros(target.shape[-2] if target.dim() > 1 else 1, dtype=target.dtype)
+    tensor = target.tensor
+    if tensor.numel() == 0:  # an expert that no token was sent to
+        return [torch.zeros(target.width, source.width, dtype=torch.bool) for source in sources]
+    tokens = tensor.shape[-2] if tensor.dim() > 1 else 1
+    weights = torch.zeros(tokens, dtype=tensor.dtype)
     weights[0] = 1
     if not first_token:
-        weights = torch.rand(weights.shape, generator=torch.Generator().manual_seed(3), dtype=target.dtype) + 0.5
-    summed = (target * weights[:, None]).sum(-2) if target.dim() > 1 else target
-    flat = summed.reshape(-1) if heads else summed.reshape(-1, summed.shape[-1]).sum(0)
-    grads = _derivatives(flat, sources)
-    return [_nonzero(grad) for grad in grads]
+        weights = torch.rand(tokens, generator=torch.Generator().manual_seed(3), dtype=tensor.dtype) + 0.5
+    summed = (tensor * weights[:, None]).sum(-2) if tensor.dim() > 1 else tensor
+    flat = summed.reshape(-1, target.width).sum(0)
+    return [_nonzero(grad) for grad in _derivatives(flat, sources)]
 
 
-def _derivatives(flat: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
+def _derivatives(flat: Tensor, sources: Sequence[Source]) -> list[Tensor]:
     """[coordinates of target, coordinates of source] for each source; tokens summed in absolute value."""
     if not sources or not flat.requires_grad:
-        return [torch.zeros(len(flat), _width(source), dtype=torch.float64) for source in sources]
+        return [torch.zeros(len(flat), source.width, dtype=torch.float64) for source in sources]
     directions = torch.eye(len(flat), dtype=flat.dtype).split(AT_A_TIME)
     parts = [_along(flat, some, sources) for some in directions]
     return [torch.cat(found) for found in zip(*parts, strict=True)]
 
 
-def _along(flat: Tensor, directions: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
+def _along(flat: Tensor, directions: Tensor, sources: Sequence[Source]) -> list[Tensor]:
     """The rows of :func:`_derivatives` for some directions [count, coordinates of target]."""
-    inputs = list(sources)
+    inputs = [source.tensor for source in sources]
     found: Sequence[Tensor | None]
     try:
         found = torch.autograd.grad(
@@ -76,26 +98,11 @@ def _along(flat: Tensor, directions: Tensor, sources: Sequence[Tensor]) -> list[
         single = [torch.autograd.grad(flat, inputs, row, retain_graph=True, allow_unused=True) for row in directions]
         found = [None if column[0] is None else torch.stack(column) for column in zip(*single, strict=True)]
     return [
-        torch.zeros(len(directions), _width(source), dtype=torch.float64)
+        torch.zeros(len(directions), source.width, dtype=torch.float64)
         if grad is None
-        else _over_tokens(grad.abs(), source)
+        else source.over_tokens(grad.abs())
         for grad, source in zip(found, sources, strict=True)
     ]
-
-
-def _counts_first(source: Tensor) -> bool:
-    return source.dim() >= 3 and source.shape[-3] > 1
-
-
-def _width(source: Tensor) -> int:
-    return source.shape[-1] * (source.shape[-3] if _counts_first(source) else 1)
-
-
-def _over_tokens(grad: Tensor, source: Tensor) -> Tensor:
-    if _counts_first(source):
-        outer = grad.reshape(len(grad), -1, *source.shape[-3:]).sum((1, 3))
-        return outer.reshape(len(grad), -1)
-    return grad.reshape(len(grad), -1, source.shape[-1]).sum(1)
 
 
 def _nonzero(grad: Tensor) -> Tensor:
@@ -138,8 +145,8 @@ class Disk:
         return [spot and Spot(spot.weight, spot.axis, spot.place) for spot in spots]
 
     def _spots(self, product: Product, total: Tensor, count: int) -> list[Spot | None]:
-        grads: Sequence[Tensor | None]
-        grads = torch.autograd.grad(total, product.parameters, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(total, product.parameters, retain_graph=True, allow_unused=True)
+        grads: list[Tensor | None] = list(found)
         spots: list[Spot | None] = [None] * count
         biases: dict[tuple[int, int], str] = {}
         for parameter, grad in zip(product.parameters, grads, strict=True):

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from unmergeable.architecture.blocks import Heads
-from unmergeable.derivation.probe import Disk, Spot, support
+from unmergeable.derivation.probe import Disk, Source, Spot, output_of, support
 from unmergeable.derivation.watch import Trace
 
 MOST_ROWS = 4
@@ -67,13 +66,14 @@ class Scene:
         """Products of a layer that ran before ``position``."""
         return [index for index in range(position) if layer_of(self.trace.products[index].name) == layer]
 
-    def origins(
-        self, target: Tensor, sources: Sequence[int], *, heads: bool = False, first: bool = False
-    ) -> list[set[Row]]:
+    def outputs(self, products: Sequence[int]) -> list[Source]:
+        return [output_of(self.trace.products[index]) for index in products]
+
+    def origins(self, target: Source, sources: Sequence[int], *, first_token: bool = False) -> list[set[Row]]:
         """For each coordinate of ``target``, the rows it comes from without being mixed with many others."""
-        outputs = [self.trace.products[index].outputs for index in sources]
         found: list[set[Row]] = []
-        for index, table in zip(sources, support(target, outputs, heads=heads, first_token=first), strict=True):
+        tables = support(target, self.outputs(sources), first_token=first_token)
+        for index, table in zip(sources, tables, strict=True):
             found = found or [set() for _ in range(len(table))]
             few = table & (table.sum(1, keepdim=True) <= MOST_ROWS)
             for coordinate, row in torch.nonzero(few).tolist():

@@ -32,6 +32,9 @@ class Sizes:
 
 
 SMALL = Sizes()
+WIDE = Sizes(heads=8, groups=2, head_size=32, intermediate=144, experts=8, latent=28, plain=6)
+"""What to try instead of the second set, where a class wants heads in fours or positions on a quarter of each."""
+
 OTHER = Sizes(heads=6, groups=3, head_size=8, intermediate=112, experts=8, latent=28, plain=6)
 """A second set, so that a number in a map can be traced to the setting it comes from."""
 
@@ -40,10 +43,12 @@ _HIDDEN = (
     "embedding_size", "decoder_hidden_size", "encoder_hidden_size", "n_embed", "proj_size", "hidden_size_per_layer",
     "model_dim", "attention_hidden_size", "lru_width", "output_dim", "out_hidden_size", "cross_attention_dim",
     "text_hidden_size", "attention_dim", "rnn_hidden_size", "decoder_dim", "encoder_embed_dim", "mm_hidden_size",
+    "intra_bottleneck_size",
 )  # fmt: skip
 _INTERMEDIATE = (
     "intermediate_size", "d_ff", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
-    "moe_intermediate_size", "shared_expert_intermediate_size", "dim_feedforward", "mlp_dim", "ff_dim", "dff", "dim_ff",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "dim_feedforward", "mlp_dim", "ff_dim", "dff",
+    "dim_ff", "d_inner",
     "moe_shared_expert_intermediate_size", "intermediate_size_mlp", "feed_forward_size", "encoder_intermediate_size",
     "decoder_intermediate_size", "shared_intermediate_size", "block_ff_dim", "expert_intermediate_size",
     "mlp_hidden_size",
@@ -81,10 +86,14 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
     """``config`` (as transformers' ``to_dict`` gives it) with every size replaced by a small one."""
+    if isinstance(config.get("depths"), (list, tuple)):
+        return _with_stages(config, sizes)
     layers = next((int(config[key]) for key in _LAYERS if isinstance(config.get(key), int)), 0)
     kept = _layers_that_differ(config, layers)
     small: dict[str, Any] = {}
     for key, value in config.items():
+        if key in _NAMES_OF_LAYERS:
+            continue
         if isinstance(value, Mapping) and "model_type" in value:
             small[key] = shrunken(value, sizes)
         elif isinstance(value, Mapping) and value and all(str(name).isdigit() for name in value):
@@ -97,6 +106,26 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
             small[key] = _small(key, value, config, sizes, len(kept))
     _place_tokens(small)
     return small
+
+
+_NAMES_OF_LAYERS = {"stage_names", "out_features", "out_indices", "_out_features", "_out_indices"}
+
+_PER_STAGE = ("embed_dim", "embed_dims", "hidden_size", "hidden_sizes", "dims")
+
+
+def _with_stages(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """A vision network in stages of growing width: fewer layers in each, every width by the same factor smaller."""
+    factor = 64 // sizes.head_size
+    small = {key: value for key, value in config.items() if key not in _NAMES_OF_LAYERS}
+    for key in _PER_STAGE:
+        value = small.get(key)
+        if isinstance(value, (list, tuple)):
+            small[key] = [width // factor for width in value]
+        elif isinstance(value, int):
+            small[key] = value // factor
+    if isinstance(small.get("window_size"), int):
+        small["window_size"] = 2  # the last stage is 2 by 2
+    return small | {"depths": [min(depth, 2) for depth in config["depths"]], "image_size": 64}
 
 
 def _layers_that_differ(config: Mapping[str, Any], layers: int) -> list[int]:
@@ -119,6 +148,8 @@ def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers
         return _small_rope(value, sizes) if "rope_theta" in value else dict(value)
     if key == "mrope_section":
         return _sections(value, sizes)
+    if key in {"attention_window", "block_sizes"} and isinstance(value, (list, tuple)):
+        return [4 if key == "attention_window" else 1] * len(value)
     if not isinstance(value, int):
         return value
     if key in _HIDDEN:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from unmergeable.architecture.blocks import Attention, FeedForward, Heads, QueryKeyNorm
-from unmergeable.architecture.derived import DerivedMap, evaluate, flags_of, numbers
+from unmergeable.architecture.derived import DerivedMap, evaluate, flags_of, numbers, of_layer
 from unmergeable.architecture.rules import symmetry_map
 from unmergeable.derivation.attentions import NOT_UNDERSTOOD
 from unmergeable.derivation.build import Specimen
@@ -87,7 +87,7 @@ class _Pair:
 
 
 def _last(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
+    return name.rsplit(".", 1)[-1].removesuffix("[layer]")
 
 
 def _rank(name: str) -> int:
@@ -104,9 +104,11 @@ def _terms(scope: Mapping[str, float]) -> list[str]:
     return [factor + size for factor in outer for size in _sizes(scope)]
 
 
-def tabulate(model_type: str, network_class: str, pair: Sequence[tuple[Specimen, Derivation]]) -> DerivedMap:
+def tabulate(
+    model_type: str, network_class: str, one: tuple[Specimen, Derivation], two: tuple[Specimen, Derivation]
+) -> DerivedMap:
     """The map of a type from two derivations with different sizes; blocks that no formula describes are left out."""
-    (first, found), (second, other) = pair
+    (first, found), (second, other) = one, two
     settings = (numbers(first.config), numbers(second.config))
     attentions: dict[str, dict[str, Any]] = {}
     feed_forwards: dict[str, dict[str, Any]] = {}
@@ -119,7 +121,11 @@ def tabulate(model_type: str, network_class: str, pair: Sequence[tuple[Specimen,
         if block.name not in {twin.name for twin in other.blocks}:
             reasons[without_numbers(block.name)] = "proven at one size of the network and not at another"
     for block, twin in _matched(found.blocks, other.blocks):
-        both = _Pair(block, twin, settings, ({}, {}), used)
+        layer = tuple(int(word) for word in block.name.split(".") if word.isdigit())
+        here, there = (
+            {**own, **of_layer(one.config, layer)} for own, one in zip(settings, (first, second), strict=True)
+        )
+        both = _Pair(block, twin, (here, there), ({}, {}), used)
         try:
             if isinstance(block, Attention) and isinstance(twin, Attention):
                 template = _attention(both, block, twin)
@@ -141,7 +147,7 @@ def tabulate(model_type: str, network_class: str, pair: Sequence[tuple[Specimen,
         except Unexplained as reason:
             reasons[name] = str(reason)
             dropped.add(name)
-    defaults = {name: settings[0][name] for name in sorted(used) if not isinstance(settings[0][name], int)}
+    defaults = {name: value for name in sorted(used) if isinstance(value := settings[0].get(name), float)}
     prefix = str(getattr(first.network, "base_model_prefix", "") or "")
     return DerivedMap(
         model_type=model_type,
