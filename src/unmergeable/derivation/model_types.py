@@ -8,10 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from unmergeable.architecture.blocks import Attention
-from unmergeable.architecture.derived import DerivedMap
+from unmergeable.architecture.declare import Names
+from unmergeable.architecture.derived import DerivedMap, architecture_of
+from unmergeable.architecture.rules import tensor_extents
 from unmergeable.derivation.build import Specimen, build, default_config, registered
 from unmergeable.derivation.derive import Derivation, derive
-from unmergeable.derivation.shrink import OTHER, SMALL, WIDE, Sizes, filled, shrunken
+from unmergeable.derivation.probe import Disk
+from unmergeable.derivation.prove import TOLERANCE, Prover
+from unmergeable.derivation.shrink import OTHER, SMALL, UNSEEN, WIDE, Sizes, filled, shrunken
 from unmergeable.derivation.table import tabulate
 from unmergeable.errors import UnsupportedArchitecture
 
@@ -27,13 +31,37 @@ def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | 
     if config is None:
         same = kind.config_class.model_type == model_type
         config = default_config(model_type) if same else kind.config_class().to_dict()
-    first = _derived(config, kind, SMALL)
+    derived = _tabulated(model_type, kind, config)
+    confirm(derived, _built(config, kind, UNSEEN))
+    return derived
+
+
+def _tabulated(model_type: str, kind: Any, config: Mapping[str, Any]) -> DerivedMap:
+    first, name = _derived(config, kind, SMALL), kind.__name__
     try:
-        derived = tabulate(model_type, network_class, first, _derived(config, kind, OTHER))
+        derived = tabulate(model_type, name, first, _derived(config, kind, OTHER))
     except UnsupportedArchitecture:
-        return tabulate(model_type, network_class, first, _derived(config, kind, WIDE))
+        return tabulate(model_type, name, first, _derived(config, kind, WIDE))
     is_whole = len(derived.attentions) > 0 or not any(isinstance(block, Attention) for block in first[1].blocks)
-    return derived if is_whole else tabulate(model_type, network_class, first, _derived(config, kind, WIDE))
+    return derived if is_whole else tabulate(model_type, name, first, _derived(config, kind, WIDE))
+
+
+def confirm(derived: DerivedMap, specimen: Specimen) -> None:
+    """Read a map back for a network of sizes it was not made from, and prove every group at once.
+
+    Raises:
+        UnsupportedArchitecture: the map does not fit, or changes the network's outputs.
+    """
+    disk = Disk(specimen.network)
+    prover = Prover(specimen, disk)
+    names = Names({name: tuple(tensor.shape) for name, tensor in prover.weights.items()})
+    symmetry = architecture_of(derived, specimen.config, names).symmetry
+    for name, axes in tensor_extents(symmetry).items():
+        if any(names.shapes[name][axis] != extent for axis, extent in axes.items()):
+            raise UnsupportedArchitecture(f"{derived.model_type}: the map's formulas do not give the shape of {name}.")
+    change = prover.together(symmetry, symmetry.select("query_key", "value_output", "heads", "feed_forward"))
+    if change > TOLERANCE:
+        raise UnsupportedArchitecture(f"{derived.model_type}: read back for other sizes, the map changes outputs.")
 
 
 def _derived(config: Mapping[str, Any], kind: Any, sizes: Sizes) -> tuple[Specimen, Derivation]:
