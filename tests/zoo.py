@@ -145,6 +145,7 @@ TOYS: dict[str, Toy] = {
         ),
         Toy("mistral", _make("MistralConfig", "MistralForCausalLM", **_LM, sliding_window=4), _ids),
         Toy("qwen2", _make("Qwen2Config", "Qwen2ForCausalLM", **_LM), _ids),
+        Toy("smollm3", _make("SmolLM3Config", "SmolLM3ForCausalLM", **_LM, no_rope_layer_interval=2), _ids),
         Toy("qwen3", _make("Qwen3Config", "Qwen3ForCausalLM", **_LM, head_dim=12), _ids),
         Toy("gemma", _make("GemmaConfig", "GemmaForCausalLM", **_LM, head_dim=12), _ids),
         Toy("gemma2", _make("Gemma2Config", "Gemma2ForCausalLM", **_LM, head_dim=12, sliding_window=4), _ids),
@@ -256,6 +257,11 @@ TOYS: dict[str, Toy] = {
         ),
         Toy("bert-embedding", _make("BertConfig", "BertModel", **_ENCODER), _ids, "last_hidden_state"),
         Toy("roberta", _make("RobertaConfig", "RobertaForMaskedLM", **_ENCODER), _ids),
+        Toy(
+            "modernbert",
+            _make("ModernBertConfig", "ModernBertForMaskedLM", **_ENCODER, cls_token_id=1, sep_token_id=2),
+            _ids,
+        ),
         Toy("vit", _make("ViTConfig", "ViTForImageClassification", **_VISION, num_labels=5), _pixels(32)),
         Toy(
             "dinov2",

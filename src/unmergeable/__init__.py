@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from unmergeable.evaluation import Audit, audit
     from unmergeable.merges import register_merge
     from unmergeable.ops import (
+        derive_map,
         inspect,
         merge,
         protect,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Audit",
     "audit",
+    "derive_map",
     "inspect",
     "merge",
     "methods",

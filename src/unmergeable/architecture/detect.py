@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
-from unmergeable.architecture.blocks import Architecture, output_bias, tensor_extents
+from unmergeable.architecture.architecture import Architecture
+from unmergeable.architecture.blocks import output_bias
 from unmergeable.architecture.declare import Config, Names
+from unmergeable.architecture.derived import architecture_of, known_map, shipped
 from unmergeable.architecture.families import FAMILIES
+from unmergeable.architecture.rules import tensor_extents
 from unmergeable.errors import UnsupportedArchitecture
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
@@ -26,15 +30,10 @@ def detect(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Architectur
             missing, or one of another shape than the config implies. The message names it.
     """
     kind = str(config.get("model_type") or config.get("_class_name") or "")
-    family = FAMILIES.get(kind)
-    if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise UnsupportedArchitecture(
-            f"model type {kind or 'missing from config.json'}: no symmetry map. Known: {known}."
-        )
+    declare = _declaration(kind)
     _require_possible_counts(config, shapes)
     try:
-        architecture = family(config, Names(shapes))
+        architecture = declare(config, Names(shapes))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Families read sizes from the config and shapes without asking whether they are numbers that fit.
         raise UnsupportedArchitecture(
@@ -44,6 +43,20 @@ def detect(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Architectur
     _require_shapes(kind, architecture, shapes)
     _require_all_claimed(kind, architecture, shapes)
     return architecture
+
+
+def _declaration(kind: str) -> Callable[[Config, Names], Architecture]:
+    """What reads a checkpoint of this model type: the family declared by hand, or else the derived map."""
+    if kind in FAMILIES:
+        return FAMILIES[kind].declare
+    derived = known_map(kind)
+    if derived is not None:
+        return partial(architecture_of, derived)
+    known = ", ".join(sorted(FAMILIES))
+    raise UnsupportedArchitecture(
+        f"model type {kind or 'missing from config.json'}: no symmetry map. Known: {known}, and {len(shipped())} with "
+        "a derived map; `unmergeable map` derives one."
+    )
 
 
 def _require_possible_counts(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:

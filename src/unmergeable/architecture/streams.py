@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
+from unmergeable.architecture.architecture import Architecture
 from unmergeable.architecture.blocks import (
-    Architecture,
     Attention,
     FeedForward,
     Mixture,
@@ -16,7 +17,6 @@ from unmergeable.architecture.blocks import (
     mixture_readers,
     output_bias,
     stream_readers,
-    symmetry_map,
 )
 from unmergeable.architecture.declare import Config, Names, setting
 from unmergeable.architecture.residual import Norm, Residual, StreamAxis
@@ -134,24 +134,23 @@ def with_residuals(
 
     ``aside``: patterns of tensors known to lie beside every stream. ``missing``: streams left out, and why.
     """
-    blocks = tuple(blocks)
     exposed = tuple(item for item in residuals if item.is_exposed and all(norm.gain in names for norm in item.norms))
-    residuals = [item for item in residuals if not item.is_exposed]
-    reasons = dict(missing or {})
-    inside = set(symmetry_map(blocks, shared_heads, mixtures).legs)
-    along = {axis.tensor for item in residuals for axis in item.axes}
-    along |= {tensor for item in residuals for gain in item.norms for tensor in (gain.gain, gain.bias) if tensor}
-    reasons |= {f"{item.name}.experts.order": FUSED for item in mixtures if item.fused}
+    residuals = tuple(item for item in residuals if not item.is_exposed)
+    reasons = dict(missing or {}) | {f"{item.name}.experts.order": FUSED for item in mixtures if item.fused}
     absent = next((item.gain for stream in residuals for item in stream.norms if item.gain not in names), None)
     if absent is not None:
         reasons["residual"] = f"tensor {absent} is missing: a norm without a gain, or an incomplete checkpoint"
-        residuals = []
+        residuals = ()
+    architecture = Architecture(
+        family, tuple(blocks), untouched, shared_heads, mixtures, residuals, reasons, exposed=exposed
+    )
     beside = re.compile("|".join(f"(?:{pattern})" for pattern in (*ASIDE, *aside)))
-    for name in names.shapes:
-        if residuals and name not in inside and name not in along and beside.fullmatch(name) is None:
-            reasons["residual"] = f"tensor {name} may read the stream in a way this version does not know"
-            residuals = []
-    return Architecture(family, blocks, untouched, shared_heads, mixtures, tuple(residuals), reasons, exposed)
+    known = architecture.symmetry.legs
+    unknown = next((name for name in names.shapes if name not in known and beside.fullmatch(name) is None), None)
+    if not residuals or unknown is None:
+        return architecture
+    reasons["residual"] = f"tensor {unknown} may read the stream in a way this version does not know"
+    return replace(architecture, residuals=(), missing=reasons)
 
 
 def is_headless(config: Config) -> bool:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from unmergeable.architecture import Architecture, Space
 from unmergeable.architecture.symmetry import GroupKind
@@ -34,7 +35,7 @@ from unmergeable.attacks.closed_forms import (
 from unmergeable.attacks.estimate import GaugeAttack, Nearest, Solvers
 from unmergeable.attacks.in_memory import fit_in_memory
 from unmergeable.attacks.moments import LegPair, dense_moments
-from unmergeable.gauge.elements import Dense
+from unmergeable.gauge.elements import Dense, Orthogonal
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,24 @@ class Kabsch(GaugeAttack):
 
 
 def _nearest_orthogonal(space: Space, legs: Sequence[LegPair]) -> Dense:
+    return Dense(_procrustes(space, legs))
+
+
+def _nearest_rotation(space: Space, legs: Sequence[LegPair]) -> Orthogonal:
+    return Orthogonal(_procrustes(space, legs))
+
+
+def _procrustes(space: Space, legs: Sequence[LegPair]) -> Tensor:
     cross = sum(
         (dense_moments(space, legs, variance).cross for variance in ("vector", "covector")),
         start=torch.zeros(space.blocks, space.size, space.size, dtype=torch.float64),
     )
-    return Dense(nearest_orthogonal(cross))
+    return nearest_orthogonal(cross)
 
 
 NEAREST_ISOMETRY: dict[GroupKind, Nearest] = {
     "general_linear": _nearest_orthogonal,
+    "orthogonal": _nearest_rotation,
     "rotary": nearest_phase,
     "quarter_turn": nearest_quarter_turn,
     "pair_sign": nearest_pair_sign,

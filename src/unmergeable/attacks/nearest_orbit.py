@@ -45,6 +45,7 @@ from unmergeable.attacks.distance import part_distance, parts
 from unmergeable.attacks.estimate import GaugeAttack, Nearest, Solvers
 from unmergeable.attacks.general_linear import nearest_general_linear
 from unmergeable.attacks.in_memory import fit_in_memory
+from unmergeable.attacks.kabsch import NEAREST_ISOMETRY
 from unmergeable.attacks.moments import LegPair, dense_moments
 from unmergeable.attacks.reading import GaugedSource, Reader
 from unmergeable.attacks.residual_stream import find_stream
@@ -135,6 +136,7 @@ def _nearest_dense(space: Space, legs: Sequence[LegPair]) -> Dense:
 
 NEAREST: dict[GroupKind, Nearest] = {
     "general_linear": _nearest_dense,
+    "orthogonal": NEAREST_ISOMETRY["orthogonal"],
     "rotary": nearest_rotary,
     "quarter_turn": nearest_quarter_turn,
     "pair_sign": nearest_pair_sign,

@@ -131,7 +131,7 @@ def match_permutations(
 
     def similarity(space: Space) -> Tensor:
         if space.role == "heads":
-            members = _general_linear_of(space, architecture.symmetry, legs)
+            members = _products_of(space, architecture.symmetry, legs)
             return torch.stack([one_head_space(member) for member in members]).mean(0)
         names = dict.fromkeys(name for name, _ in legs[space.name])
         return unit_similarity(blocks[space.name], protected(names), base(names))
@@ -148,15 +148,14 @@ def match_permutations(
     return matches
 
 
-def _general_linear_of(
-    heads: Space, symmetry: SymmetryMap, legs: Mapping[str, Sequence[tuple[str, Leg]]]
-) -> list[Space]:
-    """The spaces of the heads that ``heads`` reorders in which any invertible matrix is allowed: one product each."""
+def _products_of(heads: Space, symmetry: SymmetryMap, legs: Mapping[str, Sequence[tuple[str, Leg]]]) -> list[Space]:
+    """The spaces of the heads that ``heads`` reorders in which one product is left alone: of values and output, and of
+    queries and keys where any invertible matrix is allowed."""
     tensors = {name for name, _ in legs[heads.name]}
     return [
         space
         for space in symmetry.select("query_key", "value_output").values()
-        if space.group.kind == "general_linear"
+        if (space.group.kind == "general_linear" or space.role == "value_output")
         and space.blocks == heads.size
         and tensors.issuperset(name for name, _ in legs[space.name])
     ]

@@ -21,6 +21,7 @@ from unmergeable.cli.command import DebugSwitch, JsonSwitch, Outcome, QuietSwitc
 from unmergeable.cli.demo import demo
 from unmergeable.cli.failure import INTERRUPTED, failure_of
 from unmergeable.cli.inspect import inspect
+from unmergeable.cli.map import map_
 from unmergeable.cli.merge import merge
 from unmergeable.cli.methods import methods
 from unmergeable.cli.protect import protect
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., Outcome]] = {
     "merge": merge,
     "recover": recover,
     "inspect": inspect,
+    "map": map_,
     "audit": audit,
     "report": report,
     "table": table,

@@ -437,10 +437,11 @@ def _normed(
     if norm.kind == "layer":
         heads = heads - heads.mean(dims, keepdim=True)
     heads = heads * torch.rsqrt(heads.square().mean(dims, keepdim=True) + norm.epsilon)
-    gain = torch.stack([source.tensor(name).double() for name in gains]) + norm.offset
     groups, members, size, _ = heads.shape
-    shape = (groups, members, size, 1) if gain.numel() == groups * members * size else (1, 1, size, 1)
-    heads = heads * gain.reshape(shape)
+    if gains:
+        gain = torch.stack([source.tensor(name).double() for name in gains]) + norm.offset
+        shape = (groups, members, size, 1) if gain.numel() == groups * members * size else (1, 1, size, 1)
+        heads = heads * gain.reshape(shape)
     if bias is not None:
         heads = heads + source.tensor(bias).double().reshape(1, 1, size, 1)
     return list(torch.split(heads, sizes, dim=2))

@@ -6,6 +6,7 @@ with ``to_json()``.
 
 from unmergeable.ops.in_memory import protect_state_dict, restore_state_dict
 from unmergeable.ops.inspection import inspect
+from unmergeable.ops.map import derive_map
 from unmergeable.ops.merging import merge
 from unmergeable.ops.methods import methods, schema
 from unmergeable.ops.protection import protect
@@ -14,6 +15,7 @@ from unmergeable.ops.restoring import restore
 from unmergeable.ops.verification import verify
 
 __all__ = [
+    "derive_map",
     "inspect",
     "merge",
     "methods",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unmergeable.architecture import Architecture
+from unmergeable.architecture import Architecture, Attention
 from unmergeable.attacks import Estimate, Fit, NearestOrbit
 from unmergeable.attacks.distance import relative_distance
 from unmergeable.attacks.signs import Sign, find_signs, halves, is_near, structure_signs
@@ -259,7 +259,7 @@ def storage_errors(source: TensorSource, architecture: Architecture) -> dict[str
     squares = dict.fromkeys(("bfloat16", "float16", "int8_per_row", "int4_group_128"), 0.0)
     norm = 0.0
     for block in chosen.values():
-        for name in dict.fromkeys([block.parts[0].query.weight, block.value.weight, block.output.weight]):
+        for name in dict.fromkeys([*_query(block), block.value.weight, block.output.weight]):
             if source.spec(name).dtype not in UNIT_ROUNDOFF:
                 continue
             weight = source.tensor(name).float()
@@ -270,10 +270,14 @@ def storage_errors(source: TensorSource, architecture: Architecture) -> dict[str
     return {kind: math.sqrt(total / norm) if norm else 0.0 for kind, total in squares.items()}
 
 
+def _query(block: Attention) -> list[str]:
+    return [part.query.weight for part in block.parts[:1]]  # none where queries and keys are left alone
+
+
 def _rows_are_outputs(name: str, architecture: Architecture) -> bool:
     """False for GPT-2's transposed storage, where the head axis of a query projection is the second."""
     for block in architecture.attentions:
-        if name in (block.parts[0].query.weight, block.value.weight):
+        if name in (*_query(block), block.value.weight):
             return block.value.axis == 0
         if name == block.output.weight:
             return block.output.axis == 1

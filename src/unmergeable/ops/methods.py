@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from unmergeable.architecture.families import QUERY_KEY_GROUPS, RESIDUAL_GROUPS
+from unmergeable.architecture.families import FAMILIES, described
 from unmergeable.attacks import ATTACKS
 from unmergeable.merges import MERGES
 from unmergeable.protections import CONTROLS, PROTECTIONS, Protection
@@ -112,7 +112,7 @@ class MethodsResult:
 
 def methods() -> MethodsResult:
     """Every method, those of other packages included, with its needs, its settings, and its validity per family."""
-    families = tuple(QUERY_KEY_GROUPS)
+    families = tuple(FAMILIES)
     return MethodsResult(
         protections=tuple(
             MethodEntry.of(cls, {family: _validity(cls(), family) for family in families})
@@ -121,7 +121,7 @@ def methods() -> MethodsResult:
         controls=tuple(map(MethodEntry.of, CONTROLS.values())),
         merges=tuple(map(MethodEntry.of, MERGES.values())),
         recoveries=tuple(map(MethodEntry.of, ATTACKS.values())),
-        families={family: _groups(family)[0] for family in families},
+        families={family: described(family).query_key for family in families},
     )
 
 
@@ -153,17 +153,13 @@ def schema() -> Mapping[str, object]:
     }
 
 
-def _groups(family: str) -> tuple[str, str]:
-    """In words, the groups that a family leaves between queries and keys, and to its residual stream."""
-    return QUERY_KEY_GROUPS[family], RESIDUAL_GROUPS[family]
-
-
 def _validity(protection: Protection, family: str) -> Validity:
     reason = protection.unsupported(family)
     if reason is not None or not isinstance(protection, ExactProtection):
         return Validity(reason=reason)
-    attention, residual = _groups(family)
-    return Validity(f"{attention}; residual stream: {residual}" if protection.residual else attention)
+    groups = described(family)
+    whole = f"{groups.query_key}; residual stream: {groups.residual}"
+    return Validity(whole if protection.residual else groups.query_key)
 
 
 def _settings(method: Any) -> tuple[Setting, ...]:

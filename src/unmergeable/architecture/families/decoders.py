@@ -1,6 +1,6 @@
 """Decoder-only language models with separate (or Llama-style fused) projections and gated feed-forwards.
 
-Llama, Mistral, Qwen2, Qwen3, Gemma 1-3, StableLM, Cohere, OLMo 2, Phi-3, Mixtral, Qwen3-MoE.
+Llama, Mistral, Qwen2, SmolLM3, Qwen3, Gemma 1-3, StableLM, Cohere, OLMo 2, Phi-3, Mixtral, Qwen3-MoE.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, Heads, Mixture, QueryKeyNorm
+from unmergeable.architecture.architecture import Architecture
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, Mixture, QueryKeyNorm
 from unmergeable.architecture.declare import (
     HEADS_ON_TOP,
     Config,
@@ -113,9 +114,10 @@ def _finished(
 
 
 def llama(config: Config, names: Names) -> Architecture:
-    """Llama, Mistral, Qwen2: rotary positions, grouped keys, gated feed-forward."""
+    """Llama, Mistral, Qwen2, SmolLM3: rotary positions, grouped keys, gated feed-forward."""
     blocks, prefix, layers = _rotary_layers(config, names)
-    return _finished(config, names, prefix, layers, blocks)
+    is_tied = config["model_type"] == "smollm3"
+    return _finished(config, names, prefix, layers, blocks, is_tied_by_default=is_tied)
 
 
 def gemma(config: Config, names: Names) -> Architecture:
@@ -134,7 +136,7 @@ def _rotary_layers(
     groups, members, size = _sizes(config)
     prefix, layers = _layers(config, names)
     blocks: list[Attention | FeedForward] = []
-    for layer in layers:
+    for layer, is_rotary in zip(layers, _rotary_flags(config, len(layers)), strict=True):
         blocks.append(
             separate_attention(
                 names,
@@ -143,12 +145,22 @@ def _rotary_layers(
                 groups=groups,
                 members=members,
                 size=size,
-                rotary_size=size,
+                rotary_size=size if is_rotary else 0,
                 pairing=pairing,
             )
         )
         blocks.append(gated(names, f"{layer}.mlp", "gate_proj", "up_proj", "down_proj"))
     return blocks, prefix, layers
+
+
+def _rotary_flags(config: Config, layers: int) -> list[bool]:
+    """For each layer whether it rotates queries and keys: all do, but for some of SmolLM3's."""
+    if config["model_type"] != "smollm3":
+        return [True] * layers
+    interval = int(setting(config, "no_rope_layer_interval", default=4))
+    default = [(index + 1) % interval != 0 for index in range(layers)]
+    # In spite of its name, a layer's entry in this list is 1 where it has positions.
+    return [bool(flag) for flag in setting(config, "no_rope_layers", default=default)]
 
 
 def _rms_per_head(config: Config, module: str, offset: float) -> QueryKeyNorm:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-from unmergeable.architecture.blocks import Architecture, Attention, FeedForward
+from unmergeable.architecture.architecture import Architecture
+from unmergeable.architecture.blocks import Attention, FeedForward
 from unmergeable.architecture.declare import Config, Names, separate_attention, setting, unit_columns, units
 from unmergeable.architecture.residual import Residual
 from unmergeable.architecture.streams import linear, norm, readers_in, reads, residual, with_residuals

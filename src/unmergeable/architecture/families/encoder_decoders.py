@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, SharedHeads
+from unmergeable.architecture.architecture import Architecture
+from unmergeable.architecture.blocks import Attention, FeedForward, SharedHeads
 from unmergeable.architecture.declare import Config, Names, gated, plain, separate_attention, setting
 from unmergeable.architecture.residual import Norm
 from unmergeable.architecture.streams import (

@@ -1,10 +1,11 @@
-"""Encoders without positions inside attention: BERT, RoBERTa, ViT, DINOv2, CLIP, SigLIP."""
+"""Encoders of text and of images: BERT, RoBERTa, ModernBERT, ViT, DINOv2, CLIP, SigLIP."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, Heads
+from unmergeable.architecture.architecture import Architecture
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads
 from unmergeable.architecture.declare import (
     HEADS_ON_TOP,
     Config,
@@ -100,6 +101,70 @@ def _bert_heads(names: Names, prefix: str) -> tuple[list[StreamAxis], tuple[str,
     if "classifier.dense.weight" in names:
         return reads(names, "classifier.dense.weight"), (*aside, r"classifier\.out_proj\.(weight|bias)")
     return reads(names, "classifier.weight", "qa_outputs.weight"), aside
+
+
+def modernbert(config: Config, names: Names) -> Architecture:
+    """ModernBERT: rotary positions; ``Wqkv`` holds [queries; keys; values], ``Wi`` [gate; up]; norms before blocks."""
+    heads, size = _heads(config, 12, 768)
+    prefix = names.prefix("layers.0.attn.Wqkv.weight", ("model.", ""))
+    layers = [f"{prefix}layers.{index}" for index in range(int(setting(config, "num_hidden_layers", default=22)))]
+    intermediate = int(setting(config, "intermediate_size", default=1152))
+    blocks: list[Attention | FeedForward] = []
+    for layer in layers:
+        fused, bias = f"{layer}.attn.Wqkv.weight", names.optional(f"{layer}.attn.Wqkv.bias")
+        query, key, value = (Heads(fused, bias, 0, part * heads * size, size) for part in range(3))
+        blocks.append(
+            Attention(
+                name=f"{layer}.attn",
+                groups=heads,
+                members=1,
+                parts=score_parts(query, key, size, size),
+                value=value,
+                output=columns(f"{layer}.attn.Wo", size),
+                value_size=size,
+                position="rotary",
+            )
+        )
+        blocks.append(
+            FeedForward(
+                name=f"{layer}.mlp",
+                size=intermediate,
+                gate=units(names, f"{layer}.mlp.Wi"),
+                up=units(names, f"{layer}.mlp.Wi", offset=intermediate),
+                down=unit_columns(f"{layer}.mlp.Wo"),
+            )
+        )
+    family = str(config["model_type"])
+    untouched = (r"(head|decoder|classifier)\..*", r".*\bembeddings\..*", r".*norm\.(weight|bias)")
+    dense = reads(names, "head.dense.weight")
+    if not dense:
+        return with_residuals(names, family, blocks, untouched, (), missing={"residual": EXPOSED})
+    embedding = f"{prefix}embeddings.tok_embeddings.weight"
+    norms = [norm(names, f"{prefix}embeddings.norm"), norm(names, f"{prefix}final_norm", dense)]
+    for index, layer in enumerate(layers):
+        if index:  # the first layer reads what the norm of the embeddings gives out
+            norms.append(norm(names, f"{layer}.attn_norm", readers_in(blocks, [f"{layer}.attn"])))
+        norms.append(norm(names, f"{layer}.mlp_norm", readers_in(blocks, [f"{layer}.mlp"])))
+    # The masked language model's head ends in the coordinates of the embedding it is tied to; see _bert_heads.
+    tied: list[StreamAxis] = []
+    if "classifier.weight" not in names:
+        tied = [
+            *reads(names, "decoder.weight"),
+            *scales(names, "head.dense.weight", "head.dense.bias"),
+            *writes(names, "head.norm.weight", "head.norm.bias"),
+        ]
+    stream = residual(
+        names,
+        "residual",
+        names.shapes[embedding][1],
+        "layer",
+        embeddings=writes(names, embedding),
+        blocks=blocks,
+        norms=norms,
+        others=tied,
+    )
+    aside = (r"decoder\.bias", r"head\.dense\.bias", r"head\.norm\.(weight|bias)", r"classifier\.(weight|bias)")
+    return with_residuals(names, family, blocks, untouched, [stream], aside=aside)
 
 
 def vit(config: Config, names: Names) -> Architecture:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, Heads, Position, QueryKeyNorm
+from unmergeable.architecture.architecture import Architecture
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, Position, QueryKeyNorm
 from unmergeable.architecture.declare import (
     HEADS_ON_TOP,
     Config,

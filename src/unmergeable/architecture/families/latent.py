@@ -6,7 +6,8 @@ is shared by all heads and written by ``kv_a_proj_with_mqa`` beside the latent.
 
 from __future__ import annotations
 
-from unmergeable.architecture.blocks import Architecture, Attention, FeedForward, Heads, Latent, ScorePart
+from unmergeable.architecture.architecture import Architecture
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, Latent, ScorePart
 from unmergeable.architecture.declare import (
     HEADS_ON_TOP,
     Config,

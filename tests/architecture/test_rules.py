@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from unmergeable.architecture import Architecture
 from unmergeable.architecture.blocks import (
-    Architecture,
     Attention,
     FeedForward,
     Heads,
@@ -16,9 +16,8 @@ from unmergeable.architecture.blocks import (
     QueryKeyNorm,
     ScorePart,
     SharedHeads,
-    symmetry_map,
-    tensor_extents,
 )
+from unmergeable.architecture.rules import symmetry_map, tensor_extents
 from unmergeable.architecture.symmetry import Pairing, SymmetryMap
 
 GROUPS, MEMBERS, SIZE = 3, 2, 8

@@ -1,0 +1,367 @@
+"""Maps that were found by experiment: one JSON file per ``model_type``, read back for a checkpoint of any size.
+
+A file lists templates of attention and feed-forward blocks. A tensor's name in one has ``{}`` in place of the number of
+its layer or expert; a place or a size is a formula in the config's settings ("num_attention_heads") and in what was
+computed before it ("groups * members * value_size"). Whatever no template names is copied unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unmergeable.architecture.architecture import Architecture
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, QueryKeyNorm, ScorePart
+from unmergeable.architecture.declare import Config, Names
+from unmergeable.architecture.rules import tensor_extents
+from unmergeable.errors import UnsupportedArchitecture
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+FORMAT = "unmergeable-map/1"
+
+RESIDUAL = "a derived map leaves the residual stream alone"
+
+
+@dataclass(frozen=True)
+class DerivedMap:
+    """The proven map of one ``model_type``.
+
+    ``prefix`` starts the names of the body's tensors in files of the whole network, and may be absent in those of the
+    bare body. ``flags`` are the settings other than sizes that the map was proven with, a list where layers differ;
+    ``defaults`` holds sizes that a config may leave out. ``known`` are all names of tensors, without numbers.
+    ``reasons`` says what was left alone, and why; ``proof`` what the map was tried on.
+    """
+
+    model_type: str
+    network_class: str
+    prefix: str
+    attentions: tuple[Mapping[str, Any], ...]
+    feed_forwards: tuple[Mapping[str, Any], ...]
+    flags: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    known: tuple[str, ...]
+    reasons: Mapping[str, str]
+    proof: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> DerivedMap:
+        """Read back what :meth:`to_json` wrote.
+
+        Raises:
+            UnsupportedArchitecture: the document is no map of this format.
+        """
+        if document.get("format") != FORMAT or not set(cls.__dataclass_fields__) <= set(document):
+            raise UnsupportedArchitecture(f"the map is not of format {FORMAT}; derive it again with `unmergeable map`.")
+        values: dict[str, Any] = {name: document[name] for name in cls.__dataclass_fields__}
+        return cls(**values | {name: tuple(values[name]) for name in ("attentions", "feed_forwards", "known")})
+
+
+MAPS_VARIABLE = "UNMERGEABLE_MAPS"
+"""Environment variable that names a folder of further maps, TYPE.json each."""
+
+
+@cache
+def shipped() -> tuple[str, ...]:
+    """Every ``model_type`` whose derived map comes with this package."""
+    return tuple(sorted(_stem(item.name) for item in _shipped_folder().iterdir() if item.name.endswith(".json")))
+
+
+def known_map(model_type: str) -> DerivedMap | None:
+    """The derived map of a type, shipped or in the folder that UNMERGEABLE_MAPS names; None where there is none.
+
+    Raises:
+        UnsupportedArchitecture: the file is no map.
+    """
+    folder = os.environ.get(MAPS_VARIABLE)
+    file = Path(folder) / f"{model_type}.json" if folder and re.fullmatch(r"[\w.-]+", model_type) else None
+    if file is not None and file.is_file():
+        return _read(file.read_text(encoding="utf-8"), str(file))
+    return _shipped_map(model_type) if model_type in shipped() else None
+
+
+@cache
+def _shipped_map(model_type: str) -> DerivedMap:
+    file = _shipped_folder().joinpath(f"{model_type}.json")
+    return _read(file.read_text(encoding="utf-8"), file.name)
+
+
+def _shipped_folder() -> Traversable:
+    return files("unmergeable.architecture").joinpath("maps")
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".json")
+
+
+def _read(text: str, place: str) -> DerivedMap:
+    try:
+        return DerivedMap.from_json(json.loads(text))
+    except (ValueError, AttributeError, UnsupportedArchitecture):
+        raise UnsupportedArchitecture(
+            f"{place} is no map of format {FORMAT}; derive it again with `unmergeable map`."
+        ) from None
+
+
+def architecture_of(derived: DerivedMap, config: Config, names: Names) -> Architecture:
+    """The blocks of a checkpoint of this type, of whatever size.
+
+    Raises:
+        UnsupportedArchitecture: the config has other flags than the map was proven with, no block of the map is in the
+            checkpoint, or one of its modules holds a tensor that the network the map was proven on does not have.
+    """
+    _require_flags(derived, config)
+    prefix = _prefix(derived, names)
+    scope = _settings(config, derived.defaults)
+    blocks: list[Attention | FeedForward] = []
+    for template in (*derived.attentions, *derived.feed_forwards):
+        blocks += _instances(template, config, scope, names, prefix)
+    if not blocks:
+        raise UnsupportedArchitecture(
+            f"none of the blocks that a {derived.model_type} model has is in the checkpoint; it does not hold the "
+            "network its config names."
+        )
+    _require_known(derived, blocks, names, prefix)
+    return Architecture(derived.model_type, tuple(blocks), (r".*",), missing={"residual": RESIDUAL})
+
+
+def _prefix(derived: DerivedMap, names: Names) -> tuple[str, str]:
+    """What templates' names start with, and what stands there in this checkpoint."""
+    anchors = [template["output" if "output" in template else "down"]["weight"] for template in _templates(derived)]
+
+    def count(change: tuple[str, str]) -> int:
+        patterns = [re.compile(_pattern(_renamed(anchor, change))) for anchor in anchors]
+        return sum(any(pattern.fullmatch(name) for pattern in patterns) for name in names.shapes)
+
+    bare = ("", derived.prefix, "model.", "language_model.", "model.language_model.", "language_model.model.")
+    options = [("", ""), *((derived.prefix, other) for other in bare), *(("", other) for other in bare)]
+    return max(dict.fromkeys(options), key=count)
+
+
+def _templates(derived: DerivedMap) -> tuple[Mapping[str, Any], ...]:
+    return (*derived.attentions, *derived.feed_forwards)
+
+
+def _renamed(name: str, change: tuple[str, str]) -> str:
+    old, new = change
+    return new + name.removeprefix(old) if name.startswith(old) else name
+
+
+def _pattern(template: str) -> str:
+    return re.escape(template).replace(r"\{\}", r"(\d+)")
+
+
+def _settings(config: Config, defaults: Mapping[str, Any]) -> dict[str, float]:
+    """Every number in a config by its dotted name, and by the last part of it: older files nest settings elsewhere."""
+    found = numbers(config)
+    for name, value in numbers(config).items():
+        found.setdefault(name.rsplit(".", 1)[-1], value)
+    for name, value in defaults.items():
+        found.setdefault(name, found.get(name.rsplit(".", 1)[-1], value))
+    return found
+
+
+def numbers(settings: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Every number in nested settings, by its dotted name."""
+    found: dict[str, float] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[prefix + name] = value
+    return found
+
+
+def of_layer(settings: Mapping[str, Any], numbers_in_name: tuple[int, ...]) -> dict[str, float]:
+    """The entries for one layer of settings that list a number for each, by the setting's name and ``[layer]``.
+
+    The first number in a block's name counts.
+    """
+    lists = {name: value for name, value in settings.items() if isinstance(value, (list, tuple)) and numbers_in_name}
+    found = {name: value[numbers_in_name[0]] for name, value in lists.items() if len(value) > numbers_in_name[0]}
+    return {f"{name}[layer]": value for name, value in found.items() if type(value) in (int, float)}
+
+
+def evaluate(formula: str | int, scope: Mapping[str, float]) -> int:
+    """A sum or difference of products and quotients of names and numbers, as a whole number.
+
+    Raises UnsupportedArchitecture for a name that is not in ``scope``, or a result that is not whole.
+    """
+    total = 0.0
+    for term in re.split(r" (?=[+-] )", str(formula)):
+        value = -1.0 if term.startswith("- ") else 1.0
+        for sign, factor in re.findall(r"([*/]?)\s*([\w.\[\]]+)", term):
+            try:
+                number = float(factor) if factor[0].isdigit() else float(scope[factor])
+                value = value / number if sign == "/" else value * number
+            except (KeyError, ZeroDivisionError):
+                raise UnsupportedArchitecture(
+                    f"config.json gives no usable {factor!r}, which this map needs; add it."
+                ) from None
+        total += int(value)
+    return int(total)
+
+
+def _instances(
+    template: Mapping[str, Any], config: Config, scope: Mapping[str, float], names: Names, change: tuple[str, str]
+) -> Iterator[Attention | FeedForward]:
+    """A template's blocks: one for every number under which its last tensor is stored."""
+    is_attention = "output" in template
+    anchor = template["output" if is_attention else "down"]
+    pattern = re.compile(_pattern(_renamed(anchor["weight"], change)))
+    matches = (pattern.fullmatch(name) for name in names.shapes)
+    numbers = sorted({tuple(map(int, match.groups())) for match in matches if match})
+    for number in numbers:
+        reader = _Reader(names, change, number, {**scope, **of_layer(config, number)})
+        yield reader.attention(template) if is_attention else reader.feed_forward(template)
+
+
+@dataclass
+class _Reader:
+    """One instance of a template: its numbers are filled into names, its formulas evaluated in order."""
+
+    names: Names
+    change: tuple[str, str]
+    number: tuple[int, ...]
+    scope: dict[str, float]
+
+    def name(self, template: str) -> str:
+        return _renamed(template, self.change).format(*self.number)
+
+    def length(self, heads: Mapping[str, Any]) -> int:
+        shape = self.names.shapes.get(self.name(heads["weight"]), ())
+        return shape[heads["axis"]] if len(shape) > heads["axis"] else 0
+
+    def value(self, name: str, formula: str | int) -> int:
+        result = evaluate(formula, self.scope)
+        self.scope[name] = result
+        return result
+
+    def heads(self, data: Mapping[str, Any]) -> Heads:
+        bias = self.names.optional(self.name(data["bias"])) if data.get("bias") else None
+        places = {key: evaluate(data.get(key, 0), self.scope) for key in ("offset", "group_stride", "member_stride")}
+        return Heads(self.name(data["weight"]), bias, data["axis"], **places)
+
+    def attention(self, data: Mapping[str, Any]) -> Attention:
+        groups, members = self.value("groups", data["groups"]), self.value("members", data["members"])
+        self.scope["columns"] = self.length(data["output"])
+        value_size = self.value("value_size", data["value_size"])
+        for index, part in enumerate(data["parts"]):
+            self.value(f"part_{index}", part["size"])
+        self.scope["query_size"] = sum(self.scope[f"part_{index}"] for index in range(len(data["parts"])))
+        parts = [
+            ScorePart(
+                self.heads(part["query"]),
+                self.heads(part["key"]),
+                int(self.scope[f"part_{index}"]),
+                part["rotary"],
+                part["shared_key"],
+            )
+            for index, part in enumerate(data["parts"])
+        ]
+        return Attention(
+            name=self.name(data["name"]),
+            groups=groups,
+            members=members,
+            parts=tuple(parts),
+            value=self.heads(data["value"]),
+            output=self.heads(data["output"]),
+            value_size=value_size,
+            position=data["position"],
+            norm=self.norm(data["norm"]) if data.get("norm") else None,
+            is_cross=data["is_cross"],
+            heads_limit=data["heads_limit"],
+            value_group=data["value_group"],
+        )
+
+    def norm(self, data: Mapping[str, Any]) -> QueryKeyNorm:
+        return QueryKeyNorm(
+            kind=data["kind"],
+            scope=data["scope"],
+            epsilon=data["epsilon"],
+            query_gains=tuple(map(self.name, data["query_gains"])),
+            key_gains=tuple(map(self.name, data["key_gains"])),
+            query_bias=self.name(data["query_bias"]) if data["query_bias"] else None,
+            key_bias=self.name(data["key_bias"]) if data["key_bias"] else None,
+            gain_axis=data["gain_axis"],
+            offset=data["offset"],
+        )
+
+    def feed_forward(self, data: Mapping[str, Any]) -> FeedForward:
+        size = self.length(data["down"])
+        self.scope["units"] = size
+        return FeedForward(
+            name=self.name(data["name"]),
+            size=size,
+            up=self.heads(data["up"]),
+            down=self.heads(data["down"]),
+            gate=self.heads(data["gate"]) if data.get("gate") else None,
+            activation=data["activation"],
+            scale_limit=data["scale_limit"],
+        )
+
+
+def flags_of(config: Config, prefix: str = "") -> dict[str, Any]:
+    """Every setting that is no size, by its dotted name: switches, words, and the distinct entries of lists of them.
+
+    Left out are those that no block's groups depend on: names, tokens, data types, how positions are stretched.
+    """
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in _NO_FLAGS or name.startswith("_") or name.endswith(("_token_id", "_token")):
+            continue
+        if isinstance(value, Mapping):
+            found |= flags_of(value, f"{prefix}{name}.")
+        elif isinstance(value, (bool, str)):
+            found[prefix + name] = value
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(item, (bool, str)) for item in value):
+            found[prefix + name] = sorted(set(map(str, value)))
+    return found
+
+
+_NO_FLAGS = {
+    "architectures", "dtype", "torch_dtype", "transformers_version", "model_type", "name_or_path", "use_cache",
+    "return_dict", "id2label", "label2id", "problem_type", "tie_word_embeddings", "rope_parameters", "rope_scaling",
+    "output_attentions", "output_hidden_states", "tokenizer_class", "summary_type", "quantization_config", "auto_map",
+}  # fmt: skip
+
+
+def _require_flags(derived: DerivedMap, config: Config) -> None:
+    """Refuse a network of the same type that is put together differently."""
+    for name, value in flags_of(config).items():
+        proven = derived.flags.get(name)
+        if proven is None or value == proven or (isinstance(proven, list) and set(value) <= set(proven)):
+            continue
+        if name.endswith(("_act", "activation", "activation_function")) and "relu" not in f"{value} {proven}":
+            continue  # whatever is not ReLU lets the same through
+        raise UnsupportedArchitecture(
+            f"config.json: {name} is {value!r}, and the map of {derived.model_type} was proven with {proven!r}; derive "
+            f"one for this model with `unmergeable map` and put it into the folder {MAPS_VARIABLE} names."
+        )
+
+
+def _require_known(
+    derived: DerivedMap, blocks: list[Attention | FeedForward], names: Names, change: tuple[str, str]
+) -> None:
+    """Refuse a tensor beside a block's own that the small network did not have: it may read what is changed."""
+    known = {_renamed(name, change) for name in derived.known}
+    owned = set(tensor_extents(Architecture(derived.model_type, tuple(blocks)).symmetry))
+    modules = {name.rsplit(".", 2)[0] + "." for name in owned}
+    for name in names.shapes:
+        bare = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name)
+        if bare not in known and name not in owned and any(name.startswith(module) for module in modules):
+            raise UnsupportedArchitecture(
+                f"tensor {name} is not in the network that the map of {derived.model_type} was proven on; changing the "
+                "tensors around it could break the model, so nothing is done. Please report the model."
+            )

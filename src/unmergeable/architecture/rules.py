@@ -1,0 +1,390 @@
+"""From what a family declares to spaces and legs: one rule per kind of block.
+
+Which group survives rotary positions, a norm on queries and keys, or an activation is written here once, for all
+families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from unmergeable.architecture.blocks import (
+    Attention,
+    FeedForward,
+    Heads,
+    Mixture,
+    QueryKeyNorm,
+    ScorePart,
+    SharedHeads,
+    ValueGroup,
+)
+from unmergeable.architecture.collector import Collector
+from unmergeable.architecture.residual import Residual, residual_rules
+from unmergeable.architecture.symmetry import GroupKind, Leg, Pairing, Space, Stack, SymmetryMap, Variance
+
+
+def symmetry_map(
+    blocks: Iterable[Attention | FeedForward],
+    shared: Iterable[SharedHeads] = (),
+    mixtures: Iterable[Mixture] = (),
+    residuals: Iterable[Residual] = (),
+    missing: Mapping[str, str] | None = None,
+) -> SymmetryMap:
+    """Derive every space and leg from the declared blocks and streams."""
+    collector = Collector()
+    shared = tuple(shared)
+    shared_by_block = {block: group for group in shared for block in group.blocks}
+    shared_spaces: dict[str, Space] = {}
+    for block in blocks:
+        if isinstance(block, FeedForward):
+            _feed_forward_rules(collector, block)
+            continue
+        _score_rules(collector, block)
+        _value_rules(collector, block)
+        _head_rules(collector, block, shared_by_block.get(block.name), shared_spaces)
+    for group in shared:
+        if group.name in shared_spaces:
+            collector.leg(shared_spaces[group.name], group.bias_tensor, "vector", axis=1, is_outer=True)
+    for mixture in mixtures:
+        _expert_rules(collector, mixture)
+    for residual in residuals:
+        residual_rules(collector, residual)
+    collector.missing.update(missing or {})
+    return collector.finish()
+
+
+def _heads_leg(collector: Collector, space: Space, heads: Heads, variance: Variance, *, members: int = 1) -> None:
+    """A leg on the rows (and the bias) of ``heads``, one block per key-value head."""
+    for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
+        collector.leg(
+            space,
+            tensor,
+            variance,
+            axis=axis,
+            offset=heads.offset,
+            block_stride=heads.group_stride,
+            spectators=((members, heads.member_stride),),
+        )
+
+
+def _score_rules(collector: Collector, block: Attention) -> None:
+    """Queries and keys: Q' = A Q, K' = A^-T K, for every A that commutes with what lies between them."""
+    if block.norm is not None:
+        _normed_score_rules(collector, block, block.norm)
+        return
+    for index, part in enumerate(block.parts):
+        suffix = "" if len(block.parts) == 1 else f".{index}"
+        blocks = 1 if part.shared_key else block.groups
+        kind: GroupKind = "rotary" if part.rotary else "general_linear"
+        limit = (
+            f"rotary positions ({part.rotary} pairs) commute only with one complex number per pair"
+            if part.rotary
+            else ""
+        )
+        if part.shared_key:
+            limit += "; all query heads share one key"
+        space = collector.space(
+            f"{block.name}.query_key{suffix}",
+            "query_key",
+            kind,
+            blocks=blocks,
+            size=part.size,
+            pairing=part.rotary,
+            limit=limit,
+            is_cross=block.is_cross,
+        )
+        if part.shared_key:
+            spectators = ((block.groups, part.query.group_stride), (block.members, part.query.member_stride))
+            for tensor, axis in ((part.query.weight, part.query.axis), (part.query.bias, 0)):
+                collector.leg(space, tensor, "vector", axis=axis, offset=part.query.offset, spectators=spectators)
+        else:
+            _heads_leg(collector, space, part.query, "vector", members=block.members)
+        _heads_leg(collector, space, part.key, "covector")
+
+
+def _normed_score_rules(collector: Collector, block: Attention, norm: QueryKeyNorm) -> None:
+    """Queries and keys behind a norm: the norm swallows scales and keeps signs; its gains trade scales.
+
+    The scales are exact only where the norm's epsilon is negligible, and are marked so.
+    """
+    query, key, size = _whole_head(block)
+    if norm.kind == "layer":
+        reason = "a LayerNorm per head on queries and keys keeps one sign per head; its gains trade scales"
+        # The mean is subtracted, so only a sign common to the head passes, and only where no bias follows.
+        if norm.query_bias is None and norm.key_bias is None:
+            _query_key_space(collector, block, "sign", "block_sign", block.groups, size, query, key, reason)
+        _shared_gain_rules(collector, block, norm, reason)
+        _scale_rules(collector, block, norm, (block.num_heads, block.groups), size, reason)
+        return
+    if norm.scope == "full":
+        reason = "a full-width RMS norm on queries and keys keeps signs; its gains trade scales"
+        scales = (1, 1)
+    else:
+        reason = "an RMS norm per head on queries and keys keeps signs and quarter turns; its gains trade scales"
+        scales = (block.num_heads, block.groups)
+    start = 0
+    for index, part in enumerate(block.parts):
+        suffix = "" if len(block.parts) == 1 else f".{index}"
+        _query_key_space(
+            collector, block, f"sign{suffix}", "pair_sign", block.groups, part.size, part.query, part.key, reason
+        )
+        if norm.scope == "full":
+            _wide_gain_rules(collector, block, norm, part, suffix, start, reason)
+        else:
+            _turn_rules(collector, block, norm, part, suffix, start, reason)
+        start += part.size
+    if norm.scope == "head":
+        _shared_gain_rules(collector, block, norm, reason)
+    _scale_rules(collector, block, norm, scales, size, reason)
+
+
+def _wide_gain_rules(
+    collector: Collector, block: Attention, norm: QueryKeyNorm, part: ScorePart, suffix: str, start: int, reason: str
+) -> None:
+    """Gains of a norm over the full width: one for every coordinate of every head."""
+    if not norm.query_gains:
+        return
+    size = sum(other.size for other in block.parts)
+    space = _normed_space(collector, block, f"gain{suffix}", "pair_scale", block.groups, part.size, reason)
+    (query_gain,), (key_gain,) = norm.query_gains, norm.key_gains
+    stride, members = block.members * size, ((block.members, size),)
+    collector.leg(space, query_gain, "vector", offset=start, block_stride=stride, spectators=members)
+    collector.leg(space, key_gain, "covector", offset=start, block_stride=size)
+    if norm.offset:
+        collector.gain_offset |= {query_gain: norm.offset, key_gain: norm.offset}
+
+
+def _turn_rules(
+    collector: Collector, block: Attention, norm: QueryKeyNorm, part: ScorePart, suffix: str, start: int, reason: str
+) -> None:
+    """Quarter turns of the pairs of every head at once, which the gains follow."""
+    turn = _normed_space(collector, block, f"turn{suffix}", "quarter_turn", 1, part.size, reason)
+    for heads, count in ((part.query, block.members), (part.key, 1)):
+        spectators = ((block.groups, heads.group_stride), (count, heads.member_stride))
+        for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
+            collector.leg(turn, tensor, "vector", axis=axis, offset=heads.offset, spectators=spectators)
+    for tensor in (*norm.query_gains, *norm.key_gains):
+        collector.leg(turn, tensor, "gain", axis=norm.gain_axis, offset=start)
+        if norm.offset:
+            collector.gain_offset[tensor] = norm.offset
+
+
+def _normed_space(
+    collector: Collector,
+    block: Attention,
+    label: str,
+    kind: GroupKind,
+    blocks: int,
+    size: int,
+    reason: str,
+    epsilon: float = 0.0,
+) -> Space:
+    pairing: Pairing = next((part.rotary for part in block.parts if part.rotary), "half")
+    is_paired = kind in {"pair_sign", "pair_scale", "quarter_turn"}
+    return collector.space(
+        f"{block.name}.query_key_{label}",
+        "query_key",
+        kind,
+        blocks=blocks,
+        size=size,
+        pairing=pairing if is_paired else None,
+        limit=reason,
+        is_cross=block.is_cross,
+        epsilon=epsilon,
+    )
+
+
+def _query_key_space(
+    collector: Collector,
+    block: Attention,
+    label: str,
+    kind: GroupKind,
+    blocks: int,
+    size: int,
+    query: Heads,
+    key: Heads,
+    reason: str,
+) -> None:
+    """A group of signs, the same on the queries and the key of each key-value head."""
+    space = _normed_space(collector, block, label, kind, blocks, size, reason)
+    _heads_leg(collector, space, query, "vector", members=block.members)
+    _heads_leg(collector, space, key, "vector")
+
+
+def _shared_gain_rules(collector: Collector, block: Attention, norm: QueryKeyNorm, reason: str) -> None:
+    """Gains (and biases) after the norm: queries times t, keys over t, t tied within a rotary pair."""
+    if not norm.query_gains:
+        return
+    start = 0
+    for index, part in enumerate(block.parts):
+        kind: GroupKind = "pair_scale" if part.rotary else "diagonal"
+        label = "gain" if len(block.parts) == 1 else f"gain.{index}"
+        space = _normed_space(collector, block, label, kind, 1, part.size, reason)
+        sides: tuple[tuple[tuple[str, ...], str | None, Variance], ...] = (
+            (norm.query_gains, norm.query_bias, "vector"),
+            (norm.key_gains, norm.key_bias, "covector"),
+        )
+        for gains, bias, variance in sides:
+            for tensor in gains:
+                collector.leg(space, tensor, variance, axis=norm.gain_axis, offset=start)
+                if norm.offset:
+                    collector.gain_offset[tensor] = norm.offset
+            collector.leg(space, bias, variance, offset=start)
+        start += part.size
+
+
+def _scale_rules(
+    collector: Collector, block: Attention, norm: QueryKeyNorm, blocks: tuple[int, int], size: int, reason: str
+) -> None:
+    """A positive scale per norm, on queries and on keys each on its own: the norm after them removes it."""
+    query, key, _ = _whole_head(block)
+    sides = (("query_scale", query, block.num_heads, blocks[0]), ("key_scale", key, block.groups, blocks[1]))
+    for label, heads, count, number in sides:
+        width = size * count // number
+        space = _normed_space(collector, block, label, "block_scale", number, width, reason, epsilon=norm.epsilon)
+        for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
+            collector.leg(space, tensor, "vector", axis=axis, offset=heads.offset, block_stride=width)
+
+
+def _whole_head(block: Attention) -> tuple[Heads, Heads, int]:
+    """Query and key heads with all their score parts side by side, as a norm over the head sees them."""
+    first = min(block.parts, key=lambda part: part.query.offset)
+    return first.query, first.key, sum(part.size for part in block.parts)
+
+
+_VALUE_LIMITS: Mapping[ValueGroup, str] = {
+    "general_linear": "",
+    "orthogonal": "a norm sits on the values of every head",
+    "diagonal": "something multiplies each coordinate of the attention's result",
+}
+
+
+def _value_rules(collector: Collector, block: Attention) -> None:
+    """Values: V' = B V, O' = O B^-1. The softmax mixes whole value vectors, so any invertible B commutes.
+
+    A norm without gains on the values keeps rotations, what multiplies each coordinate of the result a scale for each.
+    """
+    space = collector.space(
+        f"{block.name}.value_output",
+        "value_output",
+        block.value_group,
+        blocks=block.groups,
+        size=block.value_size,
+        limit=_VALUE_LIMITS[block.value_group],
+        is_cross=block.is_cross,
+    )
+    _heads_leg(collector, space, block.value, "vector")
+    _heads_leg(collector, space, block.output, "covector", members=block.members)
+
+
+def _head_rules(
+    collector: Collector, block: Attention, shared: SharedHeads | None, shared_spaces: dict[str, Space]
+) -> None:
+    """Key-value heads in another order, each with its query heads; together where a bias belongs to each head."""
+    if block.groups == 1 or (block.heads_limit and shared is None):
+        return
+    if shared is None:
+        space = collector.space(
+            f"{block.name}.heads", "heads", "permutation", blocks=1, size=block.groups, is_cross=block.is_cross
+        )
+    else:
+        existing = shared_spaces.get(shared.name)
+        space = existing or collector.space(
+            f"{shared.name}.heads",
+            "heads",
+            "permutation",
+            blocks=1,
+            size=block.groups,
+            limit="a relative position bias per head is shared by every layer of the stack",
+        )
+        shared_spaces[shared.name] = space
+    rows = [(part.query, block.members, part.size) for part in block.parts]
+    rows += [(part.key, 1, part.size) for part in block.parts if not part.shared_key]
+    rows += [(block.value, 1, block.value_size), (block.output, block.members, block.value_size)]
+    for heads, members, size in rows:
+        for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
+            collector.leg(
+                space,
+                tensor,
+                "vector",
+                axis=axis,
+                offset=heads.offset,
+                element_stride=heads.group_stride,
+                spectators=((members, heads.member_stride), (size, 1)),
+                is_outer=True,
+            )
+    norm = block.norm
+    if norm is not None and norm.scope == "full":
+        size = block.parts[0].size
+        for tensors, members in ((norm.query_gains, block.members), (norm.key_gains, 1)):
+            collector.leg(
+                space,
+                tensors[0],
+                "vector",
+                element_stride=members * size,
+                spectators=((members, size), (size, 1)),
+                is_outer=True,
+            )
+
+
+def _feed_forward_rules(collector: Collector, block: FeedForward) -> None:
+    """Hidden units in another order; and a scale per unit between up and down where the activation lets it by."""
+    if block.gate is not None and not block.scale_limit:
+        scale = collector.space(
+            f"{block.name}.scale",
+            "feed_forward",
+            "diagonal",
+            blocks=1,
+            size=block.size,
+            limit="only between up and down: the gate passes through its activation",
+        )
+    elif block.gate is None and block.activation == "relu":
+        scale = collector.space(
+            f"{block.name}.scale",
+            "feed_forward",
+            "positive_diagonal",
+            blocks=1,
+            size=block.size,
+            limit="relu lets positive scales through",
+        )
+    else:
+        scale = None
+    if scale is not None:
+        _heads_leg(collector, scale, block.up, "vector")
+        _heads_leg(collector, scale, block.down, "covector")
+    limit = "" if scale else block.scale_limit or "the activation lets only a reordering through"
+    order = collector.space(
+        f"{block.name}.order", "feed_forward", "permutation", blocks=1, size=block.size, limit=limit
+    )
+    for heads in filter(None, (block.gate, block.up, block.down)):
+        _heads_leg(collector, order, heads, "vector")
+
+
+def _expert_rules(collector: Collector, mixture: Mixture) -> None:
+    """Experts in another order, with the router's rows; in groups, inside each group, and the groups as wholes."""
+    size = len(mixture.experts) // mixture.groups
+    limit = "the router first chooses groups of experts" if mixture.groups > 1 else ""
+    inside = collector.space(
+        f"{mixture.name}.experts", "experts", "permutation", blocks=mixture.groups, size=size, limit=limit
+    )
+    for tensor in mixture.indexed:
+        collector.leg(inside, tensor, "vector", block_stride=size, is_outer=True)
+    legs = [Leg(inside.name, 0, "vector", 0, size)]
+    if mixture.groups > 1:
+        groups = collector.space(
+            f"{mixture.name}.expert_groups", "experts", "permutation", blocks=1, size=mixture.groups, limit=limit
+        )
+        for tensor in mixture.indexed:
+            collector.leg(groups, tensor, "vector", element_stride=size, spectators=((size, 1),), is_outer=True)
+        legs.append(Leg(groups.name, 0, "vector", 0, 0, size, ((size, 1),)))
+    collector.stacks += [Stack(members, tuple(legs)) for members in mixture.stacks]
+
+
+def tensor_extents(symmetry: SymmetryMap) -> Mapping[str, Mapping[int, int]]:
+    """For each tensor, the least length each of its axes must have to hold every leg."""
+    extents: dict[str, dict[int, int]] = {}
+    for name, legs in symmetry.legs.items():
+        for leg in legs:
+            axes = extents.setdefault(name, {})
+            axes[leg.axis] = max(axes.get(leg.axis, 0), leg.extent(symmetry.spaces[leg.space]))
+    return extents

@@ -1,0 +1,208 @@
+"""A small random network in float64, and inputs for it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from unmergeable.errors import UnsupportedArchitecture
+from unmergeable.network.disk_weights import find_places
+
+LENGTH = 12
+LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+
+
+class InFloat64(TorchFunctionMode):
+    """Everything in float64: networks compute norms, softmax and positions in float32 whatever their weights are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CASTS:
+            return args[0].double()
+        return func(*(_doubled(arg) for arg in args), **{name: _doubled(arg) for name, arg in (kwargs or {}).items()})
+
+
+def _doubled(argument: Any) -> Any:
+    return torch.float64 if isinstance(argument, torch.dtype) and argument in LOW_PRECISION else argument
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """What is built and computed inside is float64 throughout."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with InFloat64():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A small random network with inputs; ``config`` is the one it was built from, as a file would hold it."""
+
+    network: Any
+    inputs: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+    def stored_names(self) -> list[str]:
+        """Names of the tensors in the network's files."""
+        return list(find_places(self.network))
+
+    def outputs(self) -> Tensor:
+        """Every number the network gives out, in one row."""
+        with in_float64():
+            result = self.network(**self.inputs)
+        numbers = [value.reshape(-1) for value in _tensors(result) if value.is_floating_point()]
+        return torch.cat(numbers)
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, Mapping):
+        for name, value in result.items():
+            if "past_key_values" not in name and "cache" not in name:
+                yield from _tensors(value)
+    elif isinstance(result, (list, tuple)):
+        for value in result:
+            yield from _tensors(value)
+
+
+def build(config: Mapping[str, Any], network_class: Any, *, seed: int = 0) -> Specimen:
+    """A random network of ``network_class`` with the sizes of ``config``.
+
+    Raises:
+        UnsupportedArchitecture: the class cannot be built or run with such a config; the message says why.
+    """
+    settings = {name: value for name, value in config.items() if name not in {"transformers_version", "architectures"}}
+    kind = settings.get("model_type", network_class.__name__)
+    try:
+        torch.manual_seed(seed)
+        with in_float64():
+            made = network_class.config_class(**settings)
+            for part in (made, *(getattr(made, name, None) for name in getattr(made, "sub_configs", ()))):
+                if part is not None:
+                    part._attn_implementation = "eager"
+                    part._experts_implementation = "eager"
+            network = network_class(made).double().eval()
+    except Exception as error:
+        raise UnsupportedArchitecture(f"{kind}: a small network cannot be built ({_line(error)}).") from error
+    _randomise(network, seed)
+    try:
+        specimen = Specimen(network, _inputs(network, made), made.to_dict())
+        with torch.no_grad():
+            outputs = specimen.outputs()
+    except Exception as error:
+        raise UnsupportedArchitecture(f"{kind}: a small network cannot be run ({_line(error)}).") from error
+    if not bool(torch.isfinite(outputs).any()):
+        raise UnsupportedArchitecture(f"{kind}: a small network gives out no finite number.")
+    return specimen
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def _randomise(network: Any, seed: int) -> None:
+    """Every parameter random, norm gains and biases included: at ones and zeros many mistakes would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.dim() >= 2:
+                fan_in = max(parameter.shape[-1], 1) if parameter.dim() <= 3 else parameter[0].numel()
+                parameter.copy_(noise / fan_in**0.5)
+            elif name.endswith("bias"):
+                parameter.copy_(0.2 * noise)
+            else:
+                parameter.copy_(parameter.mean() + 0.2 * noise)
+        for name, buffer in network.named_buffers():
+            if buffer.is_floating_point() and name.endswith("correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+
+
+def _inputs(network: Any, config: Any) -> dict[str, Tensor]:
+    """Arguments for the network's ``forward``: random tokens, pixels or sound."""
+    accepted = inspect.signature(network.forward).parameters
+    generator = torch.Generator().manual_seed(1)
+    main = str(getattr(network, "main_input_name", "input_ids"))
+    inputs: dict[str, Tensor] = {}
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = int(getattr(text, "vocab_size", 100) or 100)
+    low = min(60, vocabulary // 2)
+
+    def tokens(length: int) -> Tensor:
+        return torch.randint(low, vocabulary, (1, length), generator=generator)
+
+    if "input_ids" in accepted and main in {"input_ids", "pixel_values"} and (main == "input_ids"):
+        inputs["input_ids"] = tokens(LENGTH)
+    elif main == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size = getattr(vision, "image_size", 32)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        channels = int(getattr(vision, "num_channels", 3))
+        inputs["pixel_values"] = torch.randn(1, channels, height, width, generator=generator, dtype=torch.float64)
+        if "input_ids" in accepted and "decoder_input_ids" not in accepted:
+            inputs["input_ids"] = tokens(LENGTH)
+    elif main == "input_features":
+        bins = int(getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 16)
+        frames = 2 * int(getattr(config, "max_source_positions", 32))
+        shape = (
+            (1, bins, frames)
+            if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions")
+            else (1, frames, bins)
+        )
+        inputs["input_features"] = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    elif main == "input_values":
+        inputs["input_values"] = torch.randn(1, 4000, generator=generator, dtype=torch.float64)
+    else:
+        raise ValueError(f"inputs called {main}")
+    if "decoder_input_ids" in accepted and bool(getattr(config, "is_encoder_decoder", False)):
+        inputs["decoder_input_ids"] = tokens(7)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    return inputs
+
+
+TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "masked-lm": "MASKED_LM",
+    "image-classification": "IMAGE_CLASSIFICATION",
+    "seq2seq": "SEQ_TO_SEQ_CAUSAL_LM",
+    "speech": "SPEECH_SEQ_2_SEQ",
+    "image-text": "IMAGE_TEXT_TO_TEXT",
+}
+
+
+def registered(task: str) -> dict[str, str]:
+    """The class of every ``model_type`` that transformers registers for a task of :data:`TASKS`."""
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    found = getattr(auto, f"MODEL_FOR_{TASKS[task]}_MAPPING_NAMES")
+    return {kind: name if isinstance(name, str) else name[0] for kind, name in found.items()}
+
+
+def registered_class(kind: str) -> str | None:
+    """The class of a ``model_type`` for the first task of :data:`TASKS` that has one, or its bare body's."""
+    for task in TASKS:
+        if kind in registered(task):
+            return registered(task)[kind]
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    name = auto.MODEL_MAPPING_NAMES.get(kind)
+    return str(name if isinstance(name, str) else name[0]) if name else None
+
+
+def default_config(kind: str) -> dict[str, Any]:
+    """The config that transformers has for a ``model_type`` when nothing is set."""
+    auto = importlib.import_module("transformers.models.auto.configuration_auto")
+    made: dict[str, Any] = auto.CONFIG_MAPPING[kind]().to_dict()
+    return made

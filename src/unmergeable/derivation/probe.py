@@ -1,0 +1,201 @@
+"""Which coordinate comes from which: derivatives between activations, and the places of a product's rows on disk.
+
+support(x, y)[i, r]    whether coordinate i of x changes with coordinate r of y, at any token
+rows(product)[r]       the tensor on disk, the axis and the place on it that coordinate r of its output comes from
+columns(product)[i]    the same for coordinate i of its input
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmergeable.derivation.watch import Product
+from unmergeable.network.disk_weights import Place, find_places
+
+NEGLIGIBLE = 1e-10
+"""A derivative this small beside the largest one is rounding."""
+
+
+AT_A_TIME = 64
+"""Derivatives computed side by side."""
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where one coordinate lies: ``place`` on ``axis`` of ``weight``, and the bias that goes with it."""
+
+    weight: str
+    axis: int
+    place: int
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An activation [..., tokens, coordinates]; ``outer`` where the axis before tokens (heads, experts) counts in."""
+
+    tensor: Tensor
+    outer: bool = False
+
+    @property
+    def width(self) -> int:
+        return self.tensor.shape[-1] * (self.tensor.shape[-3] if self.outer else 1)
+
+    def over_tokens(self, grad: Tensor) -> Tensor:
+        """[directions, *activation] summed over all but coordinates: [directions, width]."""
+        count, size = len(grad), self.tensor.shape[-1]
+        if self.outer:
+            return grad.reshape(count, -1, *self.tensor.shape[-3:]).sum((1, 3)).reshape(count, -1)
+        return grad.reshape(count, -1, size).sum(1)
+
+
+def output_of(product: Product) -> Source:
+    """A product's output; that of experts side by side has a coordinate for each of each."""
+    return Source(product.outputs, outer=product.weight.dim() > 2)
+
+
+def support(target: Source, sources: Sequence[Source], *, first_token: bool = False) -> list[Tensor]:
+    """For each source, a boolean [coordinates of target, coordinates of source]: whether one changes with the other.
+
+    Over all tokens, or at the first one alone.
+    """
+    tensor = target.tensor
+    if tensor.numel() == 0:  # an expert that no token was sent to
+        return [torch.zeros(target.width, source.width, dtype=torch.bool) for source in sources]
+    tokens = tensor.shape[-2] if tensor.dim() > 1 else 1
+    weights = torch.zeros(tokens, dtype=tensor.dtype)
+    weights[0] = 1
+    if not first_token:
+        weights = torch.rand(tokens, generator=torch.Generator().manual_seed(3), dtype=tensor.dtype) + 0.5
+    summed = (tensor * weights[:, None]).sum(-2) if tensor.dim() > 1 else tensor
+    flat = summed.reshape(-1, target.width).sum(0)
+    return [_nonzero(grad) for grad in _derivatives(flat, sources)]
+
+
+def _derivatives(flat: Tensor, sources: Sequence[Source]) -> list[Tensor]:
+    """[coordinates of target, coordinates of source] for each source; tokens summed in absolute value."""
+    if not sources or not flat.requires_grad:
+        return [torch.zeros(len(flat), source.width, dtype=torch.float64) for source in sources]
+    directions = torch.eye(len(flat), dtype=flat.dtype).split(AT_A_TIME)
+    parts = [_along(flat, some, sources) for some in directions]
+    return [torch.cat(found) for found in zip(*parts, strict=True)]
+
+
+def _along(flat: Tensor, directions: Tensor, sources: Sequence[Source]) -> list[Tensor]:
+    """The rows of :func:`_derivatives` for some directions [count, coordinates of target]."""
+    inputs = [source.tensor for source in sources]
+    found: Sequence[Tensor | None]
+    try:
+        found = torch.autograd.grad(
+            flat, inputs, directions, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    except RuntimeError:  # some operations have no batched derivative
+        single = [torch.autograd.grad(flat, inputs, row, retain_graph=True, allow_unused=True) for row in directions]
+        found = [None if column[0] is None else torch.stack(column) for column in zip(*single, strict=True)]
+    return [
+        torch.zeros(len(directions), source.width, dtype=torch.float64)
+        if grad is None
+        else source.over_tokens(grad.abs())
+        for grad, source in zip(found, sources, strict=True)
+    ]
+
+
+def _nonzero(grad: Tensor) -> Tensor:
+    return grad > NEGLIGIBLE * grad.max().clamp_min(1e-300)
+
+
+class Disk:
+    """The places of a network's parameters on disk."""
+
+    def __init__(self, network: Any) -> None:
+        self.places: Mapping[str, Place] = find_places(network)
+        self._owned: dict[int, list[tuple[str, Place]]] = {}
+        for name, place in self.places.items():
+            for piece in place.pieces:
+                self._owned.setdefault(id(piece.parameter), []).append((name, place))
+
+    def rows(self, product: Product) -> list[Spot | None]:
+        """Where each coordinate of the product's output lies; None where that is not one place of one axis."""
+        inputs = _one_token(product)
+        answer = product.replay(inputs)
+        count = answer.shape[-1] * (answer.shape[0] if product.weight.dim() > 2 else 1)
+        tags = torch.arange(1, count + 1, dtype=torch.float64)
+        tagged = tags.reshape(answer.shape[0], 1, -1) if product.weight.dim() > 2 else tags
+        spots = self._spots(product, (answer * tagged).sum(), count)
+        for bias in product.added if len(product.added) == 1 and product.added[0].numel() == count else ():
+            for name, along in self._tags(bias, tags):
+                places = {int(tag) - 1: place for place, tag in enumerate(along.tolist())}
+                spots = [
+                    Spot(spot.weight, spot.axis, spot.place, name) if spot and places.get(row) == spot.place else spot
+                    for row, spot in enumerate(spots)
+                ]
+        return spots
+
+    def columns(self, product: Product) -> list[Spot | None]:
+        """Where each coordinate of the product's input lies."""
+        inputs = _one_token(product)
+        count = inputs.numel()
+        tagged = torch.arange(1, count + 1, dtype=torch.float64).reshape(inputs.shape)
+        spots = self._spots(product, product.replay(tagged).sum(), count)
+        return [spot and Spot(spot.weight, spot.axis, spot.place) for spot in spots]
+
+    def _spots(self, product: Product, total: Tensor, count: int) -> list[Spot | None]:
+        found = torch.autograd.grad(total, product.parameters, retain_graph=True, allow_unused=True)
+        grads: list[Tensor | None] = list(found)
+        spots: list[Spot | None] = [None] * count
+        biases: dict[tuple[int, int], str] = {}
+        for parameter, grad in zip(product.parameters, grads, strict=True):
+            if grad is None:
+                continue
+            for name, tags in self._tags(parameter, grad):
+                axis = _tagged_axis(tags)
+                if axis is None:
+                    continue
+                along = tags.movedim(axis, 0).reshape(tags.shape[axis], -1).amax(1).long()
+                for place, tag in enumerate(along.tolist()):
+                    if not 0 < tag <= count:
+                        continue
+                    if tags.dim() == 1:
+                        biases[tag - 1, place] = name
+                    else:
+                        spots[tag - 1] = None if spots[tag - 1] is not None else Spot(name, axis, place)
+        return [
+            spot and Spot(spot.weight, spot.axis, spot.place, biases.get((index, spot.place)))
+            for index, spot in enumerate(spots)
+        ]
+
+    def _tags(self, parameter: Tensor, grad: Tensor) -> list[tuple[str, Tensor]]:
+        """A parameter's numbers as they lie in each of its tensors on disk, zero elsewhere."""
+        found = []
+        for name, place in self._owned.get(id(parameter), []):
+            values = torch.zeros(place.shape.numel(), dtype=grad.dtype)
+            for piece in place.pieces:
+                if piece.parameter is not parameter:
+                    continue
+                if piece.inside is None:
+                    values = grad.reshape(-1)
+                else:
+                    values[piece.on_disk] = grad.reshape(-1)[piece.inside]
+            found.append((name, values.reshape(place.shape)))
+        return found
+
+
+def _one_token(product: Product) -> Tensor:
+    """Ones in the shape of one token's input; for experts side by side, one token for each."""
+    width = product.inputs.shape[-1]
+    shape = (product.weight.shape[0], 1, width) if product.weight.dim() > 2 else (1, width)
+    return torch.ones(shape, dtype=torch.float64)
+
+
+def _tagged_axis(tags: Tensor) -> int | None:
+    """The axis along which tags differ and beside which they are constant."""
+    for axis in range(tags.dim()):
+        moved = tags.movedim(axis, 0).reshape(tags.shape[axis], -1)
+        if bool((moved == moved[:, :1]).all()) and bool((moved != 0).any()):
+            return axis
+    return None

@@ -1,0 +1,113 @@
+"""A watched network as proposals see it: which row each coordinate comes from, and where heads lie on disk."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from unmergeable.architecture.blocks import Heads
+from unmergeable.derivation.probe import Disk, Source, Spot, output_of, support
+from unmergeable.derivation.watch import Trace
+
+MOST_ROWS = 4
+"""A hidden unit or a head's coordinate comes from at most this many rows; what comes from more lies behind a mixing."""
+
+
+class Unexplained(Exception):
+    """No block of the vocabulary looks like this; the message says what was seen."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One output coordinate of one product."""
+
+    product: int
+    coordinate: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A trace with the places of its products on disk, each asked for once."""
+
+    trace: Trace
+    disk: Disk
+    _rows: dict[int, list[Spot | None]] = field(default_factory=dict, repr=False)
+    _columns: dict[int, list[Spot | None]] = field(default_factory=dict, repr=False)
+
+    def spot(self, row: Row) -> Spot:
+        """Where a row lies; raises Unexplained where that is no one place."""
+        if row.product not in self._rows:
+            self._rows[row.product] = self.disk.rows(self.trace.products[row.product])
+        found = self._rows[row.product][row.coordinate]
+        if found is None:
+            raise Unexplained(f"the rows of {self.trace.products[row.product].name} lie in no one place on disk")
+        return found
+
+    def column(self, product: int, column: int) -> Spot:
+        """Where a column of a product lies; raises Unexplained where that is no one place."""
+        found = self._columns_of(product)[column]
+        if found is None:
+            raise Unexplained(f"the columns of {self.trace.products[product].name} lie in no one place on disk")
+        return found
+
+    def width(self, product: int) -> int:
+        return len(self._columns_of(product))
+
+    def _columns_of(self, product: int) -> list[Spot | None]:
+        if product not in self._columns:
+            self._columns[product] = self.disk.columns(self.trace.products[product])
+        return self._columns[product]
+
+    def before(self, position: int, layer: str) -> list[int]:
+        """Products of a layer that ran before ``position``."""
+        return [index for index in range(position) if layer_of(self.trace.products[index].name) == layer]
+
+    def outputs(self, products: Sequence[int]) -> list[Source]:
+        return [output_of(self.trace.products[index]) for index in products]
+
+    def origins(self, target: Source, sources: Sequence[int], *, first_token: bool = False) -> list[set[Row]]:
+        """For each coordinate of ``target``, the rows it comes from without being mixed with many others."""
+        found: list[set[Row]] = []
+        tables = support(target, self.outputs(sources), first_token=first_token)
+        for index, table in zip(sources, tables, strict=True):
+            found = found or [set() for _ in range(len(table))]
+            few = table & (table.sum(1, keepdim=True) <= MOST_ROWS)
+            for coordinate, row in torch.nonzero(few).tolist():
+                found[coordinate].add(Row(index, row))
+        return found
+
+
+def layer_of(name: str) -> str:
+    """The name of the layer a parameter belongs to: up to the first number, or all but the last word."""
+    match = re.match(r".*?\.\d+(?=\.)", name)
+    return match.group(0) if match else ""
+
+
+def laid_out(spots: Sequence[Sequence[Sequence[Spot]]]) -> Heads:
+    """The heads whose coordinate (group, member, element) lies at ``spots[group][member][element]``."""
+    flat = [spot for group in spots for member in group for spot in member]
+    first = flat[0]
+    if any((spot.weight, spot.axis, spot.bias) != (first.weight, first.axis, first.bias) for spot in flat):
+        raise Unexplained(f"{first.weight}: heads are spread over several tensors")
+
+    def stride(other: Spot | None) -> int:
+        return 0 if other is None else other.place - first.place
+
+    groups = stride(spots[1][0][0] if len(spots) > 1 else None)
+    members = stride(spots[0][1][0] if len(spots[0]) > 1 else None)
+    for g, group in enumerate(spots):
+        for m, member in enumerate(group):
+            for e, spot in enumerate(member):
+                if spot.place != first.place + g * groups + m * members + e:
+                    raise Unexplained(f"{first.weight}: heads lie in no regular order")
+    return Heads(first.weight, first.bias, first.axis, first.place, groups, members)
+
+
+def common_module(first: str, second: str) -> str:
+    """The longest module that holds both tensors."""
+    pairs = zip(first.split("."), second.split("."), strict=False)
+    return ".".join(a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

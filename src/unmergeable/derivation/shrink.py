@@ -1,0 +1,260 @@
+"""A config of the same kind with small sizes: the same flags, layer types and shape of attention, few of everything.
+
+What is a size is told by the name of the setting. Settings with one entry for each layer are cut to the layers that
+differ; nested configs are shrunken with the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MOST_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a small network is. ``heads`` / ``groups`` query heads share a key head."""
+
+    heads: int = 4
+    groups: int = 2
+    head_size: int = 16
+    intermediate: int = 80
+    experts: int = 4
+    latent: int = 20
+    plain: int = 10
+    vocabulary: int = 160
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * self.head_size
+
+
+SMALL = Sizes()
+WIDE = Sizes(heads=8, groups=2, head_size=32, intermediate=144, experts=8, latent=28, plain=6)
+"""What to try instead of the second set, where a class wants heads in fours or positions on a quarter of each."""
+
+UNSEEN = Sizes(heads=8, groups=4, head_size=16, intermediate=96, experts=4, latent=24, plain=14)
+"""Sizes that a map is read back for, after it was made from the others."""
+
+OTHER = Sizes(heads=6, groups=3, head_size=8, intermediate=112, experts=8, latent=28, plain=6)
+"""A second set, so that a number in a map can be traced to the setting it comes from."""
+
+_HIDDEN = (
+    "hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim", "dim", "emb_dim", "word_embed_proj_dim",
+    "embedding_size", "decoder_hidden_size", "encoder_hidden_size", "n_embed", "proj_size", "hidden_size_per_layer",
+    "model_dim", "attention_hidden_size", "lru_width", "output_dim", "out_hidden_size", "cross_attention_dim",
+    "text_hidden_size", "attention_dim", "rnn_hidden_size", "decoder_dim", "encoder_embed_dim", "mm_hidden_size",
+    "intra_bottleneck_size",
+)  # fmt: skip
+_INTERMEDIATE = (
+    "intermediate_size", "d_ff", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "dim_feedforward", "mlp_dim", "ff_dim", "dff",
+    "dim_ff", "d_inner",
+    "moe_shared_expert_intermediate_size", "intermediate_size_mlp", "feed_forward_size", "encoder_intermediate_size",
+    "decoder_intermediate_size", "shared_intermediate_size", "block_ff_dim", "expert_intermediate_size",
+    "mlp_hidden_size",
+    "dense_intermediate_size", "moe_ffn_hidden_size", "intermediate_size_dense", "expert_ffn_hidden_size",
+)  # fmt: skip
+_HEADS = (
+    "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads", "decoder_attention_heads",
+    "num_encoder_attention_heads", "num_decoder_attention_heads", "attention_heads", "num_self_attention_heads",
+    "encoder_num_attention_heads", "decoder_num_attention_heads", "num_swa_attention_heads",
+)  # fmt: skip
+_GROUPS = (
+    "num_key_value_heads", "num_kv_heads", "n_head_kv", "encoder_num_key_value_heads", "decoder_num_key_value_heads",
+    "num_global_key_value_heads", "kv_n_heads", "num_query_groups", "swa_num_key_value_heads", "multi_query_group_num",
+)  # fmt: skip
+_HEAD_SIZE = (
+    "head_dim",
+    "d_kv",
+    "attention_head_dim",
+    "kv_channels",
+    "d_head",
+    "attention_head_size",
+    "global_head_dim",
+)
+COUNTS_OF_HEADS = {*_HEADS, *_GROUPS}
+SIZES_OF_HEADS = {*COUNTS_OF_HEADS, *_HEAD_SIZE, *_HIDDEN}
+"""Settings by name that say how many heads there are, and how many or how large."""
+
+_LAYERS = (
+    "num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
+    "num_encoder_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers", "depth", "num_blocks",
+    "num_hidden_groups",
+)  # fmt: skip
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
+
+def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
+    """``config`` (as transformers' ``to_dict`` gives it) with every size replaced by a small one."""
+    if isinstance(config.get("depths"), (list, tuple)):
+        return _with_stages(config, sizes)
+    layers = next((int(config[key]) for key in _LAYERS if isinstance(config.get(key), int)), 0)
+    kept = _layers_that_differ(config, layers)
+    small: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _NAMES_OF_LAYERS:
+            continue
+        if isinstance(value, Mapping) and "model_type" in value:
+            small[key] = shrunken(value, sizes)
+        elif isinstance(value, Mapping) and value and all(str(name).isdigit() for name in value):
+            small[key] = {kept.index(int(name)): part for name, part in value.items() if int(name) in kept}
+        elif isinstance(value, (list, tuple)) and layers > 1 and len(value) == layers:
+            small[key] = [value[index] for index in kept]
+        elif key.endswith("token_id") or key.endswith("token_index"):
+            small[key] = value  # placed below, when all are known
+        else:
+            small[key] = _small(key, value, config, sizes, len(kept))
+    _place_tokens(small)
+    return small
+
+
+_NAMES_OF_LAYERS = {"stage_names", "out_features", "out_indices", "_out_features", "_out_indices"}
+
+_PER_STAGE = ("embed_dim", "embed_dims", "hidden_size", "hidden_sizes", "dims")
+
+
+def _with_stages(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """A vision network in stages of growing width: fewer layers in each, every width by the same factor smaller."""
+    factor = 64 // sizes.head_size
+    small = {key: value for key, value in config.items() if key not in _NAMES_OF_LAYERS}
+    for key in _PER_STAGE:
+        value = small.get(key)
+        if isinstance(value, (list, tuple)):
+            small[key] = [width // factor for width in value]
+        elif isinstance(value, int):
+            small[key] = value // factor
+    if isinstance(small.get("window_size"), int):
+        small["window_size"] = 2  # the last stage is 2 by 2
+    return small | {"depths": [min(depth, 2) for depth in config["depths"]], "image_size": 64}
+
+
+def _layers_that_differ(config: Mapping[str, Any], layers: int) -> list[int]:
+    """Indices of the layers to keep: the first of every kind, and at least two in all."""
+    per_layer = [
+        value for value in config.values() if isinstance(value, (list, tuple)) and layers > 1 and len(value) == layers
+    ]
+    first: dict[str, int] = {}
+    for index in range(layers):
+        first.setdefault(repr([value[index] for value in per_layer]), index)
+    kept = sorted(first.values())[:MOST_LAYERS]
+    return sorted({*kept, *range(layers)[: max(0, 2 - len(kept)) + (1 if kept == [0] else 0)]})[:MOST_LAYERS] or [0, 1]
+
+
+def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers: int) -> Any:
+    """The small value of one setting; the value itself where it is no size."""
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return _small_rope(value, sizes) if "rope_theta" in value else dict(value)
+    if key == "mrope_section":
+        return _sections(value, sizes)
+    if key in {"attention_window", "block_sizes"} and isinstance(value, (list, tuple)):
+        return [4 if key == "attention_window" else 1] * len(value)
+    if not isinstance(value, int):
+        return value
+    if key in _HIDDEN:
+        return sizes.hidden
+    if key in _INTERMEDIATE:
+        return sizes.intermediate
+    if key in _HEADS:
+        return sizes.heads
+    if key in _GROUPS:
+        if "kv_lora_rank" in config:  # latent attention has a key for every head
+            return sizes.heads
+        return 1 if value == 1 else sizes.groups
+    if key in _HEAD_SIZE:
+        # With latent attention this name is that of the rotary part.
+        return sizes.head_size // 2 if key == "head_dim" and "qk_rope_head_dim" in config else sizes.head_size
+    if key in _LAYERS:
+        return min(value, layers)
+    if key in _EXPERTS:
+        return sizes.experts
+    return _OTHER[key](value, sizes) if key in _OTHER else value
+
+
+def _small_rope(rope: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    small = {**rope, "rope_theta": rope["rope_theta"] or 10000.0}
+    return small | {"mrope_section": _sections(rope["mrope_section"], sizes)} if "mrope_section" in rope else small
+
+
+def _sections(sections: Any, sizes: Sizes) -> list[int]:
+    """Rotary pairs for time, height and width in about the same shares."""
+    whole, pairs = sum(sections), sizes.head_size // 2
+    small = [max(1, part * pairs // whole) for part in sections]
+    return [pairs - sum(small[1:]), *small[1:]]
+
+
+def _place_tokens(config: dict[str, Any]) -> None:
+    """Special tokens inside the small vocabulary, beside those that inputs are made of."""
+    special = [key for key in config if key.endswith(("token_id", "token_index"))]
+    for place, key in enumerate(special):
+        value = config[key]
+        if isinstance(value, int):
+            config[key] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}.get(key, 3 + place)
+        elif isinstance(value, (list, tuple)) and value:
+            config[key] = [2]
+
+
+def filled(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
+    """``config`` with the settings that it leaves open and that some classes do not fill in by themselves."""
+    layers = next((int(config[key]) for key in _LAYERS if isinstance(config.get(key), int)), 2)
+    unset = {
+        **dict.fromkeys(("head_dim",), sizes.head_size),
+        **dict.fromkeys(_GROUPS, sizes.groups),
+        **dict.fromkeys(_INTERMEDIATE, sizes.intermediate),
+        **dict.fromkeys(_EXPERTS, sizes.experts),
+        **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
+        **dict.fromkeys(("layer_types", "layers_block_type"), ["full_attention"] * layers),
+        "n_shared_experts": 1,
+        "attn_layer_indices": [0],
+        "vocab_size": sizes.vocabulary,
+    }
+    return {key: unset[key] if value is None and key in unset else value for key, value in config.items()}
+
+
+_OTHER: dict[str, Callable[[int, Sizes], int]] = {
+    "vocab_size": lambda value, sizes: sizes.vocabulary,
+    "vocab_size_per_layer_input": lambda value, sizes: sizes.vocabulary,
+    "max_position_embeddings": lambda value, sizes: 128,
+    "n_positions": lambda value, sizes: 128,
+    "num_experts_per_tok": lambda value, sizes: min(value, 2),
+    "num_experts_per_token": lambda value, sizes: min(value, 2),
+    "moe_topk": lambda value, sizes: min(value, 2),
+    "moe_k": lambda value, sizes: min(value, 2),
+    "top_k_experts": lambda value, sizes: min(value, 2),
+    "n_group": lambda value, sizes: min(value, 2),
+    "topk_group": lambda value, sizes: 1,
+    "n_shared_experts": lambda value, sizes: min(value, 1),
+    "first_k_dense_replace": lambda value, sizes: min(value, 1),
+    "num_dense_layers": lambda value, sizes: min(value, 1),
+    "kv_lora_rank": lambda value, sizes: sizes.latent,
+    "q_lora_rank": lambda value, sizes: sizes.latent + 4,
+    "qk_nope_head_dim": lambda value, sizes: sizes.plain,
+    "qk_rope_head_dim": lambda value, sizes: sizes.head_size // 2,
+    "qk_head_dim": lambda value, sizes: sizes.plain + sizes.head_size // 2,
+    "v_head_dim": lambda value, sizes: sizes.plain + 2,
+    "rotary_dim": lambda value, sizes: sizes.head_size // 2,
+    "image_size": lambda value, sizes: 32,
+    "patch_size": lambda value, sizes: 8,
+    "sliding_window": lambda value, sizes: 4,
+    "num_mel_bins": lambda value, sizes: 16,
+    "max_source_positions": lambda value, sizes: 32,
+    "max_target_positions": lambda value, sizes: 64,
+    "linear_num_key_heads": lambda value, sizes: 2,
+    "linear_num_value_heads": lambda value, sizes: min(value, 4),
+    "linear_key_head_dim": lambda value, sizes: 8,
+    "linear_value_head_dim": lambda value, sizes: 8,
+    "unpadded_vocab_size": lambda value, sizes: sizes.vocabulary,
+    "attn_layer_period": lambda value, sizes: min(value, 2),
+    "attn_layer_offset": lambda value, sizes: min(value, 1),
+    "mamba_n_heads": lambda value, sizes: 2 * sizes.heads,
+    "mamba_d_head": lambda value, sizes: sizes.head_size,
+    "mamba_d_ssm": lambda value, sizes: 2 * sizes.heads * sizes.head_size,
+    "num_group": lambda value, sizes: min(value, 2),
+    "dim_model": lambda value, sizes: sizes.hidden,
+    "mamba_d_state": lambda value, sizes: 8,
+    "hidden_size_per_layer_input": lambda value, sizes: 12,
+}

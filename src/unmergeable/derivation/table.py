@@ -1,0 +1,308 @@
+"""From the blocks of two small networks to templates that hold for every size.
+
+Both are derived from one kind of config with other numbers; a number in a map becomes the formula that gives it in
+both: a setting of the config, a quotient of two, or a sum of products of the numbers found before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, QueryKeyNorm
+from unmergeable.architecture.derived import DerivedMap, evaluate, flags_of, numbers, of_layer
+from unmergeable.architecture.rules import symmetry_map
+from unmergeable.derivation.attentions import NOT_UNDERSTOOD
+from unmergeable.derivation.build import Specimen
+from unmergeable.derivation.derive import Block, Derivation, without_numbers
+from unmergeable.derivation.scene import Unexplained
+from unmergeable.derivation.shrink import COUNTS_OF_HEADS, SIZES_OF_HEADS
+
+_PREFERRED = (
+    "num_key_value_heads", "num_attention_heads", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "head_dim",
+    "num_heads", "n_head", "d_kv", "hidden_size",
+)  # fmt: skip
+"""Names that files have had longest come first: a config may lack what a newer class fills in."""
+
+
+@dataclass
+class _Pair:
+    """One block in both networks, and the numbers known so far by name."""
+
+    first: Block
+    second: Block
+    settings: tuple[dict[str, float], dict[str, float]]
+    scope: tuple[dict[str, float], dict[str, float]]
+    used: set[str]
+
+    def know(self, name: str, values: tuple[float, float]) -> None:
+        for scope, value in zip(self.scope, values, strict=True):
+            scope[name] = value
+
+    def fit(self, values: tuple[int, int], *guesses: str) -> str | int:
+        """The simplest formula that gives both numbers, of ``guesses`` first.
+
+        Raises Unexplained when none does.
+        """
+        for formula in itertools.chain(guesses, self._local(values), self._from_config(values)):
+            if all(evaluate(formula, scope) == value for scope, value in zip(self._scopes(), values, strict=True)):
+                self.used |= {word for word in str(formula).split() if word in self.settings[0]}
+                return formula
+        if values[0] == values[1]:
+            return values[0]
+        raise Unexplained(f"no formula in the config gives {values[0]} and {values[1]}")
+
+    def _scopes(self) -> list[dict[str, float]]:
+        return [{**settings, **scope} for settings, scope in zip(self.settings, self.scope, strict=True)]
+
+    def _local(self, values: tuple[int, int]) -> Iterator[str | int]:
+        """Zero or one, then products of what is known, their multiples, differences and sums."""
+        if values in {(0, 0), (1, 1)}:
+            yield values[0]
+        terms = _terms(self.scope[0])
+        yield from terms
+        yield from (f"{count} * {term}" for count in (2, 3) for term in terms)
+        yield from (f"{a} - {b}" for a, b in itertools.permutations(_sizes(self.scope[0]), 2))
+        for count in (2, 3):
+            for chosen in itertools.combinations_with_replacement(terms, count):
+                if sum(evaluate(term, self.scope[0]) for term in chosen) == values[0]:
+                    yield " + ".join(chosen)
+
+    def _from_config(self, values: tuple[int, int]) -> Iterator[str | int]:
+        """A share of what is known, a setting that counts heads or their size, a quotient of two.
+
+        Settings that are the same in both networks would fit by chance, but for those that may be.
+        """
+        first, second = self.settings
+        names = sorted(first, key=lambda name: (_rank(name), name.count("."), len(name), name))
+        shares = [name for name in names if "rotary" in name and isinstance(first[name], float)]
+        yield from (f"{size} * {share}" for size in _sizes(self.scope[0]) for share in shares)
+        sizes = [name for name in names if _last(name) in SIZES_OF_HEADS or first[name] != second.get(name)]
+        yield from (name for name in sizes if first[name] == values[0])
+        counts = [name for name in sizes if _last(name) in COUNTS_OF_HEADS and first[name]]
+        yield from (f"{a} / {b}" for a in sizes for b in counts if first[a] / first[b] == values[0])
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1].removesuffix("[layer]")
+
+
+def _rank(name: str) -> int:
+    return _PREFERRED.index(_last(name)) if _last(name) in _PREFERRED else len(_PREFERRED)
+
+
+def _sizes(scope: Mapping[str, float]) -> list[str]:
+    return [name for name in scope if name not in {"groups", "members"}]
+
+
+def _terms(scope: Mapping[str, float]) -> list[str]:
+    """Products of known numbers that places are usually made of."""
+    outer = ("", "groups * ", "members * ", "groups * members * ") if "groups" in scope else ("",)
+    return [factor + size for factor in outer for size in _sizes(scope)]
+
+
+def tabulate(
+    model_type: str, network_class: str, one: tuple[Specimen, Derivation], two: tuple[Specimen, Derivation]
+) -> DerivedMap:
+    """The map of a type from two derivations with different sizes; blocks that no formula describes are left out."""
+    (first, found), (second, other) = one, two
+    settings = (numbers(first.config), numbers(second.config))
+    attentions: dict[str, dict[str, Any]] = {}
+    feed_forwards: dict[str, dict[str, Any]] = {}
+    reasons = {
+        without_numbers(name): text for name, text in found.reasons.items() if "not proven" in text or " " in name
+    }
+    used: set[str] = set()
+    dropped: set[str] = set()
+    for block in found.blocks:
+        if block.name not in {twin.name for twin in other.blocks}:
+            reasons[without_numbers(block.name)] = "proven at one size of the network and not at another"
+    for block, twin in _matched(found.blocks, other.blocks):
+        layer = tuple(int(word) for word in block.name.split(".") if word.isdigit())
+        here, there = (
+            {**own, **of_layer(one.config, layer)} for own, one in zip(settings, (first, second), strict=True)
+        )
+        both = _Pair(block, twin, (here, there), ({}, {}), used)
+        try:
+            if isinstance(block, Attention) and isinstance(twin, Attention):
+                template = _attention(both, block, twin)
+                kept = attentions
+            else:
+                assert isinstance(block, FeedForward)
+                assert isinstance(twin, FeedForward)
+                template = _feed_forward(both, block, twin)
+                kept = feed_forwards
+        except Unexplained as reason:
+            reasons[without_numbers(block.name)] = str(reason)
+            continue
+        name = str(template["name"])
+        known = kept.setdefault(name, template)
+        if known == template:
+            continue
+        try:
+            kept[name] = _common(known, template)
+        except Unexplained as reason:
+            reasons[name] = str(reason)
+            dropped.add(name)
+    defaults = {name: value for name in sorted(used) if isinstance(value := settings[0].get(name), float)}
+    prefix = str(getattr(first.network, "base_model_prefix", "") or "")
+    return DerivedMap(
+        model_type=model_type,
+        network_class=network_class,
+        prefix=f"{prefix}." if prefix else "",
+        attentions=tuple(template for name, template in attentions.items() if name not in dropped),
+        feed_forwards=tuple(template for name, template in feed_forwards.items() if name not in dropped),
+        flags=flags_of(first.config),
+        defaults=defaults,
+        known=tuple(sorted({without_numbers(name) for name in first.stored_names()})),
+        reasons=dict(sorted(reasons.items())),
+        proof=_proof(found, other),
+    )
+
+
+def _matched(first: Sequence[Block], second: Sequence[Block]) -> Iterator[tuple[Block, Block]]:
+    """Blocks of the same name in both networks."""
+    twins = {block.name: block for block in second}
+    for block in first:
+        twin = twins.get(block.name)
+        if twin is not None and type(twin) is type(block):
+            yield block, twin
+
+
+_PROPERTIES = {"parts": (), "norm": None, "position": "none", "heads_limit": "", "value_group": "general_linear"}
+
+
+def _common(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """What holds for both of two templates with the same tensors: layers may differ in what no tensor shows.
+
+    Some rotate queries and keys and others do not (rotary pairs hold for both), or heads stay in order in some.
+    """
+    if any(first.get(name) != second.get(name) for name in {*first, *second} - {*_PROPERTIES}):
+        raise Unexplained("layers of one form differ in where their heads lie")
+    one, other = sorted((first, second), key=lambda template: any(part["rotary"] for part in template.get("parts", ())))
+    groups = {one["value_group"], other["value_group"]} - {"general_linear"}
+    if len(groups) > 1:
+        raise Unexplained("layers of one form differ in what they do to values")
+    common = {**other, "heads_limit": other["heads_limit"] or one["heads_limit"]}
+    common["value_group"] = groups.pop() if groups else "general_linear"
+    if not one["parts"] or not _spans(one["parts"], other["parts"]) or one.get("norm") != other.get("norm"):
+        common |= {"parts": [], "position": "none", "heads_limit": common["heads_limit"] or NOT_UNDERSTOOD}
+        common.pop("norm", None)
+    return common
+
+
+def _spans(plain: Sequence[Mapping[str, Any]], rotary: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether what the rotary parts allow is allowed by the others too."""
+    if plain == rotary:
+        return True
+    is_free = len(plain) == 1 and not plain[0]["rotary"]
+    first = rotary[0]
+    return is_free and all(
+        first[side].get(key) == plain[0][side].get(key)
+        for side in ("query", "key")
+        for key in ("weight", "axis", "offset")
+    )
+
+
+def _attention(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]:
+    same = ("position", "is_cross", "heads_limit", "value_group")
+    if any(getattr(block, name) != getattr(twin, name) for name in same) or len(block.parts) != len(twin.parts):
+        raise Unexplained("two sizes of the network have different groups")
+    template: dict[str, Any] = {"name": without_numbers(block.name)}
+    heads = (block.num_heads, twin.num_heads)
+    template["groups"] = both.fit((block.groups, twin.groups))
+    both.know("groups", (block.groups, twin.groups))
+    template["members"] = _members(both, block, twin, heads)
+    both.know("members", (block.members, twin.members))
+    template["value_size"] = "columns / groups / members"
+    both.know("value_size", (block.value_size, twin.value_size))
+    parts = []
+    for index, (part, other) in enumerate(zip(block.parts, twin.parts, strict=True)):
+        rest = " - ".join(["value_size", *(f"part_{before}" for before in range(index))])
+        parts.append(
+            {"size": both.fit((part.size, other.size), *([rest] if 0 < index == len(block.parts) - 1 else []))}
+        )
+        both.know(f"part_{index}", (part.size, other.size))
+    if block.parts:
+        both.know("query_size", (sum(p.size for p in block.parts), sum(p.size for p in twin.parts)))
+    template["parts"] = [
+        {
+            **data,
+            "query": _heads(both, part.query, other.query),
+            "key": _heads(both, part.key, other.key),
+            "rotary": part.rotary,
+            "shared_key": part.shared_key,
+        }
+        for data, part, other in zip(parts, block.parts, twin.parts, strict=True)
+    ]
+    template["value"] = _heads(both, block.value, twin.value)
+    template["output"] = _heads(both, block.output, twin.output)
+    if block.norm is not None:
+        template["norm"] = _norm(block.norm)
+    return template | {name: getattr(block, name) for name in same}
+
+
+def _members(both: _Pair, block: Attention, twin: Attention, heads: tuple[int, int]) -> str | int:
+    if block.members == twin.members == 1:
+        return 1
+    formula = both.fit(heads)
+    if isinstance(formula, int):
+        raise Unexplained("no setting counts the query heads; layers may have different numbers of them")
+    return f"{formula} / groups"
+
+
+def _norm(norm: QueryKeyNorm) -> dict[str, Any]:
+    names = {side: [without_numbers(name) for name in getattr(norm, side)] for side in ("query_gains", "key_gains")}
+    biases = {
+        side: name and without_numbers(name) for side in ("query_bias", "key_bias") for name in (getattr(norm, side),)
+    }
+    return names | biases | {key: getattr(norm, key) for key in ("kind", "scope", "epsilon", "gain_axis", "offset")}
+
+
+def _feed_forward(both: _Pair, block: FeedForward, twin: FeedForward) -> dict[str, Any]:
+    if (block.activation, block.scale_limit) != (twin.activation, twin.scale_limit):
+        raise Unexplained("two sizes of the network have different groups")
+    both.know("units", (block.size, twin.size))
+    template: dict[str, Any] = {"name": without_numbers(block.name)}
+    for side in ("gate", "up", "down"):
+        here, there = getattr(block, side), getattr(twin, side)
+        if here is not None and there is not None:
+            template[side] = _heads(both, here, there)
+    return template | {"activation": block.activation, "scale_limit": block.scale_limit}
+
+
+def _heads(both: _Pair, here: Heads, there: Heads) -> dict[str, Any]:
+    if (without_numbers(here.weight), here.axis) != (without_numbers(there.weight), there.axis):
+        raise Unexplained("two sizes of the network are stored differently")
+    data: dict[str, Any] = {"weight": without_numbers(here.weight), "axis": here.axis}
+    if here.bias is not None:
+        data["bias"] = without_numbers(here.bias)
+    for key in ("offset", "group_stride", "member_stride"):
+        values = (getattr(here, key), getattr(there, key))
+        if values != (0, 0):
+            data[key] = both.fit(values)
+    return data
+
+
+def _proof(*derivations: Derivation) -> dict[str, Any]:
+    """The versions a map was proven with, and the worst figures for every kind of group."""
+    figures: dict[str, dict[str, Any]] = {}
+    for derivation in derivations:
+        spaces = symmetry_map(derivation.blocks).spaces
+        for name, proof in derivation.proofs.items():
+            if name not in spaces:
+                continue
+            kind = f"{spaces[name].role} {spaces[name].group}"
+            worst = figures.setdefault(kind, {"change": 0.0, "one_sided": float("inf"), "outside": None})
+            worst["change"] = max(worst["change"], proof.change)
+            worst["one_sided"] = min(worst["one_sided"], proof.one_sided)
+            if proof.outside is not None:
+                worst["outside"] = min(worst["outside"] or float("inf"), proof.outside)
+    rounded = {
+        kind: {key: value and float(f"{value:.2g}") for key, value in row.items()} for kind, row in figures.items()
+    }
+    joint = max(derivation.joint for derivation in derivations)
+    return {"transformers": version("transformers"), "torch": version("torch"), "joint": joint, "groups": rounded}

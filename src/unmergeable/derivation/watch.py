@@ -1,0 +1,164 @@
+"""One forward pass of a network, watched: every product with a weight, and every attention.
+
+A product is recognised by its weight being a parameter, or a view of one; an attention by a softmax whose input is a
+product of two activations and whose output multiplies a third. Nothing depends on how a network's code is organised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from unmergeable.derivation.build import Specimen, in_float64
+
+_PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"}
+_OPERANDS = ("input", "batch1", "batch2", "mat1", "mat2", "tensor2", "other", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class Product:
+    """``outputs`` = weight applied to ``inputs``, both [..., coordinates]; ``replay`` applies it to other inputs.
+
+    ``name`` is the parameter's, ``weight`` the part of it that is used; with three axes, the first counts experts.
+    ``added`` are vectors added to the outputs afterwards.
+    """
+
+    name: str
+    weight: Tensor
+    parameters: tuple[Tensor, ...]
+    inputs: Tensor
+    outputs: Tensor
+    replay: Callable[[Tensor], Tensor]
+    added: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class AttentionCall:
+    """Queries, keys [..., heads, tokens, size] and values [..., heads, tokens, value size] of one attention.
+
+    ``position`` counts the products before the values were used.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    position: int
+
+
+@dataclass
+class Trace:
+    """What happened, in order."""
+
+    products: list[Product] = field(default_factory=list)
+    attentions: list[AttentionCall] = field(default_factory=list)
+
+
+def watch(specimen: Specimen) -> Trace:
+    """Run a network once, with its graph kept, and say what it did."""
+    names = {id(parameter): name for name, parameter in specimen.network.named_parameters()}
+    recorder = _Recorder(names)
+    with in_float64(), recorder, torch.enable_grad():
+        specimen.network(**specimen.inputs)
+    return recorder.trace
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.trace = Trace()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in {"relu", "relu_"}:
+            # A unit that is off for every token would seem to come from nowhere.
+            return functional.leaky_relu(args[0], 0.5)
+        result = func(*args, **kwargs)
+        if name in _PRODUCTS and isinstance(result, Tensor):
+            self._product(func, name, args, kwargs, result)
+        elif func is functional.scaled_dot_product_attention:
+            query, key, value = args[:3] if len(args) >= 3 else (kwargs["query"], kwargs["key"], kwargs["value"])
+            self.trace.attentions.append(AttentionCall(query, key, value, len(self.trace.products)))
+        elif "softmax" in name and isinstance(result, Tensor):
+            scores = _mark(args, "_scores")
+            if scores is not None:
+                result._weights = scores  # type: ignore[attr-defined]
+        elif isinstance(result, Tensor):
+            if name in {"add", "__add__", "__radd__", "__iadd__", "add_"}:
+                self._bias(args)
+            for mark in ("_scores", "_weights"):
+                carried = _mark((args, tuple(kwargs.values())), mark)
+                if carried is not None:
+                    setattr(result, mark, carried)
+        return result
+
+    def _product(self, func: Any, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
+        operands = [*args, *(kwargs[key] for key in _OPERANDS if key in kwargs)]
+        rest = {key: value for key, value in kwargs.items() if key not in _OPERANDS}
+        place = 1 if name in {"addmm", "baddbmm"} else 0
+        first, second = operands[place], operands[place + 1]
+        weight = self._parameter(second)
+        if weight is None:
+            if self._parameter(first) is None:
+                self._attention(first, second, result)
+            return
+        if not isinstance(first, Tensor) or not result.requires_grad:
+            return
+        every = tuple(found for found in map(self._parameter, operands) if found is not None)
+
+        def replay(inputs: Tensor) -> Tensor:
+            with in_float64():
+                answer: Tensor = func(*operands[:place], inputs, *operands[place + 1 :], **rest)
+                return answer
+
+        made = Product(self.names[id(weight)], second, every, first, result, replay)
+        result._product = made  # type: ignore[attr-defined]
+        self.trace.products.append(made)
+
+    def _bias(self, terms: Any) -> None:
+        """A vector of parameters added to what a product gave out belongs to it."""
+        made = _mark(terms, "_product")
+        if made is not None and len(terms) == 2:
+            vectors = (self._parameter(term) for term in terms)
+            made.added.extend(vector for vector in vectors if vector is not None and vector.dim() == 1)
+
+    def _attention(self, first: Tensor, second: Tensor, result: Tensor) -> None:
+        scored = getattr(first, "_weights", None)
+        if scored is not None:
+            query, key = scored
+            self.trace.attentions.append(AttentionCall(query, key, second, len(self.trace.products)))
+        elif first.dim() >= 3 and second.dim() >= 3:
+            result._scores = (first, second.transpose(-1, -2))  # type: ignore[attr-defined]
+
+    def _parameter(self, operand: Any) -> Tensor | None:
+        """The parameter that an operand is, or is a view of."""
+        if not isinstance(operand, Tensor):
+            return None
+        for tensor in (operand, operand._base):
+            if tensor is not None and id(tensor) in self.names:
+                return tensor
+        return None
+
+
+def _mark(arguments: Any, name: str) -> Any:
+    """The first mark called ``name`` on any tensor among nested arguments."""
+    for tensor in _tensors(arguments):
+        mark = getattr(tensor, name, None)
+        if mark is not None:
+            return mark
+    return None
+
+
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    if isinstance(arguments, Tensor):
+        yield arguments
+    elif isinstance(arguments, (list, tuple)):
+        for argument in arguments:
+            yield from _tensors(argument)
