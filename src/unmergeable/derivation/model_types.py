@@ -32,6 +32,9 @@ def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | 
         same = kind.config_class.model_type == model_type
         config = default_config(model_type) if same else kind.config_class().to_dict()
     derived = _tabulated(model_type, kind, config)
+    if not (derived.attentions or derived.feed_forwards):
+        reason = next(iter(derived.reasons.values()), "it has no attention or feed-forward of a known form")
+        raise UnsupportedArchitecture(f"{model_type}: no change of basis could be proven ({reason}).")
     confirm(derived, _built(config, kind, UNSEEN))
     return derived
 

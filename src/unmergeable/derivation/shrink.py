@@ -35,11 +35,11 @@ SMALL = Sizes()
 WIDE = Sizes(heads=8, groups=2, head_size=32, intermediate=144, experts=8, latent=28, plain=6)
 """What to try instead of the second set, where a class wants heads in fours or positions on a quarter of each."""
 
-UNSEEN = Sizes(heads=8, groups=4, head_size=16, intermediate=96, experts=4, latent=24, plain=14)
+UNSEEN = Sizes(heads=8, groups=2, head_size=16, intermediate=96, experts=4, latent=24, plain=14)
 """Sizes that a map is read back for, after it was made from the others."""
 
-OTHER = Sizes(heads=6, groups=3, head_size=8, intermediate=112, experts=8, latent=28, plain=6)
-"""A second set, so that a number in a map can be traced to the setting it comes from."""
+OTHER = Sizes(heads=12, groups=4, head_size=8, intermediate=112, experts=8, latent=28, plain=6)
+"""A second set, with more query heads for each key head: it tells which setting a number in a map comes from."""
 
 _HIDDEN = (
     "hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim", "dim", "emb_dim", "word_embed_proj_dim",
