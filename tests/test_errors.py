@@ -71,6 +71,7 @@ def test_an_error_is_its_message(kind: type[UnmergeableError]) -> None:
 # Raised where the language asks for it, or caught a few lines further down and turned into an error of ours.
 BUILTIN_ON_PURPOSE = {
     "__init__.py": {"AttributeError"},
+    "evaluation/__init__.py": {"AttributeError"},
     "settings.py": {"ValueError"},
     "polynomials/modeling_polynomial.py": {"AttributeError"},  # runs where this package is not installed
     "gauge/activations.py": {"KeyError"},  # of a table that is empty for networks without a stream

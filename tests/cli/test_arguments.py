@@ -54,6 +54,7 @@ def test_protect_by_default(ops: RecordingOps, run: Runner) -> None:
         "head": None,
         "encoder": None,
         "siblings": [],
+        "generic": None,
         "dry_run": False,
         "allow_pickle": False,
         "threads": None,

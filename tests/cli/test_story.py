@@ -96,7 +96,7 @@ def test_protect_tells_what_the_owner_must_know(story: dict[str, Told], folder: 
     assert "Key: release-2.key" in text
     assert "never upload it" in text
     assert "Left out: pytorch_model.bin" in text
-    assert "Does not stop somebody who holds the base model" in text
+    assert "does not stop an attacker who holds the base" in text
     assert "unmergeable recover release-2 --base base --method nearest_orbit --out release-2-recovered" in text
     assert re.search(r"Largest error of a block: \S+ relative; bound \S+", text)
     assert 0 < document["measured_block_error"] <= document["predicted_block_error"]

@@ -54,7 +54,11 @@ def equal(first: Path, second: Path) -> bool:
 
 def test_what_a_protection_is_follows_from_its_settings() -> None:
     stages = {name: cls().requirements().stage for name, cls in PROTECTIONS.items()}
-    assert {name for name, stage in stages.items() if stage == "weights"} == {"mergeguard", "sensitivity_shield"}
+    assert {name for name, stage in stages.items() if stage == "weights"} == {
+        "collapse",
+        "mergeguard",
+        "sensitivity_shield",
+    }
     assert {name for name, stage in stages.items() if stage == "structure"} == {"taylor_mlp", "mergebarrier"}
     (flipped,) = steps_of("mergebarrier", {"parts": "attention"})
     assert (flipped.requirements.exact, flipped.requirements.stage, flipped.reads) == (True, "basis", frozenset())

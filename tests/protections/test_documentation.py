@@ -21,7 +21,7 @@ def test_every_method_and_setting_is_documented() -> None:
         for setting in dataclasses.fields(method):
             (row,) = (line for line in section.splitlines() if line.startswith("| ") and f"`{setting.name}`" in line)
             default = setting.default
-            shown = str(default).lower() if isinstance(default, bool) else f"{default:g}"
+            shown = f"{default:g}" if isinstance(default, float) else str(default).lower()
             assert shown in row, (name, setting.name)
     assert all(f"`{name}`" in PAGE for name in CONTROLS)
 

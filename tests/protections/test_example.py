@@ -146,7 +146,7 @@ class Halved(Protection):
 
 USE = """
 import sys, unmergeable
-from unmergeable.evaluation.plan_entries import read_protection
+from unmergeable.evaluation.plans.entries import read_protection
 from pathlib import Path
 work = Path(sys.argv[1])
 assert "halved" in [entry.name for entry in unmergeable.methods().protections]

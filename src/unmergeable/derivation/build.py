@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from unmergeable.errors import UnsupportedArchitecture
+from unmergeable.errors import UnsupportedArchitecture, UsageError
 from unmergeable.network.disk_weights import find_places
 
 LENGTH = 12
@@ -144,7 +144,7 @@ def _inputs(network: Any, config: Any) -> dict[str, Tensor]:
     def tokens(length: int) -> Tensor:
         return torch.randint(low, vocabulary, (1, length), generator=generator)
 
-    if "input_ids" in accepted and main in {"input_ids", "pixel_values"} and (main == "input_ids"):
+    if main == "input_ids" and "input_ids" in accepted:
         inputs["input_ids"] = tokens(LENGTH)
     elif main == "pixel_values":
         vision = getattr(config, "vision_config", config)
@@ -166,7 +166,7 @@ def _inputs(network: Any, config: Any) -> dict[str, Tensor]:
     elif main == "input_values":
         inputs["input_values"] = torch.randn(1, 4000, generator=generator, dtype=torch.float64)
     else:
-        raise ValueError(f"inputs called {main}")
+        raise UsageError(f"{type(network).__name__} reads {main}, which no random inputs are made for.")
     if "decoder_input_ids" in accepted and bool(getattr(config, "is_encoder_decoder", False)):
         inputs["decoder_input_ids"] = tokens(7)
     if "use_cache" in accepted:
