@@ -107,8 +107,8 @@ from unmergeable.cli import main
 from unmergeable.merges import merge_method, merge_state_dicts
 
 assert callable(unmergeable.merges.ties)  # although the module was the first to be imported
-(listed,) = [entry for entry in ops.methods().merges if entry["name"] == "median"]
-print(json.dumps(listed))
+(listed,) = [entry for entry in ops.methods().merges if entry.name == "median"]
+print(json.dumps(listed.to_json()))
 experts = [load_file(f"{number}/model.safetensors") for number in range(3)]
 merged = merge_state_dicts(None, experts, method=merge_method("median", factor=2))
 save_file(merged, "memory.safetensors")

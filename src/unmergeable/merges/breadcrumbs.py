@@ -42,9 +42,8 @@ from unmergeable.merges.blocks import (
     weighted_sum,
     whole_rows,
 )
-from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.merges.engine import in_memory
 from unmergeable.merges.magnitudes import largest_below, tensor_magnitudes
-from unmergeable.network.disk_weights import Weights
 
 Trim = Literal["tensor", "row"]
 
@@ -89,22 +88,7 @@ class Breadcrumbs(Merge):
         return merge
 
 
-def breadcrumbs(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    density: float = 0.15,
-    gamma: float = 0.006,
-    scaling_coefficient: float = 0.2,
-    trim: Trim = "tensor",
-) -> dict[str, Tensor]:
-    """Drop the smallest and the very largest weights of the task vectors, add (arXiv 2312.06795), in memory.
-
-    Settings are those of :class:`Breadcrumbs`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = Breadcrumbs(density, gamma, scaling_coefficient, trim)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+breadcrumbs = in_memory(Breadcrumbs)
 
 
 def kept_band(density: float, gamma: float, size: int) -> Band:

@@ -23,8 +23,7 @@ from torch import Tensor
 from unmergeable.errors import UsageError
 from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, Varies, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks
-from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.network.disk_weights import Weights
+from unmergeable.merges.engine import in_memory
 
 
 @dataclass(frozen=True)
@@ -61,21 +60,7 @@ class ConsensusTa(Merge):
         return merge
 
 
-def consensus_ta(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    scaling_coefficient: float = 0.3,
-    mask_threshold: float = 0.4,
-    agreement: int = 2,
-) -> dict[str, Tensor]:
-    """Add the task vectors where several tasks use a weight (TALL-masks, arXiv 2405.07813), in memory.
-
-    Settings are those of :class:`ConsensusTa`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = ConsensusTa(scaling_coefficient, mask_threshold, agreement)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+consensus_ta = in_memory(ConsensusTa)
 
 
 def _merge_block(

@@ -28,9 +28,8 @@ from unmergeable.merges.base import (
     require_finite,
 )
 from unmergeable.merges.blocks import Operand, Scratch
-from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.merges.engine import in_memory
 from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_thinned, require_rescale
-from unmergeable.network.disk_weights import Weights
 
 
 @dataclass(frozen=True)
@@ -68,19 +67,4 @@ class DareLinear(Merge):
         return merge
 
 
-def dare_linear(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    density: float = 0.8,
-    scaling_coefficient: float = 1.0,
-    rescale: Rescale = "density",
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Drop all but ``density`` of the task vectors at random, rescale, add (DARE, arXiv 2311.03099), in memory.
-
-    Settings are those of :class:`DareLinear`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = DareLinear(density, scaling_coefficient, rescale, seed)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+dare_linear = in_memory(DareLinear)

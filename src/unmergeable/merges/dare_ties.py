@@ -37,9 +37,8 @@ from unmergeable.merges.base import (
 )
 from unmergeable.merges.blocks import Operand, Scratch
 from unmergeable.merges.election import Average, Undecided, require_election
-from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.merges.engine import in_memory
 from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_elected, require_rescale
-from unmergeable.network.disk_weights import Weights
 
 
 @dataclass(frozen=True)
@@ -89,21 +88,4 @@ class DareTies(Merge):
         return merge
 
 
-def dare_ties(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    density: float = 0.8,
-    scaling_coefficient: float = 1.0,
-    rescale: Rescale = "density",
-    average: Average = "count",
-    undecided: Undecided = "drop",
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Drop at random as DARE does (arXiv 2311.03099), then merge as TIES does (arXiv 2306.01708), in memory.
-
-    Settings are those of :class:`DareTies`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = DareTies(density, scaling_coefficient, rescale, average, undecided, seed)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+dare_ties = in_memory(DareTies)

@@ -47,10 +47,9 @@ from unmergeable.merges.base import (
 )
 from unmergeable.merges.blocks import Operand, Scratch, accumulation_dtype, regrouped, row_length, whole_rows
 from unmergeable.merges.election import Average, Undecided, require_election
-from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.merges.engine import in_memory
 from unmergeable.merges.masks import DRAW_BITS, draws, mask_stream, remembered
 from unmergeable.merges.thinning import Rescale, compensated, merge_elected, require_rescale
-from unmergeable.network.disk_weights import Weights
 from unmergeable.randomness import Stream
 
 
@@ -126,25 +125,7 @@ class Della(Merge):
         return merge
 
 
-def della(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    density: float = 0.7,
-    epsilon: float = 0.07,
-    scaling_coefficient: float = 1.1,
-    rescale: Rescale = "density",
-    average: Average = "count",
-    undecided: Undecided = "drop",
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Drop at random, small weights likelier, then merge as TIES does (DELLA, arXiv 2406.11617), in memory.
-
-    Settings are those of :class:`Della`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = Della(density, epsilon, scaling_coefficient, rescale, average, undecided, seed)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+della = in_memory(Della)
 
 
 def magprune_mask(

@@ -15,8 +15,7 @@ from torch import Tensor
 from unmergeable.errors import UsageError
 from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, fill_coefficients
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
-from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.network.disk_weights import Weights
+from unmergeable.merges.engine import in_memory
 from unmergeable.registry import Requirements
 
 
@@ -51,19 +50,7 @@ class Linear(Merge):
         return merge
 
 
-def linear(
-    base: Weights | None,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    normalize: bool = True,
-) -> dict[str, Tensor]:
-    """Average the experts, ``sum_i c_i theta_i / sum_i c_i`` (model soups, arXiv 2203.05482), in memory.
-
-    Settings are those of :class:`Linear`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = Linear(normalize)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+linear = in_memory(Linear)
 
 
 def merge_tensor(

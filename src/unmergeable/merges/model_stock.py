@@ -33,8 +33,7 @@ from unmergeable.merges.blocks import (
     whole_rows,
     widened_blocks,
 )
-from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.network.disk_weights import Weights
+from unmergeable.merges.engine import in_memory
 
 _SINGULAR = 1e-6
 """A denominator closer to 0 than this has no finite interpolation to offer."""
@@ -63,15 +62,7 @@ class ModelStock(Merge):
         return partial(merge_tensor, filter_wise=self.filter_wise, smallest_norms=self.smallest_norms)
 
 
-def model_stock(
-    base: Weights, experts: Sequence[Weights], *, filter_wise: bool = False, smallest_norms: float = 0.0
-) -> dict[str, Tensor]:
-    """Interpolate between the base and the mean of the experts by their angles (arXiv 2403.19522), in memory.
-
-    Settings are those of :class:`ModelStock`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = ModelStock(filter_wise, smallest_norms)
-    return merge_state_dicts(base, experts, method=method)
+model_stock = in_memory(ModelStock)
 
 
 def merge_tensor(

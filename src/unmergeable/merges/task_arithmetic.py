@@ -14,8 +14,7 @@ from torch import Tensor
 
 from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, fill_coefficients, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
-from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.network.disk_weights import Weights
+from unmergeable.merges.engine import in_memory
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,7 @@ class TaskArithmetic(Merge):
         return merge
 
 
-def task_arithmetic(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    scaling_coefficient: float = 0.3,
-) -> dict[str, Tensor]:
-    """Add scaled task vectors, ``theta_0 + sum_i lambda_i (theta_i - theta_0)`` (arXiv 2212.04089), in memory.
-
-    Settings are those of :class:`TaskArithmetic`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = TaskArithmetic(scaling_coefficient)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+task_arithmetic = in_memory(TaskArithmetic)
 
 
 def merge_tensor(name: str, operands: Sequence[Operand], scratch: Scratch, *, coefficients: Sequence[float]) -> Tensor:

@@ -44,9 +44,8 @@ from unmergeable.merges.base import (
 )
 from unmergeable.merges.blocks import Operand, Scratch, accumulation_dtype, merge_blocks
 from unmergeable.merges.election import SPARE, Average, Undecided, add_elected, require_election
-from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.merges.engine import in_memory
 from unmergeable.merges.magnitudes import largest_below, model_densities, model_magnitudes, rank_kept, tensor_magnitudes
-from unmergeable.network.disk_weights import Weights
 
 Trim = Literal["global", "tensor"]
 
@@ -99,23 +98,7 @@ class Ties(Merge):
         return merge
 
 
-def ties(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    density: float = 0.2,
-    scaling_coefficient: float = 1.0,
-    trim: Trim = "global",
-    average: Average = "count",
-    undecided: Undecided = "drop",
-) -> dict[str, Tensor]:
-    """Trim task vectors to ``density``, elect signs, average those who agree (arXiv 2306.01708), in memory.
-
-    Settings are those of :class:`Ties`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = Ties(density, scaling_coefficient, trim, average, undecided)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+ties = in_memory(Ties)
 
 
 def merge_tensor(
