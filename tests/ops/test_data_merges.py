@@ -230,7 +230,7 @@ def test_refuses_before_anything_is_written(
 
 
 def test_methods_say_what_they_need() -> None:
-    needs = {entry["name"]: entry["needs"] for entry in ops.methods().merges}
+    needs = {entry.name: list(entry.needs) for entry in ops.methods().merges}
     assert needs["adamerging"] == ["base", "data"]
     assert [needs[name] for name in ("fisher", "regmean", "soup")] == [["data"]] * 3
     assert needs["ties"] == ["base"]

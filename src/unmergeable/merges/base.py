@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -109,6 +109,8 @@ class Merge(ABC):
     fewest_experts: ClassVar[int] = 2
     most_experts: ClassVar[int | None] = None
     varies: ClassVar[Varies] = {}
+    needs_positive: ClassVar[bool] = False
+    """Whether a negative coefficient is refused, since it would vote against its own expert; not all may be 0."""
 
     def requirements(self) -> Requirements:
         """What the method needs with these settings: the base of the experts ("base"), examples ("data")."""
@@ -122,15 +124,24 @@ class Merge(ABC):
     def needs_data(self) -> bool:
         return "data" in self.requirements().needs
 
-    def validate(self) -> None:  # noqa: B027 (most settings have a range, some methods have no settings)
-        """Raise UsageError when a setting is out of range."""
+    def validate(self) -> None:
+        """Raise UsageError when a setting is out of range; here, for a choice that does not exist."""
+        for setting, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, setting) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise UsageError(f"{setting}={getattr(self, setting)}: must be one of {choices}.")
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         """One coefficient per expert, with the method's default where none was given.
 
         Raises UsageError for values that the method cannot use.
         """
-        return fill_coefficients(coefficients, default=1.0)
+        filled = fill_coefficients(coefficients, default=1.0)
+        if self.needs_positive and (min(filled) < 0 or max(filled) == 0):
+            raise UsageError(
+                f"{self.name}: coefficients {filled} must be positive (0 leaves an expert out, but not all)."
+            )
+        return filled
 
     @abstractmethod
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
@@ -153,12 +164,6 @@ def fill_coefficients(coefficients: Sequence[float | None], default: float) -> t
     return filled
 
 
-def require_choice(setting: str, value: str, choices: Sequence[str]) -> None:
-    """Raise UsageError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise UsageError(f"{setting}={value}: must be one of {', '.join(choices)}.")
-
-
 def require_finite(setting: str, value: float) -> None:
     """Raise UsageError for NaN and infinity."""
     if not isfinite(value):
@@ -169,14 +174,3 @@ def require_density(density: float) -> None:
     """Raise UsageError unless ``density`` is a fraction of weights that can be kept."""
     if not 0 < density <= 1:
         raise UsageError(f"density={density}: must lie in (0, 1], the fraction of weights kept.")
-
-
-def positive_coefficients(method: str, coefficients: Sequence[float | None]) -> tuple[float, ...]:
-    """Coefficients that may vote on a sign, 1 by default.
-
-    Raises UsageError for a negative one (it would vote against its own expert), or when all are 0.
-    """
-    filled = fill_coefficients(coefficients, default=1.0)
-    if min(filled) < 0 or max(filled) == 0:
-        raise UsageError(f"{method}: coefficients {filled} must be positive (0 leaves an expert out, but not all).")
-    return filled

@@ -16,7 +16,7 @@ which; its density defaults to 1 and its gamma to 0.01. Its weights are the lamb
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from unmergeable.merges.base import (
     TermsOf,
     Varies,
     fill_coefficients,
-    require_choice,
     require_density,
     require_finite,
 )
@@ -69,7 +68,7 @@ class Breadcrumbs(Merge):
         if not 0 <= self.gamma < 1:
             raise UsageError(f"gamma={self.gamma}: must lie in [0, 1), the fraction of outliers dropped.")
         require_finite("scaling_coefficient", self.scaling_coefficient)
-        require_choice("trim", self.trim, get_args(Trim))
+        super().validate()
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         return fill_coefficients(coefficients, default=self.scaling_coefficient)

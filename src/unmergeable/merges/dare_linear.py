@@ -29,7 +29,7 @@ from unmergeable.merges.base import (
 )
 from unmergeable.merges.blocks import Operand, Scratch
 from unmergeable.merges.engine import in_memory
-from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_thinned, require_rescale
+from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_thinned
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DareLinear(Merge):
     def validate(self) -> None:
         require_density(self.density)
         require_finite("scaling_coefficient", self.scaling_coefficient)
-        require_rescale(self.rescale)
+        super().validate()
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         return fill_coefficients(coefficients, default=self.scaling_coefficient)

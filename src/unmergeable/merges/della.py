@@ -12,15 +12,7 @@ and the survivors are divided by q, which keeps the expectation. With t_i the th
     theta = theta_0 + scaling_coefficient * tau
 
 The defaults are the authors' example: drop rate 0.3 in a window of 0.14 (``epsilon`` is half of it), scaling 1.1.
-
-=============  ==========================================================  =======================================
-setting        paper                                                       mergekit
-=============  ==========================================================  =======================================
-``rescale``    ``density``: by 1/q                                         ``norm``: back to the L1 norm, per tensor
-``average``    ``count``: divide by the number of experts that agree       ``weight``: by the sum of their c_i
-                                                                           (``sum`` for normalize: false)
-``undecided``  ``drop``: a mass of exactly 0 elects nobody                 ``positive``: it elects +
-=============  ==========================================================  =======================================
+``rescale`` is described in :mod:`unmergeable.merges.thinning`, ``average`` and ``undecided`` in :mod:`.election`.
 
 mergekit's density defaults to 1, its epsilon to 0.15. The row of a tensor of more than two axes is everything behind
 the first; mergekit ranks along the second axis alone.
@@ -35,21 +27,12 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import (
-    Inputs,
-    Merge,
-    TensorMerge,
-    TermsOf,
-    Varies,
-    positive_coefficients,
-    require_density,
-    require_finite,
-)
+from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, Varies, require_density, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, accumulation_dtype, regrouped, row_length, whole_rows
-from unmergeable.merges.election import Average, Undecided, require_election
+from unmergeable.merges.election import Average, Election, Undecided
 from unmergeable.merges.engine import in_memory
 from unmergeable.merges.masks import DRAW_BITS, draws, mask_stream, remembered
-from unmergeable.merges.thinning import Rescale, compensated, merge_elected, require_rescale
+from unmergeable.merges.thinning import Rescale, compensated, merge_elected
 from unmergeable.randomness import Stream
 
 
@@ -62,6 +45,7 @@ class Della(Merge):
     """
 
     name: ClassVar[str] = "della"
+    needs_positive: ClassVar[bool] = True
     varies: ClassVar[Varies] = {"density": "expert", "epsilon": "expert", "scaling_coefficient": "tensor"}
 
     density: float = 0.7
@@ -80,12 +64,7 @@ class Della(Merge):
                 f"(density is {self.density})."
             )
         require_finite("scaling_coefficient", self.scaling_coefficient)
-        require_rescale(self.rescale)
-        require_election(self.average, self.undecided)
-
-    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
-        """The c_i, 1 by default. Raises UsageError for a negative one: it would vote against its own expert."""
-        return positive_coefficients(self.name, coefficients)
+        super().validate()
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
@@ -110,17 +89,9 @@ class Della(Merge):
             else:
                 masks = [remembered(mask) for mask in masks]  # a bit is read faster than a row is ranked
                 factors = compensated(tensor_terms.coefficients, operands, masks, densities, self.rescale, scratch)
-            return merge_elected(
-                name,
-                operands,
-                masks,
-                scratch,
-                factors=factors,
-                coefficients=tensor_terms.coefficients,
-                scaling_coefficient=tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient),
-                average=self.average,
-                undecided=self.undecided,
-            )
+            scaling = tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient)
+            election = Election(tensor_terms.coefficients, scaling, self.average, self.undecided)
+            return merge_elected(name, operands, masks, scratch, factors=factors, election=election)
 
         return merge
 
