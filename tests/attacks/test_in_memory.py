@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from unmergeable.ops.polynomials import protect_with_polynomials
 
 import unmergeable
 from attacks.planted import Build, Network
 from unmergeable import attacks
 from unmergeable.attacks import ATTACKS, OrbitFit, RecoveredWeights
 from unmergeable.errors import Mismatch, UsageError
-from unmergeable.ops.polynomials import protect_with_polynomials
 from zoo import TOYS, load_toy
 
 State = dict[str, torch.Tensor]

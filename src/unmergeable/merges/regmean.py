@@ -37,7 +37,7 @@ from unmergeable.merges.learning import BATCH_SIZE, LearningInputs, StatisticsMe
 from unmergeable.merges.linear import merge_tensor as average_tensor
 from unmergeable.merges.models import Model
 from unmergeable.network.disk_weights import Weights
-from unmergeable.network.encoding import EncodedBatch
+from unmergeable.network.encoding import EncodedBatch, grouped
 from unmergeable.network.linear_layers import MEMORY_BUDGET, LinearLayer, linear_layers
 from unmergeable.network.statistics import write_statistics
 from unmergeable.network.tasks import Task, answer, device_of
@@ -119,22 +119,8 @@ def gather_input_grams(
         BadInput: there are no examples, the network does not take them, or its activations are not finite.
     """
     layers = linear_layers(network)
-    for group in _groups(layers, memory_budget):
+    for group in grouped(layers, lambda layer: 4 * layer.inputs**2, memory_budget):
         yield from _gather(network, task, group, progress).items()
-
-
-def _groups(layers: Sequence[LinearLayer], memory_budget: int) -> Iterator[list[LinearLayer]]:
-    group: list[LinearLayer] = []
-    size = 0
-    for layer in layers:
-        nbytes = 4 * layer.inputs**2
-        if group and size + nbytes > memory_budget:
-            yield group
-            group, size = [], 0
-        group.append(layer)
-        size += nbytes
-    if group:
-        yield group
 
 
 def _gather(network: Any, task: Task, layers: Sequence[LinearLayer], progress: Progress) -> dict[str, Tensor]:
@@ -166,17 +152,10 @@ def _observed_inputs(
     layers: Sequence[LinearLayer], batch: EncodedBatch, observe: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Inside, ``observe`` is given the key and the inputs, float32 [rows, inputs], of every layer that is called."""
-    mask = batch.inputs.get("attention_mask")
-
-    def capture(key: str, inputs: Tensor) -> None:
-        if mask is not None and inputs.dim() == 3 and inputs.shape[:2] == mask.shape:
-            inputs = inputs[mask.bool().to(inputs.device)]
-        observe(key, inputs.reshape(-1, inputs.shape[-1]).float())
-
     with ExitStack() as hooks:
         for layer in layers:
             hook = layer.module.register_forward_pre_hook(
-                lambda module, arguments, key=layer.key: capture(key, arguments[0])
+                lambda module, arguments, key=layer.key: observe(key, batch.visible(arguments[0]).float())
             )
             hooks.callback(hook.remove)
         yield

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from unmergeable.errors import BadInput, UsageError
-from unmergeable.network.tasks import device_of
+from unmergeable.errors import UsageError
+from unmergeable.network.tasks import device_of, refusing
 from unmergeable.tasks.prompts import PromptTokenizer, Tokens, reads_with_encoder
 
 
@@ -67,18 +67,11 @@ class Answering:
         ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=tokenizer.padding)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         begin = 1 if has_encoder else ids.shape[1]
-        try:
+        what = f"does not continue prompts of {ids.shape[1]} tokens by {self.max_new_tokens}"
+        with refusing(network, what, "set max_length and max_new_tokens to what it can read"):
             out = network.generate(
                 inputs=ids, attention_mask=mask, stopping_criteria=[self._ends(tokenizer, begin)] if self.stop else []
             )
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise BadInput(
-                f"{type(network).__name__} does not continue prompts of {ids.shape[1]} tokens by {self.max_new_tokens} "
-                f"({reason}); set max_length and max_new_tokens to what it can read."
-            ) from error
         return [self.cut(tokenizer.text(_until(row, tokenizer.ends))) for row in out[:, begin:].tolist()]
 
     def _ends(self, tokenizer: PromptTokenizer, begin: int) -> Callable[..., Tensor]:

@@ -8,7 +8,7 @@ an encoder and decoder the encoder runs once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from unmergeable.errors import BadInput
-from unmergeable.network.tasks import device_of
+from unmergeable.network.encoding import grouped
+from unmergeable.network.tasks import device_of, refusing
 from unmergeable.tasks.prompts import Question, reads_with_encoder
 from unmergeable.tasks.task_kind import Scores
 
@@ -37,19 +37,12 @@ def continuation_log_probabilities(network: Any, questions: Sequence[Question], 
     found: list[Scores | None] = [None] * len(questions)
     order = sorted(range(len(questions)), key=lambda number: len(questions[number].prefix))
     score = _encoder_decoder if reads_with_encoder(network) else _causal
-    for chosen in _batches(order, questions, batch_size):
+    for chosen in grouped(order, lambda number: len(questions[number].continuations), batch_size):
         batch = [questions[number] for number in chosen]
-        try:
+        longest = max(len(question.prefix) for question in batch)
+        remedy = "give a language model, and set max_length to what it can read"
+        with refusing(network, f"does not continue prompts of {longest} tokens", remedy):
             totals = score(network, batch, device_of(network))
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            longest = max(len(question.prefix) for question in batch)
-            raise BadInput(
-                f"{type(network).__name__} does not continue prompts of {longest} tokens ({reason}); give a language "
-                "model, and set max_length to what it can read."
-            ) from error
         parts = np.split(totals, np.cumsum([len(question.continuations) for question in batch])[:-1])
         for number, part in zip(chosen, parts, strict=True):
             found[number] = part
@@ -62,21 +55,6 @@ def reference_losses(network: Any, questions: Sequence[Question], *, batch_size:
     return np.array(
         [-scores[0] / len(question.continuations[0]) for scores, question in zip(found, questions, strict=True)]
     )
-
-
-def _batches(order: Sequence[int], questions: Sequence[Question], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of questions, in their order, so that their continuations fit into a batch."""
-    batch: list[int] = []
-    rows = 0
-    for number in order:
-        size = len(questions[number].continuations)
-        if batch and rows + size > batch_size:
-            yield batch
-            batch, rows = [], 0
-        batch.append(number)
-        rows += size
-    if batch:
-        yield batch
 
 
 def _causal(network: Any, questions: Sequence[Question], device: torch.device) -> Scores:

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from unmergeable.data import DataSource, Example, Fields, class_number
-from unmergeable.errors import BadInput, UsageError
+from unmergeable.errors import BadInput, UsageError, first_line
 from unmergeable.network.encoding import EncodedBatch, Encoder, class_names_of
-from unmergeable.network.load import load_network, load_tokenizer, quiet
+from unmergeable.network.load import load_network, load_tokenizer, optional_package, quiet
 from unmergeable.network.tasks import device_of, predict
 from unmergeable.randomness import Stream
 from unmergeable.tasks.clip_head import text_directions
@@ -165,10 +165,7 @@ def _generator(stream: Stream) -> torch.Generator:
 
 def _pipeline(folder: Path, network: Any) -> tuple[Any, str]:
     """The pipeline in a folder with the network in it, and what it is called there."""
-    try:
-        diffusers = importlib.import_module("diffusers")
-    except ImportError:
-        raise UsageError("diffusers is not installed; pip install 'unmergeable[diffusion]'") from None
+    diffusers = optional_package("diffusers", "diffusion")
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -184,8 +181,9 @@ def _pipeline(folder: Path, network: Any) -> tuple[Any, str]:
                 folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **given
             )
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise BadInput(f"{folder} does not load as a pipeline ({reason}); check that it is whole.") from error
+            raise BadInput(
+                f"{folder} does not load as a pipeline ({first_line(error)}); check that it is whole."
+            ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, parts[0]
 
