@@ -43,10 +43,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -142,20 +142,15 @@ class MergeGuard(Protection):
         return self.trains or self.excluded_layers > 0
 
     def validate(self) -> None:
-        """Raises UsageError for a setting out of range."""
-        self._require(0 < self.significant_share <= 1, "significant_share", "lie above 0, and be at most 1")
-        self._require(0 <= self.excluded_layers < 1, "excluded_layers", "be at least 0, and lie below 1")
-        self._require(0 < self.beta <= 2, "beta", "lie above 0, and be at most 2")
-        self._require(0 <= self.alpha < math.inf, "alpha", "be finite, and not negative")
-        self._require(0 < self.learning_rate < 1, "learning_rate", "lie between 0 and 1")
-        self._require(0 < self.confidence <= 1, "confidence", "lie above 0, and be at most 1")
+        self.require(0 < self.significant_share <= 1, "significant_share", "lie above 0, and be at most 1")
+        self.require(0 <= self.excluded_layers < 1, "excluded_layers", "be at least 0, and lie below 1")
+        self.require(0 < self.beta <= 2, "beta", "lie above 0, and be at most 2")
+        self.require(0 <= self.alpha < math.inf, "alpha", "be finite, and not negative")
+        self.require(0 < self.learning_rate < 1, "learning_rate", "lie between 0 and 1")
+        self.require(0 < self.confidence <= 1, "confidence", "lie above 0, and be at most 1")
         for name in ("steps", "batch_size", "examples"):
-            self._require(getattr(self, name) >= 1, name, "be at least 1")
-        self._require(self.low_rank >= 0, "low_rank", "be a rank, or 0 to train the weights themselves")
-
-    def _require(self, is_valid: bool, name: str, what: str) -> None:
-        if not is_valid:
-            raise UsageError(f"{self.name}: {name} must {what}, not {getattr(self, name)}.")
+            self.require(getattr(self, name) >= 1, name, "be at least 1")
+        self.require(self.low_rank >= 0, "low_rank", "be a rank, or 0 to train the weights themselves")
 
     def requirements(self) -> ProtectionRequirements:
         if not self.reads_data:
@@ -358,15 +353,8 @@ class MergeGuardFacts(Facts):
     accuracies: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "layers": self.layers,
-            "weights": self.weights,
-            "losses": list(self.losses),
-            "criticality": self.criticality.to_json() if self.criticality else None,
-            "masked": self.masked,
-            "threshold": self.threshold,
-            "accuracies": dict(self.accuracies) if self.accuracies else None,
-        }
+        criticality = self.criticality.to_json() if self.criticality else None
+        return {**asdict(self), "losses": list(self.losses), "criticality": criticality}
 
     def lines(self) -> list[str]:
         lines = [f"  Trained for {len(self.losses)} steps"] if self.losses else []
@@ -378,8 +366,7 @@ class MergeGuardFacts(Facts):
         return [*lines, f"Accuracy on the data: {', '.join(accuracies)}"] if accuracies else lines
 
 
-@dataclass(frozen=True)
-class _Tasks:
+class _Tasks(NamedTuple):
     """All examples, and those that layers are ranked and accuracies measured on."""
 
     learnt: Task
@@ -410,7 +397,7 @@ class _Job:
         digest = hashlib.sha256(json.dumps(self.recipe).encode())
         for source in (self.expert, self.base):
             digest.update(f"{source.index.headers_digest} {source.index.states}".encode())
-        for task in (self.tasks.learnt, self.tasks.scored) if self.tasks else ():
+        for task in self.tasks or ():
             for batch in task.batches:
                 labels = {} if batch.labels is None else {"labels": batch.labels}
                 for name, tensor in sorted({**batch.inputs, **labels}.items()):
