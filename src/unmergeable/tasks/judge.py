@@ -72,7 +72,6 @@ class Judge(Answering, Prompted):
         return JudgedAnswers(self, tokenizer, shown, prompts, references, questions, data.batch_size)
 
     def facts(self) -> Mapping[str, Any]:
-        """The command."""
         return {"command": list(self.command)}
 
 

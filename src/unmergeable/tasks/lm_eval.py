@@ -24,14 +24,14 @@ from unmergeable.data import Example
 from unmergeable.errors import BadInput, UsageError, first_line
 from unmergeable.network.load import load_tokenizer, optional_package
 from unmergeable.tasks.prompts import reads_with_encoder
-from unmergeable.tasks.task_kind import Scores, TaskData
+from unmergeable.tasks.task_kind import Scores, TaskData, TaskKind
 
 _FEWSHOT_SEED = 1234
 """The harness's own; its worked examples are drawn with it."""
 
 
 @dataclass(frozen=True)
-class HarnessTask:
+class HarnessTask(TaskKind):
     """Settings.
 
     Attributes:
@@ -44,7 +44,6 @@ class HarnessTask:
     """
 
     name: ClassVar[str] = "lm_eval"
-    paths: ClassVar[tuple[str, ...]] = ()
     task: str = ""
     metric: str = ""
     fewshot: int = -1
@@ -74,7 +73,6 @@ class HarnessTask:
         return HarnessScorer(self, manager, task, chosen, load_tokenizer(data.encoder), backend, data.batch_size)
 
     def facts(self) -> Mapping[str, Any]:
-        """The version of the harness."""
         return {"lm_eval": str(optional_package("lm_eval", "lm-eval").__version__)}
 
     def _loaded(self, path: Path) -> tuple[Any, Any]:

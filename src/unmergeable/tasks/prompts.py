@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from unmergeable.data import DataSource, Example, Fields
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.load import load_tokenizer
 from unmergeable.network.tasks import is_causal_language_model, is_encoder_decoder
+from unmergeable.tasks.task_kind import TaskKind
 
 Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Prompted:
+class Prompted(TaskKind):
     """Settings of every kind of task that prompts a language model.
 
     Attributes:
@@ -28,7 +29,6 @@ class Prompted:
         max_length: the most tokens of a prompt; the beginning of a longer one is cut off.
     """
 
-    paths: ClassVar[tuple[str, ...]] = ()
     prompt: str = "prompt"
     template: str = "{prompt}"
     chat: bool = False
@@ -57,10 +57,6 @@ class Prompted:
     def tokenizer(self, folder: Path) -> PromptTokenizer:
         """The tokenizer of a folder, with these settings."""
         return PromptTokenizer(folder, self.chat, self.max_length)
-
-    def facts(self) -> Mapping[str, Any]:
-        """Nothing but the settings."""
-        return {}
 
 
 def text_of(example: Example, name: str) -> str:

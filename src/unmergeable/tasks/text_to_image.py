@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,13 +33,13 @@ from unmergeable.network.tasks import device_of, predict
 from unmergeable.randomness import Stream
 from unmergeable.tasks.clip_head import text_directions
 from unmergeable.tasks.heads import image_features
-from unmergeable.tasks.task_kind import Scores, TaskData
+from unmergeable.tasks.task_kind import Scores, TaskData, TaskKind
 
 Measure = Literal["classifier", "clip"]
 
 
 @dataclass(frozen=True)
-class TextToImage:
+class TextToImage(TaskKind):
     """Settings.
 
     Attributes:
@@ -91,10 +91,6 @@ class TextToImage:
         make = _by_classifier if self.measure == "classifier" else _by_clip
         measure = make(Path(self.measured_by), examples)
         return PaintedPrompts(self, pipeline, part, examples, noises, measure, data.batch_size)
-
-    def facts(self) -> Mapping[str, Any]:
-        """Nothing but the settings."""
-        return {}
 
 
 ImageMeasure = Callable[[Sequence[Example], int], tuple[Tensor, Tensor]]
