@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from unmergeable.ops.polynomials import protect_with_polynomials
 
 import unmergeable
 from attacks.planted import Build, Network
@@ -97,7 +96,7 @@ def test_inverts_polynomials_in_memory(network: Build, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", **{name: tensor.numpy() for name, tensor in inputs.items()})
     release = tmp_path / "release"
     options: dict[str, Any] = {"data": tmp_path / "data.npz", "method": "taylor_mlp", "out": release}
-    protect_with_polynomials(write(toy, toy.expert(0.05).tensors, tmp_path / "expert"), base=toy.folder, **options)
+    unmergeable.protect(write(toy, toy.expert(0.05).tensors, tmp_path / "expert"), base=toy.folder, **options)
     tensors = load_file(next(release.glob("*.safetensors")))
 
     config = json.loads((release / "config.json").read_text())

@@ -184,7 +184,6 @@ class Disk:
             raise self._failure
 
     def close(self) -> None:
-        """Finish what is queued and end the thread."""
         self._tasks.put(None)
         self._thread.join()
 

@@ -90,11 +90,9 @@ class PartialFolder:
         self._journal = self._lock = -1
 
     def note_safe(self, shard: str, safe: Safe) -> None:
-        """Record how much of a shard is on the disk."""
         self._append({"shard": shard, "position": safe.position, "sha256": safe.sha256})
 
     def note_finished(self, record: FileRecord) -> None:
-        """Record that a shard is complete and on the disk."""
         self._append({"finished": record.name, "size": record.size, "sha256": record.sha256})
 
     def note_input(self, path: str, record: FileRecord) -> None:
@@ -117,7 +115,6 @@ class PartialFolder:
         _remove_partial(self._folder)
 
     def discard(self) -> None:
-        """Delete the partial result."""
         _remove_partial(self._folder)
 
     def _resume_or_begin(self, token: str) -> None:

@@ -197,7 +197,6 @@ def _fingerprint(resume_token: str, headers_digests: Sequence[str], layout: Layo
 
 
 def _input_hashes(folder: PartialFolder, sources: Iterable[TensorSource]) -> InputHashes:
-    """The hashes of the large files: those the journal has, and the others to be computed."""
     return InputHashes(
         {path: name for source in sources for path, name in source.index.tensor_files.items()},
         {Path(path): record for path, record in folder.done.inputs.items()},
@@ -241,7 +240,6 @@ class _Start:
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """What is left to do."""
         return self.shard.jobs[bisect_left(self.shard.begins, self.position) :]
 
 
@@ -354,8 +352,6 @@ def _note_inputs(folder: PartialFolder, hashes: InputHashes, disk: Disk) -> None
 
 
 class _Report:
-    """Counts the finished bytes of the result for a progress callback."""
-
     def __init__(self, progress: Progress, done: int, total: int) -> None:
         self._progress, self._done, self._total = progress, done, total
         self.advance(0)

@@ -263,7 +263,6 @@ def _inputs(models: Sequence[Model], method: Merge, *, has_base: bool) -> Inputs
 def _plan(
     template: TensorSource, inputs: Inputs, merge_tensor: TensorMerge, out_dtype: torch.dtype | None
 ) -> list[OutputTensor]:
-    """The template's tensors in order: the floating-point ones merged, the others copied."""
     scratch, merged = Scratch(out_dtype), set(inputs.names)
 
     def planned(tensor: OutputTensor) -> OutputTensor:

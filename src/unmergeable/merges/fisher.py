@@ -176,7 +176,6 @@ def diagonal_fisher(
 
 
 def _log_likelihoods(prediction: Prediction, labels: Labels, stream: Stream) -> Iterator[tuple[Tensor, float]]:
-    """Log-likelihoods of one example, and the weight of each in the expectation."""
     log_probabilities = functional.log_softmax(prediction.logits.float(), dim=-1)
     if labels == "empirical":
         yield _chosen(log_probabilities, prediction.require_targets()), 1.0

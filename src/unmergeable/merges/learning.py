@@ -76,7 +76,6 @@ class LearningInputs:
 
     @cached_property
     def network(self) -> Any:
-        """The template's, live."""
         return load_network(self.template)
 
     @cached_property

@@ -79,7 +79,6 @@ def merge_elected(
 
 
 def _thinned(blocks: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The base and the masked task vectors, in the memory of base and experts."""
     count = (len(blocks) - 1) // 2
     base, experts, masks = blocks[0], blocks[1 : 1 + count], blocks[1 + count :]
     return base, [expert.sub_(base).mul_(mask) for expert, mask in zip(experts, masks, strict=True)]

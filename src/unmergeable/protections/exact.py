@@ -254,7 +254,6 @@ class ExactSequence(Protection):
         return ProtectionRequirements(exact=True, needs=needs, stage="basis")
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
-        """Every basis the methods change."""
         return {name: space for method in self.methods for name, space in method.spaces(architecture).items()}
 
     def moves_streams(self, architecture: Architecture) -> bool:
@@ -404,7 +403,6 @@ class ExactSequence(Protection):
     def _verified(
         self, facts: ExactFacts, inputs: Inputs, source: TensorSource, architecture: Architecture, written: TensorSource
     ) -> ExactFacts:
-        """Raises NotEquivalent when the written file does not compute what the expert computes."""
         equivalence = self._equivalence(source, written, architecture, inputs.threads, inputs.progress)
         if not equivalence.is_equal:
             raise NotEquivalent(
@@ -434,7 +432,6 @@ class ExactSequence(Protection):
         )
 
     def _remedy(self, architecture: Architecture) -> str:
-        """What to try where the result computes something else."""
         for method in self.methods:
             changed = method.spaces(architecture)
             turned = any(architecture.symmetry.spaces[name].group.kind == "rotary" for name in changed)
@@ -447,7 +444,6 @@ class ExactSequence(Protection):
 
 
 def _heads_apart(source: TensorSource, architecture: Architecture, gauges: Sequence[Gauge]) -> tuple[OutputTensor, ...]:
-    """The output head of an untied checkpoint, beside the embedding it is made from."""
     if not isinstance(source, UntiedSource):
         return ()
     edit = edits(architecture.symmetry, gauges).get(OUTPUT_HEAD)

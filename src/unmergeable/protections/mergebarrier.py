@@ -190,5 +190,4 @@ def flip(space: Space, moments: Tensor, top_k: int, *, as_published: bool = Fals
 
 
 def _directions(space: Space, as_published: bool) -> int:
-    """How many signs there are to flip."""
     return space.size if as_published or space.group.kind == "general_linear" else space.size // 2

@@ -26,14 +26,12 @@ class Answering:
     stop: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        """Raises UsageError for answers without room, or a stop that is no text."""
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens={self.max_new_tokens}: at least one token is needed.")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop={list(self.stop)}: must be a list of texts.")
 
     def cut(self, text: str) -> str:
-        """The text up to the first stop."""
         places = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
         return text[: min(places)] if places else text
 

@@ -76,7 +76,6 @@ class HarnessTask(TaskKind):
         return {"lm_eval": str(optional_package("lm_eval", "lm-eval").__version__)}
 
     def _loaded(self, path: Path) -> tuple[Any, Any]:
-        """The harness's list of known tasks, and the one that is wanted."""
         managers = importlib.import_module("lm_eval.tasks").TaskManager
         folder = path if path.is_dir() else path.parent
         wanted = self.task if path.is_dir() else str(path)

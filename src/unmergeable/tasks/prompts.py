@@ -35,7 +35,6 @@ class Prompted(TaskKind):
     max_length: int = 2048
 
     def validate(self) -> None:
-        """Raises UsageError for a template without a place for the prompt, or no room for it."""
         if "{prompt}" not in self.template:
             raise UsageError(f"template={self.template!r}: has no {{prompt}}; say where the question goes.")
         if self.max_length < 1:
@@ -50,12 +49,10 @@ class Prompted(TaskKind):
         return found
 
     def shown(self, example: Example) -> str:
-        """What the model is shown of an example."""
         assert isinstance(example.content, str)
         return self.template.replace("{prompt}", example.content)
 
     def tokenizer(self, folder: Path) -> PromptTokenizer:
-        """The tokenizer of a folder, with these settings."""
         return PromptTokenizer(folder, self.chat, self.max_length)
 
 

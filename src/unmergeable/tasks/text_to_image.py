@@ -67,7 +67,6 @@ class TextToImage(TaskKind):
     seed: int = 0
 
     def validate(self) -> None:
-        """Raises UsageError for a missing folder or settings out of range."""
         for name in self.paths:
             if not getattr(self, name):
                 raise UsageError(f"text_to_image: {name} is missing; give the folder.")
@@ -193,7 +192,6 @@ def _prompts(source: DataSource) -> list[Example]:
 
 
 def _noise(example: Example, name: str, place: int) -> int:
-    """The number of a record's noise."""
     if not name:
         return place
     value = example.record.get(name)

@@ -150,7 +150,6 @@ def _records(source: TensorSource, *, checksums: bool) -> tuple[FileRecord, ...]
 
 
 def _written(folder: Path, *, checksums: bool) -> tuple[FileRecord, ...]:
-    """The files of the result."""
     return by_name(
         [
             record_file(path) if checksums or path.suffix != ".safetensors" else record_header(path)

@@ -355,8 +355,6 @@ class _Trace:
 
 @dataclass(frozen=True)
 class _Constant:
-    """A forward that does nothing but give this."""
-
     output: Any
 
     def __call__(self, *_inputs: Any, **_options: Any) -> Any:
@@ -365,7 +363,6 @@ class _Constant:
 
 @contextmanager
 def _tracing(network: nn.Module) -> Iterator[_Trace]:
-    """A trace that listens to the network inside."""
     trace = _Trace(network)
     with ExitStack() as hooks:
         for module in network.modules():
