@@ -1,16 +1,15 @@
 """What a merge method is: its settings, and a way to turn the operands of one tensor into the merged tensor.
 
-A method works in two steps. ``prepare`` may look at the whole task vectors first (TIES ranks them) and returns the
-function that merges one tensor. The engine then calls that function for each tensor, in any order and from any
-thread, on operands that lie in files or in memory: a method never knows which.
+A method that looks at one tensor at a time defines ``merge_one``. Another (TIES ranks whole task vectors) defines
+``prepare``, which looks at the models and returns the function that merges one tensor. The engine calls it for each
+tensor, in any order and from any thread, on operands that lie in files or in memory: a method never knows which.
 
-Coefficients, and the settings a method names in ``varies``, may differ from tensor to tensor. A method therefore asks
-for the :class:`Terms` of a tensor by its name.
+Coefficients, and the settings a method names in ``varies``, may differ from tensor to tensor. The
+:class:`Terms` of a tensor say what holds for it.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -98,7 +97,7 @@ merge (as a scaling coefficient does)."""
 
 
 @dataclass(frozen=True)
-class Merge(ABC):
+class Merge:
     """A merge method: a frozen dataclass whose fields are its settings, with the published defaults.
 
     A method of another package derives from this class; what is declared here holds unless it says otherwise.
@@ -143,9 +142,13 @@ class Merge(ABC):
             )
         return filled
 
-    @abstractmethod
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         """Look at the models as a whole, if need be, and return the function that merges one tensor."""
+        return lambda name, operands, scratch: self.merge_one(name, operands, scratch, terms(name))
+
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        """Merge one tensor: what a method defines that looks at one tensor at a time, instead of ``prepare``."""
+        raise NotImplementedError
 
     def learn(self, inputs: LearningInputs) -> AbstractContextManager[LearntMerge]:
         """Turn data into what the merge is written with: statistics, coefficients, a choice of experts.

@@ -22,16 +22,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import (
-    Inputs,
-    Merge,
-    TensorMerge,
-    TermsOf,
-    Varies,
-    fill_coefficients,
-    require_density,
-    require_finite,
-)
+from unmergeable.merges.base import Merge, Terms, Varies, fill_coefficients, require_density, require_finite
 from unmergeable.merges.blocks import (
     Operand,
     Scratch,
@@ -73,18 +64,15 @@ class Breadcrumbs(Merge):
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         return fill_coefficients(coefficients, default=self.scaling_coefficient)
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms, shape = terms(name), operands[0].shape
-            length = row_length(shape) if self.trim == "row" else operands[0].numel
-            densities = tensor_terms.per_expert("density", self.density)
-            gammas = tensor_terms.per_expert("gamma", self.gamma)
-            bands = [kept_band(*fractions, length) for fractions in zip(densities, gammas, strict=True)]
-            if self.trim == "row":
-                return merge_rows(name, operands, scratch, coefficients=tensor_terms.coefficients, bands=bands)
-            return merge_tensor(name, operands, scratch, coefficients=tensor_terms.coefficients, bands=bands)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        shape = operands[0].shape
+        length = row_length(shape) if self.trim == "row" else operands[0].numel
+        densities = terms.per_expert("density", self.density)
+        gammas = terms.per_expert("gamma", self.gamma)
+        bands = [kept_band(*fractions, length) for fractions in zip(densities, gammas, strict=True)]
+        if self.trim == "row":
+            return merge_rows(name, operands, scratch, coefficients=terms.coefficients, bands=bands)
+        return merge_tensor(name, operands, scratch, coefficients=terms.coefficients, bands=bands)
 
 
 breadcrumbs = in_memory(Breadcrumbs)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, Varies, require_finite
+from unmergeable.merges.base import Merge, Terms, Varies, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks
 from unmergeable.merges.engine import in_memory
 
@@ -45,19 +45,15 @@ class ConsensusTa(Merge):
         if self.agreement < 0:
             raise UsageError(f"agreement={self.agreement}: must not be negative; 0 keeps every weight.")
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms = terms(name)
-            kernel = partial(
-                _merge_block,
-                coefficients=tensor_terms.coefficients,
-                scaling_coefficient=tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient),
-                mask_thresholds=tensor_terms.per_expert("mask_threshold", self.mask_threshold),
-                agreement=self.agreement,
-            )
-            return merge_blocks(name, operands, kernel, scratch, spare=3)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        kernel = partial(
+            _merge_block,
+            coefficients=terms.coefficients,
+            scaling_coefficient=terms.of_tensor("scaling_coefficient", self.scaling_coefficient),
+            mask_thresholds=terms.per_expert("mask_threshold", self.mask_threshold),
+            agreement=self.agreement,
+        )
+        return merge_blocks(name, operands, kernel, scratch, spare=3)
 
 
 consensus_ta = in_memory(ConsensusTa)

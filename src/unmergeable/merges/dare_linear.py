@@ -17,16 +17,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.merges.base import (
-    Inputs,
-    Merge,
-    TensorMerge,
-    TermsOf,
-    Varies,
-    fill_coefficients,
-    require_density,
-    require_finite,
-)
+from unmergeable.merges.base import Merge, Terms, Varies, fill_coefficients, require_density, require_finite
 from unmergeable.merges.blocks import Operand, Scratch
 from unmergeable.merges.engine import in_memory
 from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_thinned
@@ -56,15 +47,11 @@ class DareLinear(Merge):
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         return fill_coefficients(coefficients, default=self.scaling_coefficient)
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms = terms(name)
-            densities = tensor_terms.per_expert("density", self.density)
-            masks = bernoulli_masks(name, operands, densities, self.seed, self.rescale)
-            factors = compensated(tensor_terms.coefficients, operands, masks, densities, self.rescale, scratch)
-            return merge_thinned(name, operands, masks, scratch, factors=factors)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        densities = terms.per_expert("density", self.density)
+        masks = bernoulli_masks(name, operands, densities, self.seed, self.rescale)
+        factors = compensated(terms.coefficients, operands, masks, densities, self.rescale, scratch)
+        return merge_thinned(name, operands, masks, scratch, factors=factors)
 
 
 dare_linear = in_memory(DareLinear)

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, Varies, require_density, require_finite
+from unmergeable.merges.base import Merge, Terms, Varies, require_density, require_finite
 from unmergeable.merges.blocks import Operand, Scratch
 from unmergeable.merges.election import Average, Election, Undecided
 from unmergeable.merges.engine import in_memory
@@ -49,17 +49,13 @@ class DareTies(Merge):
         require_finite("scaling_coefficient", self.scaling_coefficient)
         super().validate()
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms = terms(name)
-            densities = tensor_terms.per_expert("density", self.density)
-            masks = bernoulli_masks(name, operands, densities, self.seed, self.rescale)
-            factors = compensated(tensor_terms.coefficients, operands, masks, densities, self.rescale, scratch)
-            scaling = tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient)
-            election = Election(tensor_terms.coefficients, scaling, self.average, self.undecided)
-            return merge_elected(name, operands, masks, scratch, factors=factors, election=election)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        densities = terms.per_expert("density", self.density)
+        masks = bernoulli_masks(name, operands, densities, self.seed, self.rescale)
+        factors = compensated(terms.coefficients, operands, masks, densities, self.rescale, scratch)
+        scaling = terms.of_tensor("scaling_coefficient", self.scaling_coefficient)
+        election = Election(terms.coefficients, scaling, self.average, self.undecided)
+        return merge_elected(name, operands, masks, scratch, factors=factors, election=election)
 
 
 dare_ties = in_memory(DareTies)

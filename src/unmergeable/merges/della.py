@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, Varies, require_density, require_finite
+from unmergeable.merges.base import Merge, Terms, Varies, require_density, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, accumulation_dtype, regrouped, row_length, whole_rows
 from unmergeable.merges.election import Average, Election, Undecided
 from unmergeable.merges.engine import in_memory
-from unmergeable.merges.masks import DRAW_BITS, draws, mask_stream, remembered
+from unmergeable.merges.masks import DRAW_BITS, draws, mask_of, mask_stream, remembered
 from unmergeable.merges.thinning import Rescale, compensated, merge_elected
 from unmergeable.randomness import Stream
 
@@ -66,34 +66,30 @@ class Della(Merge):
         require_finite("scaling_coefficient", self.scaling_coefficient)
         super().validate()
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms = terms(name)
-            densities = tensor_terms.per_expert("density", self.density)
-            base, *experts = operands
-            masks = [
-                magprune_mask(
-                    mask_stream(self.seed, number, name),
-                    base,
-                    expert,
-                    density=density,
-                    epsilon=epsilon,
-                    divide=self.rescale == "density",
-                )
-                for number, (expert, density, epsilon) in enumerate(
-                    zip(experts, densities, tensor_terms.per_expert("epsilon", self.epsilon), strict=True), start=1
-                )
-            ]
-            if self.rescale == "density":
-                factors = tensor_terms.coefficients  # the masks are divided already
-            else:
-                masks = [remembered(mask) for mask in masks]  # a bit is read faster than a row is ranked
-                factors = compensated(tensor_terms.coefficients, operands, masks, densities, self.rescale, scratch)
-            scaling = tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient)
-            election = Election(tensor_terms.coefficients, scaling, self.average, self.undecided)
-            return merge_elected(name, operands, masks, scratch, factors=factors, election=election)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        densities = terms.per_expert("density", self.density)
+        base, *experts = operands
+        masks = [
+            magprune_mask(
+                mask_stream(self.seed, number, name),
+                base,
+                expert,
+                density=density,
+                epsilon=epsilon,
+                divide=self.rescale == "density",
+            )
+            for number, (expert, density, epsilon) in enumerate(
+                zip(experts, densities, terms.per_expert("epsilon", self.epsilon), strict=True), start=1
+            )
+        ]
+        if self.rescale == "density":
+            factors = terms.coefficients  # the masks are divided already
+        else:
+            masks = [remembered(mask) for mask in masks]  # a bit is read faster than a row is ranked
+            factors = compensated(terms.coefficients, operands, masks, densities, self.rescale, scratch)
+        scaling = terms.of_tensor("scaling_coefficient", self.scaling_coefficient)
+        election = Election(terms.coefficients, scaling, self.average, self.undecided)
+        return merge_elected(name, operands, masks, scratch, factors=factors, election=election)
 
 
 della = in_memory(Della)
@@ -103,13 +99,7 @@ def magprune_mask(
     stream: Stream, base: Operand, expert: Operand, *, density: float, epsilon: float, divide: bool
 ) -> Operand:
     """MagPrune's mask of one expert's task vector in one tensor: 0 where dropped, else 1, or 1/q to ``divide``."""
-    return Operand(
-        label=f"mask of {expert.label}",
-        shape=expert.shape,
-        dtype=accumulation_dtype(expert.dtype),
-        read=partial(_magprune_blocks, stream, base, expert, density, epsilon, divide),
-        device=expert.device,
-    )
+    return mask_of(expert, partial(_magprune_blocks, stream, base, expert, density, epsilon, divide))
 
 
 def keep_probabilities(task_vector: Tensor, density: float, epsilon: float) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -112,7 +112,7 @@ class LearningInputs:
 
 
 @dataclass(frozen=True)
-class StatisticsMerge(Merge):
+class StatisticsMerge(Merge, ABC):
     """A merge that weighs experts by what is known of their data: statistics in files, in memory, or from data.
 
     ``statistics`` is a folder with a subfolder for each expert, ``1``, ``2``, ….

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, fill_coefficients
+from unmergeable.merges.base import Merge, Terms, fill_coefficients
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
 from unmergeable.merges.engine import in_memory
 from unmergeable.registry import Requirements
@@ -40,14 +40,9 @@ class Linear(Merge):
             )
         return weights
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            weights = terms(name).coefficients
-            return merge_tensor(
-                name, operands, scratch, weights=weights, divisor=sum(weights) if self.normalize else 1.0
-            )
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        weights = terms.coefficients
+        return merge_tensor(name, operands, scratch, weights=weights, divisor=sum(weights) if self.normalize else 1.0)
 
 
 linear = in_memory(Linear)

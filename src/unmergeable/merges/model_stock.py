@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf
+from unmergeable.merges.base import Merge, Terms
 from unmergeable.merges.blocks import (
     BLOCK_ELEMENTS,
     Operand,
@@ -58,8 +58,8 @@ class ModelStock(Merge):
             raise UsageError("model_stock weighs the experts by their angles; give them without coefficients.")
         return (1 / len(coefficients),) * len(coefficients)
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        return partial(merge_tensor, filter_wise=self.filter_wise, smallest_norms=self.smallest_norms)
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        return merge_tensor(name, operands, scratch, filter_wise=self.filter_wise, smallest_norms=self.smallest_norms)
 
 
 model_stock = in_memory(ModelStock)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, Varies, fill_coefficients
+from unmergeable.merges.base import Merge, Terms, Varies, fill_coefficients
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum, widened_blocks
 from unmergeable.merges.engine import in_memory
 from unmergeable.registry import Requirements
@@ -59,14 +59,10 @@ class Slerp(Merge):
             raise UsageError(f"slerp: coefficients {(first, second)} must not be negative, nor both 0.")
         return (first / (first + second), second / (first + second))
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms = terms(name)
-            t = tensor_terms.of_tensor("t", tensor_terms.coefficients[1])
-            weights = slerp_weights(t, cosine(operands, scratch), linear_above=self.linear_above)
-            return merge_blocks(name, operands, partial(_merge_block, weights=weights), scratch)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        t = terms.of_tensor("t", terms.coefficients[1])
+        weights = slerp_weights(t, cosine(operands, scratch), linear_above=self.linear_above)
+        return merge_blocks(name, operands, partial(_merge_block, weights=weights), scratch)
 
 
 slerp = in_memory(Slerp)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, fill_coefficients, require_finite
+from unmergeable.merges.base import Merge, Terms, fill_coefficients, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
 from unmergeable.merges.engine import in_memory
 
@@ -32,11 +32,8 @@ class TaskArithmetic(Merge):
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         return fill_coefficients(coefficients, default=self.scaling_coefficient)
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            return merge_tensor(name, operands, scratch, coefficients=terms(name).coefficients)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        return merge_tensor(name, operands, scratch, coefficients=terms.coefficients)
 
 
 task_arithmetic = in_memory(TaskArithmetic)
