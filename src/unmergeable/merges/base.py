@@ -148,7 +148,7 @@ class Merge:
 
     def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
         """Merge one tensor: what a method defines that looks at one tensor at a time, instead of ``prepare``."""
-        raise NotImplementedError
+        raise UsageError(f"{self.name} cannot merge: its class defines neither merge_one nor prepare.")
 
     def learn(self, inputs: LearningInputs) -> AbstractContextManager[LearntMerge]:
         """Turn data into what the merge is written with: statistics, coefficients, a choice of experts.

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from unmergeable.errors import UsageError
 from unmergeable.network.tasks import device_of, refusing
-from unmergeable.tasks.prompts import PromptTokenizer, Tokens, reads_with_encoder
+from unmergeable.tasks.prompts import PromptTokenizer, Tokens, padded, reads_with_encoder
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,7 @@ class Answering:
     def _batch(
         self, network: Any, tokenizer: PromptTokenizer, prompts: Sequence[Tokens], has_encoder: bool
     ) -> list[str]:
-        device = device_of(network)
-        rows = [torch.tensor(prompt, device=device) for prompt in prompts]
-        ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=tokenizer.padding)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        ids, mask = padded(prompts, device_of(network), side="left", padding=tokenizer.padding)
         begin = 1 if has_encoder else ids.shape[1]
         what = f"does not continue prompts of {ids.shape[1]} tokens by {self.max_new_tokens}"
         with refusing(network, what, "set max_length and max_new_tokens to what it can read"):

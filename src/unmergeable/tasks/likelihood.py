@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unmergeable.network.encoding import grouped
 from unmergeable.network.tasks import device_of, refusing
-from unmergeable.tasks.prompts import Question, reads_with_encoder
+from unmergeable.tasks.prompts import Question, padded, reads_with_encoder
 from unmergeable.tasks.task_kind import Scores
 
 
@@ -59,9 +59,7 @@ def reference_losses(network: Any, questions: Sequence[Question], *, batch_size:
 
 def _causal(network: Any, questions: Sequence[Question], device: torch.device) -> Scores:
     owners, continuations, lengths = _continuations(questions, device)
-    prefixes = [torch.tensor(question.prefix, device=device) for question in questions]
-    ids = pad_sequence(prefixes, batch_first=True, padding_side="left")
-    mask = pad_sequence([torch.ones_like(prefix) for prefix in prefixes], batch_first=True, padding_side="left")
+    ids, mask = padded([question.prefix for question in questions], device, side="left")
     accepted = inspect.signature(network.forward).parameters
     places = {"position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0)} if "position_ids" in accepted else {}
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
@@ -84,9 +82,7 @@ def _causal(network: Any, questions: Sequence[Question], device: torch.device) -
 
 def _encoder_decoder(network: Any, questions: Sequence[Question], device: torch.device) -> Scores:
     owners, continuations, lengths = _continuations(questions, device)
-    prefixes = [torch.tensor(question.prefix, device=device) for question in questions]
-    ids = pad_sequence(prefixes, batch_first=True)
-    mask = pad_sequence([torch.ones_like(prefix) for prefix in prefixes], batch_first=True)
+    ids, mask = padded([question.prefix for question in questions], device, side="right")
     states = network.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     start = torch.full_like(continuations[:, :1], network.config.decoder_start_token_id)
     output = network(

@@ -9,6 +9,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
 from unmergeable.data import DataSource, Example, Fields
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.load import load_tokenizer
@@ -68,6 +72,13 @@ def text_of(example: Example, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadInput(f"{example.origin}: no text under {name!r}; every record needs one.")
     return value
+
+
+def padded(rows: Sequence[Tokens], device: torch.device, *, side: str, padding: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of tokens as int64 [rows, longest], filled up on one side, and the mask of what is not padding."""
+    tensors = [torch.tensor(row, device=device) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_side=side, padding_value=padding)
+    return ids, pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True, padding_side=side)
 
 
 def reads_with_encoder(network: Any) -> bool:
