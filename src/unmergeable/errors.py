@@ -77,3 +77,8 @@ class KeyFileError(UnmergeableError):
     """A key file is missing, wrong, readable by others, or in the way."""
 
     exit_code: ClassVar[int] = 5
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of a failure, on one line; the name of the error's class where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -16,10 +16,10 @@ from unmergeable.checkpoint.manifest import (
     FileRecord,
     Manifest,
     check_files,
+    installed_version,
     read_manifest,
     record_file,
     record_header,
-    tool_version,
 )
 from unmergeable.errors import CheckpointError, UsageError
 
@@ -38,7 +38,7 @@ def test_json_and_back() -> None:
     assert Manifest.from_json(text) == MANIFEST
     record = json.loads(text)
     assert record["tool"] == "unmergeable"
-    assert record["tool_version"] == tool_version()
+    assert record["tool_version"] == installed_version()
     assert record["recipe"] == {"method": "mergelock"}
     assert list(record)[:3] == ["format_version", "tool", "tool_version"]
 

@@ -19,7 +19,6 @@ from unmergeable.checkpoint import writer as writer_module
 from unmergeable.checkpoint.disk import ALIGNMENT, Disk
 from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import TensorSpec, save_file_order
-from unmergeable.checkpoint.source import tensor_bytes
 from unmergeable.checkpoint.writer import Origin, OutputFile, ShardWriter, sha256_of_start
 from unmergeable.errors import CheckpointError, DiskError
 
@@ -52,12 +51,8 @@ def test_bytes_equal_those_of_save_file_across_blocks(tmp_path: Path, small_bloc
     order = save_file_order(specs)
 
     with ShardWriter(tmp_path / "ours", [(name, specs[name]) for name in order], {"format": "pt"}) as writer:
-        for number, name in enumerate(order):
-            if number % 2:
-                data = bytes(tensor_bytes(tensors[name]))
-                writer.write_raw(name, [data[:5], data[5:]])
-            else:
-                writer.write(name, tensors[name])
+        for name in order:
+            writer.write(name, tensors[name])
         record = writer.finish()
 
     theirs = (tmp_path / "theirs").read_bytes()
@@ -98,8 +93,7 @@ def test_what_was_not_announced_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"tensor 'b' became BF16\[2\]; it must stay F32\[2\]"):
             writer.write("b", torch.ones(2).bfloat16())
     with ShardWriter(tmp_path / "y", [("a", spec)], None) as writer:
-        with pytest.raises(CheckpointError, match="came as 3 bytes"):
-            writer.write_raw("a", [b"123"])
+        writer.write("a", torch.ones(2))
         with pytest.raises(CheckpointError, match="where nothing more was announced"):
             writer.write("a", torch.ones(2))
     with pytest.raises(DiskError, match="cannot be written"):

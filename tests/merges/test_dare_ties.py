@@ -9,7 +9,7 @@ from merges.test_dare_linear import masks_of, operand
 from unmergeable.errors import UsageError
 from unmergeable.merges import DareTies, Ties, merge_state_dicts
 from unmergeable.merges.blocks import Scratch
-from unmergeable.merges.election import Average
+from unmergeable.merges.election import Average, Election
 from unmergeable.merges.thinning import merge_elected
 
 COEFFICIENTS = [1.0, 0.5, 1.25]
@@ -72,10 +72,7 @@ def test_equals_peft_for_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         list(map(operand, masks)),
         Scratch(),
         factors=[2.0] * 3,
-        coefficients=[1.0] * 3,
-        scaling_coefficient=1.0,
-        average="count",
-        undecided="positive",
+        election=Election([1.0] * 3, 1.0, "count", "positive"),
     )
     # Multiples of 1/64 add up exactly; both divide once.
     assert torch.equal(merged, expected)

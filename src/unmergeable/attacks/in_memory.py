@@ -22,11 +22,8 @@ from unmergeable.attacks.distance import Distance, block_distances
 from unmergeable.attacks.estimate import GaugeAttack
 from unmergeable.checkpoint.memory import MemorySource, written_in_memory
 from unmergeable.errors import UsageError
-from unmergeable.network.disk_weights import to_disk_names
+from unmergeable.network.disk_weights import Weights, weights_of
 from unmergeable.settings import configure
-
-Weights = Mapping[str, Tensor] | nn.Module
-"""Tensors by their names on disk, or a live network, whose names on disk are found out."""
 
 Config = Mapping[str, Any]
 """What ``config.json`` holds."""
@@ -172,13 +169,4 @@ def _source(name: str, weights: Weights, config: Config | None) -> MemorySource:
         if network_config is None:
             raise UsageError(f"{name}: {type(weights).__name__} has no config; give it as config=.")
         config = network_config.to_dict() if hasattr(network_config, "to_dict") else dict(network_config)
-    return MemorySource(_on_disk(weights), config, Path(name))
-
-
-def _on_disk(network: nn.Module) -> dict[str, Tensor]:
-    """The network's weights as its files hold them: of several names of one weight the first."""
-    seen: dict[tuple[int, Any], str] = {}
-    state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
-    for name, tensor in state.items():
-        seen.setdefault((tensor.data_ptr(), tensor.shape), name)
-    return to_disk_names(network, {name: state[name] for name in seen.values()})
+    return MemorySource(weights_of(weights), config, Path(name))

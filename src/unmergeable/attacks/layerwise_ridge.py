@@ -47,7 +47,7 @@ from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.live import edits_to, is_polynomial, load, state_for
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.disk_weights import find_places, show, swapped
-from unmergeable.network.encoding import EncodedBatch
+from unmergeable.network.encoding import EncodedBatch, grouped
 from unmergeable.network.linear_layers import MEMORY_BUDGET, LinearLayer, linear_layers
 from unmergeable.network.tasks import Task, answer, device_of
 from unmergeable.polynomials.layout import under_names_on_disk
@@ -207,7 +207,7 @@ def layerwise_ridge(
 
         fitted: dict[str, Tensor] = {}
         fits: list[ProjectionFit] = []
-        for group in _groups(layers, memory_budget):
+        for group in grouped(layers, lambda name: _moment_bytes(layers[name]), memory_budget):
             for name, moments in _gather(network, layers, group, task, outputs_of, progress).items():
                 tensors, fit = _fit(layers[name], moments, student, method.ridge)
                 fitted |= tensors
@@ -259,20 +259,10 @@ def _sizes(layer: LinearLayer) -> tuple[int, int]:
     return layer.inputs + (layer.module.bias is not None), int(weight.shape[1 - layer.axis])
 
 
-def _groups(layers: Mapping[str, LinearLayer], memory_budget: int) -> Iterator[list[str]]:
-    """Names of layers whose moments fit the budget together; a layer that does not fit alone is a group."""
-    group: list[str] = []
-    size = 0
-    for name, layer in layers.items():
-        inputs, outputs = _sizes(layer)
-        nbytes = 8 * inputs * (inputs + outputs)
-        if group and size + nbytes > memory_budget:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += nbytes
-    if group:
-        yield group
+def _moment_bytes(layer: LinearLayer) -> int:
+    """What the moments of a layer take, in float64."""
+    inputs, outputs = _sizes(layer)
+    return 8 * inputs * (inputs + outputs)
 
 
 def _gather(
@@ -316,17 +306,11 @@ def _forced(
     layers: Mapping[str, LinearLayer], outputs: Outputs, moments: Mapping[str, _Moments], batch: EncodedBatch
 ) -> Iterator[None]:
     """Inside, every layer puts out what the other network's did; what goes in is added to its moments."""
-    mask = batch.inputs.get("attention_mask")
-
-    def rows(tensor: Tensor) -> Tensor:
-        if mask is not None and tensor.dim() == 3 and tensor.shape[:2] == mask.shape:
-            tensor = tensor[mask.bool().to(tensor.device)]
-        return tensor.reshape(-1, tensor.shape[-1])
 
     def force(name: str, inputs: Tensor) -> Tensor:
         output = outputs[name].popleft()
         if name in moments:
-            moments[name].add(rows(inputs), rows(output))
+            moments[name].add(batch.visible(inputs), batch.visible(output))
         return output
 
     with ExitStack() as hooks:

@@ -124,7 +124,6 @@ class LoraSettings:
         return self.rank_pattern.get(_matching(self.rank_pattern, module), self.rank)
 
     def scale(self, module: str) -> float:
-        """The factor of B A."""
         rank = self.rank_of(module)
         alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module), self.alpha)
         return alpha / (rank**0.5 if self.rank_stabilised else rank)
@@ -233,7 +232,6 @@ class AdaptedCheckpoint(IndexedSource):
         return f"{self._index.folder} on {self._base.description}"
 
     def stored(self, name: str) -> Extent | None:
-        """The base's bytes of a tensor the adapter leaves alone."""
         self.spec(name)
         if name in self._updates or name in self._replacements or not isinstance(self._base, StoredSource):
             return None

@@ -71,6 +71,15 @@ def read_error(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read ({error.strerror}).")
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, an error of the system becomes a :class:`DiskError` that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def open_to_read(path: Path) -> int:
     """Open a regular file whose path has its links followed already; a link that took its place is refused.
 
@@ -175,7 +184,6 @@ class Disk:
             raise self._failure
 
     def close(self) -> None:
-        """Finish what is queued and end the thread."""
         self._tasks.put(None)
         self._thread.join()
 
@@ -212,10 +220,8 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         DiskError: when something is at ``path``, or it cannot be written.
     """
-    try:
+    with writing(path):
         create_whole(path, data)
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -224,12 +230,10 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         DiskError: when it cannot be written; what was there stays.
     """
-    try:
+    with writing(path):
         with _written_beside(path, data, is_private=False) as temporary:
             temporary.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def create_whole(path: Path, data: bytes, *, is_private: bool = False) -> None:
@@ -321,22 +325,18 @@ def sync_folder(folder: Path) -> None:
 
 def sync_file(path: Path, descriptor: int) -> None:
     """Wait until what is written is on the disk; ``path`` names it in messages."""
-    try:
+    with writing(path):
         _datasync(descriptor)
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def truncate_file(path: Path, descriptor: int, nbytes: int) -> None:
     """Give a file its exact length; ``path`` names it in messages."""
-    try:
+    with writing(path):
         os.ftruncate(descriptor, nbytes)
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def _open_direct(path: Path, flags: int) -> int:
-    try:
+    with writing(path):
         try:
             return os.open(path, os.O_RDWR | flags | _SAFELY | _DIRECT, 0o644)
         except OSError as error:
@@ -344,12 +344,10 @@ def _open_direct(path: Path, flags: int) -> int:
                 raise
             # Some kernels create the file before they find that its file system cannot write directly.
             return os.open(path, os.O_RDWR | flags & ~os.O_EXCL | _SAFELY, 0o644)
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def _write_at(path: Path, descriptor: int, data: memoryview, offset: int) -> None:
-    try:
+    with writing(path):
         while data:
             try:
                 count = os.pwrite(descriptor, data, offset)
@@ -360,8 +358,6 @@ def _write_at(path: Path, descriptor: int, data: memoryview, offset: int) -> Non
             if count % ALIGNMENT and count < len(data):
                 _leave_direct(descriptor)  # a short write: the rest is no longer aligned
             data, offset = data[count:], offset + count
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def _leave_direct(descriptor: int) -> bool:

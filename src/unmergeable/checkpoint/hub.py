@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from unmergeable.errors import BadInput, UsageError
+from unmergeable.errors import BadInput, UsageError, first_line
 
 PREFIX = "hub:"
 
@@ -43,8 +43,9 @@ def download(text: str) -> Path:
     try:
         return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=list(READ)))
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise BadInput(f"{text} cannot be downloaded ({reason}); check the name, your login, or download it.") from None
+        raise BadInput(
+            f"{text} cannot be downloaded ({first_line(error)}); check the name, your login, or download it."
+        ) from None
 
 
 def folder_of(checkpoint: str | os.PathLike[str]) -> Path:

@@ -112,6 +112,20 @@ class CheckpointIndex:
         """Bytes of all tensors together."""
         return sum(entry.spec.nbytes for entry in self.entries.values())
 
+    @property
+    def tensor_files(self) -> dict[Path, str]:
+        """The files that hold tensors, by path, with their names."""
+        shards = {shard.path: shard.name for shard in self.shards.values() if shard.path is not None}
+        return shards | dict(self.other_files)
+
+    @property
+    def description_files(self) -> dict[Path, str]:
+        """The configuration and the index of the weights, by path, with their names."""
+        files = {self.config_file: CONFIG_NAME}
+        if self.weights_index_file is not None and self.weights_index_name is not None:
+            files[self.weights_index_file] = self.weights_index_name
+        return files
+
 
 def read_index(folder: str | os.PathLike[str] | Listing) -> CheckpointIndex:
     """Index the safetensors checkpoint in ``folder``, reading and checking headers only.
@@ -163,10 +177,7 @@ def read_index(folder: str | os.PathLike[str] | Listing) -> CheckpointIndex:
 
 def identified(index: CheckpointIndex) -> CheckpointIndex:
     """The index with its ``headers_digest`` filled in from its ``states``."""
-    files = {shard.path: shard.name for shard in index.shards.values() if shard.path is not None}
-    files |= {index.config_file: CONFIG_NAME} | dict(index.other_files)
-    if index.weights_index_file is not None and index.weights_index_name is not None:
-        files[index.weights_index_file] = index.weights_index_name
+    files = index.tensor_files | index.description_files
     digest = hashlib.sha256(json.dumps([index.config, index.weights_index], sort_keys=True).encode())
     for shard in index.shards.values():
         layout = [(name, str(index.entries[name].spec), index.entries[name].begin) for name in shard.tensors]

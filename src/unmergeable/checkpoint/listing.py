@@ -146,11 +146,9 @@ class Listing:
 
     @property
     def is_pickled(self) -> bool:
-        """Whether the only weights are pickles."""
         return self._holds(Kind.PICKLED_WEIGHTS) and not self._holds(Kind.WEIGHTS, Kind.WEIGHTS_INDEX)
 
     def names(self, *kinds: Kind) -> list[str]:
-        """The names of these kinds, in order."""
         return [name for name, file in self.files.items() if file.kind in kinds]
 
     def file(self, name: str) -> ListedFile:
@@ -281,7 +279,6 @@ def _hub_blobs(real_folder: Path) -> tuple[Path, ...]:
 
 
 def _printable(name: str) -> str:
-    """A name as a terminal and a JSON file can show it."""
     return name if name.isprintable() else repr(name)[1:-1]
 
 

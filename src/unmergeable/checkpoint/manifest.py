@@ -53,7 +53,7 @@ class Manifest:
     inputs: Mapping[str, tuple[FileRecord, ...]] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
-    tool_version: str = field(default_factory=lambda: tool_version())
+    tool_version: str = field(default_factory=lambda: installed_version())
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -110,10 +110,10 @@ def require_details(details: Mapping[str, Any]) -> None:
             raise UsageError(f"manifest key {key!r} cannot be written as JSON ({error}).") from error
 
 
-def tool_version() -> str:
-    """The installed version of this package, or ``"unknown"`` when it runs from a bare source tree."""
+def installed_version(package: str = TOOL) -> str:
+    """The version of an installed package, or ``"unknown"`` when it is elsewhere or runs from a bare source tree."""
     try:
-        return version(TOOL)
+        return version(package)
     except PackageNotFoundError:
         return "unknown"
 

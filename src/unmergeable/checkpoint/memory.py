@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from unmergeable.checkpoint.dtypes import dtype_code
-from unmergeable.checkpoint.index import CheckpointIndex, Shard, TensorEntry, TensorSpec
+from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec, lay_out_virtual
 from unmergeable.checkpoint.plan import OutputTensor
 from unmergeable.checkpoint.source import IndexedSource, TensorSource, empty_tensor, tensor_bytes
 
@@ -41,21 +41,17 @@ class MemorySource:
     @cached_property
     def index(self) -> CheckpointIndex:
         """As of one file; its digest is that of names and values, since there is no header to take it from."""
-        entries: dict[str, TensorEntry] = {}
-        position = 0
         digest = hashlib.sha256()
         for name, tensor in self.tensors.items():
-            spec = self.spec(name)
-            entries[name] = TensorEntry(name, spec, SHARD, position, position + spec.nbytes)
-            position += spec.nbytes
             digest.update(name.encode())
             digest.update(tensor_bytes(tensor.cpu()))
+        entries, shards = lay_out_virtual({SHARD: {name: self.spec(name) for name in self.names}}, {"format": "pt"})
         return CheckpointIndex(
             folder=self.folder,
             config_file=self.folder / "config.json",
             config=self.config,
             entries=entries,
-            shards={SHARD: Shard(SHARD, None, position, 0, {"format": "pt"}, tuple(entries))},
+            shards=shards,
             weights_index_file=None,
             weights_index=None,
             side_files={},

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.disk import sync_folder, write_error
+from unmergeable.checkpoint.disk import sync_folder, write_error, writing
 from unmergeable.checkpoint.manifest import FileRecord
 from unmergeable.errors import BadInput, CheckpointError
 
@@ -90,11 +90,9 @@ class PartialFolder:
         self._journal = self._lock = -1
 
     def note_safe(self, shard: str, safe: Safe) -> None:
-        """Record how much of a shard is on the disk."""
         self._append({"shard": shard, "position": safe.position, "sha256": safe.sha256})
 
     def note_finished(self, record: FileRecord) -> None:
-        """Record that a shard is complete and on the disk."""
         self._append({"finished": record.name, "size": record.size, "sha256": record.sha256})
 
     def note_input(self, path: str, record: FileRecord) -> None:
@@ -111,15 +109,12 @@ class PartialFolder:
         """Make the result visible under its final name, at once and for good."""
         sync_folder(self.files)
         _require_nothing_at(self._out)
-        try:
+        with writing(self._out):
             self.files.rename(self._out)
-        except OSError as error:
-            raise write_error(self._out, error) from error
         sync_folder(self._out.parent)
         _remove_partial(self._folder)
 
     def discard(self) -> None:
-        """Delete the partial result."""
         _remove_partial(self._folder)
 
     def _resume_or_begin(self, token: str) -> None:
@@ -146,11 +141,9 @@ class PartialFolder:
         sync_folder(self._folder)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        try:
+        with writing(self._folder / _JOURNAL):
             os.write(self._journal, json.dumps(line).encode() + b"\n")
             os.fsync(self._journal)
-        except OSError as error:
-            raise write_error(self._folder / _JOURNAL, error) from error
 
 
 def partial_of(out: Path) -> Path:
@@ -236,12 +229,10 @@ def _first_line(token: str) -> dict[str, Any]:
 
 def _take_lock(out: Path, folder: Path) -> int:
     path = folder / _LOCK
-    try:
+    with writing(path):
         folder.mkdir(exist_ok=True)
         _require_ours(folder)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise write_error(path, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The process that held the lock may have finished and removed the file in between.

@@ -97,7 +97,6 @@ class InputHashes:
         return Origin(begin, before, digest.copy()) if position == begin else None
 
     def finish(self, path: Path) -> None:
-        """Hash what is left of a file."""
         if path in self.records or path not in self._names:
             return
         digest, size = self._catch_up(path, path.stat().st_size)
@@ -105,7 +104,6 @@ class InputHashes:
         self._begun.pop(path, None)
 
     def finish_all(self) -> None:
-        """Hash what is left of every file."""
         for path in self._names:
             self.finish(path)
 

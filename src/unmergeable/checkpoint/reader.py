@@ -42,7 +42,6 @@ class Checkpoint(IndexedSource):
         return tensor
 
     def stored(self, name: str) -> Extent:
-        """Where the tensor's bytes lie."""
         self.spec(name)
         entry = self._index.entries[name]
         path = self._index.shards[entry.shard].path

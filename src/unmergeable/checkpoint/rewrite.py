@@ -25,7 +25,7 @@ from typing import Any
 
 from unmergeable.checkpoint.disk import Disk, read_file, sync_folder, write_file
 from unmergeable.checkpoint.index import CheckpointIndex
-from unmergeable.checkpoint.listing import CONFIG_NAME, MANIFEST_NAME, FileState
+from unmergeable.checkpoint.listing import MANIFEST_NAME, FileState
 from unmergeable.checkpoint.manifest import (
     FileRecord,
     Manifest,
@@ -156,7 +156,7 @@ def rewrite(
 def _folders_read(sources: Iterable[TensorSource]) -> Iterator[Path]:
     for source in sources:
         yield source.folder
-        for path in (source.index.config_file, *_tensor_files(source.index)):
+        for path in (source.index.config_file, *source.index.tensor_files):
             yield path.parent
 
 
@@ -196,26 +196,17 @@ def _fingerprint(resume_token: str, headers_digests: Sequence[str], layout: Layo
     return digest.hexdigest()
 
 
-def _tensor_files(index: CheckpointIndex) -> dict[Path, str]:
-    """The large files, with the names to record."""
-    shards = {shard.path: shard.name for shard in index.shards.values() if shard.path is not None}
-    return shards | dict(index.other_files)
-
-
 def _input_hashes(folder: PartialFolder, sources: Iterable[TensorSource]) -> InputHashes:
-    """The hashes of the large files: those the journal has, and the others to be computed."""
     return InputHashes(
-        {path: name for source in sources for path, name in _tensor_files(source.index).items()},
+        {path: name for source in sources for path, name in source.index.tensor_files.items()},
         {Path(path): record for path, record in folder.done.inputs.items()},
     )
 
 
 def _input_records(index: CheckpointIndex, hashes: InputHashes, *, checksums: bool) -> tuple[FileRecord, ...]:
-    small = {path: name for name, path in index.side_files.items()} | {index.config_file: CONFIG_NAME}
-    if index.weights_index_file is not None and index.weights_index_name is not None:
-        small[index.weights_index_file] = index.weights_index_name
+    small = {path: name for name, path in index.side_files.items()} | index.description_files
     if checksums:
-        large = [hashes.records[path] for path in _tensor_files(index)]
+        large = [hashes.records[path] for path in index.tensor_files]
     else:
         large = [record_header(shard.path, shard.name) for shard in index.shards.values() if shard.path is not None]
         small |= dict(index.other_files)  # adapters, which are small, and pickles, which have no header
@@ -249,7 +240,6 @@ class _Start:
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """What is left to do."""
         return self.shard.jobs[bisect_left(self.shard.begins, self.position) :]
 
 
@@ -362,8 +352,6 @@ def _note_inputs(folder: PartialFolder, hashes: InputHashes, disk: Disk) -> None
 
 
 class _Report:
-    """Counts the finished bytes of the result for a progress callback."""
-
     def __init__(self, progress: Progress, done: int, total: int) -> None:
         self._progress, self._done, self._total = progress, done, total
         self.advance(0)

@@ -215,21 +215,6 @@ class ShardWriter:
         require_spec(name, tensor, spec)
         self._file.write(tensor_bytes(tensor))
 
-    def write_raw(self, name: str, chunks: Iterable[memoryview | bytes]) -> None:
-        """Append a tensor's stored bytes, piece by piece.
-
-        Raises:
-            CheckpointError: when the pieces do not add up to the announced size.
-        """
-        spec = self._next(name)
-        begin = self._file.position
-        for chunk in chunks:
-            self._file.write(chunk)
-        if self._file.position - begin != spec.nbytes:
-            raise CheckpointError(
-                f"tensor {name!r} came as {self._file.position - begin:,} bytes where {spec} takes {spec.nbytes:,}."
-            )
-
     def finish(self) -> FileRecord:
         """Flush to the disk and return the file's name, size and hash.
 

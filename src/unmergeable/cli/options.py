@@ -15,6 +15,17 @@ ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", metavar="N", min=1, help="Tensors to process at a time; default: one per processor."),
 ]
+PlanOutOption = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Output directory; rerun with the same one to resume.")
+]
+RootOption = Annotated[
+    Path | None,
+    typer.Option("--root", metavar="DIR", help="Where relative paths of the plan start; its folder by default."),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, metavar="N", help="Processes; one per GPU, or per processor, by default."),
+]
 PassphraseSwitch = Annotated[
     bool,
     typer.Option(

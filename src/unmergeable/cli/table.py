@@ -8,22 +8,15 @@ from typing import Annotated
 import typer
 
 from unmergeable.cli.command import Outcome, working
+from unmergeable.cli.options import PlanOutOption, RootOption, WorkersOption
 
 
 def table(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="Plan: experts, protections, merges, tasks.")],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Output directory; rerun with the same one to resume.")
-    ],
-    root: Annotated[
-        Path | None,
-        typer.Option("--root", metavar="DIR", help="Where relative paths of the plan start; its folder by default."),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", min=1, metavar="N", help="Processes; one per GPU, or per processor, by default."),
-    ] = None,
+    out: PlanOutOption,
+    root: RootOption = None,
+    workers: WorkersOption = None,
 ) -> Outcome:
     """Score fixed merges of protected experts, as a paper's table does.
 

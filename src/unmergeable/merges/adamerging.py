@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,6 @@ from unmergeable.merges.base import (
     TensorMerge,
     TermsOf,
     fill_coefficients,
-    require_choice,
     require_density,
     require_finite,
 )
@@ -88,8 +87,7 @@ class AdaMerging(Merge):
         return Requirements(needs=("base", "data"))
 
     def validate(self) -> None:
-        require_choice("granularity", self.granularity, get_args(Granularity))
-        require_choice("task_vectors", self.task_vectors, get_args(Kind))
+        super().validate()
         require_density(self.density)
         require_finite("start", self.start)
         require_examples(self.examples)

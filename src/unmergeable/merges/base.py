@@ -1,22 +1,21 @@
 """What a merge method is: its settings, and a way to turn the operands of one tensor into the merged tensor.
 
-A method works in two steps. ``prepare`` may look at the whole task vectors first (TIES ranks them) and returns the
-function that merges one tensor. The engine then calls that function for each tensor, in any order and from any
-thread, on operands that lie in files or in memory: a method never knows which.
+A method that looks at one tensor at a time defines ``merge_one``. Another (TIES ranks whole task vectors) defines
+``prepare``, which looks at the models and returns the function that merges one tensor. The engine calls it for each
+tensor, in any order and from any thread, on operands that lie in files or in memory: a method never knows which.
 
-Coefficients, and the settings a method names in ``varies``, may differ from tensor to tensor. A method therefore asks
-for the :class:`Terms` of a tensor by its name.
+Coefficients, and the settings a method names in ``varies``, may differ from tensor to tensor. The
+:class:`Terms` of a tensor say what holds for it.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -98,7 +97,7 @@ merge (as a scaling coefficient does)."""
 
 
 @dataclass(frozen=True)
-class Merge(ABC):
+class Merge:
     """A merge method: a frozen dataclass whose fields are its settings, with the published defaults.
 
     A method of another package derives from this class; what is declared here holds unless it says otherwise.
@@ -109,6 +108,8 @@ class Merge(ABC):
     fewest_experts: ClassVar[int] = 2
     most_experts: ClassVar[int | None] = None
     varies: ClassVar[Varies] = {}
+    needs_positive: ClassVar[bool] = False
+    """Whether a negative coefficient is refused, since it would vote against its own expert; not all may be 0."""
 
     def requirements(self) -> Requirements:
         """What the method needs with these settings: the base of the experts ("base"), examples ("data")."""
@@ -122,19 +123,32 @@ class Merge(ABC):
     def needs_data(self) -> bool:
         return "data" in self.requirements().needs
 
-    def validate(self) -> None:  # noqa: B027 (most settings have a range, some methods have no settings)
-        """Raise UsageError when a setting is out of range."""
+    def validate(self) -> None:
+        """Raise UsageError when a setting is out of range; here, for a choice that does not exist."""
+        for setting, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, setting) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise UsageError(f"{setting}={getattr(self, setting)}: must be one of {choices}.")
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         """One coefficient per expert, with the method's default where none was given.
 
         Raises UsageError for values that the method cannot use.
         """
-        return fill_coefficients(coefficients, default=1.0)
+        filled = fill_coefficients(coefficients, default=1.0)
+        if self.needs_positive and (min(filled) < 0 or max(filled) == 0):
+            raise UsageError(
+                f"{self.name}: coefficients {filled} must be positive (0 leaves an expert out, but not all)."
+            )
+        return filled
 
-    @abstractmethod
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         """Look at the models as a whole, if need be, and return the function that merges one tensor."""
+        return lambda name, operands, scratch: self.merge_one(name, operands, scratch, terms(name))
+
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        """Merge one tensor: what a method defines that looks at one tensor at a time, instead of ``prepare``."""
+        raise UsageError(f"{self.name} cannot merge: its class defines neither merge_one nor prepare.")
 
     def learn(self, inputs: LearningInputs) -> AbstractContextManager[LearntMerge]:
         """Turn data into what the merge is written with: statistics, coefficients, a choice of experts.
@@ -153,12 +167,6 @@ def fill_coefficients(coefficients: Sequence[float | None], default: float) -> t
     return filled
 
 
-def require_choice(setting: str, value: str, choices: Sequence[str]) -> None:
-    """Raise UsageError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise UsageError(f"{setting}={value}: must be one of {', '.join(choices)}.")
-
-
 def require_finite(setting: str, value: float) -> None:
     """Raise UsageError for NaN and infinity."""
     if not isfinite(value):
@@ -169,14 +177,3 @@ def require_density(density: float) -> None:
     """Raise UsageError unless ``density`` is a fraction of weights that can be kept."""
     if not 0 < density <= 1:
         raise UsageError(f"density={density}: must lie in (0, 1], the fraction of weights kept.")
-
-
-def positive_coefficients(method: str, coefficients: Sequence[float | None]) -> tuple[float, ...]:
-    """Coefficients that may vote on a sign, 1 by default.
-
-    Raises UsageError for a negative one (it would vote against its own expert), or when all are 0.
-    """
-    filled = fill_coefficients(coefficients, default=1.0)
-    if min(filled) < 0 or max(filled) == 0:
-        raise UsageError(f"{method}: coefficients {filled} must be positive (0 leaves an expert out, but not all).")
-    return filled

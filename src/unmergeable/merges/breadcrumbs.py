@@ -16,23 +16,13 @@ which; its density defaults to 1 and its gamma to 0.01. Its weights are the lamb
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import (
-    Inputs,
-    Merge,
-    TensorMerge,
-    TermsOf,
-    Varies,
-    fill_coefficients,
-    require_choice,
-    require_density,
-    require_finite,
-)
+from unmergeable.merges.base import Merge, Terms, Varies, fill_coefficients, require_density, require_finite
 from unmergeable.merges.blocks import (
     Operand,
     Scratch,
@@ -42,9 +32,8 @@ from unmergeable.merges.blocks import (
     weighted_sum,
     whole_rows,
 )
-from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.merges.engine import in_memory
 from unmergeable.merges.magnitudes import largest_below, tensor_magnitudes
-from unmergeable.network.disk_weights import Weights
 
 Trim = Literal["tensor", "row"]
 
@@ -70,41 +59,23 @@ class Breadcrumbs(Merge):
         if not 0 <= self.gamma < 1:
             raise UsageError(f"gamma={self.gamma}: must lie in [0, 1), the fraction of outliers dropped.")
         require_finite("scaling_coefficient", self.scaling_coefficient)
-        require_choice("trim", self.trim, get_args(Trim))
+        super().validate()
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         return fill_coefficients(coefficients, default=self.scaling_coefficient)
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms, shape = terms(name), operands[0].shape
-            length = row_length(shape) if self.trim == "row" else operands[0].numel
-            densities = tensor_terms.per_expert("density", self.density)
-            gammas = tensor_terms.per_expert("gamma", self.gamma)
-            bands = [kept_band(*fractions, length) for fractions in zip(densities, gammas, strict=True)]
-            if self.trim == "row":
-                return merge_rows(name, operands, scratch, coefficients=tensor_terms.coefficients, bands=bands)
-            return merge_tensor(name, operands, scratch, coefficients=tensor_terms.coefficients, bands=bands)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        shape = operands[0].shape
+        length = row_length(shape) if self.trim == "row" else operands[0].numel
+        densities = terms.per_expert("density", self.density)
+        gammas = terms.per_expert("gamma", self.gamma)
+        bands = [kept_band(*fractions, length) for fractions in zip(densities, gammas, strict=True)]
+        if self.trim == "row":
+            return merge_rows(name, operands, scratch, coefficients=terms.coefficients, bands=bands)
+        return merge_tensor(name, operands, scratch, coefficients=terms.coefficients, bands=bands)
 
 
-def breadcrumbs(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    density: float = 0.15,
-    gamma: float = 0.006,
-    scaling_coefficient: float = 0.2,
-    trim: Trim = "tensor",
-) -> dict[str, Tensor]:
-    """Drop the smallest and the very largest weights of the task vectors, add (arXiv 2312.06795), in memory.
-
-    Settings are those of :class:`Breadcrumbs`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = Breadcrumbs(density, gamma, scaling_coefficient, trim)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+breadcrumbs = in_memory(Breadcrumbs)
 
 
 def kept_band(density: float, gamma: float, size: int) -> Band:

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, Varies, require_finite
+from unmergeable.merges.base import Merge, Terms, Varies, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks
-from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.network.disk_weights import Weights
+from unmergeable.merges.engine import in_memory
 
 
 @dataclass(frozen=True)
@@ -46,36 +45,18 @@ class ConsensusTa(Merge):
         if self.agreement < 0:
             raise UsageError(f"agreement={self.agreement}: must not be negative; 0 keeps every weight.")
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms = terms(name)
-            kernel = partial(
-                _merge_block,
-                coefficients=tensor_terms.coefficients,
-                scaling_coefficient=tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient),
-                mask_thresholds=tensor_terms.per_expert("mask_threshold", self.mask_threshold),
-                agreement=self.agreement,
-            )
-            return merge_blocks(name, operands, kernel, scratch, spare=3)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        kernel = partial(
+            _merge_block,
+            coefficients=terms.coefficients,
+            scaling_coefficient=terms.of_tensor("scaling_coefficient", self.scaling_coefficient),
+            mask_thresholds=terms.per_expert("mask_threshold", self.mask_threshold),
+            agreement=self.agreement,
+        )
+        return merge_blocks(name, operands, kernel, scratch, spare=3)
 
 
-def consensus_ta(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    scaling_coefficient: float = 0.3,
-    mask_threshold: float = 0.4,
-    agreement: int = 2,
-) -> dict[str, Tensor]:
-    """Add the task vectors where several tasks use a weight (TALL-masks, arXiv 2405.07813), in memory.
-
-    Settings are those of :class:`ConsensusTa`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = ConsensusTa(scaling_coefficient, mask_threshold, agreement)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+consensus_ta = in_memory(ConsensusTa)
 
 
 def _merge_block(

@@ -17,20 +17,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.merges.base import (
-    Inputs,
-    Merge,
-    TensorMerge,
-    TermsOf,
-    Varies,
-    fill_coefficients,
-    require_density,
-    require_finite,
-)
+from unmergeable.merges.base import Merge, Terms, Varies, fill_coefficients, require_density, require_finite
 from unmergeable.merges.blocks import Operand, Scratch
-from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_thinned, require_rescale
-from unmergeable.network.disk_weights import Weights
+from unmergeable.merges.engine import in_memory
+from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_thinned
 
 
 @dataclass(frozen=True)
@@ -52,35 +42,16 @@ class DareLinear(Merge):
     def validate(self) -> None:
         require_density(self.density)
         require_finite("scaling_coefficient", self.scaling_coefficient)
-        require_rescale(self.rescale)
+        super().validate()
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         return fill_coefficients(coefficients, default=self.scaling_coefficient)
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms = terms(name)
-            densities = tensor_terms.per_expert("density", self.density)
-            masks = bernoulli_masks(name, operands, densities, self.seed, self.rescale)
-            factors = compensated(tensor_terms.coefficients, operands, masks, densities, self.rescale, scratch)
-            return merge_thinned(name, operands, masks, scratch, factors=factors)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        densities = terms.per_expert("density", self.density)
+        masks = bernoulli_masks(name, operands, densities, self.seed, self.rescale)
+        factors = compensated(terms.coefficients, operands, masks, densities, self.rescale, scratch)
+        return merge_thinned(name, operands, masks, scratch, factors=factors)
 
 
-def dare_linear(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    density: float = 0.8,
-    scaling_coefficient: float = 1.0,
-    rescale: Rescale = "density",
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Drop all but ``density`` of the task vectors at random, rescale, add (DARE, arXiv 2311.03099), in memory.
-
-    Settings are those of :class:`DareLinear`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = DareLinear(density, scaling_coefficient, rescale, seed)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+dare_linear = in_memory(DareLinear)

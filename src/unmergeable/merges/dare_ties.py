@@ -9,14 +9,8 @@ and election and disjoint mean follow. With m_i independent Bernoulli masks of p
     theta = theta_0 + scaling_coefficient * tau
 
 The default density of 0.8 is the drop rate of 0.2 with which the authors merge language models.
-
-=============  ==========================================================  =======================================
-setting        papers                                                      mergekit
-=============  ==========================================================  =======================================
-``rescale``    ``density``: by 1/density                                   ``norm``: back to the L1 norm, per tensor
-``average``    ``count``: divide by the number of experts that agree       ``sum``: do not divide
-``undecided``  ``drop``: a mass of exactly 0 elects nobody                 ``positive``: it elects +
-=============  ==========================================================  =======================================
+mergekit rescales to the L1 norm (``rescale="norm"``), does not divide (``average="sum"``), and lets a mass of 0 elect +
+(``undecided="positive"``); see :mod:`unmergeable.merges.thinning` and :mod:`unmergeable.merges.election`.
 """
 
 from collections.abc import Sequence
@@ -25,31 +19,22 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.merges.base import (
-    Inputs,
-    Merge,
-    TensorMerge,
-    TermsOf,
-    Varies,
-    positive_coefficients,
-    require_density,
-    require_finite,
-)
+from unmergeable.merges.base import Merge, Terms, Varies, require_density, require_finite
 from unmergeable.merges.blocks import Operand, Scratch
-from unmergeable.merges.election import Average, Undecided, require_election
-from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_elected, require_rescale
-from unmergeable.network.disk_weights import Weights
+from unmergeable.merges.election import Average, Election, Undecided
+from unmergeable.merges.engine import in_memory
+from unmergeable.merges.thinning import Rescale, bernoulli_masks, compensated, merge_elected
 
 
 @dataclass(frozen=True)
 class DareTies(Merge):
-    """``density`` is the probability of keeping a weight; the module's table has the other settings.
+    """``density`` is the probability of keeping a weight; the module describes the other settings.
 
     Equal seeds give equal masks, on any number of threads and however the models are cut into shards.
     """
 
     name: ClassVar[str] = "dare_ties"
+    needs_positive: ClassVar[bool] = True
     varies: ClassVar[Varies] = {"density": "expert", "scaling_coefficient": "tensor"}
 
     density: float = 0.8
@@ -62,48 +47,15 @@ class DareTies(Merge):
     def validate(self) -> None:
         require_density(self.density)
         require_finite("scaling_coefficient", self.scaling_coefficient)
-        require_rescale(self.rescale)
-        require_election(self.average, self.undecided)
+        super().validate()
 
-    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
-        """The c_i, 1 by default. Raises UsageError for a negative one: it would vote against its own expert."""
-        return positive_coefficients(self.name, coefficients)
-
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms = terms(name)
-            densities = tensor_terms.per_expert("density", self.density)
-            masks = bernoulli_masks(name, operands, densities, self.seed, self.rescale)
-            return merge_elected(
-                name,
-                operands,
-                masks,
-                scratch,
-                factors=compensated(tensor_terms.coefficients, operands, masks, densities, self.rescale, scratch),
-                coefficients=tensor_terms.coefficients,
-                scaling_coefficient=tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient),
-                average=self.average,
-                undecided=self.undecided,
-            )
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        densities = terms.per_expert("density", self.density)
+        masks = bernoulli_masks(name, operands, densities, self.seed, self.rescale)
+        factors = compensated(terms.coefficients, operands, masks, densities, self.rescale, scratch)
+        scaling = terms.of_tensor("scaling_coefficient", self.scaling_coefficient)
+        election = Election(terms.coefficients, scaling, self.average, self.undecided)
+        return merge_elected(name, operands, masks, scratch, factors=factors, election=election)
 
 
-def dare_ties(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    density: float = 0.8,
-    scaling_coefficient: float = 1.0,
-    rescale: Rescale = "density",
-    average: Average = "count",
-    undecided: Undecided = "drop",
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Drop at random as DARE does (arXiv 2311.03099), then merge as TIES does (arXiv 2306.01708), in memory.
-
-    Settings are those of :class:`DareTies`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = DareTies(density, scaling_coefficient, rescale, average, undecided, seed)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+dare_ties = in_memory(DareTies)

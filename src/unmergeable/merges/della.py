@@ -12,15 +12,7 @@ and the survivors are divided by q, which keeps the expectation. With t_i the th
     theta = theta_0 + scaling_coefficient * tau
 
 The defaults are the authors' example: drop rate 0.3 in a window of 0.14 (``epsilon`` is half of it), scaling 1.1.
-
-=============  ==========================================================  =======================================
-setting        paper                                                       mergekit
-=============  ==========================================================  =======================================
-``rescale``    ``density``: by 1/q                                         ``norm``: back to the L1 norm, per tensor
-``average``    ``count``: divide by the number of experts that agree       ``weight``: by the sum of their c_i
-                                                                           (``sum`` for normalize: false)
-``undecided``  ``drop``: a mass of exactly 0 elects nobody                 ``positive``: it elects +
-=============  ==========================================================  =======================================
+``rescale`` is described in :mod:`unmergeable.merges.thinning`, ``average`` and ``undecided`` in :mod:`.election`.
 
 mergekit's density defaults to 1, its epsilon to 0.15. The row of a tensor of more than two axes is everything behind
 the first; mergekit ranks along the second axis alone.
@@ -35,22 +27,12 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import (
-    Inputs,
-    Merge,
-    TensorMerge,
-    TermsOf,
-    Varies,
-    positive_coefficients,
-    require_density,
-    require_finite,
-)
+from unmergeable.merges.base import Merge, Terms, Varies, require_density, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, accumulation_dtype, regrouped, row_length, whole_rows
-from unmergeable.merges.election import Average, Undecided, require_election
-from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.merges.masks import DRAW_BITS, draws, mask_stream, remembered
-from unmergeable.merges.thinning import Rescale, compensated, merge_elected, require_rescale
-from unmergeable.network.disk_weights import Weights
+from unmergeable.merges.election import Average, Election, Undecided
+from unmergeable.merges.engine import in_memory
+from unmergeable.merges.masks import DRAW_BITS, draws, mask_of, mask_stream, remembered
+from unmergeable.merges.thinning import Rescale, compensated, merge_elected
 from unmergeable.randomness import Stream
 
 
@@ -63,6 +45,7 @@ class Della(Merge):
     """
 
     name: ClassVar[str] = "della"
+    needs_positive: ClassVar[bool] = True
     varies: ClassVar[Varies] = {"density": "expert", "epsilon": "expert", "scaling_coefficient": "tensor"}
 
     density: float = 0.7
@@ -81,83 +64,42 @@ class Della(Merge):
                 f"(density is {self.density})."
             )
         require_finite("scaling_coefficient", self.scaling_coefficient)
-        require_rescale(self.rescale)
-        require_election(self.average, self.undecided)
+        super().validate()
 
-    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
-        """The c_i, 1 by default. Raises UsageError for a negative one: it would vote against its own expert."""
-        return positive_coefficients(self.name, coefficients)
-
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms = terms(name)
-            densities = tensor_terms.per_expert("density", self.density)
-            base, *experts = operands
-            masks = [
-                magprune_mask(
-                    mask_stream(self.seed, number, name),
-                    base,
-                    expert,
-                    density=density,
-                    epsilon=epsilon,
-                    divide=self.rescale == "density",
-                )
-                for number, (expert, density, epsilon) in enumerate(
-                    zip(experts, densities, tensor_terms.per_expert("epsilon", self.epsilon), strict=True), start=1
-                )
-            ]
-            if self.rescale == "density":
-                factors = tensor_terms.coefficients  # the masks are divided already
-            else:
-                masks = [remembered(mask) for mask in masks]  # a bit is read faster than a row is ranked
-                factors = compensated(tensor_terms.coefficients, operands, masks, densities, self.rescale, scratch)
-            return merge_elected(
-                name,
-                operands,
-                masks,
-                scratch,
-                factors=factors,
-                coefficients=tensor_terms.coefficients,
-                scaling_coefficient=tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient),
-                average=self.average,
-                undecided=self.undecided,
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        densities = terms.per_expert("density", self.density)
+        base, *experts = operands
+        masks = [
+            magprune_mask(
+                mask_stream(self.seed, number, name),
+                base,
+                expert,
+                density=density,
+                epsilon=epsilon,
+                divide=self.rescale == "density",
             )
+            for number, (expert, density, epsilon) in enumerate(
+                zip(experts, densities, terms.per_expert("epsilon", self.epsilon), strict=True), start=1
+            )
+        ]
+        if self.rescale == "density":
+            factors = terms.coefficients  # the masks are divided already
+        else:
+            masks = [remembered(mask) for mask in masks]  # a bit is read faster than a row is ranked
+            factors = compensated(terms.coefficients, operands, masks, densities, self.rescale, scratch)
+        scaling = terms.of_tensor("scaling_coefficient", self.scaling_coefficient)
+        election = Election(terms.coefficients, scaling, self.average, self.undecided)
+        return merge_elected(name, operands, masks, scratch, factors=factors, election=election)
 
-        return merge
 
-
-def della(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    density: float = 0.7,
-    epsilon: float = 0.07,
-    scaling_coefficient: float = 1.1,
-    rescale: Rescale = "density",
-    average: Average = "count",
-    undecided: Undecided = "drop",
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Drop at random, small weights likelier, then merge as TIES does (DELLA, arXiv 2406.11617), in memory.
-
-    Settings are those of :class:`Della`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = Della(density, epsilon, scaling_coefficient, rescale, average, undecided, seed)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+della = in_memory(Della)
 
 
 def magprune_mask(
     stream: Stream, base: Operand, expert: Operand, *, density: float, epsilon: float, divide: bool
 ) -> Operand:
     """MagPrune's mask of one expert's task vector in one tensor: 0 where dropped, else 1, or 1/q to ``divide``."""
-    return Operand(
-        label=f"mask of {expert.label}",
-        shape=expert.shape,
-        dtype=accumulation_dtype(expert.dtype),
-        read=partial(_magprune_blocks, stream, base, expert, density, epsilon, divide),
-        device=expert.device,
-    )
+    return mask_of(expert, partial(_magprune_blocks, stream, base, expert, density, epsilon, divide))
 
 
 def keep_probabilities(task_vector: Tensor, density: float, epsilon: float) -> Tensor:

@@ -17,12 +17,12 @@ setting        TIES-Merging (arXiv 2306.01708)                             merge
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from unmergeable.merges.base import require_choice
 from unmergeable.merges.blocks import accumulation_dtype
 from unmergeable.merges.magnitudes import largest_below
 
@@ -30,55 +30,45 @@ Average = Literal["count", "weight", "sum"]
 Undecided = Literal["drop", "positive"]
 
 SPARE = 2
-"""Buffers that :func:`add_elected` needs."""
+"""Buffers that :meth:`Election.add` needs."""
 
 
-def require_election(average: str, undecided: str) -> None:
-    """Raise UsageError for settings that do not exist."""
-    require_choice("average", average, get_args(Average))
-    require_choice("undecided", undecided, get_args(Undecided))
+@dataclass(frozen=True)
+class Election:
+    """The settings of one tensor: the c_i, the factor of the merged task vector, and those of the table above."""
 
+    coefficients: Sequence[float]
+    scaling_coefficient: float
+    average: Average
+    undecided: Undecided
 
-def add_elected(
-    base: Tensor,
-    weighted: Sequence[Tensor],
-    spare: Sequence[Tensor],
-    *,
-    coefficients: Sequence[float],
-    scaling_coefficient: float,
-    average: Average,
-    undecided: Undecided,
-) -> Tensor:
-    """``base + scaling_coefficient * tau``, in the memory of ``base``. Overwrites all it is given.
+    def add(self, base: Tensor, weighted: Sequence[Tensor], spare: Sequence[Tensor]) -> Tensor:
+        """``base + scaling_coefficient * tau``, in the memory of ``base``. Overwrites all it is given.
 
-    Args:
-        base: one block of the base.
-        weighted: the same block of the task vectors times their coefficients.
-        spare: ``SPARE`` buffers.
-        coefficients: the c_i, already in ``weighted``; they are the divisor of ``average="weight"``.
-        scaling_coefficient: of the merged task vector.
-        average: what divides the sum.
-        undecided: what a mass of 0 elects.
-    """
-    elected, total = spare
-    _add_up(weighted, out=elected)
-    if undecided == "positive":
-        elected.ge_(0).mul_(2).sub_(1)
-    else:
-        elected.sign_()
+        Args:
+            base: one block of the base.
+            weighted: the same block of the task vectors, already times their coefficients.
+            spare: ``SPARE`` buffers.
+        """
+        elected, total = spare
+        _add_up(weighted, out=elected)
+        if self.undecided == "positive":
+            elected.ge_(0).mul_(2).sub_(1)
+        else:
+            elected.sign_()
 
-    # Masks and selections are slow on the CPU. Multiplied by the elected sign, those that agree are positive.
-    magnitudes = [task_vector.mul_(elected).relu_() for task_vector in weighted]
-    _add_up(magnitudes, out=total)
-    if average != "sum":
-        shares = coefficients if average == "weight" else [1.0] * len(weighted)
-        first, *others = (magnitude.gt_(0) for magnitude in magnitudes)
-        agreeing = first.mul_(shares[0])
-        for vote, share in zip(others, shares[1:], strict=True):
-            agreeing.add_(vote, alpha=share)
-        # Where nobody agrees the total is 0 too, and 0 / tiny = 0.
-        total.div_(agreeing.clamp_min_(torch.finfo(agreeing.dtype).tiny))
-    return base.addcmul_(total, elected, value=scaling_coefficient)
+        # Masks and selections are slow on the CPU. Multiplied by the elected sign, those that agree are positive.
+        magnitudes = [task_vector.mul_(elected).relu_() for task_vector in weighted]
+        _add_up(magnitudes, out=total)
+        if self.average != "sum":
+            shares = self.coefficients if self.average == "weight" else [1.0] * len(weighted)
+            first, *others = (magnitude.gt_(0) for magnitude in magnitudes)
+            agreeing = first.mul_(shares[0])
+            for vote, share in zip(others, shares[1:], strict=True):
+                agreeing.add_(vote, alpha=share)
+            # Where nobody agrees the total is 0 too, and 0 / tiny = 0.
+            total.div_(agreeing.clamp_min_(torch.finfo(agreeing.dtype).tiny))
+        return base.addcmul_(total, elected, value=self.scaling_coefficient)
 
 
 def _add_up(tensors: Sequence[Tensor], *, out: Tensor) -> None:
@@ -97,9 +87,8 @@ def keep_elected(task_vectors: Sequence[Tensor], elected: Tensor, thresholds: Se
     ``elected`` is a buffer of the same size.
     """
     for task_vector, threshold in zip(task_vectors, thresholds, strict=True):
-        cut = largest_below(
-            threshold, accumulation_dtype(task_vector.dtype)
-        )  # hardshrink keeps what is strictly larger
+        # hardshrink keeps what is strictly larger than its argument.
+        cut = largest_below(threshold, accumulation_dtype(task_vector.dtype))
         if cut is not None:
             torch.hardshrink(task_vector, cut, out=task_vector)
     elected.copy_(task_vectors[0])

@@ -4,12 +4,14 @@ The base is the template for configuration, tokenizer, shards and tensor order; 
 Everything that can be refused is refused before the first byte is written.
 """
 
+import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, Protocol, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -35,10 +37,13 @@ from unmergeable.merges.models import (
 from unmergeable.merges.variation import Vary, describe, terms_of
 from unmergeable.network.disk_weights import Weights, weights_of
 from unmergeable.progress import Progress, silent
+from unmergeable.settings import configure
 from unmergeable.threads import one_thread_per_kernel, worker_threads
 
 MEMORY_BUDGET = 256 << 20
 """Bytes of merged tensors on their way to the disk. A merge is slower than the disk: more would only wait."""
+
+Settings = ParamSpec("Settings")
 
 
 def merge(
@@ -172,6 +177,51 @@ def merge_state_dicts(
     }
 
 
+class MergeFunction(Protocol[Settings]):
+    """A merge of state dicts or live networks, whose further keywords are the settings of the method."""
+
+    def __call__(
+        self,
+        base: Weights | None,
+        experts: Sequence[Weights],
+        coefficients: Sequence[float | None] | None = None,
+        *values: Settings.args,
+        **settings: Settings.kwargs,
+    ) -> dict[str, Tensor]: ...
+
+
+def in_memory(method: Callable[Settings, Merge]) -> MergeFunction[Settings]:
+    """The function of state dicts that a method has under its own name."""
+    cls = cast(type[Merge], method)
+
+    def function(
+        base: Weights | None,
+        experts: Sequence[Weights],
+        *,
+        coefficients: Sequence[float | None] | None = None,
+        **settings: Any,
+    ) -> dict[str, Tensor]:
+        return merge_state_dicts(base, experts, method=configure(cls, settings), coefficients=coefficients)
+
+    hints, signature = get_type_hints(cls), inspect.signature(function)
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "settings"]
+    parameters += [
+        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=hints[item.name])
+        for item in fields(cls)
+    ]
+    described = vars(function)
+    described["__signature__"] = signature.replace(parameters=parameters)
+    function.__annotations__ = {item.name: item.annotation for item in parameters} | {"return": dict[str, Tensor]}
+    function.__name__ = function.__qualname__ = cls.name
+    function.__module__ = cls.__module__
+    function.__doc__ = (
+        f"{(sys.modules[cls.__module__].__doc__ or cls.name).splitlines()[0]}\n\n"
+        f"Settings are those of :class:`{cls.__name__}`; the rest is as for "
+        ":func:`~unmergeable.merges.merge_state_dicts`."
+    )
+    return cast(MergeFunction[Settings], function)
+
+
 def dtype_changes(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """What a ``config.json`` has to say differently when the weights are stored as ``dtype``."""
     name = str(dtype).removeprefix("torch.")
@@ -213,7 +263,6 @@ def _inputs(models: Sequence[Model], method: Merge, *, has_base: bool) -> Inputs
 def _plan(
     template: TensorSource, inputs: Inputs, merge_tensor: TensorMerge, out_dtype: torch.dtype | None
 ) -> list[OutputTensor]:
-    """The template's tensors in order: the floating-point ones merged, the others copied."""
     scratch, merged = Scratch(out_dtype), set(inputs.names)
 
     def planned(tensor: OutputTensor) -> OutputTensor:

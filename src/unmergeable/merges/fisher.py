@@ -32,8 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -43,18 +42,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from unmergeable.errors import BadInput, Mismatch, UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, positive_coefficients
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf
 from unmergeable.merges.blocks import BLOCK_ELEMENTS, Operand, Scratch, merge_blocks, weighted_sum
 from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.merges.learning import (
-    BATCH_SIZE,
-    LearningInputs,
-    LearntMerge,
-    floating_shapes,
-    gathered_statistics,
-    open_statistics,
-    require_examples,
-)
+from unmergeable.merges.learning import BATCH_SIZE, LearningInputs, StatisticsMerge, floating_shapes, require_examples
 from unmergeable.merges.linear import merge_tensor as average_tensor
 from unmergeable.merges.models import Model
 from unmergeable.network.disk_weights import Weights, to_disk_names
@@ -62,13 +53,12 @@ from unmergeable.network.statistics import write_statistics
 from unmergeable.network.tasks import Prediction, Task, device_of
 from unmergeable.progress import Progress, silent
 from unmergeable.randomness import Stream
-from unmergeable.registry import Requirements
 
 Labels = Literal["sampled", "expected", "empirical"]
 
 
 @dataclass(frozen=True)
-class Fisher(Merge):
+class Fisher(StatisticsMerge):
     """``labels``, ``examples`` and ``seed`` say how F_i is estimated where data are given instead of statistics.
 
     ``labels`` are ``sampled`` from the network's own predictions, ``expected`` over all of them, or the data's own,
@@ -77,7 +67,6 @@ class Fisher(Merge):
 
     name: ClassVar[str] = "fisher"
 
-    statistics: str = ""
     normalize: bool = True
     favor_first: bool = True
     floor: float = 1e-6
@@ -85,44 +74,28 @@ class Fisher(Merge):
     examples: int = 256
     seed: int = 0
 
-    def requirements(self) -> Requirements:
-        return Requirements(needs=() if self.statistics else ("data",), accepts=("statistics",))
-
     def validate(self) -> None:
         if not self.floor > 0:
             raise UsageError(f"floor={self.floor}: must be positive, or weights without information have no average.")
         require_examples(self.examples)
 
-    @contextmanager
-    def learn(self, inputs: LearningInputs) -> Iterator[LearntMerge]:
-        inputs.require_data_for_each(self)
-        if self.statistics:
-            raise UsageError("fisher: give either data or statistics, not both.")
-
-        def write(number: int, folder: Path) -> str:
-            is_labelled = self.labels == "empirical"
-            task = inputs.task(
-                number, batch_size=BATCH_SIZE, examples=self.examples, seed=self.seed, is_labelled=is_labelled
-            )
-            information = diagonal_fisher(
-                inputs.network, task, labels=self.labels, seed=self.seed, progress=inputs.progress
-            )
-            shapes = floating_shapes(inputs.experts[number])
-            # What the network does not have it does not use.
-            tensors = ((name, information.get(name, torch.zeros(shapes[name]))) for name in sorted(shapes))
-            facts = {"statistics": "diagonal Fisher information", "labels": self.labels, "data": task.name}
-            return write_statistics(folder, shapes, tensors, facts=facts)
-
-        with gathered_statistics(inputs, write) as folder:
-            yield LearntMerge(replace(self, statistics=str(folder)), inputs.coefficients, facts=inputs.facts)
-
-    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
-        """The lambda_i, 1 by default. Raises UsageError for a negative one, or if all are 0."""
-        return positive_coefficients(self.name, coefficients)
+    def gather(self, inputs: LearningInputs, number: int, folder: Path) -> str:
+        is_labelled = self.labels == "empirical"
+        task = inputs.task(
+            number, batch_size=BATCH_SIZE, examples=self.examples, seed=self.seed, is_labelled=is_labelled
+        )
+        information = diagonal_fisher(
+            inputs.network, task, labels=self.labels, seed=self.seed, progress=inputs.progress
+        )
+        shapes = floating_shapes(inputs.experts[number])
+        # What the network does not have it does not use.
+        tensors = ((name, information.get(name, torch.zeros(shapes[name]))) for name in sorted(shapes))
+        facts = {"statistics": "diagonal Fisher information", "labels": self.labels, "data": task.name}
+        return write_statistics(folder, shapes, tensors, facts=facts)
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         experts = len(inputs.operands(inputs.names[0]))
-        fishers = inputs.statistics or (open_statistics(self.statistics, experts) if self.statistics else ())
+        fishers = self.statistics_of(inputs)
         if not fishers:
             return partial(_isotropic, terms=terms)
         for name in inputs.names:
@@ -203,7 +176,6 @@ def diagonal_fisher(
 
 
 def _log_likelihoods(prediction: Prediction, labels: Labels, stream: Stream) -> Iterator[tuple[Tensor, float]]:
-    """Log-likelihoods of one example, and the weight of each in the expectation."""
     log_probabilities = functional.log_softmax(prediction.logits.float(), dim=-1)
     if labels == "empirical":
         yield _chosen(log_probabilities, prediction.require_targets()), 1.0

@@ -11,16 +11,14 @@ scaling on validation data (1.5 suits eight vision tasks); without data it is 1.
 whole matrices in memory, and their singular value decompositions take time.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.merges.engine import in_memory
 from unmergeable.merges.spectral import SpectralMerge, summed
-from unmergeable.network.disk_weights import Weights
 
 
 @dataclass(frozen=True)
@@ -33,19 +31,7 @@ class IsoC(SpectralMerge):
         return flattened(summed(task_matrices))
 
 
-def iso_c(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    scaling_coefficient: float = 1.0,
-) -> dict[str, Tensor]:
-    """Add the task matrices with their spectrum made flat (isotropic merging, arXiv 2502.04959), in memory.
-
-    Settings are those of :class:`IsoC`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = IsoC(scaling_coefficient)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+iso_c = in_memory(IsoC)
 
 
 def flattened(task_matrix: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from unmergeable.checkpoint.partial import require_absent
 from unmergeable.checkpoint.source import TensorSource, require_same_tensors
 from unmergeable.data import DataSource
 from unmergeable.errors import BadInput, Mismatch, UsageError
-from unmergeable.merges.base import Merge
+from unmergeable.merges.base import Inputs, Merge
 from unmergeable.merges.models import Model, source_model
 from unmergeable.merges.variation import Vary
 from unmergeable.network.disk_weights import find_places, swapped
@@ -30,6 +31,7 @@ from unmergeable.network.encoding import EncodedData, Encoder, class_names_of, o
 from unmergeable.network.load import load_network
 from unmergeable.network.tasks import Task, is_causal_language_model
 from unmergeable.progress import Progress
+from unmergeable.registry import Requirements
 
 _MARKER = ".unmergeable-statistics"
 """Says that a folder of statistics is a merge's own, and may be removed by the next one."""
@@ -74,7 +76,6 @@ class LearningInputs:
 
     @cached_property
     def network(self) -> Any:
-        """The template's, live."""
         return load_network(self.template)
 
     @cached_property
@@ -108,6 +109,39 @@ class LearningInputs:
             names = ordered_names(named) if named else class_names_of(self.network)
         source = DataSource(self.data[number], seed=seed, limit=examples)
         return Task(str(source.path), EncodedData(source, Encoder(self.template), batch_size, names))
+
+
+@dataclass(frozen=True)
+class StatisticsMerge(Merge, ABC):
+    """A merge that weighs experts by what is known of their data: statistics in files, in memory, or from data.
+
+    ``statistics`` is a folder with a subfolder for each expert, ``1``, ``2``, ….
+    """
+
+    needs_positive: ClassVar[bool] = True
+
+    statistics: str = ""
+
+    def requirements(self) -> Requirements:
+        return Requirements(needs=() if self.statistics else ("data",), accepts=("statistics",))
+
+    @contextmanager
+    def learn(self, inputs: LearningInputs) -> Iterator[LearntMerge]:
+        inputs.require_data_for_each(self)
+        if self.statistics:
+            raise UsageError(f"{self.name}: give either data or statistics, not both.")
+        with gathered_statistics(inputs, self.gather) as folder:
+            yield LearntMerge(replace(self, statistics=str(folder)), inputs.coefficients, facts=inputs.facts)
+
+    @abstractmethod
+    def gather(self, inputs: LearningInputs, number: int, folder: Path) -> str:
+        """Write the statistics of one expert, whose weights the network has, to ``folder``; returns their hash."""
+
+    def statistics_of(self, inputs: Inputs) -> Sequence[Model]:
+        """The statistics of each expert; empty where none were given."""
+        if inputs.statistics or not self.statistics:
+            return inputs.statistics
+        return open_statistics(self.statistics, len(inputs.operands(inputs.names[0])))
 
 
 @contextmanager
@@ -145,7 +179,7 @@ def learnt_from_data(
 
 
 @contextmanager
-def gathered_statistics(inputs: LearningInputs, write: Callable[[int, Path], str]) -> Iterator[Path]:
+def gathered_statistics(inputs: LearningInputs, write: Callable[[LearningInputs, int, Path], str]) -> Iterator[Path]:
     """A folder with the statistics of every expert, in one beside OUT that is removed at the end.
 
     Its name is a hash of what it holds. A merge that was killed goes on where it was only for the same settings, and so
@@ -153,8 +187,7 @@ def gathered_statistics(inputs: LearningInputs, write: Callable[[int, Path], str
 
     Args:
         inputs: of the merge.
-        write: writes the statistics of an expert, whose weights the network has meanwhile, to a folder, and returns
-            their hash.
+        write: as :meth:`StatisticsMerge.gather`.
     """
     place = inputs.out.with_name(f"{inputs.out.name}.statistics")
     network = inputs.network
@@ -171,7 +204,7 @@ def gathered_statistics(inputs: LearningInputs, write: Callable[[int, Path], str
         digest = hashlib.sha256()
         for number, expert in enumerate(inputs.experts):
             with swapped(network, inputs.state(expert)):
-                digest.update(write(number, gathered / str(number + 1)).encode())
+                digest.update(write(inputs, number, gathered / str(number + 1)).encode())
         yield gathered.rename(place / digest.hexdigest())
     finally:
         shutil.rmtree(place)

@@ -13,10 +13,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, fill_coefficients
+from unmergeable.merges.base import Merge, Terms, fill_coefficients
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
-from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.network.disk_weights import Weights
+from unmergeable.merges.engine import in_memory
 from unmergeable.registry import Requirements
 
 
@@ -41,29 +40,12 @@ class Linear(Merge):
             )
         return weights
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            weights = terms(name).coefficients
-            return merge_tensor(
-                name, operands, scratch, weights=weights, divisor=sum(weights) if self.normalize else 1.0
-            )
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        weights = terms.coefficients
+        return merge_tensor(name, operands, scratch, weights=weights, divisor=sum(weights) if self.normalize else 1.0)
 
 
-def linear(
-    base: Weights | None,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    normalize: bool = True,
-) -> dict[str, Tensor]:
-    """Average the experts, ``sum_i c_i theta_i / sum_i c_i`` (model soups, arXiv 2203.05482), in memory.
-
-    Settings are those of :class:`Linear`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = Linear(normalize)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+linear = in_memory(Linear)
 
 
 def merge_tensor(

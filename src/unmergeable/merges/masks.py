@@ -7,7 +7,7 @@ it, so masks depend neither on block sizes, threads and shards nor on the order 
 tensor sees the same mask.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -39,15 +39,14 @@ def draws(stream: Stream, start: int, count: int) -> Tensor:
     return torch.from_numpy(words.astype("<u8", copy=False).view("<i4")[skipped : skipped + count])
 
 
+def mask_of(like: Operand, read: Callable[[int], Iterator[Tensor]]) -> Operand:
+    """The mask of an expert's tensor, whose blocks ``read`` computes."""
+    return replace(like, label=f"mask of {like.label}", dtype=accumulation_dtype(like.dtype), read=read)
+
+
 def bernoulli_mask(stream: Stream, density: float, like: Operand) -> Operand:
     """1 with probability ``density``, exact to 2^-32, independently for each weight of ``like``."""
-    return Operand(
-        label=f"mask of {like.label}",
-        shape=like.shape,
-        dtype=accumulation_dtype(like.dtype),
-        read=partial(_bernoulli_blocks, stream, density, like),
-        device=like.device,
-    )
+    return mask_of(like, partial(_bernoulli_blocks, stream, density, like))
 
 
 def _bernoulli_blocks(stream: Stream, density: float, like: Operand, size: int) -> Iterator[Tensor]:

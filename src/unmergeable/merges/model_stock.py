@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf
+from unmergeable.merges.base import Merge, Terms
 from unmergeable.merges.blocks import (
     BLOCK_ELEMENTS,
     Operand,
@@ -33,8 +33,7 @@ from unmergeable.merges.blocks import (
     whole_rows,
     widened_blocks,
 )
-from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.network.disk_weights import Weights
+from unmergeable.merges.engine import in_memory
 
 _SINGULAR = 1e-6
 """A denominator closer to 0 than this has no finite interpolation to offer."""
@@ -59,19 +58,11 @@ class ModelStock(Merge):
             raise UsageError("model_stock weighs the experts by their angles; give them without coefficients.")
         return (1 / len(coefficients),) * len(coefficients)
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        return partial(merge_tensor, filter_wise=self.filter_wise, smallest_norms=self.smallest_norms)
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        return merge_tensor(name, operands, scratch, filter_wise=self.filter_wise, smallest_norms=self.smallest_norms)
 
 
-def model_stock(
-    base: Weights, experts: Sequence[Weights], *, filter_wise: bool = False, smallest_norms: float = 0.0
-) -> dict[str, Tensor]:
-    """Interpolate between the base and the mean of the experts by their angles (arXiv 2403.19522), in memory.
-
-    Settings are those of :class:`ModelStock`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = ModelStock(filter_wise, smallest_norms)
-    return merge_state_dicts(base, experts, method=method)
+model_stock = in_memory(ModelStock)
 
 
 def merge_tensor(

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,73 +30,47 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import BadInput, Mismatch, UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, positive_coefficients
+from unmergeable.merges.base import Inputs, TensorMerge, TermsOf
 from unmergeable.merges.blocks import Operand, Scratch, merge_whole, weighted_sum
 from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.merges.learning import (
-    BATCH_SIZE,
-    LearningInputs,
-    LearntMerge,
-    gathered_statistics,
-    open_statistics,
-    require_examples,
-)
+from unmergeable.merges.learning import BATCH_SIZE, LearningInputs, StatisticsMerge, require_examples
 from unmergeable.merges.linear import merge_tensor as average_tensor
 from unmergeable.merges.models import Model
 from unmergeable.network.disk_weights import Weights
-from unmergeable.network.encoding import EncodedBatch
+from unmergeable.network.encoding import EncodedBatch, grouped
 from unmergeable.network.linear_layers import MEMORY_BUDGET, LinearLayer, linear_layers
 from unmergeable.network.statistics import write_statistics
 from unmergeable.network.tasks import Task, answer, device_of
 from unmergeable.progress import Progress, silent
-from unmergeable.registry import Requirements
 
 RIDGE = 1e-6
 """Small against an input that occurs, large against the rounding (1e-7) of the float32 in which G_i are summed."""
 
 
 @dataclass(frozen=True)
-class RegMean(Merge):
+class RegMean(StatisticsMerge):
     """``examples`` is the most that are read of each data set where data are given instead of statistics."""
 
     name: ClassVar[str] = "regmean"
 
-    statistics: str = ""
     alpha: float = 0.9
     examples: int = 256
     seed: int = 0
-
-    def requirements(self) -> Requirements:
-        return Requirements(needs=() if self.statistics else ("data",), accepts=("statistics",))
 
     def validate(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"alpha={self.alpha}: must lie in [0, 1], what is kept of the off-diagonal entries.")
         require_examples(self.examples)
 
-    @contextmanager
-    def learn(self, inputs: LearningInputs) -> Iterator[LearntMerge]:
-        inputs.require_data_for_each(self)
-        if self.statistics:
-            raise UsageError("regmean: give either data or statistics, not both.")
+    def gather(self, inputs: LearningInputs, number: int, folder: Path) -> str:
         shapes = {layer.key: (layer.inputs, layer.inputs) for layer in linear_layers(inputs.network)}
-
-        def write(number: int, folder: Path) -> str:
-            task = inputs.task(number, batch_size=BATCH_SIZE, examples=self.examples, seed=self.seed)
-            grams = gather_input_grams(inputs.network, task, progress=inputs.progress)
-            facts = {"statistics": "Gram matrices of the inputs of linear layers", "data": task.name}
-            return write_statistics(folder, shapes, grams, facts=facts)
-
-        with gathered_statistics(inputs, write) as folder:
-            yield LearntMerge(replace(self, statistics=str(folder)), inputs.coefficients, facts=inputs.facts)
-
-    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
-        """The c_i, 1 by default. Raises UsageError for a negative one, or if all are 0."""
-        return positive_coefficients(self.name, coefficients)
+        task = inputs.task(number, batch_size=BATCH_SIZE, examples=self.examples, seed=self.seed)
+        grams = gather_input_grams(inputs.network, task, progress=inputs.progress)
+        facts = {"statistics": "Gram matrices of the inputs of linear layers", "data": task.name}
+        return write_statistics(folder, shapes, grams, facts=facts)
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        experts = len(inputs.operands(inputs.names[0]))
-        grams = inputs.statistics or (open_statistics(self.statistics, experts) if self.statistics else ())
+        grams = self.statistics_of(inputs)
         axes = _axes(grams, inputs)
 
         def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
@@ -145,22 +119,8 @@ def gather_input_grams(
         BadInput: there are no examples, the network does not take them, or its activations are not finite.
     """
     layers = linear_layers(network)
-    for group in _groups(layers, memory_budget):
+    for group in grouped(layers, lambda layer: 4 * layer.inputs**2, memory_budget):
         yield from _gather(network, task, group, progress).items()
-
-
-def _groups(layers: Sequence[LinearLayer], memory_budget: int) -> Iterator[list[LinearLayer]]:
-    group: list[LinearLayer] = []
-    size = 0
-    for layer in layers:
-        nbytes = 4 * layer.inputs**2
-        if group and size + nbytes > memory_budget:
-            yield group
-            group, size = [], 0
-        group.append(layer)
-        size += nbytes
-    if group:
-        yield group
 
 
 def _gather(network: Any, task: Task, layers: Sequence[LinearLayer], progress: Progress) -> dict[str, Tensor]:
@@ -192,17 +152,10 @@ def _observed_inputs(
     layers: Sequence[LinearLayer], batch: EncodedBatch, observe: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Inside, ``observe`` is given the key and the inputs, float32 [rows, inputs], of every layer that is called."""
-    mask = batch.inputs.get("attention_mask")
-
-    def capture(key: str, inputs: Tensor) -> None:
-        if mask is not None and inputs.dim() == 3 and inputs.shape[:2] == mask.shape:
-            inputs = inputs[mask.bool().to(inputs.device)]
-        observe(key, inputs.reshape(-1, inputs.shape[-1]).float())
-
     with ExitStack() as hooks:
         for layer in layers:
             hook = layer.module.register_forward_pre_hook(
-                lambda module, arguments, key=layer.key: capture(key, arguments[0])
+                lambda module, arguments, key=layer.key: observe(key, batch.visible(arguments[0]).float())
             )
             hooks.callback(hook.remove)
         yield

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, Varies, fill_coefficients
+from unmergeable.merges.base import Merge, Terms, Varies, fill_coefficients
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum, widened_blocks
-from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.network.disk_weights import Weights
+from unmergeable.merges.engine import in_memory
 from unmergeable.registry import Requirements
 
 _SMALLEST_NORM = 1e-8
@@ -60,30 +59,13 @@ class Slerp(Merge):
             raise UsageError(f"slerp: coefficients {(first, second)} must not be negative, nor both 0.")
         return (first / (first + second), second / (first + second))
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms = terms(name)
-            t = tensor_terms.of_tensor("t", tensor_terms.coefficients[1])
-            weights = slerp_weights(t, cosine(operands, scratch), linear_above=self.linear_above)
-            return merge_blocks(name, operands, partial(_merge_block, weights=weights), scratch)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        t = terms.of_tensor("t", terms.coefficients[1])
+        weights = slerp_weights(t, cosine(operands, scratch), linear_above=self.linear_above)
+        return merge_blocks(name, operands, partial(_merge_block, weights=weights), scratch)
 
 
-def slerp(
-    base: Weights | None,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    t: float = 0.5,
-    linear_above: float = 0.9995,
-) -> dict[str, Tensor]:
-    """Interpolate two models on the arc between them, ``t`` of the way (Shoemake 1985), in memory.
-
-    Settings are those of :class:`Slerp`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = Slerp(t, linear_above)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+slerp = in_memory(Slerp)
 
 
 def cosine(operands: Sequence[Operand], scratch: Scratch) -> float:

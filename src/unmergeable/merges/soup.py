@@ -21,7 +21,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, positive_coefficients
+from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf
 from unmergeable.merges.engine import merge_state_dicts
 from unmergeable.merges.learning import LearningInputs, LearntMerge, require_examples
 from unmergeable.merges.linear import Linear
@@ -39,6 +39,7 @@ class Soup(Merge):
     """``examples`` is the most that are read of each data set; they are labelled, and not those trained on."""
 
     name: ClassVar[str] = "soup"
+    needs_positive: ClassVar[bool] = True
 
     examples: int = 1000
     seed: int = 0
@@ -77,10 +78,6 @@ class Soup(Merge):
             "soup": [number + 1 for number in chosen.experts],
         }
         yield LearntMerge(self, chosen.coefficients, facts=facts, summary=chosen.summary)
-
-    def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
-        """1 for the experts in the soup, 0 for the others; 1 by default. Raises UsageError for a negative one."""
-        return positive_coefficients(self.name, coefficients)
 
     def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
         return Linear().prepare(inputs, terms)

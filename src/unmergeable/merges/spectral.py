@@ -1,6 +1,6 @@
 """What merges by singular values share: matrices are merged as wholes, everything else is averaged."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, Varies, require_finite
+from unmergeable.merges.base import Merge, Terms, Varies, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_whole
 
 
 @dataclass(frozen=True)
-class SpectralMerge(Merge):
+class SpectralMerge(Merge, ABC):
     """A merge that says what becomes of the task matrices; ``scaling_coefficient`` is the factor of the merged one."""
 
     varies: ClassVar[Varies] = {"scaling_coefficient": "tensor"}
@@ -27,14 +27,10 @@ class SpectralMerge(Merge):
     def merge_matrices(self, task_matrices: list[Tensor]) -> Tensor:
         """The merged task matrix of (rows, columns) from those of the experts, which it may overwrite."""
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            tensor_terms = terms(name)
-            factor = tensor_terms.of_tensor("scaling_coefficient", self.scaling_coefficient)
-            whole = partial(self._merge_tensors, coefficients=tensor_terms.coefficients, factor=factor)
-            return merge_whole(name, operands, whole, scratch)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        factor = terms.of_tensor("scaling_coefficient", self.scaling_coefficient)
+        whole = partial(self._merge_tensors, coefficients=terms.coefficients, factor=factor)
+        return merge_whole(name, operands, whole, scratch)
 
     def _merge_tensors(self, tensors: list[Tensor], *, coefficients: Sequence[float], factor: float) -> Tensor:
         base, *experts = tensors

@@ -12,10 +12,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf, fill_coefficients, require_finite
+from unmergeable.merges.base import Merge, Terms, fill_coefficients, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
-from unmergeable.merges.engine import merge_state_dicts
-from unmergeable.network.disk_weights import Weights
+from unmergeable.merges.engine import in_memory
 
 
 @dataclass(frozen=True)
@@ -33,26 +32,11 @@ class TaskArithmetic(Merge):
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         return fill_coefficients(coefficients, default=self.scaling_coefficient)
 
-    def prepare(self, inputs: Inputs, terms: TermsOf) -> TensorMerge:
-        def merge(name: str, operands: Sequence[Operand], scratch: Scratch) -> Tensor:
-            return merge_tensor(name, operands, scratch, coefficients=terms(name).coefficients)
-
-        return merge
+    def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
+        return merge_tensor(name, operands, scratch, coefficients=terms.coefficients)
 
 
-def task_arithmetic(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    scaling_coefficient: float = 0.3,
-) -> dict[str, Tensor]:
-    """Add scaled task vectors, ``theta_0 + sum_i lambda_i (theta_i - theta_0)`` (arXiv 2212.04089), in memory.
-
-    Settings are those of :class:`TaskArithmetic`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = TaskArithmetic(scaling_coefficient)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+task_arithmetic = in_memory(TaskArithmetic)
 
 
 def merge_tensor(name: str, operands: Sequence[Operand], scratch: Scratch, *, coefficients: Sequence[float]) -> Tensor:

@@ -13,21 +13,15 @@ value        factor                                                             
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
-from unmergeable.merges.base import require_choice
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum
-from unmergeable.merges.election import SPARE, Average, Undecided, add_elected
+from unmergeable.merges.election import SPARE, Election
 from unmergeable.merges.masks import bernoulli_mask, l1_ratios, mask_stream, remembered
 
 Rescale = Literal["density", "norm", "none"]
-
-
-def require_rescale(rescale: str) -> None:
-    """Raise UsageError for a way that does not exist."""
-    require_choice("rescale", rescale, get_args(Rescale))
 
 
 def bernoulli_masks(
@@ -77,25 +71,14 @@ def merge_elected(
     scratch: Scratch,
     *,
     factors: Sequence[float],
-    coefficients: Sequence[float],
-    scaling_coefficient: float,
-    average: Average,
-    undecided: Undecided,
+    election: Election,
 ) -> Tensor:
-    """The same with signs elected; ``coefficients`` are the divisor of ``average="weight"``."""
-    kernel = partial(
-        _elect_block,
-        factors=factors,
-        coefficients=coefficients,
-        scaling_coefficient=scaling_coefficient,
-        average=average,
-        undecided=undecided,
-    )
+    """The same with signs elected."""
+    kernel = partial(_elect_block, factors=factors, election=election)
     return merge_blocks(name, (*operands, *masks), kernel, scratch, spare=SPARE)
 
 
 def _thinned(blocks: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The base and the masked task vectors, in the memory of base and experts."""
     count = (len(blocks) - 1) // 2
     base, experts, masks = blocks[0], blocks[1 : 1 + count], blocks[1 + count :]
     return base, [expert.sub_(base).mul_(mask) for expert, mask in zip(experts, masks, strict=True)]
@@ -106,23 +89,7 @@ def _add_block(blocks: list[Tensor], spare: list[Tensor], *, factors: Sequence[f
     return base.add_(weighted_sum(task_vectors, factors))
 
 
-def _elect_block(
-    blocks: list[Tensor],
-    spare: list[Tensor],
-    *,
-    factors: Sequence[float],
-    coefficients: Sequence[float],
-    scaling_coefficient: float,
-    average: Average,
-    undecided: Undecided,
-) -> Tensor:
+def _elect_block(blocks: list[Tensor], spare: list[Tensor], *, factors: Sequence[float], election: Election) -> Tensor:
     base, task_vectors = _thinned(blocks)
-    return add_elected(
-        base,
-        [task_vector.mul_(factor) for task_vector, factor in zip(task_vectors, factors, strict=True)],
-        spare,
-        coefficients=coefficients,
-        scaling_coefficient=scaling_coefficient,
-        average=average,
-        undecided=undecided,
-    )
+    weighted = [task_vector.mul_(factor) for task_vector, factor in zip(task_vectors, factors, strict=True)]
+    return election.add(base, weighted, spare)

@@ -13,16 +13,14 @@ The default scaling of 1 is the authors'. They choose k from all min(rows, colum
 no such method. Needs whole matrices in memory, and their singular value decompositions take time.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from unmergeable.merges.engine import merge_state_dicts
+from unmergeable.merges.engine import in_memory
 from unmergeable.merges.spectral import SpectralMerge
-from unmergeable.network.disk_weights import Weights
 
 
 @dataclass(frozen=True)
@@ -46,19 +44,7 @@ class TsvM(SpectralMerge):
         return (left * torch.cat(values)) @ right.T
 
 
-def tsv_m(
-    base: Weights,
-    experts: Sequence[Weights],
-    *,
-    coefficients: Sequence[float | None] | None = None,
-    scaling_coefficient: float = 1.0,
-) -> dict[str, Tensor]:
-    """Merge the main singular directions of the task matrices, made orthogonal (arXiv 2412.00081), in memory.
-
-    Settings are those of :class:`TsvM`; the rest is as for :func:`~unmergeable.merges.merge_state_dicts`.
-    """
-    method = TsvM(scaling_coefficient)
-    return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+tsv_m = in_memory(TsvM)
 
 
 def orthonormalised(columns: Tensor) -> Tensor:

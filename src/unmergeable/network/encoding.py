@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,13 @@ class EncodedBatch:
         """The same on another device."""
         moved = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         return EncodedBatch(moved, None if self.labels is None else self.labels.to(device))
+
+    def visible(self, values: Tensor) -> Tensor:
+        """The rows of ``values`` [..., features] that the attention mask shows, [rows, features]: no padding."""
+        mask = self.inputs.get("attention_mask")
+        if mask is not None and values.dim() == 3 and values.shape[:2] == mask.shape:
+            values = values[mask.bool().to(values.device)]
+        return values.reshape(-1, values.shape[-1])
 
     def singles(self) -> Iterator[EncodedBatch]:
         """Its examples, each as a batch of one."""
@@ -115,6 +122,23 @@ class EncodedData:
             if self.class_names is not None:
                 labels = torch.tensor([class_number(example, self.class_names) for example in batch])
             yield EncodedBatch(self.encoder.encode(batch), labels)
+
+
+Item = TypeVar("Item")
+
+
+def grouped(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """The items in their order, as many in a group as ``limit`` allows; one that is larger alone is a group."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        if group and total + size(item) > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size(item)
+    if group:
+        yield group
 
 
 def class_names_of(network: Any) -> Sequence[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from unmergeable.errors import BadInput, CheckpointError, UsageError
+from unmergeable.errors import BadInput, CheckpointError, UsageError, first_line
 
 
 def load_network(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Any:
@@ -30,7 +30,7 @@ def load_network(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> A
     folder = Path(folder)
     config = _read_config(folder)
     is_diffusion = "_class_name" in config
-    library = _library("diffusers" if is_diffusion else "transformers", "diffusion" if is_diffusion else "hf")
+    library = optional_package("diffusers" if is_diffusion else "transformers", "diffusion" if is_diffusion else "hf")
     name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
     network_class: Any = getattr(library, str(name), None) if name else None
     if not hasattr(network_class, "from_pretrained"):
@@ -46,7 +46,7 @@ def load_network(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> A
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
-                f"{folder} does not load as {name}: {_first_line(error)}; check that its files are whole."
+                f"{folder} does not load as {name}: {first_line(error)}; check that its files are whole."
             ) from error
     _refuse_invented_weights(folder, str(name), report)
     return network.eval()
@@ -59,13 +59,13 @@ def load_tokenizer(folder: Path | str) -> Any:
         UsageError: transformers is not installed.
         BadInput: the folder holds no tokenizer.
     """
-    transformers = _library("transformers", "hf")
+    transformers = optional_package("transformers", "hf")
     with quiet(transformers):
         try:
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # of a damaged file it raises whatever its own readers do
             raise BadInput(
-                f"{folder} holds no usable tokenizer ({_first_line(error)}); give input_ids instead."
+                f"{folder} holds no usable tokenizer ({first_line(error)}); give input_ids instead."
             ) from None
 
 
@@ -94,7 +94,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist; give the folder of a whole checkpoint.") from None
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({_first_line(error)}); restore the file.") from None
+        raise BadInput(f"{path} cannot be read ({first_line(error)}); restore the file.") from None
     if not isinstance(config, dict):
         raise BadInput(f"{path} is not a JSON object; restore the file.")
     return config
@@ -110,12 +110,13 @@ def _refuse_invented_weights(folder: Path, network_class: str, report: Mapping[s
         )
 
 
-def _library(name: str, extra: str) -> Any:
+def optional_package(name: str, extra: str) -> Any:
+    """A package that is imported when it is needed, and installed by ``extra``.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UsageError(f"{name} is not installed; pip install 'unmergeable[{extra}]'") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"{name.replace('_', '-')} is not installed; pip install 'unmergeable[{extra}]'") from None

@@ -8,18 +8,17 @@ and the parameters that it had. The adapters are those of the peft library.
 
 from __future__ import annotations
 
-import importlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.linear_layers import linear_layers
+from unmergeable.network.load import optional_package
 
 _ADAPTERS = ("lora_A.", "lora_B.")
 """What peft calls them in the names of parameters."""
@@ -45,7 +44,7 @@ def low_rank_updates(network: nn.Module, *, rank: int, alpha: float, seed: int) 
         UsageError: peft is not installed, or the rank is not positive.
         BadInput: the network has no such layer.
     """
-    peft = _peft()
+    peft = optional_package("peft", "lora")
     if rank < 1:
         raise UsageError(f"rank={rank}: a low-rank update needs at least 1.")
     names = _linear_module_names(network)
@@ -73,10 +72,3 @@ def low_rank_updates(network: nn.Module, *, rank: int, alpha: float, seed: int) 
 def _linear_module_names(network: nn.Module) -> list[str]:
     adapted = {layer.module for layer in linear_layers(network)}
     return [name for name, module in network.named_modules() if module in adapted]
-
-
-def _peft() -> Any:
-    try:
-        return importlib.import_module("peft")
-    except ImportError:
-        raise UsageError("peft is not installed; pip install 'unmergeable[lora]'") from None

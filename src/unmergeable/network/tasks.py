@@ -9,7 +9,8 @@ which holds the head of the task.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unmergeable.errors import BadInput
+from unmergeable.errors import BadInput, first_line
 from unmergeable.network.encoding import EncodedBatch
 
 
@@ -63,16 +64,20 @@ def answer(network: Any, batch: EncodedBatch) -> Any:
     Raises:
         BadInput: the network does not take these inputs: their names, their shapes, or tokens that it does not know.
     """
-    try:
+    inputs = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.inputs.items())
+    with refusing(network, f"does not take the inputs {inputs}", "give data made for this network"):
         return network(**batch.inputs)
+
+
+@contextmanager
+def refusing(network: Any, what: str, remedy: str) -> Iterator[None]:
+    """Turn what a network raises for inputs that are not its own into BadInput; running out of memory is not meant."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        inputs = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.inputs.items())
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadInput(
-            f"{type(network).__name__} does not take the inputs {inputs} ({reason}); give data made for this network."
-        ) from error
+        raise BadInput(f"{type(network).__name__} {what} ({first_line(error)}); {remedy}.") from error
 
 
 def is_causal_language_model(network: Any) -> bool:

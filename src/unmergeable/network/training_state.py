@@ -20,7 +20,7 @@ from unmergeable.checkpoint.disk import sync_folder
 from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import TensorSpec, save_file_order
 from unmergeable.checkpoint.writer import ShardWriter
-from unmergeable.errors import CheckpointError
+from unmergeable.errors import CheckpointError, first_line
 
 _LOSSES, _GENERATOR, _DEVICE_GENERATOR = "losses", "generator", "generator of the device"
 
@@ -128,5 +128,6 @@ def read_tensors(file: Path, token: str) -> dict[str, Tensor] | None:
                 return None
             return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  safe_open is no mapping
     except (OSError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{file} cannot be read ({reason}); remove it, and the run starts anew.") from error
+        raise CheckpointError(
+            f"{file} cannot be read ({first_line(error)}); remove it, and the run starts anew."
+        ) from error

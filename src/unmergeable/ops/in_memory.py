@@ -14,16 +14,13 @@ from unmergeable.checkpoint.memory import MemorySource, written_in_memory
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import KeyFileError, UsageError
 from unmergeable.gauge.key import Key
-from unmergeable.network.disk_weights import to_disk_names
+from unmergeable.network.disk_weights import Weights, weights_of
 from unmergeable.ops.opened import architecture_of, base_of
 from unmergeable.ops.steps import Methods, steps_of
 from unmergeable.progress import Progress, silent
 from unmergeable.protections import PROTECTIONS, Inputs, Rewrite
 from unmergeable.protections.exact import ExactSequence
 from unmergeable.threads import one_thread_per_kernel, worker_threads
-
-State = Mapping[str, Tensor] | torch.nn.Module
-"""Tensors by their names on disk, or a transformers network that holds them."""
 
 
 class Protected(NamedTuple):
@@ -35,12 +32,12 @@ class Protected(NamedTuple):
 
 @one_thread_per_kernel()
 def protect_state_dict(
-    state: State,
+    state: Weights,
     config: Any = None,
     *,
     method: Methods = None,
     settings: Mapping[str, object] | None = None,
-    base: State | None = None,
+    base: Weights | None = None,
     seed: int | None = None,
     threads: int | None = None,
     progress: Progress = silent,
@@ -80,8 +77,7 @@ def protect_state_dict(
     expert, architecture = _source(state, config)
     origin: TensorSource = expert
     if base is not None:
-        tensors = _tensors(base)
-        origin = base_of(MemorySource(tensors, expert.config, expert.folder), expert, architecture)
+        origin = base_of(MemorySource(weights_of(base), expert.config, expert.folder), expert, architecture)
     prepared = step.protection.prepare(
         Inputs(
             expert,
@@ -100,7 +96,7 @@ def protect_state_dict(
 
 @one_thread_per_kernel()
 def restore_state_dict(
-    state: State, config: Any, key: Key, *, threads: int | None = None, progress: Progress = silent
+    state: Weights, config: Any, key: Key, *, threads: int | None = None, progress: Progress = silent
 ) -> dict[str, Tensor]:
     """Undo :func:`protect_state_dict`, up to rounding; tensors that were not changed are shared with ``state``.
 
@@ -130,26 +126,10 @@ def _checked(source: MemorySource, prepared: Rewrite) -> dict[str, Tensor]:
     return result
 
 
-def _source(state: State, config: Any) -> tuple[MemorySource, Architecture]:
+def _source(state: Weights, config: Any) -> tuple[MemorySource, Architecture]:
     if config is None and isinstance(state, torch.nn.Module):
         config = state.config
     if config is None:
         raise UsageError("a state dict does not say what network it is of: give its config.")
-    source = MemorySource(_tensors(state), config if isinstance(config, Mapping) else config.to_dict())
+    source = MemorySource(weights_of(state), config if isinstance(config, Mapping) else config.to_dict())
     return source, architecture_of(source)
-
-
-def _tensors(state: State) -> Mapping[str, Tensor]:
-    """By names on disk. Of modules that share a weight the files keep the first."""
-    if not isinstance(state, torch.nn.Module):
-        return state
-    tensors = state.state_dict()
-    first: dict[tuple[int, torch.Size], str] = {}
-    shared = {
-        name for name, tensor in tensors.items() if tensor.numel() and first.setdefault(_memory(tensor), name) != name
-    }
-    return to_disk_names(state, {name: tensor for name, tensor in tensors.items() if name not in shared})
-
-
-def _memory(tensor: Tensor) -> tuple[int, torch.Size]:
-    return tensor.data_ptr(), tensor.shape

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unmergeable.architecture import Architecture, Attention
+from unmergeable.architecture import Architecture
 from unmergeable.attacks import Estimate, Fit, NearestOrbit
 from unmergeable.attacks.distance import relative_distance
 from unmergeable.attacks.signs import Sign, find_signs, halves, is_near, structure_signs
@@ -259,35 +259,22 @@ def storage_errors(source: TensorSource, architecture: Architecture) -> dict[str
     squares = dict.fromkeys(("bfloat16", "float16", "int8_per_row", "int4_group_128"), 0.0)
     norm = 0.0
     for block in chosen.values():
-        for name in dict.fromkeys([*_query(block), block.value.weight, block.output.weight]):
+        # GPT-2 stores them transposed: the head axis of a query projection is the second there.
+        queries = [part.query.weight for part in block.parts[:1]]  # none where queries and keys are left alone
+        are_rows = dict.fromkeys((*queries, block.value.weight), block.value.axis == 0)
+        for name, rows_are_outputs in {**are_rows, block.output.weight: block.output.axis == 1}.items():
             if source.spec(name).dtype not in UNIT_ROUNDOFF:
                 continue
             weight = source.tensor(name).float()
-            weight = weight if _rows_are_outputs(name, architecture) else weight.T
+            weight = weight if rows_are_outputs else weight.T
             norm += float(weight.double().square().sum())
             for kind, stored in _rounded(weight):
                 squares[kind] += float((stored - weight).double().square().sum())
     return {kind: math.sqrt(total / norm) if norm else 0.0 for kind, total in squares.items()}
 
 
-def _query(block: Attention) -> list[str]:
-    return [part.query.weight for part in block.parts[:1]]  # none where queries and keys are left alone
-
-
-def _rows_are_outputs(name: str, architecture: Architecture) -> bool:
-    """False for GPT-2's transposed storage, where the head axis of a query projection is the second."""
-    for block in architecture.attentions:
-        if name in (*_query(block), block.value.weight):
-            return block.value.axis == 0
-        if name == block.output.weight:
-            return block.output.axis == 1
-    return True
-
-
 def _rounded(weight: Tensor) -> Sequence[tuple[str, Tensor]]:
-    grouped = weight
-    if weight.shape[1] % GROUP == 0:
-        grouped = weight.reshape(-1, GROUP)
+    grouped = weight if weight.shape[1] % GROUP else weight.reshape(-1, GROUP)
     return (
         ("bfloat16", weight.bfloat16().float()),
         ("float16", weight.half().float()),

@@ -169,7 +169,6 @@ def merge(
 
 
 def _merge_config(config: Path, out: Path, *, checksums: bool, threads: int | None, progress: Progress) -> MergeResult:
-    """Merge as a configuration says, with the merges of this package."""
     parsed = read_config(config)
     try:
         meaning = meaning_of(parsed)
@@ -235,7 +234,6 @@ def _named_dtype(name: str) -> torch.dtype:
 
 
 def _stored_dtype(template: TensorSource) -> str:
-    """The floating-point dtype of a checkpoint, which must have one."""
     dtypes = {torch_dtype(template.spec(name).dtype) for name in template.names}
     floats = {str(dtype).removeprefix("torch.") for dtype in dtypes if dtype.is_floating_point}
     if len(floats) != 1:

@@ -65,7 +65,6 @@ class MethodEntry:
 
     @classmethod
     def of(cls, method: Any, families: Mapping[str, Validity] | None = None) -> MethodEntry:
-        """The entry of a registered class."""
         requirements: Requirements = method().requirements()
         return cls(
             name=method.name,

@@ -58,7 +58,6 @@ class ProtectResult:
 
     @property
     def architecture(self) -> str:
-        """The family of the network."""
         return str(self.steps[-1].document["architecture"])
 
     @property

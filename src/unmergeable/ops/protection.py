@@ -150,7 +150,6 @@ def _path(path: AnyPath | None) -> Path | None:
 
 
 def _require_use(steps: Sequence[Step], extras: Extras, *, allow_pickle: bool) -> None:
-    """Raises UsageError for something that no step has a use for."""
     names = ",".join(step.name for step in steps)
     for extra in fields(extras):
         if getattr(extras, extra.name) and not any(extra.name in step.reads for step in steps):
@@ -249,7 +248,6 @@ class _Request:
         return self._report(step, inputs, step.protection.check(inputs), self.out, None, is_dry_run=True)
 
     def write(self, step: Step, source: Path, out: Path) -> StepReport:
-        """One step, from the folder ``source`` to the folder ``out``."""
         inputs = self.inputs(step, source, out)
         prepared = step.protection.prepare(inputs)
         is_new_key = prepared.key is not None and not os.path.lexists(self.key)
@@ -306,7 +304,6 @@ def _require_apart(key: Path, out: Path) -> None:
 
 
 def _remove(leftovers: Sequence[Path], work: Path) -> None:
-    """What the result makes superfluous; somebody else's files in the work folder stay."""
     for path in leftovers:
         path.unlink(missing_ok=True)
     if work.is_dir() and not any(work.iterdir()):
@@ -339,7 +336,6 @@ def _compose(request: _Request, steps: Sequence[Step], *, is_dry_run: bool) -> P
 
 
 def _run_all(request: _Request, steps: Sequence[Step], folders: Sequence[Path]) -> list[StepReport]:
-    """Do the steps that are not done yet, each from the folder before it; what each has to report."""
     reports: list[StepReport] = []
     source = request.expert
     for step, folder in zip(steps, folders, strict=True):
@@ -350,7 +346,6 @@ def _run_all(request: _Request, steps: Sequence[Step], folders: Sequence[Path]) 
 
 
 def _finished(step: Step, folder: Path) -> StepReport:
-    """What an interrupted run did."""
     record = _manifest_json(folder)
     return StepReport(step.methods, folder, (str(record["note"]),), record)
 

@@ -213,7 +213,6 @@ def _chosen(protected: Path, base: Path, sources: Sequence[Path], progress: Prog
 
 
 def _require_wanted(method: str, requirements: AttackRequirements, *, sources: Sequence[Path], **data: object) -> None:
-    """Require that what is given is read and, of data, that what is needed is given."""
     is_given = data["data"] is not None
     if sources and "sources" not in requirements.reads:
         raise UsageError(f"{method} reads no sources: leave them out.")

@@ -52,7 +52,6 @@ class Step:
 
     @property
     def single(self) -> Sequence[Protection]:
-        """Its methods, one by one."""
         return self.protection.methods if isinstance(self.protection, ExactSequence) else (self.protection,)
 
     @property
@@ -88,7 +87,6 @@ def steps_of(method: Methods, settings: Mapping[str, object]) -> tuple[Step, ...
 
 
 def _together(steps: Sequence[Step]) -> Step:
-    """Exact methods as one step."""
     settings = {name: values for step in steps for name, values in step.settings.items()}
     methods = [step.protection for step in steps if isinstance(step.protection, ExactProtection)]
     return Step(tuple(settings), settings, ExactSequence(tuple(methods)))
@@ -106,7 +104,6 @@ def _require_known(names: Sequence[str]) -> None:
 
 
 def _by_method(names: Sequence[str], settings: Mapping[str, object]) -> dict[str, dict[str, object]]:
-    """The settings of each method by their own names."""
     values: dict[str, dict[str, object]] = {name: {} for name in names}
     for key, value in settings.items():
         owner, _, setting = key.rpartition(".")
@@ -122,7 +119,6 @@ def _by_method(names: Sequence[str], settings: Mapping[str, object]) -> dict[str
 
 
 def _owner(setting: str, names: Sequence[str]) -> str:
-    """The method that has a setting."""
     if len(names) == 1:
         return names[0]
     fields = {name: [field.name for field in dataclasses.fields(PROTECTIONS[name])] for name in names}

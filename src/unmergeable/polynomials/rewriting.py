@@ -152,7 +152,6 @@ def _expansion(
     polynomials: Polynomials,
     dtype: torch.dtype,
 ) -> Expansion:
-    """The polynomials of these units."""
     is_rest = torch.ones(len(ranges.low), dtype=torch.bool)
     is_rest[units] = False
     b = torch.zeros(len(units), dtype=torch.float64) if bias is None else bias.to(torch.float64)[units]
@@ -185,7 +184,6 @@ class SourceWithFile(DerivedSource):
         return replace(index, side_files={**index.side_files, self.extra_file.name: self.extra_file.resolve()})
 
     def stored(self, name: str) -> Extent | None:
-        """Where the tensor's bytes lie, if in a file."""
         return self.original.stored(name) if isinstance(self.original, StoredSource) else None
 
 
@@ -283,7 +281,6 @@ def _require_ranges(ranges: Mapping[str, UnitRanges], block: FeedForward) -> Uni
 
 
 def _tensors(source: TensorSource, block: FeedForward, place: Place, expansion: Expansion) -> list[OutputTensor]:
-    """What takes the place of the output projection, at the end of its shard."""
     weight = block.down.weight
     stored, shard = source.spec(weight), source.index.entries[weight].shard
     down = weight.removesuffix(".weight")

@@ -42,10 +42,9 @@ def activation_ranges(
     device, seen = device_of(network), 0
     for batch in batches:
         moved = batch.to(device)
-        mask = moved.inputs.get("attention_mask")
         with ExitStack() as hooks:
             for name, module in layers.items():
-                hooks.callback(module.register_forward_hook(partial(_watch, watched[name], mask)).remove)
+                hooks.callback(module.register_forward_hook(partial(_watch, watched[name], moved)).remove)
             answer(network, moved)
         seen += len(batch)
         progress("ranges of hidden units", seen, seen, "examples")
@@ -54,10 +53,8 @@ def activation_ranges(
     return {name: running.ranges(name) for name, running in watched.items()}
 
 
-def _watch(running: _Running, mask: Tensor | None, module: Any, arguments: Any, output: Tensor) -> None:
-    if mask is not None and output.dim() == 3 and output.shape[:2] == mask.shape:
-        output = output[mask.bool()]
-    running.add(output.reshape(-1, output.shape[-1]))
+def _watch(running: _Running, batch: EncodedBatch, module: Any, arguments: Any, output: Tensor) -> None:
+    running.add(batch.visible(output))
 
 
 class _Running:

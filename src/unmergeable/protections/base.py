@@ -23,6 +23,7 @@ from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.plan import OutputTensor
 from unmergeable.checkpoint.source import TensorSource
+from unmergeable.errors import UsageError
 from unmergeable.gauge.key import Key
 from unmergeable.network.disk_weights import find_places, show
 from unmergeable.network.load import load_network
@@ -190,6 +191,11 @@ class Protection:
 
     def validate(self) -> None:
         """Raises UsageError for a setting out of range."""
+
+    def require(self, is_valid: bool, setting: str, what: str) -> None:
+        """Raise UsageError, saying ``what`` the setting must do, unless ``is_valid``."""
+        if not is_valid:
+            raise UsageError(f"{self.name}: {setting} must {what}, not {getattr(self, setting)}.")
 
     def requirements(self) -> ProtectionRequirements:
         """What it needs and promises with these settings."""

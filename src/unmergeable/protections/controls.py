@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from unmergeable.checkpoint.plan import output_like
-from unmergeable.errors import UsageError
 from unmergeable.protections.base import Inputs, Protection, ProtectionRequirements, Rewrite, shared_tensors
 from unmergeable.randomness import Stream
 
@@ -81,9 +80,7 @@ class Noise(Control):
     size: float = 0.01
 
     def validate(self) -> None:
-        """Raises UsageError unless 0 <= size <= 10."""
-        if not 0 <= self.size <= 10:
-            raise UsageError(f"noise: size must lie between 0 and 10, not {self.size}.")
+        self.require(0 <= self.size <= 10, "size", "lie between 0 and 10")
 
     def edit(self, expert: Tensor, base: Tensor, stream: Stream) -> Tensor:
         flat = expert.reshape(-1)
@@ -107,9 +104,7 @@ class Scale(Control):
     factor: float = 0.65
 
     def validate(self) -> None:
-        """Raises UsageError unless 0 <= factor <= 1."""
-        if not 0 <= self.factor <= 1:
-            raise UsageError(f"scale: factor must lie between 0 and 1, not {self.factor}.")
+        self.require(0 <= self.factor <= 1, "factor", "lie between 0 and 1")
 
     def requirements(self) -> ProtectionRequirements:
         return ProtectionRequirements(needs=("base",))
@@ -117,6 +112,3 @@ class Scale(Control):
     def edit(self, expert: Tensor, base: Tensor, stream: Stream) -> Tensor:
         start, end = base.double(), expert.double()
         return (start + self.factor * (end - start)).to(expert.dtype)
-
-
-CONTROLS: dict[str, type[Control]] = {cls.name: cls for cls in (Identity, Noise, Scale)}

@@ -93,7 +93,7 @@ class ExactProtection(Protection):
     def stretch(self) -> float:
         """Bound on the condition number of its matrices, diagonals included. Alone a diagonal rounds each weight once;
         before or after something that mixes coordinates its condition counts as well."""
-        raise NotImplementedError
+        return self.bound
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
         """The bases it changes. Raises BadInput where the architecture leaves it none."""
@@ -254,7 +254,6 @@ class ExactSequence(Protection):
         return ProtectionRequirements(exact=True, needs=needs, stage="basis")
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
-        """Every basis the methods change."""
         return {name: space for method in self.methods for name, space in method.spaces(architecture).items()}
 
     def moves_streams(self, architecture: Architecture) -> bool:
@@ -307,24 +306,11 @@ class ExactSequence(Protection):
         Only the verification can tell whether the weights were altered since, and nothing here whether the key is
         another one's: every gauge leaves the function alone.
         """
-        spaces = self.spaces(architecture)
 
         def verify(written: TensorSource) -> Facts:
-            restored = (
-                untied(written, detect(written.config, {name: written.spec(name).shape for name in written.names}))[0]
-                if self.unties
-                else written
-            )
-            equivalence = compare(
-                protected,
-                restored,
-                changed_blocks(architecture, list(spaces)),
-                condition=self.condition,
-                threads=threads,
-                blocks_only=True,
-                through_streams=self.moves_streams(architecture),
-                progress=progress,
-            )
+            shapes = {name: written.spec(name).shape for name in written.names}
+            restored = untied(written, detect(written.config, shapes))[0] if self.unties else written
+            equivalence = self._equivalence(protected, restored, architecture, threads, progress)
             if not equivalence.is_equal:
                 raise NotEquivalent(
                     f"the result would not compute what {protected.description} computes: {equivalence.explain()}; "
@@ -332,7 +318,7 @@ class ExactSequence(Protection):
                 )
             return RestoredFacts(changed, max(block.error for block in equivalence.blocks))
 
-        changed = len(architecture.symmetry.tensors_of(spaces))
+        changed = len(architecture.symmetry.tensors_of(self.spaces(architecture)))
         gauges = undo(self.gauges(architecture, key, protected))
         drop = [OUTPUT_HEAD] if self.unties else []
         return Rewrite(
@@ -417,18 +403,7 @@ class ExactSequence(Protection):
     def _verified(
         self, facts: ExactFacts, inputs: Inputs, source: TensorSource, architecture: Architecture, written: TensorSource
     ) -> ExactFacts:
-        """Raises NotEquivalent when the written file does not compute what the expert computes."""
-        equivalence = compare(
-            source,
-            written,
-            # Every tensor without a leg was copied byte for byte, so only blocks that changed can differ.
-            changed_blocks(architecture, list(self.spaces(architecture))),
-            condition=self.condition,
-            threads=inputs.threads,
-            blocks_only=True,
-            through_streams=self.moves_streams(architecture),
-            progress=inputs.progress,
-        )
+        equivalence = self._equivalence(source, written, architecture, inputs.threads, inputs.progress)
         if not equivalence.is_equal:
             raise NotEquivalent(
                 f"the result would not compute what {inputs.expert.description} computes: {equivalence.explain()}; "
@@ -441,8 +416,22 @@ class ExactSequence(Protection):
             )
         return replace(facts, equivalence=equivalence, logits=gap)
 
+    def _equivalence(
+        self, first: TensorSource, second: TensorSource, architecture: Architecture, threads: int, progress: Progress
+    ) -> Equivalence:
+        return compare(
+            first,
+            second,
+            # Every tensor without a leg was copied byte for byte, so only blocks that changed can differ.
+            changed_blocks(architecture, list(self.spaces(architecture))),
+            condition=self.condition,
+            threads=threads,
+            blocks_only=True,
+            through_streams=self.moves_streams(architecture),
+            progress=progress,
+        )
+
     def _remedy(self, architecture: Architecture) -> str:
-        """What to try where the result computes something else."""
         for method in self.methods:
             changed = method.spaces(architecture)
             turned = any(architecture.symmetry.spaces[name].group.kind == "rotary" for name in changed)
@@ -455,7 +444,6 @@ class ExactSequence(Protection):
 
 
 def _heads_apart(source: TensorSource, architecture: Architecture, gauges: Sequence[Gauge]) -> tuple[OutputTensor, ...]:
-    """The output head of an untied checkpoint, beside the embedding it is made from."""
     if not isinstance(source, UntiedSource):
         return ()
     edit = edits(architecture.symmetry, gauges).get(OUTPUT_HEAD)

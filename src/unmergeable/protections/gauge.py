@@ -31,7 +31,6 @@ as the unprotected expert, and each step is a least-squares or assignment proble
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -78,9 +77,7 @@ class LargestGauge(ExactProtection):
     residual: bool = True
 
     def validate(self) -> None:
-        """Raises UsageError unless 1 <= condition <= 1000, something is changed, and untying is of use."""
-        if not 1 <= self.condition <= 1000 or math.isnan(self.condition):
-            raise UsageError(f"gauge: condition must lie between 1 and 1000, not {self.condition}.")
+        self.require(1 <= self.condition <= 1000, "condition", "lie between 1 and 1000")
         if not self._roles:
             raise UsageError("gauge: every part is switched off; leave one on.")
         if self.untie and not self.residual:
@@ -89,10 +86,6 @@ class LargestGauge(ExactProtection):
     @property
     def bound(self) -> float:
         return 1.0 if self.quantisation_friendly else self.condition
-
-    @property
-    def stretch(self) -> float:
-        return self.bound
 
     @property
     def _roles(self) -> tuple[Role, ...]:

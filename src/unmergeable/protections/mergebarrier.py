@@ -70,9 +70,7 @@ class MergeBarrier(PolynomialProtection):
     as_published: bool = False
 
     def validate(self) -> None:
-        """Raises UsageError for a setting out of range."""
-        if self.top_k < 0:
-            raise UsageError(f"mergebarrier: top_k must be at least 1, or 0 for half of the head, not {self.top_k}.")
+        self.require(self.top_k >= 0, "top_k", "be at least 1, or 0 for half of the head")
         self._polynomials.require_valid(self.name)
 
     @property
@@ -192,5 +190,4 @@ def flip(space: Space, moments: Tensor, top_k: int, *, as_published: bool = Fals
 
 
 def _directions(space: Space, as_published: bool) -> int:
-    """How many signs there are to flip."""
     return space.size if as_published or space.group.kind == "general_linear" else space.size // 2

@@ -20,12 +20,10 @@ rotation back is a least-squares problem per head (``recover --method nearest_or
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from unmergeable.architecture import Architecture, Space
-from unmergeable.errors import UsageError
 from unmergeable.gauge.gauge import Gauge, sampled_gauge
 from unmergeable.protections.exact import ExactProtection, Weights, without_positions
 from unmergeable.randomness import Stream
@@ -48,22 +46,15 @@ class MergeLock(ExactProtection):
     as_published: bool = False
 
     def validate(self) -> None:
-        """Raises UsageError unless 1 <= condition <= 1000."""
-        if not 1 <= self.condition <= 1000 or math.isnan(self.condition):
-            raise UsageError(f"mergelock: condition must lie between 1 and 1000, not {self.condition}.")
+        self.require(1 <= self.condition <= 1000, "condition", "lie between 1 and 1000")
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
-        """The bases this protection changes."""
         cross_attention = self.cross_attention and not self.as_published
         found = architecture.symmetry.select("query_key", "value_output", cross_attention=cross_attention)
         return without_positions(found, "general_linear") if self.as_published else found
 
     @property
     def bound(self) -> float:
-        return self.condition
-
-    @property
-    def stretch(self) -> float:
         return self.condition
 
     def gauge(self, architecture: Architecture, stream: Stream) -> Gauge:

@@ -77,7 +77,6 @@ class PaRaMS(ExactProtection):
     as_published: bool = False
 
     def validate(self) -> None:
-        """Raises UsageError unless 0.001 <= smallest <= largest <= 1000, and a part is on."""
         if not 1e-3 <= self.smallest <= self.largest <= 1e3 or math.isnan(self.smallest + self.largest):
             raise UsageError(
                 f"params: smallest and largest must lie between 0.001 and 1000 and in this order, not {self.smallest} "

@@ -166,8 +166,4 @@ def approximation(original: Any, polynomials: Any, batch: EncodedBatch) -> Appro
 
 
 def _output(network: Any, batch: EncodedBatch) -> Tensor:
-    output: Tensor = network(**batch.inputs)[0]
-    mask = batch.inputs.get("attention_mask")
-    if mask is not None and output.dim() == 3 and output.shape[:2] == mask.shape:
-        output = output[mask.bool()]
-    return output.to(torch.float64)
+    return batch.visible(network(**batch.inputs)[0]).to(torch.float64)

@@ -52,7 +52,6 @@ class TaylorMLP(PolynomialProtection):
     as_published: bool = False
 
     def validate(self) -> None:
-        """Raises UsageError for a setting out of range."""
         self._polynomials.require_valid(self.name)
 
     @property

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from unmergeable.errors import BadInput, UsageError
-from unmergeable.network.tasks import device_of
-from unmergeable.tasks.prompts import PromptTokenizer, Tokens, reads_with_encoder
+from unmergeable.errors import UsageError
+from unmergeable.network.tasks import device_of, refusing
+from unmergeable.tasks.prompts import PromptTokenizer, Tokens, padded, reads_with_encoder
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,12 @@ class Answering:
     stop: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        """Raises UsageError for answers without room, or a stop that is no text."""
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens={self.max_new_tokens}: at least one token is needed.")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop={list(self.stop)}: must be a list of texts.")
 
     def cut(self, text: str) -> str:
-        """The text up to the first stop."""
         places = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
         return text[: min(places)] if places else text
 
@@ -62,23 +59,13 @@ class Answering:
     def _batch(
         self, network: Any, tokenizer: PromptTokenizer, prompts: Sequence[Tokens], has_encoder: bool
     ) -> list[str]:
-        device = device_of(network)
-        rows = [torch.tensor(prompt, device=device) for prompt in prompts]
-        ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=tokenizer.padding)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        ids, mask = padded(prompts, device_of(network), side="left", padding=tokenizer.padding)
         begin = 1 if has_encoder else ids.shape[1]
-        try:
+        what = f"does not continue prompts of {ids.shape[1]} tokens by {self.max_new_tokens}"
+        with refusing(network, what, "set max_length and max_new_tokens to what it can read"):
             out = network.generate(
                 inputs=ids, attention_mask=mask, stopping_criteria=[self._ends(tokenizer, begin)] if self.stop else []
             )
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise BadInput(
-                f"{type(network).__name__} does not continue prompts of {ids.shape[1]} tokens by {self.max_new_tokens} "
-                f"({reason}); set max_length and max_new_tokens to what it can read."
-            ) from error
         return [self.cut(tokenizer.text(_until(row, tokenizer.ends))) for row in out[:, begin:].tolist()]
 
     def _ends(self, tokenizer: PromptTokenizer, begin: int) -> Callable[..., Tensor]:

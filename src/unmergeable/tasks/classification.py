@@ -7,7 +7,6 @@ as ``perplexity`` does. The loss is the cross-entropy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,11 +17,11 @@ from unmergeable.network.tasks import Task
 from unmergeable.tasks.clip_head import clip_head
 from unmergeable.tasks.credits import ChoiceScorer
 from unmergeable.tasks.labelled import LabelledData
-from unmergeable.tasks.task_kind import TaskData, TaskScorer
+from unmergeable.tasks.task_kind import TaskData, TaskKind, TaskScorer
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(TaskKind):
     """Settings.
 
     Attributes:
@@ -32,7 +31,6 @@ class Classification:
     """
 
     name: ClassVar[str] = "classification"
-    paths: ClassVar[tuple[str, ...]] = ()
     text: str = "text"
     image: str = "image"
     label: str = "label"
@@ -55,7 +53,3 @@ class Classification:
         head = clip_head(data.encoder, self.classes, self.templates)
         batches = list(EncodedData(source, Encoder(data.encoder), data.batch_size, self.classes))
         return ChoiceScorer(Task(data.name, batches, head.predict))
-
-    def facts(self) -> Mapping[str, Any]:
-        """Nothing but the settings."""
-        return {}

@@ -49,7 +49,6 @@ class Generation(Answering, Prompted):
     separator: str = " "
 
     def validate(self) -> None:
-        """Raises UsageError for settings out of range."""
         Prompted.validate(self)
         Answering.validate(self)
 
@@ -70,7 +69,6 @@ class Generation(Answering, Prompted):
         return GeneratedAnswers(self, tokenizer, prompts, references, questions, data.batch_size)
 
     def is_right(self, answer: str, reference: str) -> bool:
-        """Whether an answer counts."""
         if self.match == "exact":
             return answer.strip() == reference.strip()
         number = final_number(answer)
@@ -95,7 +93,6 @@ class GeneratedAnswers:
         return np.array([float(self.settings.is_right(answer, reference)) for answer, reference in pairs])
 
     def losses(self, network: Any) -> Scores:
-        """How unlikely the reference is, per token."""
         return reference_losses(network, self.questions, batch_size=self.batch_size)
 
 

@@ -50,7 +50,6 @@ class Judge(Answering, Prompted):
     separator: str = " "
 
     def validate(self) -> None:
-        """Raises UsageError for settings out of range, or without a command."""
         Prompted.validate(self)
         Answering.validate(self)
         if not self.command or not all(isinstance(word, str) for word in self.command):
@@ -72,7 +71,6 @@ class Judge(Answering, Prompted):
         return JudgedAnswers(self, tokenizer, shown, prompts, references, questions, data.batch_size)
 
     def facts(self) -> Mapping[str, Any]:
-        """The command."""
         return {"command": list(self.command)}
 
 
@@ -99,7 +97,6 @@ class JudgedAnswers:
         return win_rates(self.settings.command, self.shown, answers, self.references, seconds=self.settings.seconds)
 
     def losses(self, network: Any) -> Scores:
-        """How unlikely the reference is, per token."""
         return reference_losses(network, self.questions, batch_size=self.batch_size)
 
 
@@ -131,7 +128,6 @@ def win_rates(
 
 
 def _said(command: Sequence[str], lines: Iterable[str], seconds: float) -> list[str]:
-    """The lines a command writes for the lines it reads."""
     try:
         done = subprocess.run(  # noqa: S603  the plan's author names the judge
             list(command), input="".join(f"{line}\n" for line in lines), capture_output=True, text=True, timeout=seconds

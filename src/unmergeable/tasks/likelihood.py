@@ -8,7 +8,7 @@ an encoder and decoder the encoder runs once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from unmergeable.errors import BadInput
-from unmergeable.network.tasks import device_of
-from unmergeable.tasks.prompts import Question, reads_with_encoder
+from unmergeable.network.encoding import grouped
+from unmergeable.network.tasks import device_of, refusing
+from unmergeable.tasks.prompts import Question, padded, reads_with_encoder
 from unmergeable.tasks.task_kind import Scores
 
 
@@ -37,19 +37,12 @@ def continuation_log_probabilities(network: Any, questions: Sequence[Question], 
     found: list[Scores | None] = [None] * len(questions)
     order = sorted(range(len(questions)), key=lambda number: len(questions[number].prefix))
     score = _encoder_decoder if reads_with_encoder(network) else _causal
-    for chosen in _batches(order, questions, batch_size):
+    for chosen in grouped(order, lambda number: len(questions[number].continuations), batch_size):
         batch = [questions[number] for number in chosen]
-        try:
+        longest = max(len(question.prefix) for question in batch)
+        remedy = "give a language model, and set max_length to what it can read"
+        with refusing(network, f"does not continue prompts of {longest} tokens", remedy):
             totals = score(network, batch, device_of(network))
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            longest = max(len(question.prefix) for question in batch)
-            raise BadInput(
-                f"{type(network).__name__} does not continue prompts of {longest} tokens ({reason}); give a language "
-                "model, and set max_length to what it can read."
-            ) from error
         parts = np.split(totals, np.cumsum([len(question.continuations) for question in batch])[:-1])
         for number, part in zip(chosen, parts, strict=True):
             found[number] = part
@@ -64,26 +57,9 @@ def reference_losses(network: Any, questions: Sequence[Question], *, batch_size:
     )
 
 
-def _batches(order: Sequence[int], questions: Sequence[Question], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of questions, in their order, so that their continuations fit into a batch."""
-    batch: list[int] = []
-    rows = 0
-    for number in order:
-        size = len(questions[number].continuations)
-        if batch and rows + size > batch_size:
-            yield batch
-            batch, rows = [], 0
-        batch.append(number)
-        rows += size
-    if batch:
-        yield batch
-
-
 def _causal(network: Any, questions: Sequence[Question], device: torch.device) -> Scores:
     owners, continuations, lengths = _continuations(questions, device)
-    prefixes = [torch.tensor(question.prefix, device=device) for question in questions]
-    ids = pad_sequence(prefixes, batch_first=True, padding_side="left")
-    mask = pad_sequence([torch.ones_like(prefix) for prefix in prefixes], batch_first=True, padding_side="left")
+    ids, mask = padded([question.prefix for question in questions], device, side="left")
     accepted = inspect.signature(network.forward).parameters
     places = {"position_ids": (mask.cumsum(dim=-1) - 1).clamp(min=0)} if "position_ids" in accepted else {}
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
@@ -106,9 +82,7 @@ def _causal(network: Any, questions: Sequence[Question], device: torch.device) -
 
 def _encoder_decoder(network: Any, questions: Sequence[Question], device: torch.device) -> Scores:
     owners, continuations, lengths = _continuations(questions, device)
-    prefixes = [torch.tensor(question.prefix, device=device) for question in questions]
-    ids = pad_sequence(prefixes, batch_first=True)
-    mask = pad_sequence([torch.ones_like(prefix) for prefix in prefixes], batch_first=True)
+    ids, mask = padded([question.prefix for question in questions], device, side="right")
     states = network.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     start = torch.full_like(continuations[:, :1], network.config.decoder_start_token_id)
     output = network(

@@ -21,17 +21,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from unmergeable.data import Example
-from unmergeable.errors import BadInput, UsageError
-from unmergeable.network.load import load_tokenizer
+from unmergeable.errors import BadInput, UsageError, first_line
+from unmergeable.network.load import load_tokenizer, optional_package
 from unmergeable.tasks.prompts import reads_with_encoder
-from unmergeable.tasks.task_kind import Scores, TaskData
+from unmergeable.tasks.task_kind import Scores, TaskData, TaskKind
 
 _FEWSHOT_SEED = 1234
 """The harness's own; its worked examples are drawn with it."""
 
 
 @dataclass(frozen=True)
-class HarnessTask:
+class HarnessTask(TaskKind):
     """Settings.
 
     Attributes:
@@ -44,7 +44,6 @@ class HarnessTask:
     """
 
     name: ClassVar[str] = "lm_eval"
-    paths: ClassVar[tuple[str, ...]] = ()
     task: str = ""
     metric: str = ""
     fewshot: int = -1
@@ -58,7 +57,7 @@ class HarnessTask:
             UsageError: lm-eval is not installed, or the task runs programs and ``runs_code`` does not allow it.
             BadInput: there is no such task, its data cannot be read, or the network is no language model.
         """
-        _harness()
+        optional_package("lm_eval", "lm-eval")
         backend = "seq2seq" if reads_with_encoder(network) else "causal"
         with _quiet():
             manager, task = self._loaded(data.source.path)
@@ -74,11 +73,9 @@ class HarnessTask:
         return HarnessScorer(self, manager, task, chosen, load_tokenizer(data.encoder), backend, data.batch_size)
 
     def facts(self) -> Mapping[str, Any]:
-        """The version of the harness."""
-        return {"lm_eval": str(_harness().__version__)}
+        return {"lm_eval": str(optional_package("lm_eval", "lm-eval").__version__)}
 
     def _loaded(self, path: Path) -> tuple[Any, Any]:
-        """The harness's list of known tasks, and the one that is wanted."""
         managers = importlib.import_module("lm_eval.tasks").TaskManager
         folder = path if path.is_dir() else path.parent
         wanted = self.task if path.is_dir() else str(path)
@@ -90,8 +87,9 @@ class HarnessTask:
                 manager = managers(include_path=str(folder))  # takes long: the harness reads all tasks it has
             found = list(manager.load([wanted])["tasks"].values())
         except Exception as error:  # the harness, and the code of a task, raise whatever they like
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise BadInput(f"{path}: lm-eval does not load {wanted!r} ({reason}); correct the task.") from error
+            raise BadInput(
+                f"{path}: lm-eval does not load {wanted!r} ({first_line(error)}); correct the task."
+            ) from error
         if len(found) != 1:
             raise BadInput(f"{path}: {wanted!r} is a group of {len(found)} tasks; name one of them.")
         if self.fewshot >= 0:
@@ -135,7 +133,7 @@ class HarnessScorer:
 
     def _samples(self, network: Any) -> list[Mapping[str, Any]]:
         """What the harness keeps of each document, by the first of its filters."""
-        harness = _harness()
+        harness = optional_package("lm_eval", "lm-eval")
         model = importlib.import_module("lm_eval.models.huggingface").HFLM
         name = self.task.config.task
         with _quiet():
@@ -190,13 +188,6 @@ def _loss(sample: Mapping[str, Any], output_type: str) -> float:
 
 def _log_probability(response: Any) -> float:
     return float(response[0] if isinstance(response, tuple | list) else response)
-
-
-def _harness() -> Any:
-    try:
-        return importlib.import_module("lm_eval")
-    except ImportError:
-        raise UsageError("lm-eval is not installed; pip install 'unmergeable[lm-eval]'") from None
 
 
 @contextmanager

@@ -46,7 +46,6 @@ class MultipleChoice(Prompted):
     normalise: Normalisation = "none"
 
     def validate(self) -> None:
-        """Raises UsageError for fewer than two words, or words that are no texts."""
         super().validate()
         if len(self.words) == 1 or not all(isinstance(word, str) and word for word in self.words):
             raise UsageError(f"words={list(self.words)}: must be two texts or more.")

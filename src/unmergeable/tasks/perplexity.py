@@ -9,7 +9,6 @@ much the same way, and is coarser: report the loss beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,15 +17,14 @@ from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedData, Encoder
 from unmergeable.network.tasks import Task, is_causal_language_model
 from unmergeable.tasks.credits import ChoiceScorer
-from unmergeable.tasks.task_kind import TaskData, TaskScorer
+from unmergeable.tasks.task_kind import TaskData, TaskKind, TaskScorer
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(TaskKind):
     """Settings: what the field with the text is called in the data, and after how many tokens a text is cut."""
 
     name: ClassVar[str] = "perplexity"
-    paths: ClassVar[tuple[str, ...]] = ()
     text: str = "text"
     max_length: int = 512
 
@@ -37,7 +35,3 @@ class Perplexity:
         source = replace(data.source, fields=Fields(text=self.text))
         encoder = Encoder(data.encoder, self.max_length)
         return ChoiceScorer(Task(data.name, list(EncodedData(source, encoder, data.batch_size))))
-
-    def facts(self) -> Mapping[str, Any]:
-        """Nothing but the settings."""
-        return {}

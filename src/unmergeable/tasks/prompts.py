@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from unmergeable.data import DataSource, Example, Fields
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.load import load_tokenizer
 from unmergeable.network.tasks import is_causal_language_model, is_encoder_decoder
+from unmergeable.tasks.task_kind import TaskKind
 
 Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Prompted:
+class Prompted(TaskKind):
     """Settings of every kind of task that prompts a language model.
 
     Attributes:
@@ -28,14 +33,12 @@ class Prompted:
         max_length: the most tokens of a prompt; the beginning of a longer one is cut off.
     """
 
-    paths: ClassVar[tuple[str, ...]] = ()
     prompt: str = "prompt"
     template: str = "{prompt}"
     chat: bool = False
     max_length: int = 2048
 
     def validate(self) -> None:
-        """Raises UsageError for a template without a place for the prompt, or no room for it."""
         if "{prompt}" not in self.template:
             raise UsageError(f"template={self.template!r}: has no {{prompt}}; say where the question goes.")
         if self.max_length < 1:
@@ -50,17 +53,11 @@ class Prompted:
         return found
 
     def shown(self, example: Example) -> str:
-        """What the model is shown of an example."""
         assert isinstance(example.content, str)
         return self.template.replace("{prompt}", example.content)
 
     def tokenizer(self, folder: Path) -> PromptTokenizer:
-        """The tokenizer of a folder, with these settings."""
         return PromptTokenizer(folder, self.chat, self.max_length)
-
-    def facts(self) -> Mapping[str, Any]:
-        """Nothing but the settings."""
-        return {}
 
 
 def text_of(example: Example, name: str) -> str:
@@ -75,6 +72,13 @@ def text_of(example: Example, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadInput(f"{example.origin}: no text under {name!r}; every record needs one.")
     return value
+
+
+def padded(rows: Sequence[Tokens], device: torch.device, *, side: str, padding: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of tokens as int64 [rows, longest], filled up on one side, and the mask of what is not padding."""
+    tensors = [torch.tensor(row, device=device) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_side=side, padding_value=padding)
+    return ids, pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True, padding_side=side)
 
 
 def reads_with_encoder(network: Any) -> bool:

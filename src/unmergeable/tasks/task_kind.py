@@ -8,6 +8,7 @@ means what the kind says. Which examples count (the owner's, the attacker's, the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +54,13 @@ class TaskScorer(Protocol):
         ...
 
 
-class TaskKind(Protocol):
+class TaskKind(ABC):
     """The settings of one kind of task: a frozen dataclass. Settings named in ``paths`` are files or folders."""
 
     name: ClassVar[str]
-    paths: ClassVar[tuple[str, ...]]
+    paths: ClassVar[tuple[str, ...]] = ()
 
+    @abstractmethod
     def scorer(self, data: TaskData, network: Any) -> TaskScorer:
         """Read and prepare the examples for networks like this one.
 
@@ -66,8 +68,7 @@ class TaskKind(Protocol):
             BadInput: an example cannot be used (its file and line are named), or there are none.
             UsageError: something is not installed.
         """
-        ...
 
     def facts(self) -> Mapping[str, Any]:
-        """What a result has to say about how it was scored, ready for JSON; empty when that is nothing."""
-        ...
+        """What a result has to say about how it was scored besides the settings, ready for JSON."""
+        return {}

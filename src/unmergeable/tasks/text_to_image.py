@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,20 +26,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from unmergeable.data import DataSource, Example, Fields, class_number
-from unmergeable.errors import BadInput, UsageError
+from unmergeable.errors import BadInput, UsageError, first_line
 from unmergeable.network.encoding import EncodedBatch, Encoder, class_names_of
-from unmergeable.network.load import load_network, load_tokenizer, quiet
+from unmergeable.network.load import load_network, load_tokenizer, optional_package, quiet
 from unmergeable.network.tasks import device_of, predict
 from unmergeable.randomness import Stream
 from unmergeable.tasks.clip_head import text_directions
 from unmergeable.tasks.heads import image_features
-from unmergeable.tasks.task_kind import Scores, TaskData
+from unmergeable.tasks.task_kind import Scores, TaskData, TaskKind
 
 Measure = Literal["classifier", "clip"]
 
 
 @dataclass(frozen=True)
-class TextToImage:
+class TextToImage(TaskKind):
     """Settings.
 
     Attributes:
@@ -67,7 +67,6 @@ class TextToImage:
     seed: int = 0
 
     def validate(self) -> None:
-        """Raises UsageError for a missing folder or settings out of range."""
         for name in self.paths:
             if not getattr(self, name):
                 raise UsageError(f"text_to_image: {name} is missing; give the folder.")
@@ -91,10 +90,6 @@ class TextToImage:
         make = _by_classifier if self.measure == "classifier" else _by_clip
         measure = make(Path(self.measured_by), examples)
         return PaintedPrompts(self, pipeline, part, examples, noises, measure, data.batch_size)
-
-    def facts(self) -> Mapping[str, Any]:
-        """Nothing but the settings."""
-        return {}
 
 
 ImageMeasure = Callable[[Sequence[Example], int], tuple[Tensor, Tensor]]
@@ -165,10 +160,7 @@ def _generator(stream: Stream) -> torch.Generator:
 
 def _pipeline(folder: Path, network: Any) -> tuple[Any, str]:
     """The pipeline in a folder with the network in it, and what it is called there."""
-    try:
-        diffusers = importlib.import_module("diffusers")
-    except ImportError:
-        raise UsageError("diffusers is not installed; pip install 'unmergeable[diffusion]'") from None
+    diffusers = optional_package("diffusers", "diffusion")
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -184,8 +176,9 @@ def _pipeline(folder: Path, network: Any) -> tuple[Any, str]:
                 folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **given
             )
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise BadInput(f"{folder} does not load as a pipeline ({reason}); check that it is whole.") from error
+            raise BadInput(
+                f"{folder} does not load as a pipeline ({first_line(error)}); check that it is whole."
+            ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, parts[0]
 
@@ -199,7 +192,6 @@ def _prompts(source: DataSource) -> list[Example]:
 
 
 def _noise(example: Example, name: str, place: int) -> int:
-    """The number of a record's noise."""
     if not name:
         return place
     value = example.record.get(name)

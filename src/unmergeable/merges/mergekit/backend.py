@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from unmergeable.checkpoint.listing import CONFIG_NAME, MANIFEST_NAME
-from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, record_file, record_header
+from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, installed_version, record_file, record_header
 from unmergeable.checkpoint.partial import PartialFolder, require_absent
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.source import TensorSource
@@ -85,7 +85,7 @@ def merge_with_mergekit(
                 details={
                     "recipe": {
                         "merge": document.get("merge_method"),
-                        "backend": f"mergekit {mergekit_version()}",
+                        "backend": f"mergekit {installed_version('mergekit')}",
                         "parameters": document.get("parameters", {}),
                         "seed": seed,
                     }
@@ -110,16 +110,6 @@ def find_command() -> str:
     if command is None:
         raise UsageError(f"{COMMAND} is not installed; run: pip install 'unmergeable[mergekit]'.")
     return command
-
-
-def mergekit_version() -> str:
-    """The version installed beside this package, or ``"unknown"`` when mergekit lives in another environment."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("mergekit")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _options(seed: int, threads: int | None) -> list[str]:
@@ -150,7 +140,6 @@ def _records(source: TensorSource, *, checksums: bool) -> tuple[FileRecord, ...]
 
 
 def _written(folder: Path, *, checksums: bool) -> tuple[FileRecord, ...]:
-    """The files of the result."""
     return by_name(
         [
             record_file(path) if checksums or path.suffix != ".safetensors" else record_header(path)

@@ -73,11 +73,9 @@ class _Lookup:
     t: float
 
     def of_tensor(self, parameter: str, default: float | None = None) -> float:
-        """A parameter that all experts share; without a default it is required."""
         return self._first((self.slice.parameters, self.config.parameters), parameter, default, of="")
 
     def per_expert(self, parameter: str, default: float | None = None) -> tuple[float, ...]:
-        """A parameter of each expert."""
         return tuple(
             self._first((own, self.slice.parameters, self.config.parameters), parameter, default, of=f" of {expert}")
             for expert in self.experts

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -65,14 +65,7 @@ class Criticality:
     evaluations: int
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "critical": list(self.critical),
-            "accuracy": self.accuracy,
-            "drops": dict(self.drops),
-            "scored": dict(self.scored),
-            "examples": self.examples,
-            "evaluations": self.evaluations,
-        }
+        return {**asdict(self), "critical": list(self.critical)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Criticality:
@@ -362,8 +355,6 @@ class _Trace:
 
 @dataclass(frozen=True)
 class _Constant:
-    """A forward that does nothing but give this."""
-
     output: Any
 
     def __call__(self, *_inputs: Any, **_options: Any) -> Any:
@@ -372,7 +363,6 @@ class _Constant:
 
 @contextmanager
 def _tracing(network: nn.Module) -> Iterator[_Trace]:
-    """A trace that listens to the network inside."""
     trace = _Trace(network)
     with ExitStack() as hooks:
         for module in network.modules():

@@ -42,10 +42,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,20 +138,15 @@ class MergeGuard(Protection):
         return self.trains or self.excluded_layers > 0
 
     def validate(self) -> None:
-        """Raises UsageError for a setting out of range."""
-        self._require(0 < self.significant_share <= 1, "significant_share", "lie above 0, and be at most 1")
-        self._require(0 <= self.excluded_layers < 1, "excluded_layers", "be at least 0, and lie below 1")
-        self._require(0 < self.beta <= 2, "beta", "lie above 0, and be at most 2")
-        self._require(0 <= self.alpha < math.inf, "alpha", "be finite, and not negative")
-        self._require(0 < self.learning_rate < 1, "learning_rate", "lie between 0 and 1")
-        self._require(0 < self.confidence <= 1, "confidence", "lie above 0, and be at most 1")
+        self.require(0 < self.significant_share <= 1, "significant_share", "lie above 0, and be at most 1")
+        self.require(0 <= self.excluded_layers < 1, "excluded_layers", "be at least 0, and lie below 1")
+        self.require(0 < self.beta <= 2, "beta", "lie above 0, and be at most 2")
+        self.require(0 <= self.alpha < math.inf, "alpha", "be finite, and not negative")
+        self.require(0 < self.learning_rate < 1, "learning_rate", "lie between 0 and 1")
+        self.require(0 < self.confidence <= 1, "confidence", "lie above 0, and be at most 1")
         for name in ("steps", "batch_size", "examples"):
-            self._require(getattr(self, name) >= 1, name, "be at least 1")
-        self._require(self.low_rank >= 0, "low_rank", "be a rank, or 0 to train the weights themselves")
-
-    def _require(self, is_valid: bool, name: str, what: str) -> None:
-        if not is_valid:
-            raise UsageError(f"{self.name}: {name} must {what}, not {getattr(self, name)}.")
+            self.require(getattr(self, name) >= 1, name, "be at least 1")
+        self.require(self.low_rank >= 0, "low_rank", "be a rank, or 0 to train the weights themselves")
 
     def requirements(self) -> ProtectionRequirements:
         if not self.reads_data:
@@ -347,15 +342,8 @@ class MergeGuardFacts(Facts):
     accuracies: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "layers": self.layers,
-            "weights": self.weights,
-            "losses": list(self.losses),
-            "criticality": self.criticality.to_json() if self.criticality else None,
-            "masked": self.masked,
-            "threshold": self.threshold,
-            "accuracies": dict(self.accuracies) if self.accuracies else None,
-        }
+        criticality = self.criticality.to_json() if self.criticality else None
+        return {**asdict(self), "losses": list(self.losses), "criticality": criticality}
 
     def lines(self) -> list[str]:
         lines = [f"  Trained for {len(self.losses)} steps"] if self.losses else []
@@ -367,8 +355,7 @@ class MergeGuardFacts(Facts):
         return [*lines, f"Accuracy on the data: {', '.join(accuracies)}"] if accuracies else lines
 
 
-@dataclass(frozen=True)
-class _Tasks:
+class _Tasks(NamedTuple):
     """All examples, and those that layers are ranked and accuracies measured on."""
 
     learnt: Task
@@ -396,8 +383,7 @@ class _Job:
     @cached_property
     def token(self) -> str:
         """Names the job."""
-        tasks = (self.tasks.learnt, self.tasks.scored) if self.tasks else ()
-        batches = (batch for task in tasks for batch in task.batches)
+        batches = (batch for task in self.tasks or () for batch in task.batches)
         return job_token(self.recipe, (self.expert, self.base), batches)
 
 

@@ -34,10 +34,9 @@ def input_norms(network: Any, batches: Iterable[EncodedBatch], *, progress: Prog
     device, seen = device_of(network), 0
     for batch in batches:
         moved = batch.to(device)
-        mask = moved.inputs.get("attention_mask")
         with ExitStack() as hooks:
             for layer in layers:
-                hook = layer.module.register_forward_pre_hook(partial(_add_squares, squares[layer.name], mask))
+                hook = layer.module.register_forward_pre_hook(partial(_add_squares, squares[layer.name], moved))
                 hooks.callback(hook.remove)
             answer(network, moved)  # whatever it is: no head is needed
         seen += len(batch)
@@ -50,8 +49,5 @@ def input_norms(network: Any, batches: Iterable[EncodedBatch], *, progress: Prog
     return {layer.name: InputNorms(layer.axis, squares[layer.name].sqrt()) for layer in layers}
 
 
-def _add_squares(total: Tensor, mask: Tensor | None, module: Any, arguments: tuple[Tensor, ...]) -> None:
-    inputs = arguments[0]
-    if mask is not None and inputs.dim() == 3 and inputs.shape[:2] == mask.shape:
-        inputs = inputs[mask.bool()]
-    total += inputs.reshape(-1, inputs.shape[-1]).to(torch.float64).square().sum(0).cpu()
+def _add_squares(total: Tensor, batch: EncodedBatch, module: Any, arguments: tuple[Tensor, ...]) -> None:
+    total += batch.visible(arguments[0]).to(torch.float64).square().sum(0).cpu()

@@ -109,18 +109,11 @@ class SensitivityShield(Protection):
     examples: int = 128
 
     def validate(self) -> None:
-        """Raises UsageError for a setting out of range."""
         _ = self.mixed_shares
-        if not 0 < self.top_share < 1:
-            raise UsageError(f"sensitivity_shield: top_share must lie between 0 and 1, not {self.top_share}.")
-        if not 1e-4 <= self.unit <= 0.5:
-            raise UsageError(f"sensitivity_shield: unit must lie between 0.0001 and 0.5, not {self.unit}.")
-        if not 0 < self.perturbation <= 1:
-            raise UsageError(
-                f"sensitivity_shield: perturbation must be above 0 and at most 1, not {self.perturbation}."
-            )
-        if not 0 <= self.random_share < 1:
-            raise UsageError(f"sensitivity_shield: random_share must lie between 0 and 1, not {self.random_share}.")
+        self.require(0 < self.top_share < 1, "top_share", "lie between 0 and 1")
+        self.require(1e-4 <= self.unit <= 0.5, "unit", "lie between 0.0001 and 0.5")
+        self.require(0 < self.perturbation <= 1, "perturbation", "be above 0 and at most 1")
+        self.require(0 <= self.random_share < 1, "random_share", "lie between 0 and 1")
         if self.examples < 1:
             raise UsageError(f"sensitivity_shield: at least one example is needed, not {self.examples}.")
 
