@@ -244,7 +244,7 @@ def test_examples_help_every_attacker_alike(plan_file: Path, document: dict[str,
     assert timeless(run(plan_file, out=tmp_path / "out", workers=1)) == timeless(found)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()} == cells
     # Control: without training, the examples are worth nothing.
-    document["few_shot"]["settings"]["learning_rates"] = "1e-12"
+    document["few_shot"]["settings"] |= {"learning_rates": "1e-12", "steps": 1}
     document["tiers"], document["recoveries"] = ["T0", "T2"], ["neuron_matching"]
     document["merges"] = ["task_arithmetic"]
     plan_file.write_text(yaml.safe_dump(document))
