@@ -48,7 +48,6 @@ class _Searched:
 
     @property
     def menu(self) -> Menu:
-        """Its attacks, none of which is tested."""
         defended, rider = (task.entry.name for task in self.job.group.tasks)
         return Menu.of([(cell, None) for cell in self.outcome.cells.values()], defended, rider)
 
@@ -65,7 +64,6 @@ class _Alone:
         return self.validation[rider.name].credits[rider.task]
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """Mean test scores by model and task."""
         return {
             name: {task: float(credited.mean()) for task, credited in cell.credits.items()}
             for name, cell in self.test.items()
@@ -80,7 +78,6 @@ class Auditor:
     plan: AuditPlan
 
     def result(self) -> AuditResult:
-        """Do everything that is not done yet."""
         made = make_variants(self.plan, self.run.models, self.run.digests, self.run.progress)
         variants = [replace(variant, refusal=self._without_paths(variant.refusal, made)) for variant in made]
         alone = self._alone(variants)
@@ -163,7 +160,6 @@ class Auditor:
         return skill_to_keep(float(alone.rider(rider).mean()))
 
     def _searched(self, variants: Sequence[Variant], alone: _Alone) -> list[_Searched]:
-        """Every merge of every variant, over the coefficients."""
         jobs = [job for rider in self.plan.riders for job in self._jobs(variants, rider)]
         calls: list[Call] = [
             (search, (job.group, self.plan.coefficients, self._kept(job.rider, alone), self.run.cells)) for job in jobs

@@ -85,7 +85,6 @@ class ScoredAttack:
 
     @property
     def recovery(self) -> str | None:
-        """What was undone before merging."""
         return None if self.job.variant is None else self.job.variant.recovery
 
     @property
@@ -94,7 +93,6 @@ class ScoredAttack:
         return self.validation.cpu_seconds + (0.0 if self.job.variant is None else self.job.variant.cpu_seconds)
 
     def describe(self) -> AttackRecord:
-        """What was done."""
         return AttackRecord(
             recovery=self.recovery,
             merge=self.job.merge.name,
@@ -132,7 +130,6 @@ class Contest:
 
     @cached_property
     def menu(self) -> Menu:
-        """What all attacks score."""
         cells = [(attack.validation, attack.test) for attack in self.attacks]
         return Menu.of(cells, self.defended_task, self.rider_task)
 
@@ -148,7 +145,6 @@ class Contest:
         return None if chosen is None else self.attacks[numbers[chosen]]
 
     def cell(self, attack: ScoredAttack) -> CellRecord:
-        """The entry of an attack in the result."""
         protection, seed = attack.job.owner or (None, None)
         parts = {"validation": attack.validation, "test": attack.test}
         return CellRecord(
@@ -161,7 +157,6 @@ class Contest:
         )
 
     def scores(self, cell: Cell) -> dict[str, float]:
-        """Mean scores on both tasks."""
         return {task: float(cell.credits[task].mean()) for task in (self.defended_task, self.rider_task)}
 
 
@@ -181,7 +176,6 @@ class Judge:
         return {name: self._protection(variants, released[0]) for name, variants in by_name.items()}
 
     def _protection(self, released: Sequence[Variant], unprotected: Variant) -> ProtectionResult:
-        """One protection, ``released`` with each key."""
         task, name, seeds = self.plan.victim.task, released[0].protection, [variant.seed for variant in released]
         expert, base = self.alone[unprotected.label][task], self.alone["base"][task]
         protected = min(self.alone[variant.label][task] for variant in released)
@@ -205,7 +199,6 @@ class Judge:
         return Verdicts(worst=worst_trial(trials), trials=trials)
 
     def _samples(self, model: ThreatModel) -> Sequence[int | None]:
-        """How many labelled examples the attackers have."""
         return self.plan.few_shot.samples if model.trains else (None,)
 
     def _matrix(self, name: str, seeds: Sequence[int]) -> list[MatrixCell]:
@@ -245,7 +238,6 @@ class Judge:
 
 
 def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: int | None) -> Trial:
-    """One free-rider, one key, one number of labelled examples."""
     unprotected, protected, without = (
         contest.attacks_on(owner, model, samples) for owner in ((IDENTITY, 0), (name, seed), None)
     )

@@ -20,13 +20,11 @@ ON_MERGES = ("few_shot", "grad_erase", "unmask")
 
 
 def merge_of(method: str, settings: Settings) -> Merge:
-    """The merge of this name."""
     merge: Merge = configure(MERGES[method], settings)
     return merge
 
 
 def merge_learns(method: str) -> bool:
-    """Whether a merge takes data."""
     return MERGES.require(method)().needs_data  # type: ignore[no-any-return]
 
 

@@ -270,5 +270,4 @@ def _scores_alone(scored: Scored | str) -> dict[str, float | None]:
 
 
 def _scores(cell: Cell) -> dict[str, float | None]:
-    """Shares of right answers by task."""
     return {task: rounded(float(credited.mean())) for task, credited in cell.credits.items()}

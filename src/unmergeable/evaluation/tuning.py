@@ -50,7 +50,6 @@ class Tuning:
     method: FewShot
 
     def recipe(self, part: Part) -> dict[str, Any]:
-        """What the cell of the result depends on."""
         return {
             **self.group.recipe(self.point, part),
             "few_shot": settings_of(self.method),

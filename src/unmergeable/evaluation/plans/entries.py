@@ -97,7 +97,6 @@ class ProtectionEntry(MethodEntry):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Everything it reads."""
         return (*(path for path in (self.data, self.head, self.encoder) if path is not None), *self.siblings)
 
     def given(self, owner: ExpertEntry) -> ProtectionEntry:

@@ -68,7 +68,6 @@ class Entry:
         return value
 
     def number(self, key: str) -> float:
-        """A finite number."""
         value = self._get(key, None)
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise self.wrong(key, "must be a number", value)
@@ -85,7 +84,6 @@ class Entry:
         return tuple(sorted({float(v) for v in value}))
 
     def texts(self, key: str, default: Sequence[str] = ()) -> tuple[str, ...]:
-        """A list of strings."""
         value = self._get(key, list(default))
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.wrong(key, "must be a list of names", value)

@@ -46,7 +46,6 @@ class Plan:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Everything that is read, each once."""
         read = [self.base, *(expert.path for expert in self.experts)]
         read += [path for task in self.tasks for path in task.paths]
         read += [path for protection in self.as_released() for path in protection.paths]

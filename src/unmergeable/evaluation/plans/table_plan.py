@@ -119,7 +119,6 @@ class TablePlan(Plan):
 
     @property
     def variants(self) -> tuple[VariantName, ...]:
-        """Everything that is merged."""
         recoveries = [None, *(recovery.name for recovery in self.recoveries)]
         protected = [VariantName(entry.name, recovery) for entry in self.protections for recovery in recoveries]
         return (VariantName(), *protected)
