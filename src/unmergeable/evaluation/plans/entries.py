@@ -15,11 +15,11 @@ from unmergeable.attacks import ATTACKS
 from unmergeable.data import Part
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.methods import ON_MERGES, attack_reads, merge_learns, protection_reads
-from unmergeable.evaluation.plans.fields import Entry
+from unmergeable.evaluation.plans.fields import Entry, require_named
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.merges import MERGES, AdaMerging
 from unmergeable.ops.steps import steps_of
-from unmergeable.settings import configure, nearest
+from unmergeable.settings import configure
 from unmergeable.tasks import TASKS, Classification, TaskKind
 
 VALIDATION, TEST = 200, 500
@@ -305,8 +305,7 @@ def _require_sensible(recovery: RecoveryEntry, where: str) -> None:
 
 
 def _require_known(entry: MethodEntry, where: str, kind: str, registry: Mapping[str, type]) -> None:
-    if entry.method not in registry:
-        raise BadInput(f"{where}: no {kind} is called {entry.method!r}{nearest(entry.method, registry)}")
+    require_named(entry.method, registry, kind, where)
     configure(registry[entry.method], entry.settings)
 
 
@@ -344,8 +343,7 @@ def read_task(item: object, where: str, folder: Path, base: Path, *, selects: bo
 def _kind(entry: Entry, folder: Path) -> TaskKind:
     """The kind of a task with its settings; paths among them are relative to ``folder``."""
     name = entry.text("kind", Classification.name)
-    if name not in TASKS:
-        raise BadInput(f"{entry.where}: no kind of task is called {name!r}{nearest(name, TASKS)}")
+    require_named(name, TASKS, "kind of task", entry.where)
     if name != Classification.name and "head" in entry:
         raise BadInput(f"{entry.where}: {name} has no use for a head; leave it out.")
     settings = dict(entry.mapping("settings"))

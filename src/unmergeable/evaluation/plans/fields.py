@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,6 +135,12 @@ def read_document(path: Path, guide: str) -> object:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise BadInput(f"{path} is not YAML ({reason}); see {guide} for a plan.") from None
+
+
+def require_named(name: str, known: Iterable[str], what: str, where: str) -> None:
+    """Raises BadInput with the nearest name unless ``name`` is one of those that are ``known``."""
+    if name not in known:
+        raise BadInput(f"{where}: no {what} is called {name!r}{nearest(name, dict.fromkeys(known))}")
 
 
 def require_unique(names: Sequence[str], where: str) -> None:

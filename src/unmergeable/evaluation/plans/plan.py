@@ -9,10 +9,8 @@ from typing import Any, TypeVar
 
 from unmergeable.checkpoint.hub import download, is_on_hub
 from unmergeable.data import download_data
-from unmergeable.errors import BadInput
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry, ProtectionEntry, RecoveryEntry, TaskEntry
-from unmergeable.evaluation.plans.fields import require_unique
-from unmergeable.settings import nearest
+from unmergeable.evaluation.plans.fields import require_named, require_unique
 
 AnyPlan = TypeVar("AnyPlan", bound="Plan")
 
@@ -65,21 +63,13 @@ class Plan:
 
     def require_names(self, where: str, victims: Iterable[str]) -> None:
         """Raises BadInput for a name that is there twice, or that stands for nothing; ``victims``: of experts."""
-        require_unique([entry.name for entry in self.experts], f"{where}, experts")
-        require_unique([entry.name for entry in self.tasks], f"{where}, tasks")
-        require_unique([entry.name for entry in self.protections], f"{where}, protect, methods")
-        require_unique([entry.name for entry in self.recoveries], f"{where}, recoveries")
-        require_unique([entry.name for entry in self.merges], f"{where}, merges")
-        experts = {entry.name: None for entry in self.experts}
+        for kind in ("experts", "tasks", "protections", "recoveries", "merges"):
+            names = [entry.name for entry in getattr(self, kind)]
+            require_unique(names, f"{where}, {'protect, methods' if kind == 'protections' else kind}")
         for name in victims:
-            if name not in experts:
-                raise BadInput(f"{where}, protect: no expert is called {name!r}{nearest(name, experts)}")
-        tasks = {entry.name: None for entry in self.tasks}
+            require_named(name, [entry.name for entry in self.experts], "expert", f"{where}, protect")
         for expert in self.experts:
-            if expert.task not in tasks:
-                raise BadInput(
-                    f"{where}, expert {expert.name}: no task is called {expert.task!r}{nearest(expert.task, tasks)}"
-                )
+            require_named(expert.task, [entry.name for entry in self.tasks], "task", f"{where}, expert {expert.name}")
 
 
 def _downloaded(entry: Any) -> Any:
