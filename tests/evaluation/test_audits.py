@@ -220,7 +220,7 @@ def test_examples_help_every_attacker_alike(plan_file: Path, document: dict[str,
     document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
     document["tiers"] = ["T0", "T2", "T3"]
     document["connectivity"] = 0
-    document["few_shot"] = {"samples": [20], "starts": 1, "settings": {"learning_rates": "1e-3,3e-3", "steps": 20}}
+    document["few_shot"] = {"samples": [20], "starts": 1, "settings": {"learning_rates": "1e-3,3e-3", "steps": 12}}
     for task in document["tasks"]:
         task["train"] = f"{task['name'].removesuffix('-task')}-train.npz"
     plan_file.write_text(yaml.safe_dump(document))
@@ -244,7 +244,7 @@ def test_examples_help_every_attacker_alike(plan_file: Path, document: dict[str,
     assert timeless(run(plan_file, out=tmp_path / "out", workers=1)) == timeless(found)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()} == cells
     # Control: without training, the examples are worth nothing.
-    document["few_shot"]["settings"]["learning_rates"] = "1e-12"
+    document["few_shot"]["settings"] |= {"learning_rates": "1e-12", "steps": 1}
     document["tiers"], document["recoveries"] = ["T0", "T2"], ["neuron_matching"]
     document["merges"] = ["task_arithmetic"]
     plan_file.write_text(yaml.safe_dump(document))

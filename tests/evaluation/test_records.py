@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -54,3 +55,13 @@ def test_what_is_missing_is_an_error_and_what_is_more_is_not() -> None:
     del document["name"]
     with pytest.raises(KeyError, match="name"):
         Outer.from_json(document)
+
+
+def test_what_is_not_finite_is_null() -> None:
+    """JSON has neither NaN nor infinity. A number is read as NaN, what may be missing as missing."""
+    record = Outer(**{**vars(WHOLE), "pair": (math.inf, 3), "inner": Inner(value=math.nan)})
+    document = json.loads(json.dumps(record.to_json(), allow_nan=False))
+    assert (document["pair"], document["value"]) == ([None, 3], None)
+    read = Outer.from_json(document)
+    assert math.isnan(read.pair[0])
+    assert read.inner.value is None

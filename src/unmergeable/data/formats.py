@@ -20,19 +20,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from unmergeable.data import image_folder, json_lines, numpy_archive, parquet, plain_text, saved_dataset
+from unmergeable.data.images import ImageFiles
+from unmergeable.data.lines import JSONLines, TextLines
+from unmergeable.data.numpy_archive import open_arrays
 from unmergeable.data.records import Fields, Records
+from unmergeable.data.tables import is_saved, open_parquet, open_saved
 from unmergeable.errors import BadInput
 
 Format = Literal["jsonl", "text", "images", "npz", "parquet", "saved"]
 
 FORMATS: dict[Format, Callable[[Path, Fields], Records]] = {
-    "jsonl": json_lines.open_records,
-    "text": plain_text.open_records,
-    "images": image_folder.open_records,
-    "npz": numpy_archive.open_records,
-    "parquet": parquet.open_records,
-    "saved": saved_dataset.open_records,
+    "jsonl": JSONLines,
+    "text": TextLines,
+    "images": ImageFiles,
+    "npz": open_arrays,
+    "parquet": open_parquet,
+    "saved": open_saved,
 }
 """What opens each format."""
 
@@ -57,7 +60,7 @@ def find_format(path: Path) -> Format:
             "save_to_disk."
         )
     if path.is_dir():
-        return "saved" if saved_dataset.is_saved(path) else "images"
+        return "saved" if is_saved(path) else "images"
     if path.suffix.lower() not in _SUFFIXES:
         raise BadInput(f"{path}: not a known format of data; use {', '.join(_SUFFIXES)}, or a folder.")
     return _SUFFIXES[path.suffix.lower()]

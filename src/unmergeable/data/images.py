@@ -1,4 +1,4 @@
-"""Image files, and what else holds an image, as red, green and blue."""
+"""``images``: folders of image files. And what else holds an image, as red, green and blue."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from unmergeable.data.example import Image
-from unmergeable.data.records import reading
+from unmergeable.data.example import Example, Image
+from unmergeable.data.records import Fields, make_example, reading
 from unmergeable.errors import BadInput, UsageError
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
@@ -21,6 +21,31 @@ MAX_PIXELS = 40_000_000
 """A header is believed up to here: compressed, a file of kilobytes can hold gigabytes of one colour."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+
+
+class ImageFiles:
+    """The images below a folder, in the order of their paths; a folder for each class holds its own at any depth.
+
+    Raises:
+        BadInput: no folder; or some images lie in folders and some beside them, so that not all have a label.
+    """
+
+    def __init__(self, path: Path, fields: Fields) -> None:
+        if not path.is_dir():
+            raise BadInput(f"{path} is not a folder; give the folder of the images.")
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        beside = [file for file in files if file.parent == path]
+        if beside and len(beside) < len(files):
+            raise BadInput(f"{beside[0]} lies beside folders of images; put it in the folder of its class.")
+        self._folder, self._files = path, files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, number: int) -> Example:
+        file = self._files[number]
+        classes = file.relative_to(self._folder).parts[:-1]
+        return make_example(read_image(file), classes[0] if classes else None, str(file))
 
 
 def read_image(path: Path) -> Image:

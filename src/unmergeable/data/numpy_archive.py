@@ -25,7 +25,7 @@ MAX_RATIO = 100
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def open_records(path: Path, fields: Fields) -> Records:
+def open_arrays(path: Path, fields: Fields) -> Records:
     """The rows of the arrays in a file.
 
     Raises:

@@ -8,38 +8,13 @@
 An audit starts in :mod:`unmergeable.evaluation.audits`; the measure is in :mod:`unmergeable.evaluation.worst_case`.
 """
 
+# ruff: noqa: F405 (analysis lists its own names)
+
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unmergeable.evaluation.analysis import (
-        Backpropagate,
-        CanonicalSource,
-        Curve,
-        Landscape,
-        NoiseSensitivity,
-        PartGram,
-        Place,
-        Plane,
-        Score,
-        Scored,
-        Sharpness,
-        backpropagate_task,
-        barrier,
-        canonical_source,
-        connectivity,
-        grid,
-        landscape,
-        noise_sensitivity,
-        part_grams,
-        plane_through,
-        principal_plane,
-        scaling,
-        score_task,
-        taken_together,
-        task_vector_gram,
-    )
-    from unmergeable.evaluation.analysis.sharpness import sharpness
+    from unmergeable.evaluation.analysis import *  # noqa: F403
     from unmergeable.evaluation.audits import Audit, audit
     from unmergeable.evaluation.report.page import render_report, write_report
     from unmergeable.evaluation.report.verdict import model_card, summary

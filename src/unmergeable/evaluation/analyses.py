@@ -10,7 +10,6 @@ One call looks at one model, in whatever process; each measurement is kept under
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,9 +23,12 @@ from unmergeable.evaluation import scoring
 from unmergeable.evaluation.analysis import (
     Backpropagate,
     Curve,
+    Landscape,
+    NoiseSensitivity,
     PartGram,
     Score,
     Scored,
+    Sharpness,
     backpropagate_task,
     barrier,
     connectivity,
@@ -82,52 +84,17 @@ class Parts(Record):
     together: tuple[Part, ...]
 
 
-Numbers = tuple[float | None, ...]
-"""Losses in nats or credits; None for one that is not finite."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Points(Record):
-    """Losses and credits at positions on a line."""
-
-    positions: tuple[float, ...]
-    losses: Numbers
-    credits: Numbers
-
-
-@dataclass(frozen=True, kw_only=True)
-class LineToRider(Points):
+@dataclass(frozen=True)
+class LineToRider(Curve):
     """From a free-rider's model to the one looked at. ``barrier``: the rise above the straight line, in nats."""
 
     barrier: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoiseRows(Record):
-    """Losses and credits, [draws, sizes of noise]."""
+@dataclass(frozen=True)
+class PlaneOfMerges(Landscape):
+    """The plane in which a model is merged. ``places``: where base, free-rider's model (rider) and model lie on it."""
 
-    sizes: tuple[float, ...]
-    losses: tuple[Numbers, ...]
-    credits: tuple[Numbers, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharpnessRises(Record):
-    """The worst rise of the loss within each radius, in nats."""
-
-    loss: float | None
-    radii: tuple[float, ...]
-    rises: Numbers
-
-
-@dataclass(frozen=True, kw_only=True)
-class LandscapeGrid(Record):
-    """Losses and credits on a plane, [ys, xs], and where base, free-rider's model and model lie."""
-
-    xs: tuple[float, ...]
-    ys: tuple[float, ...]
-    losses: tuple[Numbers, ...]
-    credits: tuple[Numbers, ...]
     places: Mapping[str, tuple[float, float]]
 
 
@@ -140,10 +107,10 @@ class ModelAnalysis(Record):
     form: str
     parts: Parts | None
     lines: Mapping[str, LineToRider | None]
-    scaling: Points | None
-    noise: NoiseRows | None
-    sharpness: SharpnessRises | None
-    landscape: LandscapeGrid | None
+    scaling: Curve | None
+    noise: NoiseSensitivity | None
+    sharpness: Sharpness | None
+    landscape: PlaneOfMerges | None
     landscape_rider: str
     refused: Mapping[str, str]
 
@@ -280,10 +247,10 @@ def look_at(subject: Subject, around: Surroundings, folder: Path) -> ModelAnalys
         form=subject.form,
         parts=parts,
         lines=lines,
-        scaling=made(Points, "scaling", look.scaling, **scored, coefficients=settings.coefficients),
-        noise=made(NoiseRows, "noise", look.noise, **scored, sizes=settings.noise, draws=settings.draws),
-        sharpness=made(SharpnessRises, "sharpness", look.sharpness, **scored, **ascent),
-        landscape=made(LandscapeGrid, "landscape", partial(look.landscape, rider), **scored, **plane),
+        scaling=made(Curve, "scaling", look.scaling, **scored, coefficients=settings.coefficients),
+        noise=made(NoiseSensitivity, "noise", look.noise, **scored, sizes=settings.noise, draws=settings.draws),
+        sharpness=made(Sharpness, "sharpness", look.sharpness, **scored, **ascent),
+        landscape=made(PlaneOfMerges, "landscape", partial(look.landscape, rider), **scored, **plane),
         landscape_rider=rider_name,
         refused=refused,
     )
@@ -335,51 +302,31 @@ class _Look:
         """From the free-rider's model to this one."""
         task_vectors = self._task_vectors(self.subject.checkpoint, rider)
         curve = connectivity(self._network, task_vectors, self._score, positions=self.around.settings.line)
-        ends = {0.0, 1.0} <= set(curve.positions)
-        return LineToRider(**_curve(curve), barrier=_number(barrier(curve)) if ends else None)
+        return LineToRider(curve.positions, curve.losses, curve.credits, barrier(curve))
 
-    def scaling(self) -> Points:
+    def scaling(self) -> Curve:
         """From the base through this model."""
         task_vectors = self._task_vectors(self.subject.checkpoint)
-        positions = self.around.settings.coefficients
-        return Points(**_curve(scaling(self._network, task_vectors, self._score, coefficients=positions)))
+        return scaling(self._network, task_vectors, self._score, coefficients=self.around.settings.coefficients)
 
-    def noise(self) -> NoiseRows:
-        """Random noise on its weights."""
-        measured = noise_sensitivity(
-            self._network,
-            scoring.state_of(self.subject.checkpoint),
-            self._score,
-            sizes=self.around.settings.noise,
-            draws=self.around.settings.draws,
-        )
-        return NoiseRows(sizes=tuple(measured.sizes), losses=_rows(measured.losses), credits=_rows(measured.credits))
+    def noise(self) -> NoiseSensitivity:
+        weights, settings = scoring.state_of(self.subject.checkpoint), self.around.settings
+        return noise_sensitivity(self._network, weights, self._score, sizes=settings.noise, draws=settings.draws)
 
-    def sharpness(self) -> SharpnessRises:
-        """The worst loss nearby."""
-        settings = self.around.settings
-        weights = scoring.state_of(self.subject.checkpoint)
-        measured = sharpness(self._network, weights, self._backpropagate, radii=settings.radii, steps=settings.steps)
-        return SharpnessRises(loss=_number(measured.loss), radii=tuple(measured.radii), rises=_numbers(measured.rises))
+    def sharpness(self) -> Sharpness:
+        weights, settings = scoring.state_of(self.subject.checkpoint), self.around.settings
+        return sharpness(self._network, weights, self._backpropagate, radii=settings.radii, steps=settings.steps)
 
-    def landscape(self, rider: Checkpoint) -> LandscapeGrid:
+    def landscape(self, rider: Checkpoint) -> PlaneOfMerges:
         """The plane in which it is merged with the free-rider's model: that one on the x axis, this one above it."""
         models = (rider, self.subject.checkpoint)
-        sources = [open_checkpoint(model.path) for model in models]
-        gram = task_vector_gram(sources, open_checkpoint(self.around.base.path))
+        gram = task_vector_gram([open_checkpoint(m.path) for m in models], open_checkpoint(self.around.base.path))
         plane = plane_through(gram, 0, 1)
-        places = plane.places(gram)
-        count = self.around.settings.points
-        xs, ys = (grid([getattr(place, axis) for place in places], count) for axis in ("x", "y"))
+        places = [(place.x, place.y) for place in plane.places(gram)]
+        xs, ys = (grid(values, self.around.settings.points) for values in zip(*places, strict=True))
         measured = landscape(self._network, self._task_vectors(*models), plane, self._score, xs=xs, ys=ys)
-        named = zip(("base", "rider", "model"), places, strict=True)
-        return LandscapeGrid(
-            xs=tuple(xs),
-            ys=tuple(ys),
-            losses=_rows(measured.losses),
-            credits=_rows(measured.credits),
-            places={name: (place.x, place.y) for name, place in named},
-        )
+        named = dict(zip(("base", "rider", "model"), places, strict=True))
+        return PlaneOfMerges(measured.xs, measured.ys, measured.losses, measured.credits, named)
 
     @property
     def _network(self) -> Any:
@@ -391,10 +338,9 @@ class _Look:
 
     @property
     def _examples(self) -> tuple[TaskEntry, str, Literal["test"], Path, int]:
-        entry, limit = self.around.task.entry, self.around.settings.examples
-        size = entry.size("test")
-        fewest = limit if size is None else min(limit, size)
-        return entry, self.around.task.digests["test"], "test", self.around.base.path, fewest
+        task = self.around.task
+        limit = min(self.around.settings.examples, task.entry.size("test"))
+        return task.entry, task.digests["test"], "test", self.around.base.path, limit
 
     @property
     def _score(self) -> Score:
@@ -425,25 +371,8 @@ def _part(gram: PartGram) -> Part:
     return Part(
         block=gram.block,
         part=gram.part,
-        distance=_number(gram.distance(0)),
-        expert_distance=_number(gram.distance(1)),
-        norm_ratio=_number(gram.norm_ratio(0, 1)),
-        cosine=_number(gram.cosine(0, 1)),
+        distance=gram.distance(0),
+        expert_distance=gram.distance(1),
+        norm_ratio=gram.norm_ratio(0, 1),
+        cosine=gram.cosine(0, 1),
     )
-
-
-def _curve(curve: Curve) -> dict[str, Any]:
-    return {"positions": tuple(curve.positions), "losses": _numbers(curve.losses), "credits": _numbers(curve.credits)}
-
-
-def _rows(rows: Sequence[Sequence[float]]) -> tuple[Numbers, ...]:
-    return tuple(_numbers(row) for row in rows)
-
-
-def _numbers(values: Sequence[float]) -> Numbers:
-    return tuple(_number(value) for value in values)
-
-
-def _number(value: float) -> float | None:
-    """JSON has neither NaN nor infinity; a network whose weights were taken apart may give either."""
-    return value if math.isfinite(value) else None

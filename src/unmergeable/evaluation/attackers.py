@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unmergeable.errors import BadInput
-from unmergeable.settings import nearest
+from unmergeable.evaluation.plans.fields import require_named
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,5 @@ def attacker_named(name: str, where: str) -> Attacker:
     Raises:
         BadInput: there is none; ``where`` begins the message.
     """
-    attacker = ATTACKERS.get(NEWEST.get(name, name))
-    if attacker is None:
-        raise BadInput(f"{where}: no attacker is called {name!r}{nearest(name, dict.fromkeys([*NEWEST, *ATTACKERS]))}")
-    return attacker
+    require_named(name, [*NEWEST, *ATTACKERS], "attacker", where)
+    return ATTACKERS[NEWEST.get(name, name)]

@@ -10,20 +10,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from unmergeable.data import Part
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.analyses import Analyses, Surroundings, analyse, subjects_of
 from unmergeable.evaluation.cells import Cell
-from unmergeable.evaluation.judge import Contest, Judge, ScoredAttack, controls
+from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack, controls
 from unmergeable.evaluation.models import Variant, make_variants
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
-from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry, Part
+from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.results import AuditResult, Line, ModelRecord, Refusal
 from unmergeable.evaluation.run import Run
-from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, Outcome, ScoredTask, score_points
+from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, Outcome, score_points
 from unmergeable.evaluation.search import best_starts, mean_scores, search
 from unmergeable.evaluation.selection import KEPT_SHARE, Menu, skill_to_keep
-from unmergeable.evaluation.threat_models import ThreatModel, least
+from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.evaluation.tuning import Tuning, tune
 from unmergeable.evaluation.worst_case import contenders
 
@@ -35,35 +36,10 @@ _MEASURED = (
 
 
 @dataclass(frozen=True)
-class _Job:
-    """Models to merge by one method, and whose they are; ``variant`` is None where the victim is left alone."""
-
-    variant: Variant | None
-    rider: ExpertEntry
-    merge: MergeEntry
-    group: Group
-
-    @property
-    def threat_model(self) -> ThreatModel:
-        """That of the weakest attacker who can do it."""
-        return least(step.threat_model for step in (self.variant, self.merge) if step is not None)
-
-    def attack(self, point: Coefficients | None, validation: Cell, test: Cell | None, **training: Any) -> ScoredAttack:
-        return ScoredAttack(self.variant, self.rider.name, self.merge, point, validation, test, **training)
-
-    def refusal(self, reason: str, **training: Any) -> Refusal:
-        """That the merge, or the training after it, came to nothing."""
-        rider, merge = self.rider.name, self.merge.name
-        if self.variant is None:
-            return Refusal(protection=None, rider=rider, merge=merge, reason=reason, **training)
-        return replace(_refusal(self.variant, reason), rider=rider, merge=merge, **training)
-
-
-@dataclass(frozen=True)
 class _Searched:
     """A job and what was found on validation examples."""
 
-    job: _Job
+    job: Job
     outcome: Outcome
 
     @property
@@ -72,7 +48,6 @@ class _Searched:
 
     @property
     def menu(self) -> Menu:
-        """Its attacks, none of which is tested."""
         defended, rider = (task.entry.name for task in self.job.group.tasks)
         return Menu.of([(cell, None) for cell in self.outcome.cells.values()], defended, rider)
 
@@ -89,7 +64,6 @@ class _Alone:
         return self.validation[rider.name].credits[rider.task]
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """Mean test scores by model and task."""
         return {
             name: {task: float(credited.mean()) for task, credited in cell.credits.items()}
             for name, cell in self.test.items()
@@ -104,7 +78,6 @@ class Auditor:
     plan: AuditPlan
 
     def result(self) -> AuditResult:
-        """Do everything that is not done yet."""
         made = make_variants(self.plan, self.run.models, self.run.digests, self.run.progress)
         variants = [replace(variant, refusal=self._without_paths(variant.refusal, made)) for variant in made]
         alone = self._alone(variants)
@@ -117,11 +90,15 @@ class Auditor:
         protections = Judge(self.plan, contests, alone.scores()).protections(released)
         checked = controls(protections, variants)
         analyses = self._analyses(variants)
-        refused = [done.job.refusal(done.outcome.refusal) for done in searched if done.outcome.refusal]
+        refused = [_refusal(done.job, done.outcome.refusal) for done in searched if done.outcome.refusal]
         refused = [
             replace(refusal, reason=self._without_paths(refusal.reason, made)) for refusal in [*refused, *failures]
         ]
-        refused += [_refusal(variant, variant.refusal) for variant in variants if variant.refusal]
+        refused += [
+            Refusal(protection=variant.protection, seed=variant.seed, recovery=variant.recovery, reason=variant.refusal)
+            for variant in variants
+            if variant.refusal
+        ]
         return AuditResult(
             **self.run.facts(),
             task=self.plan.victim.task,
@@ -144,28 +121,19 @@ class Auditor:
             reason = reason.removeprefix(f"{path}: ")
         return self.run.without_paths(reason, [(variant.label, variant) for variant in variants])
 
-    def _tasks(self, rider: ExpertEntry) -> tuple[ScoredTask, ScoredTask]:
-        defended, own = (self.run.scored(self.plan.task(name)) for name in (self.plan.victim.task, rider.task))
-        return defended, own
-
-    def _group(self, victim: Checkpoint | None, rider: ExpertEntry, merge: MergeEntry) -> Group:
-        """A free-rider's model, merged with the victim or alone."""
-        own = self.run.checkpoint(rider.path)
-        models = (own,) if victim is None else (victim, own)
-        return Group(self.run.checkpoint(self.plan.base), models, merge, self._tasks(rider))
-
-    def _single(self, model: Checkpoint, rider: ExpertEntry) -> Group:
-        """A model that is not merged, on the defended task and a free-rider's."""
-        return Group(self.run.checkpoint(self.plan.base), (model,), None, self._tasks(rider))
+    def _group(self, rider: ExpertEntry, *models: Checkpoint, merge: MergeEntry | None = None) -> Group:
+        """Models to merge, or one that is scored as it is, on the defended task and a free-rider's."""
+        tasks = tuple(self.run.scored(self.plan.task(name)) for name in (self.plan.victim.task, rider.task))
+        return Group(self.run.checkpoint(self.plan.base), models, merge, tasks)
 
     def _alone(self, variants: Iterable[Variant]) -> _Alone:
         first, *_ = self.plan.riders
-        models = {"base": self._single(self.run.checkpoint(self.plan.base), first)}
+        models = {"base": self._group(first, self.run.checkpoint(self.plan.base))}
         for rider in self.plan.riders:
-            models[rider.name] = self._single(self.run.checkpoint(rider.path), rider)
+            models[rider.name] = self._group(rider, self.run.checkpoint(rider.path))
         for variant in variants:
             if variant.recovery is None and variant.checkpoint is not None:
-                models[variant.label] = self._single(variant.checkpoint, first)
+                models[variant.label] = self._group(first, variant.checkpoint)
         return _Alone(self._scored(models, "validation"), self._scored(models, "test"))
 
     def _scored(self, models: Mapping[str, Group], part: Part) -> dict[str, Cell]:
@@ -176,12 +144,13 @@ class Auditor:
                 raise BadInput(f"{name} cannot be scored: {outcome.refusal}")
         return {name: outcome.cells[None] for name, outcome in zip(models, outcomes, strict=True)}
 
-    def _jobs(self, variants: Sequence[Variant], rider: ExpertEntry) -> list[_Job]:
-        jobs = [_Job(None, rider, _ADDED, self._group(None, rider, _ADDED))]
+    def _jobs(self, variants: Sequence[Variant], rider: ExpertEntry) -> list[Job]:
+        own = self.run.checkpoint(rider.path)
+        jobs = [Job(None, rider, _ADDED, self._group(rider, own, merge=_ADDED))]
         for variant in variants:
             if variant.checkpoint is not None:
                 jobs += [
-                    _Job(variant, rider, merge, self._group(variant.checkpoint, rider, merge))
+                    Job(variant, rider, merge, self._group(rider, variant.checkpoint, own, merge=merge))
                     for merge in self.plan.merges
                     if self.plan.reaches(merge.threat_model)
                 ]
@@ -191,7 +160,6 @@ class Auditor:
         return skill_to_keep(float(alone.rider(rider).mean()))
 
     def _searched(self, variants: Sequence[Variant], alone: _Alone) -> list[_Searched]:
-        """Every merge of every variant, over the coefficients."""
         jobs = [job for rider in self.plan.riders for job in self._jobs(variants, rider)]
         calls: list[Call] = [
             (search, (job.group, self.plan.coefficients, self._kept(job.rider, alone), self.run.cells)) for job in jobs
@@ -215,7 +183,7 @@ class Auditor:
         ]
         tested = self.run.done("testing contenders", calls, "merges")
         return [
-            merges.job.attack(point, cell, test.cells.get(point))
+            ScoredAttack(merges.job, point, cell, test.cells.get(point))
             for merges, test in zip(searched, tested, strict=True)
             for point, cell in merges.outcome.cells.items()
         ]
@@ -236,13 +204,13 @@ class Auditor:
             if tuned.cells is None:
                 method = tuning.method
                 rate = float(method.learning_rates)
-                failures.append(job.refusal(tuned.refusal, samples=method.samples, learning_rate=rate))
+                failures.append(_refusal(job, tuned.refusal, samples=method.samples, learning_rate=rate))
                 continue
             cells = tuned.cells["validation"], tuned.cells["test"]
-            attacks.append(job.attack(tuning.point, *cells, training=tuning.method))
+            attacks.append(ScoredAttack(job, tuning.point, *cells, tuning.method))
         return attacks, failures
 
-    def _starts(self, searched: Sequence[_Searched], alone: _Alone) -> list[tuple[_Job, Coefficients | None]]:
+    def _starts(self, searched: Sequence[_Searched], alone: _Alone) -> list[tuple[Job, Coefficients | None]]:
         """The merges to train: for each free-rider as many of each model, and of what it has without the victim.
 
         Each attacker who trains starts from the best that it has.
@@ -250,10 +218,8 @@ class Auditor:
         groups: dict[tuple[str, tuple[str, int] | None, ThreatModel], list[int]] = {}
         for model in (model for model in ThreatModel if model.trains and self.plan.reaches(model)):
             for number, merges in enumerate(searched):
-                variant = merges.job.variant
                 if model.includes(merges.job.threat_model):
-                    owner = None if variant is None else (variant.protection, variant.seed)
-                    groups.setdefault((merges.job.rider.name, owner, model), []).append(number)
+                    groups.setdefault((merges.job.rider.name, merges.job.owner, model), []).append(number)
         chosen: dict[tuple[int, Coefficients | None], None] = {}
         for (rider, _, _), numbers in groups.items():
             scores = [mean_scores(searched[number].job.group, searched[number].outcome.cells) for number in numbers]
@@ -268,7 +234,7 @@ class Auditor:
             defended_task=self.plan.victim.task,
             rider_task=rider.task,
             rider_alone=alone.rider(rider),
-            attacks=tuple(attack for attack in attacks if attack.rider == rider.name),
+            attacks=tuple(attack for attack in attacks if attack.job.rider == rider),
         )
 
     def _analyses(self, variants: Sequence[Variant]) -> Analyses | None:
@@ -315,17 +281,27 @@ class Auditor:
 
     def _line(self, model: Checkpoint, rider: ExpertEntry, shares: Sequence[float]) -> list[Call]:
         """Calls that score a line's ends as the models they are, and what lies between as shares of the model."""
-        between: list[Coefficients | None] = [(share, 1 - share) for share in shares]
-        parts: tuple[tuple[Group, list[Coefficients | None]], ...] = (
-            (self._single(self.run.checkpoint(rider.path), rider), [None]),
-            (self._group(model, rider, _ADDED), between),
-            (self._single(model, rider), [None]),
+        own = self.run.checkpoint(rider.path)
+        parts = (
+            (self._group(rider, own), [None]),
+            (self._group(rider, model, own, merge=_ADDED), [(share, 1 - share) for share in shares]),
+            (self._group(rider, model), [None]),
         )
         return [(score_points, (group, points, "test", self.run.cells)) for group, points in parts]
 
 
-def _refusal(variant: Variant, reason: str) -> Refusal:
-    return Refusal(protection=variant.protection, seed=variant.seed, recovery=variant.recovery, reason=reason)
+def _refusal(job: Job, reason: str, **training: Any) -> Refusal:
+    """That a merge, or the training after it, came to nothing."""
+    protection, seed = job.owner or (None, None)
+    return Refusal(
+        protection=protection,
+        seed=seed,
+        recovery=None if job.variant is None else job.variant.recovery,
+        rider=job.rider.name,
+        merge=job.merge.name,
+        reason=reason,
+        **training,
+    )
 
 
 def _model(variant: Variant) -> ModelRecord:

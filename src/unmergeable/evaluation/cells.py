@@ -47,10 +47,8 @@ class CellStore:
             stored = json.loads(self._path(recipe).read_text())
             credits_by_task = {task: np.array(values, float) for task, values in stored["credits"].items()}
             return Cell(recipe, credits_by_task, float(stored["cpu_seconds"]))
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # computed again
+            return None
 
     def put(self, cell: Cell) -> None:
         """Keep a cell.

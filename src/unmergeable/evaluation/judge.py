@@ -7,7 +7,7 @@ beside it say where it comes from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from unmergeable.attacks import FewShot
 from unmergeable.evaluation.cells import Cell, Credits
 from unmergeable.evaluation.models import IDENTITY, SCALE, Variant
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
-from unmergeable.evaluation.plans.entries import MergeEntry
+from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.results import (
     AttackRecord,
     CellRecord,
@@ -30,7 +30,7 @@ from unmergeable.evaluation.results import (
     Utility,
     Verdicts,
 )
-from unmergeable.evaluation.scoring import Coefficients
+from unmergeable.evaluation.scoring import Coefficients, Group
 from unmergeable.evaluation.selection import Menu, choice, pareto_front
 from unmergeable.evaluation.threat_models import ThreatModel, least
 from unmergeable.evaluation.worst_case import worst_case
@@ -46,15 +46,33 @@ PLANTED_BOUND = 1.02
 
 
 @dataclass(frozen=True)
+class Job:
+    """Models to merge by one method, and whose they are; ``variant`` is None where the victim is left alone."""
+
+    variant: Variant | None
+    rider: ExpertEntry
+    merge: MergeEntry
+    group: Group
+
+    @property
+    def owner(self) -> tuple[str, int] | None:
+        """The protection and the key of what is merged; None without the victim."""
+        return None if self.variant is None else (self.variant.protection, self.variant.seed)
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """That of the weakest attacker who can do it."""
+        return least(step.threat_model for step in (self.variant, self.merge) if step is not None)
+
+
+@dataclass(frozen=True)
 class ScoredAttack:
-    """One set of merged weights, scored. ``variant`` is None where the victim was left alone.
+    """One set of merged weights, scored.
 
     ``test`` is None for attacks that no selection would pick. ``training`` is what came after merging.
     """
 
-    variant: Variant | None
-    rider: str
-    merge: MergeEntry | None
+    job: Job
     point: Coefficients | None
     validation: Cell
     test: Cell | None
@@ -63,26 +81,23 @@ class ScoredAttack:
     @property
     def threat_model(self) -> ThreatModel:
         """That of the weakest attacker who can do it."""
-        done = [step.threat_model for step in (self.variant, self.merge) if step is not None]
-        return least(done if self.training is None else [*done, ThreatModel.FEW_SHOT])
+        return least([self.job.threat_model, *([] if self.training is None else [ThreatModel.FEW_SHOT])])
 
     @property
     def recovery(self) -> str | None:
-        """What was undone before merging."""
-        return None if self.variant is None else self.variant.recovery
+        return None if self.job.variant is None else self.job.variant.recovery
 
     @property
     def cpu_seconds(self) -> float:
         """Of the recovery, of merging, training and scoring once; the search for the coefficients is not in it."""
-        return self.validation.cpu_seconds + (0.0 if self.variant is None else self.variant.cpu_seconds)
+        return self.validation.cpu_seconds + (0.0 if self.job.variant is None else self.job.variant.cpu_seconds)
 
     def describe(self) -> AttackRecord:
-        """What was done."""
         return AttackRecord(
             recovery=self.recovery,
-            merge=None if self.merge is None else self.merge.name,
+            merge=self.job.merge.name,
             coefficients=self.point,
-            uses_victim=self.variant is not None,
+            uses_victim=self.job.variant is not None,
             samples=None if self.training is None else self.training.samples,
             learning_rate=None if self.training is None else float(self.training.learning_rates),
             cpu_seconds=round(self.cpu_seconds, 3),
@@ -103,31 +118,18 @@ class Contest:
     rider_alone: Credits
     attacks: tuple[ScoredAttack, ...]
 
-    def attacks_on(self, protection: str, seed: int, model: ThreatModel, samples: int | None = None) -> Numbers:
-        """What an attacker with so many labelled examples may do to a protected model."""
-        return self._where(
-            model,
-            samples,
-            lambda variant: variant is not None and (variant.protection, variant.seed) == (protection, seed),
-        )
-
-    def without_victim(self, model: ThreatModel, samples: int | None = None) -> Numbers:
-        """What such an attacker can have without it."""
-        return self._where(model, samples, lambda variant: variant is None)
-
-    def _where(self, model: ThreatModel, samples: int | None, chosen: Callable[[Variant | None], bool]) -> Numbers:
-        """The attacks on some variants that an attacker with so many labelled examples may do."""
+    def attacks_on(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None = None) -> Numbers:
+        """What an attacker with so many labelled examples may do to a protected model; None: without the victim."""
         return tuple(
             number
             for number, attack in enumerate(self.attacks)
             if model.includes(attack.threat_model)
             and (attack.training is None or attack.training.samples == samples)
-            and chosen(attack.variant)
+            and attack.job.owner == owner
         )
 
     @cached_property
     def menu(self) -> Menu:
-        """What all attacks score."""
         cells = [(attack.validation, attack.test) for attack in self.attacks]
         return Menu.of(cells, self.defended_task, self.rider_task)
 
@@ -143,20 +145,18 @@ class Contest:
         return None if chosen is None else self.attacks[numbers[chosen]]
 
     def cell(self, attack: ScoredAttack) -> CellRecord:
-        """The entry of an attack in the result."""
-        variant = attack.variant
+        protection, seed = attack.job.owner or (None, None)
         parts = {"validation": attack.validation, "test": attack.test}
         return CellRecord(
-            protection=None if variant is None else variant.protection,
-            seed=None if variant is None else variant.seed,
-            rider=attack.rider,
+            protection=protection,
+            seed=seed,
+            rider=self.rider,
             tier=attack.threat_model,
             attack=attack.describe(),
             scores={part: None if cell is None else self.scores(cell) for part, cell in parts.items()},
         )
 
     def scores(self, cell: Cell) -> dict[str, float]:
-        """Mean scores on both tasks."""
         return {task: float(cell.credits[task].mean()) for task in (self.defended_task, self.rider_task)}
 
 
@@ -176,7 +176,6 @@ class Judge:
         return {name: self._protection(variants, released[0]) for name, variants in by_name.items()}
 
     def _protection(self, released: Sequence[Variant], unprotected: Variant) -> ProtectionResult:
-        """One protection, ``released`` with each key."""
         task, name, seeds = self.plan.victim.task, released[0].protection, [variant.seed for variant in released]
         expert, base = self.alone[unprotected.label][task], self.alone["base"][task]
         protected = min(self.alone[variant.label][task] for variant in released)
@@ -200,7 +199,6 @@ class Judge:
         return Verdicts(worst=worst_trial(trials), trials=trials)
 
     def _samples(self, model: ThreatModel) -> Sequence[int | None]:
-        """How many labelled examples the attackers have."""
         return self.plan.few_shot.samples if model.trains else (None,)
 
     def _matrix(self, name: str, seeds: Sequence[int]) -> list[MatrixCell]:
@@ -215,8 +213,8 @@ class Judge:
             for seed in seeds:
                 numbers = tuple(
                     number
-                    for number in contest.attacks_on(name, seed, self.plan.strongest)
-                    if (contest.attacks[number].recovery, contest.attacks[number].merge) == (recovery, merge)
+                    for number in contest.attacks_on((name, seed), self.plan.strongest)
+                    if (contest.attacks[number].recovery, contest.attacks[number].job.merge) == (recovery, merge)
                 )
                 attempts += len(numbers)
                 best = contest.best(numbers)
@@ -233,17 +231,16 @@ class Judge:
             seed=seed,
             tier=model,
             samples=samples,
-            unprotected=_front(contest, contest.attacks_on(IDENTITY, 0, model, samples)),
-            protected=_front(contest, contest.attacks_on(name, seed, model, samples)),
-            without_victim=_front(contest, contest.without_victim(model, samples)),
+            unprotected=_front(contest, contest.attacks_on((IDENTITY, 0), model, samples)),
+            protected=_front(contest, contest.attacks_on((name, seed), model, samples)),
+            without_victim=_front(contest, contest.attacks_on(None, model, samples)),
         )
 
 
 def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: int | None) -> Trial:
-    """One free-rider, one key, one number of labelled examples."""
-    unprotected = contest.attacks_on(IDENTITY, 0, model, samples)
-    protected = contest.attacks_on(name, seed, model, samples)
-    without = contest.without_victim(model, samples)
+    unprotected, protected, without = (
+        contest.attacks_on(owner, model, samples) for owner in ((IDENTITY, 0), (name, seed), None)
+    )
     menu = contest.menu
     worst = worst_case(menu.only(unprotected), menu.only(protected), menu.only(without), contest.rider_alone)
     chosen = {

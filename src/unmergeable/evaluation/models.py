@@ -92,12 +92,10 @@ class ModelMaker:
     progress: Progress
 
     def unprotected(self) -> Variant:
-        """The expert as it is."""
         path = self.victim.path
         return Variant(IDENTITY, 0, None, Checkpoint(path, self.digests[path]), 0.0, {})
 
     def scaled(self) -> Variant:
-        """The control."""
 
         def make(out: Path) -> Mapping[str, Any]:
             settings = {"factor": SCALE_FACTOR}

@@ -6,11 +6,14 @@ class Trial(Record):
     interval: tuple[float | None, float | None]
     samples: int | None = optional()            not written when it is None
     facts: Mapping[str, Any] = inlined()        its entries stand beside the other fields
+
+A float that is not finite, which JSON does not have, is written as null and read as NaN.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
@@ -71,7 +74,7 @@ def _written(value: Any) -> Any:
         return {_written(key): _written(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_written(item) for item in value]
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @cache
@@ -92,6 +95,8 @@ def _read(kind: Any, value: Any) -> Any:
         return tuple(_read(one, item) for one, item in zip(kinds, value, strict=True))
     if origin is Mapping:
         return {_read(arguments[0], key): _read(arguments[1], item) for key, item in value.items()}
+    if kind is float and value is None:
+        return math.nan
     if kind is ThreatModel:
         return ThreatModel.named(value)
     if isinstance(kind, type) and issubclass(kind, Record):

@@ -228,7 +228,6 @@ class AuditResult(Record):
 
     @property
     def threat_models(self) -> tuple[ThreatModel, ...]:
-        """Those of the plan, the weakest first."""
         return tuple(next(iter(self.protections.values())).tiers)
 
     @property

@@ -52,11 +52,9 @@ class Run:
         return self.folder / "models"
 
     def checkpoint(self, path: Path) -> Checkpoint:
-        """A checkpoint of the plan."""
         return Checkpoint(path, self.digests[path])
 
     def scored(self, entry: TaskEntry) -> ScoredTask:
-        """A task of the plan."""
         return ScoredTask.of(entry, self.digests)
 
     def done(self, stage: str, calls: Sequence[Call], unit: str) -> list[Any]:
@@ -146,7 +144,6 @@ def _prepared(out: Path, kind: str) -> Path:
 
 
 def _hashed(paths: Sequence[Path], progress: Progress) -> dict[Path, str]:
-    """The hash of every path."""
     digests = {}
     for number, path in enumerate(paths, start=1):
         digests[path] = digest_of(path)
@@ -155,7 +152,6 @@ def _hashed(paths: Sequence[Path], progress: Progress) -> dict[Path, str]:
 
 
 def _environment() -> dict[str, Any]:
-    """What a result depends on besides its inputs."""
     return {
         "unmergeable": version("unmergeable"),
         "torch": version("torch"),

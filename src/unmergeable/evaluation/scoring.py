@@ -22,11 +22,11 @@ from torch import Tensor
 
 from unmergeable import ops
 from unmergeable.checkpoint.open import open_checkpoint
-from unmergeable.data import DataSource
+from unmergeable.data import DataSource, Part
 from unmergeable.errors import BadInput, CheckpointError
 from unmergeable.evaluation.cells import Cell, CellStore
 from unmergeable.evaluation.methods import attack_reads, merge_learns, merge_of
-from unmergeable.evaluation.plans.entries import MergeEntry, Part, TaskEntry
+from unmergeable.evaluation.plans.entries import MergeEntry, TaskEntry
 from unmergeable.merges import AdaMerging, TaskArithmetic, merge_state_dicts
 from unmergeable.merges.adamerging import learn_coefficients
 from unmergeable.merges.task_vectors import TaskVectors

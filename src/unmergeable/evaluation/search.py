@@ -71,7 +71,6 @@ def mean_scores(group: Group, cells: Mapping[Place, Cell]) -> dict[Place, tuple[
 
 
 def coarse_points(grid: Grid) -> list[Coefficients]:
-    """The whole grid."""
     return list(product(grid.defended, grid.rider))
 
 

@@ -70,7 +70,6 @@ class Menu:
         )
 
     def only(self, numbers: Sequence[int]) -> Menu:
-        """These attacks, in this order."""
         chosen = np.array(numbers, dtype=int)
         return Menu(self.defended[chosen], self.rider[chosen], self.test[chosen])
 

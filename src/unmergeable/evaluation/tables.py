@@ -207,51 +207,44 @@ class _Tabulator:
 
     def _alone(self, models: Models) -> Alone:
         """Models that are not merged. On tasks of no expert each victim, as it is and as it is released."""
-        base = self.run.checkpoint(self.plan.base)
-        experts = {expert.name: self.run.checkpoint(expert.path) for expert in self.plan.experts}
+        experts = {(expert.name, None): self.run.checkpoint(expert.path) for expert in self.plan.experts}
         released = {
             (victim, name.protection): variant.checkpoint
             for (victim, name), variant in models.items()
             if name.protection and not name.recovery and variant.checkpoint is not None
         }
-        victims = {victim: experts[victim] for victim in self.plan.victims}
+        own = {expert.name: expert.task for expert in self.plan.experts}
         elsewhere = self.plan.other_tasks
-        wanted = [(base, [task.name for task in self.plan.tasks])]
-        wanted += [(model, [self.plan.expert(name).task]) for name, model in experts.items()]
-        wanted += [(model, [self.plan.expert(victim).task]) for (victim, _), model in released.items()]
+        wanted = [(key, model, [own[key[0]]]) for key, model in (experts | released).items()]
         if elsewhere:
-            wanted += [(model, list(elsewhere)) for model in (*victims.values(), *released.values())]
-        groups = [self._grouped((model,), None, tasks) for model, tasks in wanted]
-        cells = []
-        for scored in self._scored("scoring models alone", groups):
-            if isinstance(scored, str):
-                raise BadInput(f"a model cannot be scored alone: {scored}")
-            cells.append(_scores(scored.cell))
-        of_base, *others = cells
-        own = iter([next(iter(scores.values())) for scores in others[: len(experts) + len(released)]])
-        there = others[len(experts) + len(released) :]
+            wanted += [(key, model, list(elsewhere)) for key, model, _ in wanted if key[0] in self.plan.victims]
+        groups = [self._grouped((self.run.checkpoint(self.plan.base),), None, [task.name for task in self.plan.tasks])]
+        groups += [self._grouped((model,), None, tasks) for _, model, tasks in wanted]
+        of_base, *cells = [_scores_alone(scored) for scored in self._scored("scoring models alone", groups)]
+        scores: dict[tuple[str, str | None], dict[str, float | None]] = {}
+        for (key, _, _), cell in zip(wanted, cells, strict=True):
+            scores.setdefault(key, {}).update(cell)
+
+        def protected(task: str | None = None) -> dict[str, dict[str, float | None]]:
+            """Scores of releases, by protection and victim, on a task or on the victim's own."""
+            return {
+                entry.name: {v: scores[v, name][task or own[v]] for v, name in released if name == entry.name}
+                for entry in self.plan.protections
+            }
+
         return Alone(
             base=of_base,
-            experts={name: next(own) for name in experts},
-            protected=self._by_protection({key: next(own) for key in released}),
+            experts={name: scores[name, None][own[name]] for name, _ in experts},
+            protected=protected(),
             elsewhere={
                 task: ModelScores(
-                    experts={name: scores[task] for name, scores in zip(victims, there, strict=False)},
-                    protected=self._by_protection(
-                        {key: scores[task] for key, scores in zip(released, there[len(victims) :], strict=True)}
-                    ),
+                    experts={victim: scores[victim, None][task] for victim in self.plan.victims},
+                    protected=protected(task),
                 )
                 for task in elsewhere
             }
             or None,
         )
-
-    def _by_protection(self, scores: Mapping[tuple[str, str], float | None]) -> dict[str, dict[str, float | None]]:
-        """Scores of releases, by protection and victim."""
-        return {
-            entry.name: {victim: score for (victim, name), score in scores.items() if name == entry.name}
-            for entry in self.plan.protections
-        }
 
     def _scored(self, stage: str, groups: Sequence[Group]) -> list[Scored | str]:
         return self.run.done(stage, [(score_group, (group, self.run.cells)) for group in groups], "models")
@@ -270,6 +263,11 @@ def _cell(place: Place, cell: Cell | str, coefficient: float | None) -> TableCel
     )
 
 
+def _scores_alone(scored: Scored | str) -> dict[str, float | None]:
+    if isinstance(scored, str):
+        raise BadInput(f"a model cannot be scored alone: {scored}")
+    return _scores(scored.cell)
+
+
 def _scores(cell: Cell) -> dict[str, float | None]:
-    """Shares of right answers by task."""
     return {task: rounded(float(credited.mean())) for task, credited in cell.credits.items()}

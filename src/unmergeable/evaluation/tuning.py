@@ -22,10 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unmergeable.attacks import FewShot
 from unmergeable.attacks.few_shot import few_shot
+from unmergeable.data import Part
 from unmergeable.errors import BadInput, CheckpointError, DiskError, UnmergeableError
 from unmergeable.evaluation import scoring
 from unmergeable.evaluation.cells import Cell, CellStore
-from unmergeable.evaluation.plans.entries import Part
 from unmergeable.evaluation.scoring import Coefficients, Group, ScoredTask
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.encoding import EncodedBatch
@@ -50,7 +50,6 @@ class Tuning:
     method: FewShot
 
     def recipe(self, part: Part) -> dict[str, Any]:
-        """What the cell of the result depends on."""
         return {
             **self.group.recipe(self.point, part),
             "few_shot": settings_of(self.method),

@@ -19,8 +19,9 @@ attacks; the attacker selects anew each time. So it covers the luck of the selec
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -130,17 +131,18 @@ def _whole(menu: Menu) -> _Weights:
     return _Weights(*(np.full(rows.shape[1], 1 / rows.shape[1]) for rows in (menu.defended, menu.rider, menu.test)))
 
 
-def _draws(menu: Menu, seed: int, resamples: int) -> Iterator[_Weights]:
+def _draws(menu: Menu, seed: int, resamples: int) -> tuple[_Weights, ...]:
+    return _drawn((menu.defended.shape[1], menu.rider.shape[1], menu.test.shape[1]), seed, resamples)
+
+
+@lru_cache(maxsize=4)
+def _drawn(sizes: tuple[int, ...], seed: int, resamples: int) -> tuple[_Weights, ...]:
     """Examples drawn with replacement. Each set of examples has its own generator: none depends on another's size."""
-    sizes = [rows.shape[1] for rows in (menu.defended, menu.rider, menu.test)]
-    generators = [np.random.default_rng([seed, number]) for number in range(len(sizes))]
-    for _ in range(resamples):
-        yield _Weights(
-            *(
-                generator.multinomial(size, np.full(size, 1 / size)) / size
-                for generator, size in zip(generators, sizes, strict=True)
-            )
-        )
+    shares = []
+    for number, size in enumerate(sizes):
+        generator = np.random.default_rng([seed, number])
+        shares.append(generator.multinomial(size, np.full(size, 1 / size), resamples) / size)
+    return tuple(_Weights(*rows) for rows in zip(*shares, strict=True))
 
 
 def _select(menu: Menu, rider_alone: Floats, weights: _Weights) -> int:

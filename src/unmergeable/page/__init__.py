@@ -5,15 +5,6 @@ from unmergeable.page.drawing import COLOURS, new_figure, plain, svg
 from unmergeable.page.render import render
 
 __all__ = [
-    "COLOURS",
-    "Chart",
-    "Key",
-    "Series",
-    "landscape_chart",
-    "line_chart",
-    "new_figure",
-    "plain",
-    "point_chart",
-    "render",
-    "svg",
-]
+    "COLOURS", "Chart", "Key", "Series", "landscape_chart", "line_chart", "new_figure", "plain", "point_chart",
+    "render", "svg",
+]  # fmt: skip

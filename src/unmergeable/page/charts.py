@@ -187,5 +187,5 @@ def _sample(style: Style, has_line: bool) -> str:
 
 
 def _spans_much(values: Sequence[float | None]) -> bool:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     return bool(known) and min(known) > 0 and max(known) > LOGARITHMIC * min(known)

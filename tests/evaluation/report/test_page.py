@@ -27,6 +27,12 @@ def page_of(found: dict[str, Any]) -> str:
     return render_report(typed(found))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are not turned into SVG, which is most of a page's cost: for tests that look at its words."""
+    monkeypatch.setattr("unmergeable.page.charts.svg", lambda figure, title: "<svg></svg>")
+
+
 BEST_STAR = star(typed(document()).protections["lock"].tiers[ThreatModel.OFF_THE_SHELF].worst)
 
 
@@ -48,6 +54,7 @@ def test_a_judgement_is_made_from_the_lower_end(worst: dict[str, Any], expected:
         assert f"It {expected} ordinary merging" in summary(typed(found))[0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_figures_everywhere() -> None:
     found = document()
     sentence = (
@@ -62,6 +69,7 @@ def test_the_same_figures_everywhere() -> None:
     assert "nvalid" not in page + model_card(typed(found))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_heat_map_inks_what_was_stolen() -> None:
     """Most for the best attack of all, none for what can be had without the expert."""
     found = document()
@@ -82,6 +90,7 @@ def test_a_heat_map_inks_what_was_stolen() -> None:
     ]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_was_refused_for_one_reason_stands_together() -> None:
     found = document()
     found["refused"] = [
@@ -104,6 +113,7 @@ def test_what_was_refused_for_one_reason_stands_together() -> None:
         assert f"<li>{line}</li>" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_invalid_audit_says_so_first() -> None:
     found = document()
     found["controls"][0] |= {"value": 0.3, "passed": False}
@@ -151,6 +161,7 @@ def test_every_picture_has_its_table_and_a_name(page: str) -> None:
     assert "parts, line of strange, as released: another &lt;structure&gt;" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_parts_that_are_not_there_leave_no_heading() -> None:
     found = analysed()
     for model in found["analyses"]["models"]:
@@ -166,6 +177,7 @@ def test_parts_that_are_not_there_leave_no_heading() -> None:
     assert 'id="analyses"' not in page_of(document())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_as_many_attackers_as_there_are() -> None:
     """An attacker who learns from data gets a column, and the page no longer says that nobody did."""
     found = document()
@@ -180,16 +192,19 @@ def test_as_many_attackers_as_there_are() -> None:
     assert "Nobody here had labelled" not in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_refusals_of_one_model_stand_together() -> None:
     page = page_of(document())
     assert "<li>linear after kabsch, slerp after kabsch of lock: not that &lt;structure&gt;</li>" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_best_attack_can_be_done_by_hand() -> None:
     page = page_of(document())
     assert "--expert release=1 --expert t=0.5 --method ties --out merged" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_how_tasks_were_scored_is_said() -> None:
     tasks = {"mine": {"kind": "lm_eval", "lm_eval": "<version>"}, "theirs": {"kind": "classification"}}
     page = page_of({**document(), "tasks": tasks})

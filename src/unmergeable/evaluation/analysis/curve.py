@@ -21,6 +21,7 @@ from typing import Any
 
 from unmergeable.errors import UsageError
 from unmergeable.evaluation.analysis.scored import Score
+from unmergeable.evaluation.records import Record
 from unmergeable.merges.task_vectors import TaskVectors, score_merges
 
 LINE = tuple(number / 10 for number in range(11))
@@ -31,7 +32,7 @@ COEFFICIENTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Record):
     """What was scored at each position: losses in nats, credits in [0, 1]."""
 
     positions: tuple[float, ...]

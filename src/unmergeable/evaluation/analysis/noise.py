@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from unmergeable.evaluation.analysis.scored import Score
+from unmergeable.evaluation.records import Record
 from unmergeable.merges.task_vectors import TaskVectors, score_merges
 from unmergeable.protections.controls import Noise
 from unmergeable.randomness import Stream
@@ -26,7 +27,7 @@ DRAWS = 3
 
 
 @dataclass(frozen=True)
-class NoiseSensitivity:
+class NoiseSensitivity(Record):
     """``losses[d][s]`` (nats) and ``credits[d][s]`` (in [0, 1]) of draw ``d`` at ``sizes[s]``.
 
     A draw is one direction, made longer: its scores at different sizes are paired.

@@ -25,6 +25,7 @@ from unmergeable.attacks.task_vectors import common_tensors, inner_products
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.analysis.scored import Score
+from unmergeable.evaluation.records import Record
 from unmergeable.merges.task_vectors import TaskVectors, score_merges
 from unmergeable.progress import Progress, silent
 
@@ -68,7 +69,7 @@ class Plane:
 
 
 @dataclass(frozen=True)
-class Landscape:
+class Landscape(Record):
     """Scores on a grid of a plane: ``losses[row][column]`` (nats) and ``credits`` at ``ys[row]``, ``xs[column]``."""
 
     xs: tuple[float, ...]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.evaluation.analysis.scored import Backpropagate
+from unmergeable.evaluation.records import Record
 from unmergeable.merges.task_vectors import TaskVectors
 from unmergeable.network.disk_weights import Place, disk_gradients, find_places, show, swapped
 from unmergeable.randomness import Stream
@@ -33,17 +34,17 @@ STEPS = 5
 
 
 @dataclass(frozen=True)
-class Sharpness:
-    """``loss`` in the centre and ``worst[r]`` within ``radii[r]``, in nats."""
+class Sharpness(Record):
+    """``loss`` in the centre, and the sharpness: how far it ``rises[r]`` within ``radii[r]``, in nats."""
 
     loss: float
     radii: tuple[float, ...]
-    worst: tuple[float, ...]
+    rises: tuple[float, ...]
 
     @property
-    def rises(self) -> tuple[float, ...]:
-        """The sharpness at each radius, in nats."""
-        return tuple(worst - self.loss for worst in self.worst)
+    def worst(self) -> tuple[float, ...]:
+        """The highest loss within each radius, in nats."""
+        return tuple(self.loss + rise for rise in self.rises)
 
 
 def sharpness(
@@ -85,7 +86,7 @@ def sharpness(
         network.zero_grad(set_to_none=True)
     # What an ascent found in a ball lies in every larger one too.
     worst = (max(found for smaller, found in reached.items() if smaller <= radius) for radius in radii)
-    return Sharpness(loss, tuple(radii), tuple(worst))
+    return Sharpness(loss, tuple(radii), tuple(highest - loss for highest in worst))
 
 
 def _directions(

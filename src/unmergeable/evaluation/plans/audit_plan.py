@@ -114,7 +114,6 @@ class AuditPlan(Plan):
 
     @property
     def strongest(self) -> ThreatModel:
-        """The strongest attacker."""
         return least(self.threat_models)
 
     def reaches(self, model: ThreatModel) -> bool:
@@ -123,12 +122,10 @@ class AuditPlan(Plan):
 
     @property
     def victim(self) -> ExpertEntry:
-        """The expert that is defended."""
         return self.expert(self.defended)
 
     @property
     def riders(self) -> tuple[ExpertEntry, ...]:
-        """The experts of free-riders."""
         return tuple(expert for expert in self.experts if expert.name != self.defended)
 
 

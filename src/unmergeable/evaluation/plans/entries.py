@@ -9,26 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from unmergeable.attacks import ATTACKS
+from unmergeable.data import Part
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.methods import (
-    ON_MERGES,
-    attack_reads,
-    is_exact,
-    merge_learns,
-    merge_learns_coefficients,
-    protection_reads,
-    require_known,
-    threat_model_of_attack,
-    threat_model_of_merge,
-)
-from unmergeable.evaluation.plans.fields import Entry
-from unmergeable.evaluation.threat_models import ThreatModel, least
-from unmergeable.settings import configure, nearest
+from unmergeable.evaluation.methods import ON_MERGES, attack_reads, merge_learns, protection_reads
+from unmergeable.evaluation.plans.fields import Entry, require_named
+from unmergeable.evaluation.threat_models import ThreatModel
+from unmergeable.merges import MERGES, AdaMerging
+from unmergeable.ops.steps import steps_of
+from unmergeable.settings import configure
 from unmergeable.tasks import TASKS, Classification, TaskKind
-
-Part = Literal["train", "validation", "test"]
 
 VALIDATION, TEST = 200, 500
 """The most examples of these parts, where the plan gives no number."""
@@ -74,7 +66,7 @@ class MergeEntry(MethodEntry):
     @property
     def threat_model(self) -> ThreatModel:
         """That of the weakest attacker who can do it."""
-        return threat_model_of_merge(self.method)
+        return ThreatModel.UNLABELLED if merge_learns(self.method) else ThreatModel.OFF_THE_SHELF
 
 
 @dataclass(frozen=True)
@@ -96,7 +88,7 @@ class ProtectionEntry(MethodEntry):
     @property
     def is_exact(self) -> bool:
         """Whether the function stays as it is, and a key leads back."""
-        return is_exact(self.method, self.settings)
+        return all(step.has_key for step in steps_of(self.method, self.settings))
 
     @property
     def reads(self) -> frozenset[str]:
@@ -105,7 +97,6 @@ class ProtectionEntry(MethodEntry):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Everything it reads."""
         return (*(path for path in (self.data, self.head, self.encoder) if path is not None), *self.siblings)
 
     def given(self, owner: ExpertEntry) -> ProtectionEntry:
@@ -141,7 +132,8 @@ class RecoveryEntry:
     @property
     def threat_model(self) -> ThreatModel:
         """That of the weakest attacker who can do it."""
-        return least([ThreatModel.WHITE_BOX, *(threat_model_of_attack(step.method) for step in self.steps)])
+        learns = any("data" in attack_reads(step.method) for step in self.steps)
+        return ThreatModel.UNLABELLED if learns else ThreatModel.WHITE_BOX
 
 
 @dataclass(frozen=True)
@@ -239,8 +231,8 @@ def read_merge(item: object, where: str) -> MergeEntry:
     entry = _named(item, ("name", "method", "settings"), where)
     method = entry.text("method")
     merge = MergeEntry(entry.text("name", method), method, entry.mapping("settings"))
-    _require_known(merge, where, "merge")
-    if merge_learns(method) and not merge_learns_coefficients(method):
+    _require_known(merge, where, "merge", MERGES)
+    if merge_learns(method) and method != AdaMerging.name:
         raise BadInput(f"{where}: {method} needs data, which no attacker here merges with; adamerging can.")
     return merge
 
@@ -261,7 +253,7 @@ def read_table_merge(item: object, where: str) -> MergeEntry:
     if then is not None:
         name += f", then {then.name}"
     merge = MergeEntry(entry.text("name", name), method, entry.mapping("settings"), coefficients, then)
-    _require_known(merge, where, "merge")
+    _require_known(merge, where, "merge", MERGES)
     if merge_learns(method):
         raise BadInput(f"{where}: {method} learns from data; a table has fixed merges, an audit learns.")
     if then is not None and then.method not in ON_MERGES:
@@ -292,7 +284,7 @@ def read_step(item: object, where: str) -> MethodEntry:
     entry = _named(item, ("name", "method", "settings"), where)
     method = entry.text("method")
     step = MethodEntry(entry.text("name", method), method, entry.mapping("settings"))
-    _require_known(step, where, "recovery")
+    _require_known(step, where, "recovery", ATTACKS)
     return step
 
 
@@ -312,11 +304,9 @@ def _require_sensible(recovery: RecoveryEntry, where: str) -> None:
         raise BadInput(f"{where}: none of its methods reads sources; leave them out.")
 
 
-def _require_known(entry: MethodEntry, where: str, kind: str) -> None:
-    try:
-        require_known(kind, entry.method, entry.settings)
-    except BadInput as error:
-        raise BadInput(f"{where}: {error}") from None
+def _require_known(entry: MethodEntry, where: str, kind: str, registry: Mapping[str, type]) -> None:
+    require_named(entry.method, registry, kind, where)
+    configure(registry[entry.method], entry.settings)
 
 
 def _named(item: object, known: Sequence[str], where: str) -> Entry:
@@ -353,8 +343,7 @@ def read_task(item: object, where: str, folder: Path, base: Path, *, selects: bo
 def _kind(entry: Entry, folder: Path) -> TaskKind:
     """The kind of a task with its settings; paths among them are relative to ``folder``."""
     name = entry.text("kind", Classification.name)
-    if name not in TASKS:
-        raise BadInput(f"{entry.where}: no kind of task is called {name!r}{nearest(name, TASKS)}")
+    require_named(name, TASKS, "kind of task", entry.where)
     if name != Classification.name and "head" in entry:
         raise BadInput(f"{entry.where}: {name} has no use for a head; leave it out.")
     settings = dict(entry.mapping("settings"))

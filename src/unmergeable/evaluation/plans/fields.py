@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +68,6 @@ class Entry:
         return value
 
     def number(self, key: str) -> float:
-        """A finite number."""
         value = self._get(key, None)
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise self.wrong(key, "must be a number", value)
@@ -85,7 +84,6 @@ class Entry:
         return tuple(sorted({float(v) for v in value}))
 
     def texts(self, key: str, default: Sequence[str] = ()) -> tuple[str, ...]:
-        """A list of strings."""
         value = self._get(key, list(default))
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.wrong(key, "must be a list of names", value)
@@ -137,6 +135,12 @@ def read_document(path: Path, guide: str) -> object:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise BadInput(f"{path} is not YAML ({reason}); see {guide} for a plan.") from None
+
+
+def require_named(name: str, known: Iterable[str], what: str, where: str) -> None:
+    """Raises BadInput with the nearest name unless ``name`` is one of those that are ``known``."""
+    if name not in known:
+        raise BadInput(f"{where}: no {what} is called {name!r}{nearest(name, dict.fromkeys(known))}")
 
 
 def require_unique(names: Sequence[str], where: str) -> None:

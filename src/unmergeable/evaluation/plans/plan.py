@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from unmergeable.checkpoint.hub import download, is_on_hub
 from unmergeable.data import download_data
-from unmergeable.errors import BadInput
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry, ProtectionEntry, RecoveryEntry, TaskEntry
-from unmergeable.evaluation.plans.fields import require_unique
-from unmergeable.settings import nearest
+from unmergeable.evaluation.plans.fields import require_named, require_unique
 
 AnyPlan = TypeVar("AnyPlan", bound="Plan")
+
+_DATA = ("data", "train", "validation", "test")
+"""Fields of entries that name data; all other paths on the hub are checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,6 @@ class Plan:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Everything that is read, each once."""
         read = [self.base, *(expert.path for expert in self.experts)]
         read += [path for task in self.tasks for path in task.paths]
         read += [path for protection in self.as_released() for path in protection.paths]
@@ -57,61 +57,32 @@ class Plan:
             UsageError, BadInput: as :func:`unmergeable.checkpoint.hub.download` and
                 :func:`unmergeable.data.download_data` do.
         """
-        return replace(
-            self,
-            base=_local(self.base),
-            experts=tuple(
-                replace(
-                    entry,
-                    path=_local(entry.path),
-                    data=entry.data and _local_data(entry.data),
-                    siblings=_all(entry.siblings),
-                )
-                for entry in self.experts
-            ),
-            protections=tuple(
-                replace(entry, encoder=entry.encoder and _local(entry.encoder), siblings=_all(entry.siblings))
-                for entry in self.protections
-            ),
-            recoveries=tuple(replace(entry, sources=_all(entry.sources)) for entry in self.recoveries),
-            tasks=tuple(
-                replace(
-                    entry,
-                    encoder=_local(entry.encoder),
-                    train=entry.train and _local_data(entry.train),
-                    validation=entry.validation and _local_data(entry.validation),
-                    test=_local_data(entry.test),
-                )
-                for entry in self.tasks
-            ),
-        )
+        lists = ("experts", "protections", "recoveries", "tasks")
+        local: dict[str, Any] = {name: tuple(map(_downloaded, getattr(self, name))) for name in lists}
+        return replace(self, base=_local(self.base, download), **local)
 
     def require_names(self, where: str, victims: Iterable[str]) -> None:
         """Raises BadInput for a name that is there twice, or that stands for nothing; ``victims``: of experts."""
-        require_unique([entry.name for entry in self.experts], f"{where}, experts")
-        require_unique([entry.name for entry in self.tasks], f"{where}, tasks")
-        require_unique([entry.name for entry in self.protections], f"{where}, protect, methods")
-        require_unique([entry.name for entry in self.recoveries], f"{where}, recoveries")
-        require_unique([entry.name for entry in self.merges], f"{where}, merges")
-        experts = {entry.name: None for entry in self.experts}
+        for kind in ("experts", "tasks", "protections", "recoveries", "merges"):
+            names = [entry.name for entry in getattr(self, kind)]
+            require_unique(names, f"{where}, {'protect, methods' if kind == 'protections' else kind}")
         for name in victims:
-            if name not in experts:
-                raise BadInput(f"{where}, protect: no expert is called {name!r}{nearest(name, experts)}")
-        tasks = {entry.name: None for entry in self.tasks}
+            require_named(name, [entry.name for entry in self.experts], "expert", f"{where}, protect")
         for expert in self.experts:
-            if expert.task not in tasks:
-                raise BadInput(
-                    f"{where}, expert {expert.name}: no task is called {expert.task!r}{nearest(expert.task, tasks)}"
-                )
+            require_named(expert.task, [entry.name for entry in self.tasks], "task", f"{where}, expert {expert.name}")
 
 
-def _local(path: Path) -> Path:
-    return download(str(path)) if is_on_hub(str(path)) else path
+def _downloaded(entry: Any) -> Any:
+    """An expert, a method or a task of the plan with local folders in all its fields."""
+    local: dict[str, Path | tuple[Path, ...]] = {}
+    for field in fields(entry):
+        value, fetch = getattr(entry, field.name), download_data if field.name in _DATA else download
+        if isinstance(value, Path):
+            local[field.name] = _local(value, fetch)
+        elif isinstance(value, tuple) and all(isinstance(item, Path) for item in value):
+            local[field.name] = tuple(_local(path, fetch) for path in value)
+    return replace(entry, **local)
 
 
-def _local_data(path: Path) -> Path:
-    return download_data(str(path)) if is_on_hub(str(path)) else path
-
-
-def _all(paths: Iterable[Path]) -> tuple[Path, ...]:
-    return tuple(_local(path) for path in paths)
+def _local(path: Path, fetch: Callable[[str], Path]) -> Path:
+    return fetch(str(path)) if is_on_hub(str(path)) else path

@@ -42,10 +42,9 @@ from unmergeable.evaluation.plans.entries import (
     read_table_merge,
     read_task,
 )
-from unmergeable.evaluation.plans.fields import Entry, read_document, require_unique
+from unmergeable.evaluation.plans.fields import Entry, read_document, require_named, require_unique
 from unmergeable.evaluation.plans.plan import Plan
 from unmergeable.evaluation.threat_models import ThreatModel
-from unmergeable.settings import nearest
 
 UNPROTECTED = "unprotected"
 """The variant that every other is compared with."""
@@ -119,7 +118,6 @@ class TablePlan(Plan):
 
     @property
     def variants(self) -> tuple[VariantName, ...]:
-        """Everything that is merged."""
         recoveries = [None, *(recovery.name for recovery in self.recoveries)]
         protected = [VariantName(entry.name, recovery) for entry in self.protections for recovery in recoveries]
         return (VariantName(), *protected)
@@ -202,8 +200,7 @@ def _partners(item: object, where: str, names: Mapping[str, object]) -> Partners
     if not isinstance(item, list | tuple) or not item or not all(isinstance(name, str) for name in item):
         raise BadInput(f"{where}: must be a number of partners or a list of their names, not {item!r}.")
     for name in item:
-        if name not in names:
-            raise BadInput(f"{where}: no expert is called {name!r}{nearest(name, names)}")
+        require_named(name, names, "expert", where)
     require_unique(list(item), where)
     return tuple(item)
 
@@ -237,10 +234,9 @@ def _require_consistent(plan: TablePlan, where: str) -> None:
     for merge in plan.merges:
         for size in plan.sizes:
             _require_mergeable(merge, size, where)
-    labels = dict.fromkeys(plan.labels)
+    labels = plan.labels
     for label in plan.published:
-        if label not in labels:
-            raise BadInput(f"{where}, published: no figure of this table is called {label!r}{nearest(label, labels)}")
+        require_named(label, labels, "figure of this table", f"{where}, published")
 
 
 def _require_given(entry: ProtectionEntry, where: str) -> None:

@@ -48,7 +48,6 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
 
 def render_report(result: AuditResult) -> str:
-    """The page as text."""
     entries = result.audited
     judgements = {name: {t: judgement(entry) for t, entry in e.tiers.items()} for name, e in entries.items()}
     return render(

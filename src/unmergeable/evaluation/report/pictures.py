@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import isfinite
 from typing import TypeVar
 
-from unmergeable.evaluation.analyses import (
-    Analyses,
-    LandscapeGrid,
-    LineToRider,
-    MapPoint,
-    ModelAnalysis,
-    NoiseRows,
-    Part,
-    Parts,
-    Points,
-)
+from unmergeable.evaluation.analyses import Analyses, LineToRider, MapPoint, ModelAnalysis, Part, Parts, PlaneOfMerges
 from unmergeable.evaluation.models import IDENTITY, SCALE
 from unmergeable.evaluation.results import NO_FIGURE, AuditResult, Fronts, Line, Table
 from unmergeable.evaluation.selection import pareto_front
@@ -52,12 +43,12 @@ def shown(name: str) -> str:
 
 def percent(share: float | None) -> str:
     """A share as per cent with one decimal."""
-    return NO_FIGURE if share is None else f"{100 * share:.1f}"
+    return NO_FIGURE if share is None or not isfinite(share) else f"{100 * share:.1f}"
 
 
 def number(value: float | None) -> str:
     """Three digits, or nothing."""
-    return NO_FIGURE if value is None else f"{value:.3g}"
+    return NO_FIGURE if value is None or not isfinite(value) else f"{value:.3g}"
 
 
 def front_picture(name: str, front: Fronts) -> Picture:
@@ -166,14 +157,25 @@ class Looks:
     @cached_property
     def scaling(self) -> list[Picture]:
         """What is left of the skill when the task vector is made shorter or longer."""
-        by_form = {form: self.of(lambda model: model.scaling, form=form) for form in self.forms}
-        return [_scaling_picture(models, form, self._styles) for form, models in by_form.items() if models]
+        return self._skills(
+            lambda model: model.scaling,
+            lambda curve: (curve.positions, [curve.credits]),
+            title="Scaling coefficient curves",
+            x_label="scaling coefficient (0 is the base, 1 the model)",
+            caption="The base plus so many times the task vector, {form}.",
+        )
 
     @cached_property
     def noise(self) -> list[Picture]:
         """What noise on the weights costs."""
-        by_form = {form: self.of(lambda model: model.noise, form=form) for form in self.forms}
-        return [_noise_picture(models, form, self._styles) for form, models in by_form.items() if models]
+        return self._skills(
+            lambda model: model.noise,
+            lambda noise: (noise.sizes, noise.credits),
+            title="Noise sensitivity",
+            x_label="noise, relative to each tensor",
+            caption="Mean of {draws} draws, {form}; the band goes from the lowest to the highest.",
+            has_band=True,
+        )
 
     @cached_property
     def sharpness(self) -> Table | None:
@@ -232,10 +234,39 @@ class Looks:
                 by_reason.setdefault(f"{_named(model)}: {reason}", []).append(measurement)
         return [f"{', '.join(measurements)} of {reason}" for reason, measurements in by_reason.items()]
 
-    @property
-    def _styles(self) -> dict[str, int]:
-        """A protection looks the same in both forms, also where one of them is missing."""
-        return {name: number for number, name in enumerate(self.names)}
+    def _skills(
+        self,
+        measurement: Measurement[Measured],
+        curve: Callable[[Measured], tuple[Sequence[float], Sequence[Sequence[float]]]],
+        *,
+        title: str,
+        x_label: str,
+        caption: str,
+        has_band: bool = False,
+    ) -> list[Picture]:
+        """One picture for each form, of the mean over draws of ``curve``: positions, and credits [draws, positions].
+
+        A protection looks the same in both forms, also where one of them is missing.
+        """
+        pictures = []
+        for form in self.forms:
+            series, rows = [], []
+            curves = [(model.protection, *curve(measured)) for model, measured in self.of(measurement, form=form)]
+            for protection, xs, draws in curves:
+                at_each = [[value for value in column if isfinite(value)] for column in zip(*draws, strict=True)]
+                means = [sum(values) / len(values) if values else None for values in at_each]
+                band = [(100 * min(values), 100 * max(values)) if values else (None, None) for values in at_each]
+                name, style = shown(protection), self.names.index(protection)
+                series.append(Series(name, xs, _percents(means), style, band if has_band else None))
+                rows.append((name, *map(percent, means)))
+            if curves:
+                _, xs, draws = curves[0]
+                label = "defended task, per cent right"
+                heading = f"{title}, {FORMS[form]}"
+                chart = line_chart(series, title=heading, x_label=x_label, y_label=label, y_limits=PERCENT)
+                words = caption.format(form=FORMS[form], draws=len(draws))
+                pictures.append(Picture(FORMS[form], words, chart, Table(_columns("model", xs), tuple(rows))))
+        return pictures
 
     def _by_layer(
         self, figure: Callable[[Part], float | None], y_label: str, limits: tuple[float, float] | None
@@ -271,45 +302,6 @@ def _barrier_picture(models: Sequence[tuple[ModelAnalysis, LineToRider]], name: 
     return Picture(f"{shown(name)}, {rider}", f"Loss barriers in nats: {barriers}.", chart, table)
 
 
-def _scaling_picture(models: Sequence[tuple[ModelAnalysis, Points]], form: str, styles: Mapping[str, int]) -> Picture:
-    positions = models[0][1].positions
-    series, rows = [], []
-    for model, scaling in models:
-        name = model.protection
-        series.append(Series(shown(name), positions, _percents(scaling.credits), styles[name]))
-        rows.append((shown(name), *map(percent, scaling.credits)))
-    chart = line_chart(
-        series,
-        title=f"Scaling coefficient curves, {FORMS[form]}",
-        x_label="scaling coefficient (0 is the base, 1 the model)",
-        y_label="defended task, per cent right",
-        y_limits=PERCENT,
-    )
-    caption = f"The base plus so many times the task vector, {FORMS[form]}."
-    return Picture(FORMS[form], caption, chart, Table(_columns("model", positions), tuple(rows)))
-
-
-def _noise_picture(models: Sequence[tuple[ModelAnalysis, NoiseRows]], form: str, styles: Mapping[str, int]) -> Picture:
-    sizes, draws = models[0][1].sizes, len(models[0][1].credits)
-    series, rows = [], []
-    for model, noise in models:
-        name = model.protection
-        at_each = [[value for value in column if value is not None] for column in zip(*noise.credits, strict=True)]
-        means = [sum(values) / len(values) if values else None for values in at_each]
-        spread = [(100 * min(values), 100 * max(values)) if values else (None, None) for values in at_each]
-        series.append(Series(shown(name), sizes, _percents(means), styles[name], spread))
-        rows.append((shown(name), *map(percent, means)))
-    chart = line_chart(
-        series,
-        title=f"Noise sensitivity, {FORMS[form]}",
-        x_label="noise, relative to each tensor",
-        y_label="defended task, per cent right",
-        y_limits=PERCENT,
-    )
-    caption = f"Mean of {draws} draws, {FORMS[form]}; the band goes from the lowest to the highest."
-    return Picture(FORMS[form], caption, chart, Table(_columns("model", sizes), tuple(rows)))
-
-
 def _layer_picture(
     name: str,
     models: Sequence[tuple[ModelAnalysis, Parts]],
@@ -333,7 +325,7 @@ def _layer_picture(
     return Picture(shown(name), f"{y_label.capitalize()}, layer by layer.", chart, Table(columns, rows))
 
 
-def _landscape_picture(model: ModelAnalysis, plane: LandscapeGrid) -> Picture:
+def _landscape_picture(model: ModelAnalysis, plane: PlaneOfMerges) -> Picture:
     rider = model.landscape_rider
     labels = {"base": "base", "rider": rider, "model": shown(model.protection)}
     points = [Series(labels[key], [x], [y]) for key, (x, y) in plane.places.items()]

@@ -15,7 +15,6 @@ Item = TypeVar("Item")
 
 
 def page(result: TableResult) -> str:
-    """The whole page."""
     lines = [f"# {result.title}", "", f"{result.source}.", ""]
     lines += [
         "Scores in per cent of the test examples of the victim's task, ± standard error. Difference: to the same "
@@ -96,7 +95,6 @@ def _alone(result: TableResult) -> list[str]:
 
 
 def _alone_on(models: Alone | ModelScores, base: Scores, tasks: Mapping[str, str]) -> list[str]:
-    """A row for each expert, with the task it is scored on."""
     rows = [
         [
             expert,
@@ -115,7 +113,6 @@ def _is_matrix(result: TableResult, size: int) -> bool:
 
 
 def _matrices(result: TableResult, averages: Sequence[Average]) -> list[str]:
-    """Victims by partners, one matrix for each variant."""
     partners = list(result.alone.experts)
     lines = [
         f"## {averages[0].merge}, pairs",
@@ -157,7 +154,6 @@ def _end_of_row(average: Average, victim: str) -> list[str]:
 
 
 def _rows(result: TableResult, averages: Sequence[Average]) -> list[str]:
-    """Victims and their partners by variants."""
     places: dict[tuple[str, ...], dict[str, str]] = {}
     for average in averages:
         for cell in _cells_of(result, average):
@@ -181,7 +177,6 @@ def _cells_of(result: TableResult, average: Average) -> list[TableCell]:
 
 
 def _own_score(result: TableResult, cell: TableCell) -> float | None:
-    """On the task of the victim."""
     tasks = {expert["name"]: expert["task"] for expert in result.plan["experts"]}
     return (cell.scores or {}).get(tasks[cell.victim])
 
