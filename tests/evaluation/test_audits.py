@@ -48,6 +48,22 @@ def audited(finished: Path) -> Any:
     return json.loads((finished / "audit.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def small(workshop: Path, whole_plan: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an audit of the small plan."""
+    plan = workshop / "small.yaml"
+    coefficients = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
+    plan.write_text(yaml.safe_dump({**whole_plan, "coefficients": coefficients, "tiers": ["T0"]}))
+    out = tmp_path_factory.mktemp("small") / "out"
+    run(plan, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(small: Path) -> Any:
+    return json.loads((small / "audit.json").read_text())
+
+
 def test_it_finds_out_what_is_known(audited: dict[str, Any]) -> None:
     """mergelock stops ordinary merging and not the attack; what protects nothing is found to."""
     tiers = {name: found["tiers"] for name, found in audited["protections"].items()}
@@ -131,9 +147,8 @@ class LastFirst:
 
 
 def test_the_result_does_not_depend_on_the_order_of_work(
-    small_plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_plan: Path, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = run(small_plan, out=tmp_path / "one")
     monkeypatch.setattr("unmergeable.evaluation.audits.WorkerPool", LastFirst)
     assert timeless(run(small_plan, out=tmp_path / "other")) == timeless(expected)
 
@@ -278,12 +293,13 @@ def built(document: dict[str, Any], folder: Path, **changes: Any) -> Audit:
     return Audit(**{**given, "protections": document["protect"]["methods"], "entries": entries, **changes})
 
 
-def test_an_audit_from_python_is_that_of_the_plan(small_plan: Path, document: dict[str, Any], tmp_path: Path) -> None:
+def test_an_audit_from_python_is_that_of_the_plan(
+    small_plan: Path, document: dict[str, Any], expected: Any, tmp_path: Path
+) -> None:
     """The experts are called by their roles; all else is the same, and the result answers by name."""
     entries = {"coefficients": document["coefficients"], "merges": document["merges"], "recoveries": []}
     mine = built(document, small_plan.parent, threat_models=["off_the_shelf"], entries=entries)
     result = mine.run(tmp_path / "python", workers=1)
-    expected = run(small_plan, out=tmp_path / "yaml")
     assert result.passed
     figures, others = (timeless(found)["protections"] for found in (result, expected))
     for name, protection in figures.items():
@@ -327,9 +343,10 @@ def test_one_audit_at_a_time(plan_file: Path, tmp_path: Path) -> None:
         pass
 
 
-def test_ctrl_c_loses_nothing(small_plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_loses_nothing(
+    small_plan: Path, small: Path, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Interrupted after every seventh cell, the same call comes to the result of one that was not."""
-    expected = run(small_plan, out=tmp_path / "whole", workers=1)
     put, written = CellStore.put, []
 
     def interrupted(store: CellStore, cell: Cell) -> None:
@@ -349,7 +366,7 @@ def test_ctrl_c_loses_nothing(small_plan: Path, tmp_path: Path, monkeypatch: pyt
             assert not (tmp_path / "out" / "audit.json").exists()
     assert interruptions >= 3
     assert timeless(found) == timeless(expected)
-    assert len(written) == len(list((tmp_path / "whole" / "cells").iterdir())), "nothing was computed twice"
+    assert len(written) == len(list((small / "cells").iterdir())), "nothing was computed twice"
 
 
 def test_a_full_disk_stops_the_audit(plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -145,7 +146,8 @@ class _Tabulator:
         models = self._models()
         alone = self._alone(models)
         cells = self._cells(models)
-        means = averages(self.plan, {place: cell for place, (cell, _) in cells.items()}, alone)
+        merged = {place: found.cell if isinstance(found, Scored) else found for place, found in cells.items()}
+        means = averages(self.plan, merged, alone)
         return TableResult(
             title=self.plan.title,
             source=self.plan.source,
@@ -154,7 +156,7 @@ class _Tabulator:
             averages=tuple(means),
             figures=figures(self.plan, alone, means),
             published=dict(self.plan.published),
-            cells=tuple(_cell(place, cell, coefficient) for place, (cell, coefficient) in cells.items()),
+            cells=tuple(_cell(place, found) for place, found in cells.items()),
         )
 
     def _models(self) -> Models:
@@ -172,8 +174,8 @@ class _Tabulator:
             for name, variant in zip(self.plan.variants, variants, strict=True)
         }
 
-    def _cells(self, models: Models) -> dict[Place, tuple[Cell | str, float | None]]:
-        """What every place holds, a cell or a refusal, and the coefficient that was chosen there."""
+    def _cells(self, models: Models) -> dict[Place, Scored | str]:
+        """What every place holds; or why there is nothing."""
         places = {
             Place(victim, name, partners, merge.name): self._group(victim, models[victim, name], partners, merge)
             for victim in self.plan.victims
@@ -183,14 +185,11 @@ class _Tabulator:
         }
         scored = iter(self._scored("merging", [group for group in places.values() if isinstance(group, Group)]))
         made = [(f"{victim} ({name})", variant) for (victim, name), variant in models.items() if name != VariantName()]
-        cells: dict[Place, tuple[Cell | str, float | None]] = {}
-        for place, group in places.items():
-            outcome = next(scored) if isinstance(group, Group) else group
-            if isinstance(outcome, str):
-                cells[place] = self.run.without_paths(outcome, made), None
-            else:
-                cells[place] = outcome.cell, outcome.coefficient
-        return cells
+        cells = {place: next(scored) if isinstance(group, Group) else group for place, group in places.items()}
+        return {
+            place: self.run.without_paths(found, made) if isinstance(found, str) else found
+            for place, found in cells.items()
+        }
 
     def _group(self, victim: str, variant: Variant, partners: tuple[str, ...], merge: MergeEntry) -> Group | str:
         """What is to be scored; or why there is no model to merge."""
@@ -250,17 +249,12 @@ class _Tabulator:
         return self.run.done(stage, [(score_group, (group, self.run.cells)) for group in groups], "models")
 
 
-def _cell(place: Place, cell: Cell | str, coefficient: float | None) -> TableCell:
-    return TableCell(
-        victim=place.victim,
-        variant=str(place.variant),
-        partners=place.partners,
-        merge=place.merge,
-        refused=None if isinstance(cell, Cell) else cell,
-        coefficient=coefficient,
-        scores=_scores(cell) if isinstance(cell, Cell) else None,
-        cpu_seconds=round(cell.cpu_seconds, 3) if isinstance(cell, Cell) else None,
-    )
+def _cell(place: Place, found: Scored | str) -> TableCell:
+    named: dict[str, Any] = {**vars(place), "variant": str(place.variant)}
+    if isinstance(found, str):
+        return TableCell(**named, refused=found)
+    seconds = round(found.cell.cpu_seconds, 3)
+    return TableCell(**named, coefficient=found.coefficient, scores=_scores(found.cell), cpu_seconds=seconds)
 
 
 def _scores_alone(scored: Scored | str) -> dict[str, float | None]:
