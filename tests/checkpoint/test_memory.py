@@ -30,7 +30,8 @@ def test_specs_and_order_are_those_of_the_state_dict() -> None:
 
     assert list(source.names) == ["a.weight", "b.bias"]
     assert (source.spec("b.bias").dtype, source.spec("b.bias").shape) == ("BF16", (2,))
-    assert source.index.entries["b.bias"].begin == 24
+    entries = source.index.entries
+    assert entries["b.bias"].begin == entries["a.weight"].end == entries["a.weight"].begin + 24
     with pytest.raises(CheckpointError, match="has no tensor 'c'"):
         source.spec("c")
 

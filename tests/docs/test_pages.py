@@ -29,6 +29,8 @@ def test_pages_with_figures_of_audits_are_found() -> None:
 def test_figures_of_audits_are_those_of_the_committed_results(page: Path) -> None:
     text = text_of(page)
     assert with_claims(text) == text, "run python -m benchmarks.claims"
+    if text.count("<!-- claims:") == text.count("> No audit here says"):
+        return  # of a method that was not audited there is nothing to flatter
     # Control: a figure that is altered in a block, or a sentence that promises more, is noticed.
     begin = text.index("<!-- claims:")
     end = text.index("<!-- end of claims -->", begin)

@@ -21,7 +21,7 @@ def test_a_version_does_not_change() -> None:
     """A new attack or merge makes a new version."""
     assert attacker_named("standard-0", "here") == ATTACKERS["standard-0"]
     assert ATTACKERS["standard-0"].merges == ("linear", "task_arithmetic", "ties", "slerp")
-    assert len(ATTACKERS["standard-0"].recoveries) == 8
+    assert len(ATTACKERS["standard-0"].recoveries) == 9
     assert [read_merge(name, "here").name for name in ATTACKERS["standard-0"].merges]
 
 

@@ -23,6 +23,7 @@ ATTACKERS = {
         merges=("linear", "task_arithmetic", "ties", "slerp"),
         recoveries=(
             "nearest_orbit",
+            "canonicalise",
             "kabsch",
             "neuron_matching",
             "diagonal_ratio",

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,10 @@ LONGER = {"steps": 110, "batch_size": 4, "learning_rate": 1e-3, "excluded_layers
 KILLED = f"""
 import os, signal, sys
 from pathlib import Path
+import torch
 from unmergeable.ops.protection import protect
+
+torch.set_num_threads(1)
 
 def kill(stage, done, total, unit):
     if stage == "dispersing" and done == 105:
@@ -174,6 +178,16 @@ protect(work / "expert", method="mergeguard", progress=kill, **options)
 """
 
 
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Sums of other numbers of threads round differently, and a process that is started has a number of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_torch_thread")
 def test_killed_in_any_stage_it_goes_on_to_the_same_bytes(work: Path, tmp_path: Path) -> None:
     class Stopped(BaseException):
         pass
