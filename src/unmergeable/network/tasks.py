@@ -100,10 +100,15 @@ def _is_listed(network: Any, listing: str) -> bool:
 
 def _next_tokens(logits: Tensor, batch: EncodedBatch) -> Prediction:
     """Each token from those before it; what the mask hides is left out."""
+    is_asked = asks_next_token(batch)
+    return Prediction(logits[:, :-1][is_asked], batch.inputs["input_ids"][:, 1:][is_asked])
+
+
+def asks_next_token(batch: EncodedBatch) -> Tensor:
+    """Where a causal language model is asked for the next token, bool [examples, length - 1]: inside what is seen."""
     ids = batch.inputs["input_ids"]
     mask = batch.inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    is_seen = mask[:, :-1] & mask[:, 1:]
-    return Prediction(logits[:, :-1][is_seen], ids[:, 1:][is_seen])
+    return mask[:, :-1] & mask[:, 1:]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,6 +21,11 @@ from unmergeable.network.encoding import EncodedBatch
 
 _BLOCK = re.compile(r"(?:.+?\.)?\d+(?=\.)")
 """A tensor's name up to its first number: the repeated block it lies in."""
+
+
+def training_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def block_of(name: str) -> str | None:

@@ -45,7 +45,7 @@ from unmergeable.network.tasks import Task, accuracy
 from unmergeable.network.training_state import Kept, read_tensors, write_tensors
 from unmergeable.protections.base import Facts, Inputs, Protection, ProtectionRequirements, Rewrite, shared_tensors
 from unmergeable.protections.collapse.training import collapse
-from unmergeable.protections.trained import TrainedSource, block_of, job_token, numbered_blocks
+from unmergeable.protections.trained import TrainedSource, block_of, job_token, numbered_blocks, training_device
 from unmergeable.tasks import LabelledData
 
 _BATCH = 16
@@ -100,7 +100,7 @@ class Collapse(Protection):
         job, network = self._job(inputs)
         work = inputs.work or Path()
         work.mkdir(exist_ok=True)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = training_device()
         network.to(device)
         before = accuracy(network, job.task)
         stored = read_tensors(work / _TRAINED, job.token)

@@ -23,7 +23,7 @@ from torch.nn import functional
 from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import select
-from unmergeable.network.tasks import Predict, device_of
+from unmergeable.network.tasks import Predict, asks_next_token, device_of
 from unmergeable.network.train import Batch, Schedule, shuffled_batches, train
 from unmergeable.network.training_state import Kept
 from unmergeable.progress import Progress, silent
@@ -123,9 +123,7 @@ def reader_of(network: nn.Module, predict: Predict, batch: EncodedBatch) -> Read
         hidden = seen.pop()
         seen.clear()
         if hidden.dim() == 3:
-            ids = batch.inputs["input_ids"]
-            mask = batch.inputs.get("attention_mask", torch.ones_like(ids)).bool()
-            hidden = hidden[:, :-1][mask[:, :-1] & mask[:, 1:]]
+            hidden = hidden[:, :-1][asks_next_token(batch)]
         return Reading(hidden, prediction.logits, prediction.targets)
 
     return read
@@ -176,14 +174,8 @@ def ask_teacher(network: nn.Module, read: Read, examples: EncodedBatch, *, batch
     for numbers in torch.arange(len(examples)).split(batch_size):
         batch = select(examples, numbers)
         features = read(network, batch.to(device)).features.float().cpu()
-        mask = batch.inputs.get("attention_mask")
-        is_text = len(features) != len(numbers)
-        if is_text and mask is None:
-            mask = torch.ones_like(batch.inputs["input_ids"])
-        counts = (
-            (mask[:, :-1].bool() & mask[:, 1:].bool()).sum(dim=1).tolist() if is_text and mask is not None else None
-        )
-        kept += features.split(counts if counts is not None else 1)
+        has_one_each = len(features) == len(numbers)
+        kept += features.split(1 if has_one_each else asks_next_token(batch).sum(dim=1).tolist())
     return Teacher(tuple(kept))
 
 

@@ -66,7 +66,7 @@ from unmergeable.progress import Progress, silent
 from unmergeable.protections.base import Facts, Inputs, Protection, ProtectionRequirements, Rewrite, shared_tensors
 from unmergeable.protections.mergeguard.criticality import Criticality, find_critical_layers
 from unmergeable.protections.mergeguard.dispersal import Penalty, disperse
-from unmergeable.protections.trained import TrainedSource, block_of, job_token, numbered_blocks
+from unmergeable.protections.trained import TrainedSource, block_of, job_token, numbered_blocks, training_device
 from unmergeable.quantile import DIGIT_BITS, DIGITS, KthLargest
 from unmergeable.tasks import LabelledData
 from unmergeable.threads import one_thread_per_kernel
@@ -179,7 +179,7 @@ class MergeGuard(Protection):
         def verify(written: TensorSource) -> Facts:
             if job.tasks is None:
                 return facts
-            released = accuracy(load_network(written.folder).to(_device()), job.tasks.scored)
+            released = accuracy(load_network(written.folder).to(training_device()), job.tasks.scored)
             return replace(facts, accuracies={**learnt.accuracies, "protected": released})
 
         return Rewrite(
@@ -400,7 +400,7 @@ class _Learnt:
 def _learn(job: _Job, network: Any, tasks: _Tasks) -> _Learnt:
     """Train, and rank the layers of what comes out; what an earlier run of the same job has done is taken from it."""
     job.work.mkdir(exist_ok=True)
-    network.to(_device())
+    network.to(training_device())
     accuracies = {"expert": accuracy(network, tasks.scored)}
     losses: tuple[float, ...] = ()
     released = job.expert
@@ -460,7 +460,3 @@ def _rank_layers(job: _Job, network: Any, task: Task) -> Criticality:
 
 def _weights(source: TensorSource, names: Iterable[str]) -> int:
     return sum(source.spec(name).numel for name in names)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
