@@ -161,13 +161,17 @@ class Control(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class CellRecord(Record):
-    """One set of weights that was scored; ``scores`` by part, None for attacks that no selection would pick."""
+    """One set of weights that was scored; ``scores`` by part, None for attacks that no selection would pick.
+
+    ``met``: after how many validation examples of each task it left the race; None where it met all.
+    """
 
     protection: str | None
     seed: int | None
     rider: str
     tier: ThreatModel
     attack: AttackRecord = field(metadata=INLINED)
+    met: int | None = field(default=None, metadata=OPTIONAL)
     scores: Mapping[str, Mapping[str, float] | None]
 
 
