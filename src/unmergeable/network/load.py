@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from unmergeable.errors import BadInput, CheckpointError, UsageError, first_line
+from unmergeable.errors import BadInput, CheckpointError, first_line
+from unmergeable.optional import optional_package, quiet
 
 
 def load_network(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Any:
@@ -69,23 +67,6 @@ def load_tokenizer(folder: Path | str) -> Any:
             ) from None
 
 
-@contextmanager
-def quiet(library: Any) -> Iterator[None]:
-    """Silence the log, progress bars and warnings of transformers or diffusers; afterwards all is as before."""
-    log = library.utils.logging
-    level, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(level)
-        if has_bars:
-            log.enable_progress_bar()
-
-
 def _read_config(folder: Path) -> Mapping[str, Any]:
     """``config.json``; an adapter's folder has none, and transformers would load the base it names without a word."""
     path = folder / "config.json"
@@ -108,15 +89,3 @@ def _refuse_invented_weights(folder: Path, network_class: str, report: Mapping[s
             f"{folder}: {len(missing)} weights of {network_class} are missing, {missing[0]} among them;"
             " give a whole checkpoint."
         )
-
-
-def optional_package(name: str, extra: str) -> Any:
-    """A package that is imported when it is needed, and installed by ``extra``.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UsageError(f"{name.replace('_', '-')} is not installed; pip install 'unmergeable[{extra}]'") from None

@@ -32,12 +32,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from unmergeable.checkpoint.disk_names import to_disk_names
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.plan import output_like
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.data import DataSource
 from unmergeable.errors import BadInput, UsageError
-from unmergeable.network.disk_weights import find_places, show, swapped, to_disk_names
+from unmergeable.network.disk_weights import find_places, show, swapped
 from unmergeable.network.encoding import EncodedBatch, EncodedData, Encoder
 from unmergeable.network.fine_tune import gather_examples, padding_token
 from unmergeable.network.load import load_network
