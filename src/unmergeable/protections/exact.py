@@ -33,6 +33,7 @@ from unmergeable.gauge.plan import transformed
 from unmergeable.network.logits import LogitGap, logit_gap
 from unmergeable.progress import Progress
 from unmergeable.protections.base import Facts, Inputs, Protection, ProtectionRequirements, Rewrite
+from unmergeable.protections.marks import marks_of
 from unmergeable.protections.untied import TIED, UNTIED, UntiedSource, untied
 from unmergeable.randomness import KEY_BYTES, Stream, new_entropy
 from unmergeable.registry import Registry
@@ -108,6 +109,9 @@ class ExactProtection(Protection):
     def gauges(self, architecture: Architecture, stream: Stream, weights: Weights) -> tuple[Gauge, ...]:
         """What is applied, left to right; ``stream`` is the secret."""
         raise NotImplementedError
+
+    def require_weights(self, architecture: Architecture, source: TensorSource) -> None:
+        """Refuse weights that it cannot be applied to, where a look at small tensors tells. Raises BadInput."""
 
     def requirements(self) -> ProtectionRequirements:
         return ProtectionRequirements(exact=True, needs=("key",), stage="basis")
@@ -275,6 +279,8 @@ class ExactSequence(Protection):
     def check(self, inputs: Inputs) -> ExactFacts:
         source, architecture = self._seen(inputs)
         _ = self._key(inputs, source, architecture)  # a key file that belongs to other work is refused
+        for method in self.methods:
+            method.require_weights(architecture, source)
         return self._facts(source, architecture)
 
     @one_thread_per_kernel()
@@ -283,7 +289,9 @@ class ExactSequence(Protection):
         facts = self._facts(source, architecture)
         key, is_new = self._key(inputs, source, architecture)
         if is_new:
-            key = replace(key, orders=self._orders(inputs, source, architecture))
+            changed = architecture.symmetry.tensors_of(self.spaces(architecture))
+            marks = marks_of(inputs.expert, changed)
+            key = replace(key, orders=self._orders(inputs, source, architecture), marks=marks)
         gauges = self.gauges(architecture, key, source)
         heads = _heads_apart(source, architecture, gauges)
         return Rewrite(
@@ -331,8 +339,25 @@ class ExactSequence(Protection):
         )
 
     def _seen(self, inputs: Inputs) -> tuple[TensorSource, Architecture]:
-        """The expert as the methods see it: its output head apart, where that is asked for."""
-        return untied(inputs.expert, inputs.architecture) if self.unties else (inputs.expert, inputs.architecture)
+        """The expert as the methods see it: its output head apart, where that is asked for.
+
+        Raises:
+            UsageError: nothing more can be changed with the head apart, which would only make the file larger.
+        """
+        if not self.unties:
+            return inputs.expert, inputs.architecture
+        source, architecture = untied(inputs.expert, inputs.architecture)
+        groups = [self._stream_groups(seen) for seen in (inputs.architecture, architecture)]
+        if groups[0] == groups[1]:
+            raise UsageError(
+                f"untie: {inputs.expert.description} gains nothing by it: with its output head apart no larger group "
+                "acts on its streams, and the file grows; leave untie off."
+            )
+        return source, architecture
+
+    def _stream_groups(self, architecture: Architecture) -> list[tuple[str, Group]]:
+        spaces = self.spaces(architecture).items()
+        return [(name, space.group) for name, space in spaces if space.role == "residual"]
 
     def _recipe(self, architecture: Architecture) -> dict[str, Any]:
         """Enough to redo it, given the key."""

@@ -86,8 +86,10 @@ def settle(
     unknown = dict(changes.unknown)
     name = trained_class_or_none(base.config, settings)
     if name is not None and name != _own_class(base.config) and name.endswith(tuple(_SUFFIXES.values())):
+        _require_matched(adapter, base, changes)
         return _with_another_head(adapter, base, names, changes, unknown)
     copies, config_changes = _untie(adapter, base, names, changes, unknown)
+    _require_matched(adapter, base, changes)
     replacements = dict(changes.replacements)
     for target, key in unknown.items():
         replacements[_new_name(adapter, base, settings, names, target)] = key
@@ -102,6 +104,15 @@ def trained_class_or_none(config: Mapping[str, Any], settings: AdapterSettings) 
         if settings.task in TASK_CLASSES and config.get("architectures"):
             raise
         return None
+
+
+def _require_matched(adapter: AdapterFile, base: TensorSource, changes: Changes) -> None:
+    for name in changes.unmatched:
+        module = name.removesuffix(".weight")
+        raise Mismatch(
+            f"{adapter.name}: module {module!r} matches no tensor of {base.description}; pass the base it was trained "
+            f"on, or {MERGE_WITH_PEFT}."
+        )
 
 
 def _new_name(adapter: AdapterFile, base: TensorSource, settings: AdapterSettings, names: Names, target: str) -> str:
@@ -134,10 +145,10 @@ def _untie(
         updates = [changes.updates[place] for place in (stored, at_head) if place in changes.updates]
         saved_head = unknown.pop(head, None) or (changes.replacements.pop(at_head, None) if at_head else None)
         saved = changes.replacements.get(stored)
-        rows_of_head = changes.unknown_rows.pop(head, None)
-        if any(not isinstance(update, Rows) for update in updates):
+        of_head = [changes.unmatched.pop(head)] if head in changes.unmatched else []
+        if any(not isinstance(update, Rows) for update in (*updates, *of_head)):
             raise _parted(adapter, head, embedding)
-        if rows_of_head is not None and not _same_rows(adapter, rows_of_head, changes.updates.get(stored)):
+        if any(not _same_rows(adapter, rows, changes.updates.get(stored)) for rows in of_head):
             raise _parted(adapter, head, embedding)
         if updates and saved_head is not None:
             raise _parted(adapter, head, embedding)
@@ -157,9 +168,6 @@ def _untie(
             return {place: stored}, dict(_UNTIED)
         changes.replacements[place] = saved_head
         return {}, dict(_UNTIED)
-    for target in changes.unknown_rows:
-        raise Mismatch(f"{adapter.name}: {target!r} matches no tensor of {base.description}; pass the base it was "
-                       f"trained on, or {MERGE_WITH_PEFT}.")  # fmt: skip
     return {}, {}
 
 
@@ -168,7 +176,7 @@ def _tied(base: TensorSource, names: Names, changes: Changes, unknown: Mapping[s
     vocabulary = _vocabulary(base.config)
     touched = (*changes.updates, *changes.replacements)
     touches_vocabulary = any(vocabulary in base.spec(name).shape[:1] for name in touched)
-    may_touch = touches_vocabulary or unknown or changes.unknown_rows
+    may_touch = touches_vocabulary or unknown or changes.unmatched
     if not may_touch or base.config.get("tie_word_embeddings") is False:
         return {}
     if names.skeleton is None:
@@ -186,8 +194,13 @@ def _vocabulary(config: Mapping[str, Any]) -> object:
     return config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, dict) else None)
 
 
-def _same_rows(adapter: AdapterFile, rows: Rows, other: Update | None) -> bool:
-    return isinstance(other, Rows) and rows.indices == other.indices and _equal(adapter, rows.key, other.key)
+def _same_rows(adapter: AdapterFile, rows: Rows | None, other: Update | None) -> bool:
+    return (
+        isinstance(rows, Rows)
+        and isinstance(other, Rows)
+        and rows.indices == other.indices
+        and _equal(adapter, rows.key, other.key)
+    )
 
 
 def _equal(adapter: AdapterFile, first: str, second: str) -> bool:
@@ -260,7 +273,7 @@ def _labels(config: Mapping[str, Any], class_name: str, added: Mapping[str, tupl
     if len(counts) != 1:
         return {}
     count = counts.pop()
-    if len(config.get("id2label") or ()) == count:
+    if count == len(config.get("id2label") or (0, 1)):  # transformers gives a head two labels if nobody says more
         return {}
     labels = {str(number): f"LABEL_{number}" for number in range(count)}
     return {"id2label": labels, "label2id": _inverse(labels)}

@@ -23,13 +23,13 @@ class Changes:
         updates: computed on the base's tensor, or on what replaces it.
         replacements: keys of what is stored instead.
         unknown: keys of tensors that match none of the base's, by their names in memory.
-        unknown_rows: trained rows of an embedding that the base does not store.
+        unmatched: updates of weights that the base does not store, by their names in memory: trained rows, or None.
     """
 
     updates: dict[str, Update] = field(default_factory=dict)
     replacements: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
-    unknown_rows: dict[str, Rows] = field(default_factory=dict)
+    unmatched: dict[str, Rows | None] = field(default_factory=dict)
 
 
 def match(adapter: AdapterFile, base: TensorSource, settings: AdapterSettings, names: Names) -> Changes:
@@ -70,11 +70,10 @@ class _Matching:
         keys = dict(keys)
         bias = keys.pop("bias", None)
         name = self.names.match(f"{module}.weight")
-        if name is None and "tokens" in keys:
-            self.changes.unknown_rows[f"{module}.weight"] = self._rows(module, keys["tokens"])
-            return
         if name is None:
-            raise Mismatch(self._no_tensor(f"module {module!r}"))
+            rows = self._rows(module, keys["tokens"]) if "tokens" in keys else None
+            self.changes.unmatched[f"{module}.weight"] = rows
+            return
         update = self._update(module, keys, self.base.spec(name))
         if update is not None:
             self._put(name, update)
