@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from unmergeable.checkpoint.listing import ADAPTER_CONFIG_NAME, Kind, Listing, list_folder
 from unmergeable.checkpoint.reader import Checkpoint
@@ -40,6 +41,17 @@ def open_checkpoint(
 
         return PickledCheckpoint.open(listing)
     return Checkpoint.open(listing)
+
+
+def split_adapter(model: str, folder: Path = Path()) -> tuple[Path, Path | None]:
+    """A model as mergekit writes it, ``BASE+ADAPTER`` or a folder: the folder and the adapter on it, if there is one.
+
+    Relative paths start at ``folder``. A folder whose name has a plus is one.
+    """
+    if "+" not in model or (folder / model).exists():
+        return folder / model, None
+    path, adapter = model.split("+", 1)
+    return folder / path, folder / adapter
 
 
 def _require_one_model(listing: Listing) -> None:

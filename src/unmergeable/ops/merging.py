@@ -12,7 +12,8 @@ import torch
 
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.hub import folder_of
-from unmergeable.checkpoint.open import open_checkpoint
+from unmergeable.checkpoint.index import is_adapter
+from unmergeable.checkpoint.open import open_checkpoint, split_adapter
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.merges import MERGES, engine, merge_method
@@ -86,7 +87,8 @@ def merge(
     """Merge experts of one base into a new checkpoint.
 
     Args:
-        experts: folders, or ``hub:OWNER/NAME``; each alone, or with its coefficient (None for the method's default).
+        experts: folders, or ``hub:OWNER/NAME``; each alone, or with its coefficient (None for the method's default). An
+            adapter is merged into ``base`` first, or, as ``BASE+ADAPTER``, into another.
         method: a merge (``methods`` lists them).
         out: folder to create.
         base: the common base; ``linear`` and ``slerp`` do without.
@@ -126,10 +128,10 @@ def merge(
         )
     given = [expert if isinstance(expert, tuple) else (expert, None) for expert in experts]
     names = [os.fspath(name) for name, _ in given]
-    folders = [folder_of(name) for name in names]
+    folders = [_folder_and_base(name, base_folder) for name in names]
     coefficients: list[float | None] = [coefficient for _, coefficient in given]
     base_source = None if base_folder is None else open_checkpoint(base_folder)
-    sources = [open_checkpoint(folder, base=base_folder) for folder in folders]
+    sources = [open_checkpoint(folder, base=of) for folder, of in folders]
     if backend == "mergekit":
         if data:
             raise UsageError("mergekit merges without data; leave out --data, or --backend.")
@@ -137,7 +139,7 @@ def merge(
         inputs = {} if base_source is None else {"base": base_source}
         inputs |= {f"expert {number}": source for number, source in enumerate(sources, start=1)}
         template = next(iter(inputs.values()))
-        pairs = list(zip(folders, resolved, strict=True))
+        pairs = list(zip([_named_for_mergekit(*pair) for pair in folders], resolved, strict=True))
         document = document_of(method, pairs, base_folder, settings or {}, out_dtype=_stored_dtype(template))
         merge_with_mergekit(document, inputs, out, seed=seed, checksums=checksums, threads=threads)
         used = tuple(zip(names, resolved, strict=True))
@@ -166,6 +168,22 @@ def merge(
         learnt=learnt.facts,
         summary=learnt.summary,
     )
+
+
+def _folder_and_base(name: str, base: Path | None) -> tuple[Path, Path | None]:
+    """The folder of an expert, and of the base of an adapter: the one named with it, or else the common one."""
+    path, adapter = split_adapter(name)
+    if adapter is None:
+        return folder_of(name), base
+    for part in (path, adapter):
+        if not part.is_dir():
+            raise BadInput(f"expert {name}: {part} is no folder; download the model and give its folder.")
+    return adapter, path
+
+
+def _named_for_mergekit(folder: Path, base: Path | None) -> Path:
+    """mergekit merges an adapter itself, if it is told its base."""
+    return folder if base is None or not is_adapter(folder) else Path(f"{base.absolute()}+{folder.absolute()}")
 
 
 def _merge_config(config: Path, out: Path, *, checksums: bool, threads: int | None, progress: Progress) -> MergeResult:

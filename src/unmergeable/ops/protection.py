@@ -29,7 +29,7 @@ from unmergeable.errors import BadInput, KeyFileError, UsageError
 from unmergeable.gauge.key import Key, write_key
 from unmergeable.ops.opened import AnyPath, open_base, open_with_architecture
 from unmergeable.ops.protect_result import ProtectResult, StepReport
-from unmergeable.ops.relation import require_base_of
+from unmergeable.ops.relation import look_at_base
 from unmergeable.ops.steps import Methods, Step, steps_of
 from unmergeable.progress import Progress, silent
 from unmergeable.protections import CONTROLS, Extras, Facts, Inputs, Protection, Rewrite
@@ -264,7 +264,7 @@ class _Request:
                 f"{self.expert} is a protected release itself: the new key gives it back, and key "
                 f"{str(earlier[-1]['key_fingerprint'])[:8]} then the original.",
             )
-        return () if earlier else require_base_of(inputs.base, inputs.expert)
+        return () if earlier else look_at_base(inputs.base, inputs.expert)
 
     def write(self, step: Step, source: Path, out: Path) -> StepReport:
         inputs = self.inputs(step, source, out)

@@ -27,23 +27,24 @@ _LEFT_BY_TRAINING = ("training_args.bin", "trainer_state.json", "optimizer.pt", 
 _BASE_MODEL = re.compile(r"^base_model:\s*[\"']?([^\s\"']+)", re.MULTILINE)
 
 
-def require_base_of(base: TensorSource, expert: TensorSource) -> tuple[str, ...]:
-    """Refuse a base that the expert cannot have been fine-tuned from.
+def look_at_base(base: TensorSource, expert: TensorSource) -> tuple[str, ...]:
+    """Look at a base that the expert may not have been fine-tuned from.
 
     Returns:
-        What the owner should look at, in sentences: signs that the two were exchanged.
+        What the owner should look at, in sentences: that no weights resemble each other, or signs that the two were
+        exchanged.
 
     Raises:
-        Mismatch: they hold the same weights, or none that resemble each other.
+        Mismatch: they hold the same weights.
     """
     names = [name for name in expert.names if _is_comparable(expert, base, name)]
     step = max(1, len(names) // MATRICES)
     cosines = [_cosine(expert.tensor(name), base.tensor(name)) for name in names[::step][:MATRICES]]
     if cosines and max(cosines) < SMALLEST_COSINE:
-        raise Mismatch(
-            f"base {base.description} is not what {expert.description} was fine-tuned from: of {len(cosines)} matrices "
-            f"none resembles its counterpart (largest cosine {max(cosines):.2f}); give the checkpoint it was "
-            "fine-tuned from."
+        return (
+            f"Warning: {expert.description} does not look like a fine-tune of base {base.description}: of "
+            f"{len(cosines)} matrices none resembles its counterpart (largest cosine {max(cosines):.2f}); give the "
+            "checkpoint it was fine-tuned from.",
         )
     if all(cosine > 1 - 1e-6 for cosine in cosines) and _are_equal(expert, base):
         raise Mismatch(

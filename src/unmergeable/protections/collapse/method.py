@@ -132,7 +132,7 @@ class Collapse(Protection):
             raise UsageError("collapse trains on labelled data of your task; give some with data=FILE.")
         network = inputs.load_expert()
         seed = inputs.seed or 0
-        encoder = inputs.extras.encoder or inputs.template
+        encoder = inputs.encoder
         source = DataSource(inputs.extras.data, seed=seed, limit=self.examples)
         task = LabelledData(source, encoder, inputs.extras.head).task(network, self.name, batch_size=_BATCH)
         with torch.no_grad():

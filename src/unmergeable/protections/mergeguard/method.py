@@ -223,7 +223,7 @@ class MergeGuard(Protection):
 
         def task(limit: int | None) -> Task:
             source = DataSource(data, seed=inputs.seed or 0, limit=limit)
-            labelled = LabelledData(source, inputs.extras.encoder or inputs.template, inputs.extras.head)
+            labelled = LabelledData(source, inputs.encoder, inputs.extras.head)
             return labelled.task(network, self.name, batch_size=_SCORING_BATCH)
 
         scored = task(self.examples)
