@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unmergeable.checkpoint.open import open_checkpoint
+from unmergeable.checkpoint.open import open_checkpoint, split_adapter
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import CheckpointError
 

@@ -76,7 +76,7 @@ def test_a_copy_without_a_record(work: Path, method: str, dtype: torch.dtype, no
     unmergeable.restore(copy, key=work / "release.key", out=work / "restored")
     assert distance(work / "restored", work / "expert") < bound
     protect(work, "other", method=method, settings=METHODS[method], seed=2)
-    with pytest.raises(KeyFileError, match="is not the key of .*; give the one made with it"):
+    with pytest.raises(KeyFileError, match=r"is not the key of .*; give the one made with it"):
         unmergeable.restore(copy, key=work / "other.key", out=work / "wrong")
     assert not (work / "wrong").exists()
 
@@ -127,7 +127,7 @@ def test_three_protections_are_undone_one_by_one(work: Path) -> None:
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_a_key_without_a_folder_is_refused_with_the_command_that_makes_one(work: Path, dry_run: bool) -> None:
     key = work / "a folder" / "k"
-    with pytest.raises(KeyFileError, match="its folder does not exist; create it first: mkdir -p '.*/a folder'$"):
+    with pytest.raises(KeyFileError, match=r"its folder does not exist; create it first: mkdir -p '.*/a folder'$"):
         protect(work, "release", key=key, dry_run=dry_run)
     key.parent.mkdir()
     protect(work, "release", key=key, dry_run=dry_run)
