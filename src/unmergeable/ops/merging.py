@@ -23,6 +23,7 @@ from unmergeable.merges.mergekit.config import read_config, read_document
 from unmergeable.merges.mergekit.documents import absolute_paths, document_of, models_named, open_model
 from unmergeable.merges.mergekit.meaning import meaning_of
 from unmergeable.merges.variation import terms_of
+from unmergeable.ops.adapter_merging import merge_adapters, settings_of_merge
 from unmergeable.progress import Progress, silent
 from unmergeable.settings import settings_of
 
@@ -79,6 +80,7 @@ def merge(
     data: Sequence[str | os.PathLike[str]] = (),
     config: str | os.PathLike[str] | None = None,
     backend: Backend = "own",
+    keep_adapter: bool = False,
     seed: int = 0,
     checksums: bool = False,
     threads: int | None = None,
@@ -96,6 +98,8 @@ def merge(
         data: what a merge learns from, if it does: local files or folders (see ``unmergeable.data``), one for each
             expert and in their order; for ``soup`` any number.
         config: a mergekit configuration instead of all the above but ``out``.
+        keep_adapter: merge LoRA adapters into an adapter, without their base, by a method of
+            :mod:`unmergeable.merges.adapters`.
         backend: ``mergekit`` runs the installed mergekit and refuses its result if a tensor is lost.
         seed: of mergekit's random masks. This package's own are drawn from the method's ``seed`` setting.
         checksums: record the SHA-256 of every file read and written; without, that of their headers, and sizes.
@@ -109,6 +113,10 @@ def merge(
     """
     if backend not in ("own", "mergekit"):
         raise UsageError(f"no backend is called {backend!r}; known: own, mergekit.")
+    if keep_adapter:
+        if backend != "own" or config is not None or data or method is None:
+            raise UsageError("keep_adapter merges adapters by a method of its own: leave out config, data and backend.")
+        return _merge_adapters(experts, method, settings or {}, Path(out))
     if backend == "mergekit":
         find_command()
     out = Path(out)
@@ -168,6 +176,13 @@ def merge(
         learnt=learnt.facts,
         summary=learnt.summary,
     )
+
+
+def _merge_adapters(experts: Sequence[Expert], method: str, settings: Mapping[str, object], out: Path) -> MergeResult:
+    given = [expert if isinstance(expert, tuple) else (expert, None) for expert in experts]
+    merged, modules = merge_adapters([(folder_of(name), weight) for name, weight in given], method, settings, out)
+    used = tuple((os.fspath(name), 1.0 if weight is None else weight) for name, weight in given)
+    return MergeResult(out, method, settings_of_merge(merged), used, 2 * modules)
 
 
 def _folder_and_base(name: str, base: Path | None) -> tuple[Path, Path | None]:

@@ -27,6 +27,7 @@ from unmergeable.checkpoint.rewrite import folders_read, require_space, rewrite
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, KeyFileError, UsageError
 from unmergeable.gauge.key import Key, write_key
+from unmergeable.ops.adapter_release import release_adapter
 from unmergeable.ops.opened import AnyPath, open_base, open_with_architecture
 from unmergeable.ops.protect_result import ProtectResult, StepReport
 from unmergeable.ops.relation import look_at_base
@@ -57,6 +58,7 @@ def protect(
     encoder: AnyPath | None = None,
     siblings: Sequence[AnyPath] = (),
     generic: AnyPath | None = None,
+    keep_adapter: bool = False,
     dry_run: bool = False,
     allow_pickle: bool = False,
     threads: int | None = None,
@@ -83,6 +85,8 @@ def protect(
         encoder: folder whose tokenizer or image processor prepares the data; None for the expert's.
         siblings: other fine-tunes of the base, for ``sensitivity_shield``.
         generic: inputs of other kinds than the task's, for ``collapse``; without labels.
+        keep_adapter: write an adapter again, its A and B in another basis of their rank: the one exact change that
+            leaves the base alone. It stops nothing (:mod:`unmergeable.ops.adapter_release`), and takes no method and no key.
         dry_run: check everything, write nothing.
         allow_pickle: read a checkpoint that has no safetensors files; exact methods only.
         threads: how many tensors are worked on at a time; None for one per processor.
@@ -91,6 +95,16 @@ def protect(
         UsageError, BadInput, KeyFileError: before the first byte is written.
         NotEquivalent: the written file does not compute what it should; it is removed.
     """
+    if keep_adapter:
+        others = {"method": method, "settings": settings, "key": key, "passphrase": passphrase, "data": data}
+        others |= {"head": head, "encoder": encoder, "siblings": siblings, "generic": generic}
+        for name, value in others.items():
+            if value:
+                raise UsageError(
+                    f"keep_adapter changes nothing but the basis inside the adapter's rank: leave out {name}, or merge "
+                    "the adapter into its base by leaving out keep_adapter."
+                )
+        return release_adapter(folder_of(expert), base=folder_of(base), out=Path(out), seed=seed, is_dry_run=dry_run)
     steps = steps_of(method, settings or {})
     extras = Extras(
         data=_path(data),
