@@ -86,7 +86,8 @@ def protect(
         siblings: other fine-tunes of the base, for ``sensitivity_shield``.
         generic: inputs of other kinds than the task's, for ``collapse``; without labels.
         keep_adapter: write an adapter again, its A and B in another basis of their rank: the one exact change that
-            leaves the base alone. It stops nothing (:mod:`unmergeable.ops.adapter_release`), and takes no method and no key.
+            leaves the base alone. It stops nothing (:mod:`unmergeable.ops.adapter_release`), and takes no method and no
+            key.
         dry_run: check everything, write nothing.
         allow_pickle: read a checkpoint that has no safetensors files; exact methods only.
         threads: how many tensors are worked on at a time; None for one per processor.

@@ -34,6 +34,7 @@ from unmergeable.network.logits import LogitGap, logit_gap
 from unmergeable.progress import Progress
 from unmergeable.protections.base import Facts, Inputs, Protection, ProtectionRequirements, Rewrite
 from unmergeable.protections.marks import marks_of
+from unmergeable.protections.quantised_loss import NOTICEABLE, quantised_loss
 from unmergeable.protections.untied import TIED, UNTIED, UntiedSource, untied
 from unmergeable.randomness import KEY_BYTES, Stream, new_entropy
 from unmergeable.registry import Registry
@@ -147,6 +148,7 @@ class ExactFacts(Facts):
     unchanged: tuple[str, ...] = ()
     equivalence: Equivalence | None = None
     logits: LogitGap | None = None
+    quantised_loss: float | None = None
 
     @property
     def measured_error(self) -> float | None:
@@ -155,7 +157,14 @@ class ExactFacts(Facts):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*((VACUOUS,) if self.predicted_error >= 1 else ()), *self.unchanged)
+        found = [VACUOUS] if self.predicted_error >= 1 else []
+        if self.quantised_loss is not None and self.quantised_loss > NOTICEABLE:
+            found.append(
+                f"Warning: quantised to 4 bits, its weights lose about {self.quantised_loss:.1f} times what the "
+                "expert's lose: whoever quantises this release gets a worse model. Rotations, permutations and signs "
+                "lose nothing: gauge with quantisation_friendly=true, the default, or params with a narrower range."
+            )
+        return (*found, *self.unchanged)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -165,6 +174,7 @@ class ExactFacts(Facts):
             "predicted_block_error": self.predicted_error,
             "measured_block_error": self.measured_error,
             "logits": self.logits.to_json() if self.logits else None,
+            "predicted_quantised_loss": self.quantised_loss,
             "groups": dict(self.groups),
             "left_out": [{"name": name, "reason": reason} for name, reason in self.left_out],
         }
@@ -192,6 +202,8 @@ class ExactFacts(Facts):
             lines += [f"Largest error that rounding may cause in a block: {self.predicted_error:.1e} relative"]
         else:
             lines += [f"Largest error of a block: {self.measured_error:.1e} relative; bound {self.predicted_error:.1e}"]
+        if self.quantised_loss is not None:
+            lines += [f"Loss when quantised to 4 bits, predicted: {self.quantised_loss:.2f} times the expert's"]
         if self.logits is not None:
             lines += [f"Error of the network's output: {self.logits.describe()}"]
         return [*lines, *(f"Left out: {name} ({reason})" for name, reason in self.left_out)]
@@ -293,6 +305,7 @@ class ExactSequence(Protection):
             marks = marks_of(inputs.expert, changed)
             key = replace(key, orders=self._orders(inputs, source, architecture), marks=marks)
         gauges = self.gauges(architecture, key, source)
+        facts = replace(facts, quantised_loss=quantised_loss(source, architecture, gauges))
         heads = _heads_apart(source, architecture, gauges)
         return Rewrite(
             source=inputs.expert,
