@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from unmergeable.errors import BadInput, CheckpointError, UsageError, first_line
+from unmergeable.errors import BadInput, CheckpointError, first_line
+from unmergeable.network.tokenizer_check import require_usable
+from unmergeable.optional import optional_package, quiet
 
 
 def load_network(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Any:
@@ -52,38 +51,41 @@ def load_network(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> A
     return network.eval()
 
 
+def network_of(config: Mapping[str, Any], where: str) -> Any:
+    """A transformers network as a parsed ``config.json`` says, weights to be replaced; float32, evaluation mode.
+
+    Raises:
+        UsageError: transformers is not installed.
+        BadInput: the config names no class that the installed version has.
+    """
+    library = optional_package("transformers", "hf")
+    name = str(next(iter(config.get("architectures") or ()), None))
+    network_class: Any = getattr(library, name, None)
+    if not hasattr(network_class, "config_class"):
+        raise BadInput(f"{where}: the network class {name!r} is unknown to transformers {library.__version__}.")
+    with quiet(library):
+        return network_class(network_class.config_class.from_dict(dict(config))).eval()
+
+
 def load_tokenizer(folder: Path | str) -> Any:
     """The tokenizer of a checkpoint folder.
 
     Raises:
         UsageError: transformers is not installed.
-        BadInput: the folder holds no tokenizer.
+        BadInput: the folder holds no tokenizer, or one that cannot be its network's.
     """
     transformers = optional_package("transformers", "hf")
     with quiet(transformers):
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
         except Exception as error:  # of a damaged file it raises whatever its own readers do
             raise BadInput(
                 f"{folder} holds no usable tokenizer ({first_line(error)}); give input_ids instead."
             ) from None
-
-
-@contextmanager
-def quiet(library: Any) -> Iterator[None]:
-    """Silence the log, progress bars and warnings of transformers or diffusers; afterwards all is as before."""
-    log = library.utils.logging
-    level, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(level)
-        if has_bars:
-            log.enable_progress_bar()
+        require_usable(tokenizer, Path(folder))
+    return tokenizer
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
@@ -108,15 +110,3 @@ def _refuse_invented_weights(folder: Path, network_class: str, report: Mapping[s
             f"{folder}: {len(missing)} weights of {network_class} are missing, {missing[0]} among them;"
             " give a whole checkpoint."
         )
-
-
-def optional_package(name: str, extra: str) -> Any:
-    """A package that is imported when it is needed, and installed by ``extra``.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UsageError(f"{name.replace('_', '-')} is not installed; pip install 'unmergeable[{extra}]'") from None
