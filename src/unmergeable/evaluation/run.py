@@ -102,13 +102,23 @@ def begun(plan: Plan, out: Path, kind: str, pool: Callable[[], Pool], progress: 
         CheckpointError: something cannot be read or written.
     """
     _require_free(out, kind)
+    with looked_at(plan, out, pool, progress) as run, locked(_prepared(out)):
+        yield run
+
+
+@contextmanager
+def looked_at(plan: Plan, out: Path, pool: Callable[[], Pool], progress: Progress) -> Iterator[Run]:
+    """A run whose models and examples can all be used; nothing is written.
+
+    Raises:
+        BadInput, UsageError: one of them cannot be used.
+    """
     require_models(plan)
     digests = _hashed(plan.paths, progress)
     with pool() as workers:
         run = Run(plan, out.resolve(), digests, workers, progress)
         run.done("checking data", data_checks(plan, digests, run.scored), "files")
-        with locked(_prepared(out)):
-            yield run
+        yield run
 
 
 @contextmanager
