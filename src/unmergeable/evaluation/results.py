@@ -242,7 +242,7 @@ class AuditResult(Record):
     @property
     def has_expert(self) -> bool:
         """Whether the unprotected expert was there to compare with; without it there is no D* and no control."""
-        return IDENTITY in self.protections
+        return any(protection.utility.expert is not None for protection in self.protections.values())
 
     @property
     def audited(self) -> dict[str, ProtectionResult]:
