@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def language(tmp_path: Path) -> Path:
     for shift, name in enumerate(("quiz", "other")):
         rows = [
             {"prompt": f"{first}{second}", "choices": ["b", "c"], "answer": (number + shift) % 2}
-            for number, (first, second) in enumerate(zip(LETTERS, LETTERS[1:], strict=False))
+            for number, (first, second) in enumerate(pairwise(LETTERS))
         ]
         write_records(tmp_path / f"{name}.jsonl", rows)
     return tmp_path
