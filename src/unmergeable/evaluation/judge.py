@@ -211,7 +211,7 @@ class Judge:
 
     def _verdicts(self, name: str, seeds: Sequence[int], model: ThreatModel) -> Verdicts:
         trials = tuple(
-            _trial(contest, name, seed, model, samples)
+            _trial(contest, name, seed, model, samples, has_expert=self.plan.has_expert)
             for contest in self.contests
             for seed in seeds
             for samples in self._samples(model)
@@ -256,7 +256,9 @@ class Judge:
         )
 
 
-def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: int | None) -> Trial:
+def _trial(
+    contest: Contest, name: str, seed: int, model: ThreatModel, samples: int | None, *, has_expert: bool
+) -> Trial:
     unprotected, protected, without = (
         contest.attacks_on(owner, model, samples) for owner in ((IDENTITY, 0), (name, seed), None)
     )
