@@ -159,7 +159,7 @@ def quick(**fields: Any) -> Audit:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--base", "base"], "without a plan, --release, --rider, --task-data, --rider-data must be given"),
+        (["--base", "base"], "give a plan, or what stands for one: --release, --rider, --task-data, --rider-data"),
         (["plan.yaml", "--base", "base"], "give either a plan, or --base"),
         (["plan.yaml"], "--out is missing"),
         ([*options(Path("x")), "--rider", "y", "--out", "z"], "1 --rider-data for 2 riders"),

@@ -18,9 +18,7 @@ def audit(
     context: typer.Context,
     plan: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[PLAN.yaml]", help="Plan: the expert, protections, attacks, tasks.", show_default=False
-        ),
+        typer.Argument(metavar="PLAN.yaml", help="Plan: the expert, protections, attacks, tasks.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Output directory; rerun with the same one to resume.")
@@ -97,7 +95,8 @@ def audit(
     missing = [f"--{name}" for name, value in needed.items() if not value]
     if plan is None and missing:
         raise UsageError(
-            f"without a plan, {', '.join(missing)} must be given; --rider-data tells what a rider may not lose."
+            f"give a plan, or what stands for one: {', '.join(missing)}; --rider-data are examples of the skill that a "
+            "free-rider wants to keep."
         )
     if out is None and not dry_run:
         raise UsageError("--out is missing: name the output directory, or add --dry-run.")
