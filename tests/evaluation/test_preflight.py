@@ -111,6 +111,13 @@ def empty_folder(folder: Path, document: dict[str, Any]) -> None:
     release(checkpoint="nothing")(folder, document)
 
 
+def adapter(folder: Path, document: dict[str, Any]) -> None:
+    (folder / "lora").mkdir()
+    (folder / "lora" / "adapter_config.json").write_text("{}")
+    (folder / "lora" / "adapter_model.safetensors").write_bytes(b"")
+    release(checkpoint="lora")(folder, document)
+
+
 MISTAKES: dict[str, tuple[Break, str]] = {
     "no archive": (bytes_of("mine-test.npz", b"no"), "task mine-task, test: {}/mine-test.npz: not a readable archive"),
     "label out of range": (
@@ -151,6 +158,10 @@ MISTAKES: dict[str, tuple[Break, str]] = {
         "are 2 and siblings 1; give one for each",
     ),
     "no release": (empty_folder, "made: "),
+    "an adapter": (
+        adapter,
+        "made: {0}/lora is an adapter, which an audit cannot load; write it out first: unmergeable merge",
+    ),
     "nothing recovered": (
         both(
             other_tensors(lambda tensors: tensors.pop("layernorm.bias")), release(checkpoint="mine", recovered="theirs")

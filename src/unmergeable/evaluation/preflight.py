@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.data import DataSource, Part, class_number
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.evaluation import scoring
@@ -22,7 +21,7 @@ from unmergeable.evaluation.plans.plan import Plan
 from unmergeable.evaluation.plans.releases import ReleaseEntry
 from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.scoring import Checkpoint, ScoredTask
-from unmergeable.evaluation.structure import require_base_structure
+from unmergeable.evaluation.structure import open_whole, require_base_structure
 from unmergeable.evaluation.tuning import labelled_examples
 from unmergeable.network.encoding import EncodedData, Encoder
 from unmergeable.network.tasks import Task, device_of
@@ -39,7 +38,7 @@ def require_models(plan: Plan) -> None:
             require_base_structure(plan.base, expert.path)
     for release in plan.releases:
         with _about(release.name):
-            open_checkpoint(release.checkpoint)
+            open_whole(release.checkpoint, plan.base)
         if release.recovered is not None:
             with _about(f"{release.name}, recovered"):
                 require_base_structure(plan.base, release.recovered)

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from unmergeable.checkpoint.listing import list_folder
 from unmergeable.checkpoint.open import open_checkpoint
-from unmergeable.checkpoint.source import require_same_tensors
-from unmergeable.errors import Mismatch
+from unmergeable.checkpoint.source import TensorSource, require_same_tensors
+from unmergeable.errors import BadInput, Mismatch
 from unmergeable.merges.models import require_same_architecture
+
+
+def open_whole(path: Path, base: Path) -> TensorSource:
+    """Open a checkpoint that stands for itself.
+
+    Raises:
+        BadInput: it is an adapter.
+        CheckpointError: it cannot be read.
+    """
+    if list_folder(path).is_adapter:
+        raise BadInput(
+            f"{path} is an adapter, which an audit cannot load; write it out first: unmergeable merge --base {base} "
+            f"--expert {path}=1 --expert {base}=0 --method task_arithmetic --out {path}-whole"
+        )
+    return open_checkpoint(path)
 
 
 def require_base_structure(base: Path, path: Path) -> None:
@@ -15,9 +31,9 @@ def require_base_structure(base: Path, path: Path) -> None:
 
     Raises:
         Mismatch: naming what differs.
-        CheckpointError: one of them cannot be read.
+        BadInput, CheckpointError: one of them is an adapter, or cannot be read.
     """
-    ours, theirs = open_checkpoint(base), open_checkpoint(path)
+    ours, theirs = open_checkpoint(base), open_whole(path, base)
     require_same_architecture(ours, theirs)
     require_same_tensors(theirs, ours, "to be merged, models must hold the same tensors")
 
