@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,12 +16,16 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTModel
 
 from unmergeable import ops
+from unmergeable.attacks import ATTACKS
+from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
+from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.audits import audit
 from unmergeable.evaluation.report.page import render_report
 from unmergeable.evaluation.report.verdict import judgement, verdict
 from unmergeable.evaluation.results import AuditResult
 from unmergeable.evaluation.threat_models import ThreatModel
+from unmergeable.progress import Progress, silent
 from unmergeable.tasks import FeatureHead, read_head, write_head
 
 QUICK = {"coefficients": {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}, "connectivity": 0}
@@ -125,6 +131,39 @@ def test_a_given_recovery_is_an_attack_of_who_knows_the_method(
     assert "unmergeable merge --base base --expert mine=" in render_report(given)
     without = run(releases, document, [entry], tmp_path / "out")
     assert without.protections["wide"].tiers[ThreatModel.WHITE_BOX].trials[0].attacks_tried == 0
+
+
+@dataclass(frozen=True)
+class Halve:
+    """A recovery of another package, that knows how ``wider`` works."""
+
+    name: ClassVar[str] = "halve"
+    summary: ClassVar[str] = "one copy of every feature"
+
+    def validate(self) -> None:
+        """Nothing to set."""
+
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(needs=("base",), structure="any")
+
+    def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
+        return Recovered(inputs.base, {name: partial(self._half, inputs.protected, name) for name in inputs.base.names})
+
+    def _half(self, protected: TensorSource, name: str, ours: torch.Tensor) -> torch.Tensor:
+        theirs = protected.tensor(name)[tuple(slice(size) for size in ours.shape)]
+        return theirs * 2 if ours.dim() == 2 else theirs.clone()
+
+
+def test_a_recovery_of_another_package_is_tried(
+    releases: Path, document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ATTACKS._known, "halve", Halve)
+    document["recoveries"] = ["halve"]
+    entry = {"name": "wide", "checkpoint": "wide", "head": "wide/head.safetensors"}
+    worst = run(releases, document, [entry], tmp_path / "out").protections["wide"].tiers[ThreatModel.WHITE_BOX].worst
+    assert worst is not None
+    assert worst.best["protected"].recovery == "halve"
+    assert worst.protected == pytest.approx(worst.unprotected, abs=0.01)
 
 
 CODE = '''
