@@ -15,7 +15,8 @@ import numpy as np
 
 from unmergeable.attacks import FewShot
 from unmergeable.evaluation.cells import Cell, Credits
-from unmergeable.evaluation.models import IDENTITY, SCALE, Variant
+from unmergeable.evaluation.models import Variant
+from unmergeable.evaluation.names import BASE, IDENTITY, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.results import (
@@ -33,7 +34,7 @@ from unmergeable.evaluation.results import (
 from unmergeable.evaluation.scoring import Coefficients, Group
 from unmergeable.evaluation.selection import Menu, choice, pareto_front
 from unmergeable.evaluation.threat_models import ThreatModel, least
-from unmergeable.evaluation.worst_case import worst_case
+from unmergeable.evaluation.worst_case import selected, worst_case
 
 IDENTITY_BOUND, SCALE_BOUND = 0.05, 0.1
 """The largest |D*| the controls may have: neither protects anything."""
@@ -190,16 +191,18 @@ class Judge:
         by_name: dict[str, list[Variant]] = {}
         for variant in released:
             by_name.setdefault(variant.protection, []).append(variant)
-        return {name: self._protection(variants, released[0]) for name, variants in by_name.items()}
+        expert = self.alone[released[0].label][self.plan.defended_task] if self.plan.has_expert else None
+        return {name: self._protection(variants, expert) for name, variants in by_name.items()}
 
-    def _protection(self, released: Sequence[Variant], unprotected: Variant) -> ProtectionResult:
-        task, name, seeds = self.plan.victim.task, released[0].protection, [variant.seed for variant in released]
-        expert, base = self.alone[unprotected.label][task], self.alone["base"][task]
+    def _protection(self, released: Sequence[Variant], expert: float | None) -> ProtectionResult:
+        """``expert``: what the unprotected expert scores, None where nobody has it."""
+        task, name, seeds = self.plan.defended_task, released[0].protection, [variant.seed for variant in released]
+        base = self.alone[BASE][task]
         protected = min(self.alone[variant.label][task] for variant in released)
         matrix = self._matrix(name, seeds)
         return ProtectionResult(
             is_control=name in (IDENTITY, SCALE),
-            utility=Utility(expert=expert, protected=protected, loss=expert - protected),
+            utility=Utility(expert=expert, protected=protected, loss=None if expert is None else expert - protected),
             tiers={model: self._verdicts(name, seeds, model) for model in self.plan.threat_models},
             matrix=tuple(matrix),
             drop_ratio=_drop_ratios(matrix, expert, base),
@@ -208,7 +211,7 @@ class Judge:
 
     def _verdicts(self, name: str, seeds: Sequence[int], model: ThreatModel) -> Verdicts:
         trials = tuple(
-            _trial(contest, name, seed, model, samples)
+            _trial(contest, name, seed, model, samples, has_expert=self.plan.has_expert)
             for contest in self.contests
             for seed in seeds
             for samples in self._samples(model)
@@ -253,11 +256,15 @@ class Judge:
         )
 
 
-def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: int | None) -> Trial:
+def _trial(
+    contest: Contest, name: str, seed: int, model: ThreatModel, samples: int | None, *, has_expert: bool
+) -> Trial:
     unprotected, protected, without = (
         contest.attacks_on(owner, model, samples) for owner in ((IDENTITY, 0), (name, seed), None)
     )
     menu, tried = contest.menu, contest.tried_on((name, seed), model, samples)
+    if not has_expert:
+        return _trial_without_expert(contest, seed, samples, (protected, without), tried)
     worst = worst_case(menu.only(unprotected), menu.only(protected), menu.only(without), contest.rider_alone)
     chosen = {
         "unprotected": (*unprotected, *without)[worst.best_unprotected],
@@ -280,20 +287,48 @@ def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: 
     )
 
 
+def _trial_without_expert(
+    contest: Contest, seed: int, samples: int | None, menus: tuple[Numbers, Numbers], tried: Sequence[ScoredAttack]
+) -> Trial:
+    """What attackers get with a release and without it (``menus``), where nobody has the expert to compare it with."""
+    menu, (protected, without) = contest.menu, menus
+    best, number = selected(menu.only((*protected, *without)), contest.rider_alone)
+    reference, place = selected(menu.only(without), contest.rider_alone)
+    chosen = {"protected": (*protected, *without)[number], "without_victim": without[place]}
+    return Trial(
+        rider=contest.rider,
+        seed=seed,
+        samples=samples,
+        d_star=None,
+        interval=(None, None),
+        unprotected=None,
+        protected=best,
+        without_victim=reference,
+        is_denominator_small=False,
+        attacks_tried=len(tried),
+        search_cpu_seconds=round(sum(attack.cpu_seconds for attack in tried), 1),
+        best={label: contest.attacks[number].describe() for label, number in chosen.items()},
+    )
+
+
 def worst_trial(trials: Sequence[Trial]) -> Trial | None:
     """The trial with the lowest D*, among those with enough to defend if there are any.
 
-    None when the victim adds nothing in any of them.
+    None when the victim adds nothing in any of them. Without the expert, the trial in which an attacker gets most.
     """
+    if all(trial.unprotected is None for trial in trials):
+        return max(trials, key=lambda trial: trial.protected, default=None)
     known = [(trial.d_star, trial) for trial in trials if trial.d_star is not None]
     enough = [(d_star, trial) for d_star, trial in known if not trial.is_denominator_small]
     return min(enough or known, key=lambda pair: pair[0], default=(None, None))[1]
 
 
-def _drop_ratios(matrix: Sequence[MatrixCell], expert: float, base: float) -> dict[str, float | None]:
+def _drop_ratios(matrix: Sequence[MatrixCell], expert: float | None, base: float) -> dict[str, float | None]:
     """The published measure, per merge without recovery: (expert - merge) / (expert - base), the lowest found."""
     return {
-        cell.merge: None if cell.score is None or expert <= base else (expert - cell.score) / (expert - base)
+        cell.merge: None
+        if cell.score is None or expert is None or expert <= base
+        else (expert - cell.score) / (expert - base)
         for cell in matrix
         if cell.recovery is None
     }
@@ -355,7 +390,7 @@ def bounded(protections: Mapping[str, ProtectionResult], name: str, bound: float
 
 def _distance_from_nothing(model: ThreatModel, trial: Trial) -> float | None:
     """|D*|; of attackers who train, less what two trainings end apart by luck alone."""
-    if trial.d_star is None or not model.trains:
+    if trial.d_star is None or trial.unprotected is None or not model.trains:
         return None if trial.d_star is None else abs(trial.d_star)
     luck = LUCK_OF_TRAINING / (trial.unprotected - trial.without_victim)
     return max(0.0, abs(trial.d_star) - luck)

@@ -102,6 +102,11 @@ def worst_case(
     )
 
 
+def selected(menu: Menu, rider_alone: Floats) -> tuple[float, int]:
+    """The test score of the attack that an attacker picks from a menu, and its number."""
+    return _selected(menu, rider_alone, _whole(menu))
+
+
 def contenders(
     menu: Menu, without_victim: Menu, rider_alone: Floats, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> list[int]:

@@ -6,21 +6,26 @@
       - {name: animals, path: expert-animals, task: animals}
     protect:
       expert: digits
-      methods: [mergelock, {name: strong, method: mergelock, settings: {condition: 1000}}]
+      methods:
+        - mergelock
+        - {name: strong, method: mergelock, settings: {condition: 1000}}
+        - {name: theirs, checkpoint: their-release}
     merges: [task_arithmetic, ties]
     recoveries: [kabsch, nearest_orbit]
     tasks:
       - {name: digits, data: digits.npz, head: digits-head.safetensors}
       - {name: animals, data: animals.npz, head: animals-head.safetensors}
 
-Every other expert is a free-rider's, each of whom attacks separately. ``merges: standard`` and ``recoveries: standard``
-are the lists of :mod:`unmergeable.evaluation.attackers`. Paths are relative to the plan; a checkpoint may be
-``hub:OWNER/NAME`` too. Everything that can be wrong with a plan is reported before anything is computed.
+Every other expert is a free-rider's, each of whom attacks separately. Who has somebody's release and not the expert
+writes ``task: digits`` in place of ``expert``: D* is then unknown, and what attackers get is not. ``merges: standard``
+and ``recoveries: standard`` are the lists of :mod:`unmergeable.evaluation.attackers`. Paths are relative to the plan; a
+checkpoint may be ``hub:OWNER/NAME`` too. Everything that can be wrong with a plan is reported before anything is
+computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,17 +35,21 @@ from unmergeable.attacks import FewShot
 from unmergeable.attacks.few_shot import parse_rates
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.attackers import attacker_named
+from unmergeable.evaluation.names import BASE, GIVEN, IDENTITY, SCALE
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings, read_analysis_settings
 from unmergeable.evaluation.plans.entries import (
     ExpertEntry,
+    ProtectionEntry,
+    TaskEntry,
     read_expert,
     read_merge,
     read_protection,
     read_recovery,
     read_task,
 )
-from unmergeable.evaluation.plans.fields import Entry, read_document, require_unique
+from unmergeable.evaluation.plans.fields import Entry, read_document, require_named, require_plain, require_unique
 from unmergeable.evaluation.plans.plan import Plan
+from unmergeable.evaluation.plans.releases import ReleaseEntry, is_release, read_release
 from unmergeable.evaluation.race import DOUBT
 from unmergeable.evaluation.threat_models import ThreatModel, least
 from unmergeable.settings import configure
@@ -100,13 +109,18 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditPlan(Plan):
-    """An audit, checked. ``analyses`` is None for an audit without.
+    """An audit, checked.
 
-    ``doubt``: the largest probability with which the race of attacks drops the attacker's choice; 0 for no race.
-    ``connectivity``: how many points of the line between two models are scored, its ends among them; 0 for none.
+    Attributes:
+        defended: name of the expert as it was before it was protected; None where nobody has it.
+        task_without_expert: the defended task, where it is not the expert that names it.
+        doubt: the largest probability with which the race of attacks drops the attacker's choice; 0 for no race.
+        connectivity: points of the line between two models that are scored, its ends among them; 0 for none.
+        analyses: None for an audit without.
     """
 
-    defended: str
+    defended: str | None
+    task_without_expert: str | None = None
     coefficients: Grid
     doubt: float
     threat_models: tuple[ThreatModel, ...]
@@ -124,8 +138,28 @@ class AuditPlan(Plan):
         return self.strongest.includes(model)
 
     @property
+    def has_expert(self) -> bool:
+        """Whether the unprotected expert is there, with which everything is compared."""
+        return self.defended is not None
+
+    @property
     def victim(self) -> ExpertEntry:
+        """The defended expert, which must be there."""
+        assert self.defended is not None
         return self.expert(self.defended)
+
+    @property
+    def defended_task(self) -> str:
+        return self.task_without_expert or self.victim.task
+
+    def as_released(self) -> Iterable[tuple[ProtectionEntry, ExpertEntry]]:
+        return [(entry, self.victim) for entry in self.protections]
+
+    def labelled(self, task: TaskEntry) -> int:
+        """Of the defended task as many as the attacker with most has, of its own at least one."""
+        if not self.strongest.trains:
+            return 0
+        return max(self.few_shot.samples) if task.name == self.defended_task else 1
 
     @property
     def riders(self) -> tuple[ExpertEntry, ...]:
@@ -145,15 +179,22 @@ def read_plan(path: Path, root: Path | None = None) -> AuditPlan:
 
 def parse_plan(document: object, folder: Path, where: str = "the plan") -> AuditPlan:
     """A plan from its parsed document; ``folder`` is where its paths start. Raises what :func:`read_plan` does."""
+    require_plain(document, where)
     top = Entry(document, _TOP, where)
     base = top.checkpoint("base", folder)
-    protect = Entry(top.document("protect"), ("expert", "methods"), f"{where}, protect")
+    protect = Entry(top.document("protect"), ("expert", "task", "methods"), f"{where}, protect")
+    if "expert" in protect and "task" in protect:
+        raise BadInput(f"{protect.where}: give either expert, which has a task, or task where nobody has the expert.")
+    has_expert = "task" not in protect
+    methods = protect.listed("methods", partial(_read_method, folder=folder))
     grid = Entry(top.document("coefficients", {}), ("defended", "rider", "refinements"), f"{where}, coefficients")
     plan = AuditPlan(
         base=base,
         experts=top.listed("experts", partial(read_expert, folder=folder)),
-        defended=protect.text("expert"),
-        protections=protect.listed("methods", partial(read_protection, folder=folder)),
+        defended=protect.text("expert") if has_expert else None,
+        task_without_expert=None if has_expert else protect.text("task"),
+        protections=tuple(method for method in methods if isinstance(method, ProtectionEntry)),
+        releases=tuple(method for method in methods if isinstance(method, ReleaseEntry)),
         merges=_menu(top, "merges", read_merge),
         recoveries=_menu(top, "recoveries", partial(read_recovery, folder=folder), is_optional=True),
         coefficients=Grid(
@@ -170,9 +211,15 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
         analyses=read_analysis_settings(top.document("analyses"), f"{where}, analyses"),
         document=dict(document) if isinstance(document, Mapping) else {},
     )
-    plan.require_names(where, [plan.defended])
+    plan.require_names(where, [] if plan.defended is None else [plan.defended])
+    if plan.task_without_expert is not None:
+        _require_no_expert(plan, where)
     _require_consistent(plan, where)
     return plan
+
+
+def _read_method(item: object, where: str, folder: Path) -> ProtectionEntry | ReleaseEntry:
+    return read_release(item, where, folder) if is_release(item) else read_protection(item, where, folder)
 
 
 def _menu(top: Entry, key: str, read: Callable[[object, str], Item], *, is_optional: bool = False) -> tuple[Item, ...]:
@@ -233,12 +280,34 @@ def _seeds(top: Entry) -> list[int]:
     return seeds
 
 
+def _require_free_names(plan: AuditPlan, where: str) -> None:
+    """Raises BadInput for a name that the audit itself gives."""
+    controls = (IDENTITY, SCALE)
+    taken = {"experts": (BASE,), "protections": controls, "releases": controls, "recoveries": (GIVEN,)}
+    for kind, names in taken.items():
+        for entry in getattr(plan, kind):
+            if entry.name in names:
+                raise BadInput(f"{where}, {kind}: {entry.name!r} is what every audit calls one of its own; rename it.")
+
+
+def _require_no_expert(plan: AuditPlan, where: str) -> None:
+    """What cannot be done without the unprotected expert is not asked for."""
+    require_named(str(plan.task_without_expert), [task.name for task in plan.tasks], "task", f"{where}, protect")
+    for entry in plan.protections:
+        raise BadInput(
+            f"{where}, protect: {entry.name} needs an expert to be applied to; name it as expert, in place of task."
+        )
+    if plan.analyses is not None:
+        raise BadInput(f"{where}, analyses: they compare with the unprotected expert; name it, or leave them out.")
+
+
 def _require_consistent(plan: AuditPlan, where: str) -> None:
+    _require_free_names(plan, where)
     require_unique([str(seed) for seed in plan.seeds], f"{where}, seeds")
     if not plan.riders:
         raise BadInput(f"{where}, experts: nobody to merge with; add a free-rider's expert.")
     for rider in plan.riders:
-        if rider.task == plan.victim.task:
+        if rider.task == plan.defended_task:
             raise BadInput(f"{where}, expert {rider.name}: it has the defended task; a free-rider lacks that skill.")
     if 1.0 not in plan.coefficients.defended:
         raise BadInput(f"{where}, coefficients: defended must contain 1.0, or the expert is never used as it was made.")
@@ -253,6 +322,8 @@ def _require_attacks(plan: AuditPlan, where: str) -> None:
             f"{where}, recoveries: there are none, and an attacker of threat model {ThreatModel.WHITE_BOX} undoes what "
             "was done; add `recoveries: standard`, or `threat_models: [off_the_shelf]` to claim nothing about it."
         )
+    for merge in plan.merges:
+        merge.require_experts(2, where)
     for kind, entries in (("recovery", plan.recoveries), ("merge", plan.merges)):
         for entry in entries:
             if entry.threat_model == ThreatModel.UNLABELLED and not plan.reaches(entry.threat_model):
@@ -276,8 +347,8 @@ def _require_examples(plan: AuditPlan, where: str) -> None:
         if task.train in (task.validation, task.test) and not task.is_split:
             raise BadInput(f"{where}, task {task.name}: train must be other data than validation and test.")
     for recovery in plan.recoveries:
-        if recovery.threat_model == ThreatModel.UNLABELLED and plan.task(plan.victim.task).is_split:
+        if recovery.threat_model == ThreatModel.UNLABELLED and plan.task(plan.defended_task).is_split:
             raise BadInput(
-                f"{where}, task {plan.victim.task}: recovery {recovery.name} reads examples; give them as train, a "
+                f"{where}, task {plan.defended_task}: recovery {recovery.name} reads examples; give them as train, a "
                 "file of their own."
             )

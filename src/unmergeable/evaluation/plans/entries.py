@@ -13,8 +13,15 @@ from typing import Any
 
 from unmergeable.attacks import ATTACKS
 from unmergeable.data import Part
-from unmergeable.errors import BadInput
-from unmergeable.evaluation.methods import ON_MERGES, attack_reads, merge_learns, protection_reads
+from unmergeable.errors import BadInput, UsageError
+from unmergeable.evaluation.methods import (
+    ON_MERGES,
+    attack_reads,
+    merge_learns,
+    merge_of,
+    protection_reads,
+    require_siblings,
+)
 from unmergeable.evaluation.plans.fields import Entry, require_named
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.merges import MERGES, AdaMerging
@@ -68,6 +75,18 @@ class MergeEntry(MethodEntry):
         """That of the weakest attacker who can do it."""
         return ThreatModel.UNLABELLED if merge_learns(self.method) else ThreatModel.OFF_THE_SHELF
 
+    def require_experts(self, count: int, where: str) -> None:
+        """Raises BadInput unless it takes as many experts, and its coefficients."""
+        method = merge_of(self.method, self.settings)
+        most = method.most_experts or count
+        if not method.fewest_experts <= count <= most:
+            raise BadInput(f"{where}, merge {self.name}: {self.method} takes {most} experts, not {count}.")
+        try:
+            for coefficient in self.coefficients or (None,):
+                method.resolve([coefficient] * count)
+        except UsageError as error:
+            raise BadInput(f"{where}, merge {self.name}: {error}") from None
+
 
 @dataclass(frozen=True)
 class ProtectionEntry(MethodEntry):
@@ -109,13 +128,17 @@ class ProtectionEntry(MethodEntry):
         )
 
     def require_reads(self, where: str) -> None:
-        """Raises BadInput unless it is given what it reads, and nothing else."""
+        """Raises BadInput unless it is given what it reads, as many siblings as it wants, and nothing else."""
         for what in OWNED:
             value = getattr(self, what)
             if value and what not in self.reads:
                 raise BadInput(f"{where}: {self.method} with these settings reads no {what}; leave it out.")
             if not value and what in self.reads and what in ("data", "siblings"):
                 raise BadInput(f"{where}: {self.method} reads {what}; give {what}.")
+        try:
+            require_siblings(self.method, self.settings, len(self.siblings))
+        except UsageError as error:
+            raise BadInput(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -198,7 +221,7 @@ def read_expert(item: object, where: str, folder: Path, *, is_owner: bool = Fals
     """A fine-tune and its task; ``is_owner``: and what a protection of it may read."""
     entry = Entry(item, ("name", "path", "task", *(("data", "head", "siblings") if is_owner else ())), where)
     return ExpertEntry(
-        entry.text("name"),
+        entry.name(),
         entry.checkpoint("path", folder),
         entry.text("task"),
         data=entry.checkpoint("data", folder) if "data" in entry else None,
@@ -212,7 +235,7 @@ def read_protection(item: object, where: str, folder: Path, *, owned: Sequence[s
     entry = _named(item, ("name", "method", "settings", *owned), where)
     method = entry.text("method")
     protection = ProtectionEntry(
-        name=entry.text("name", method),
+        name=entry.name(default=method),
         method=method,
         settings=entry.mapping("settings"),
         data=entry.path("data", folder) if "data" in entry else None,
@@ -230,7 +253,7 @@ def read_merge(item: object, where: str) -> MergeEntry:
     """A name, or a method with settings."""
     entry = _named(item, ("name", "method", "settings"), where)
     method = entry.text("method")
-    merge = MergeEntry(entry.text("name", method), method, entry.mapping("settings"))
+    merge = MergeEntry(entry.name(default=method), method, entry.mapping("settings"))
     _require_known(merge, where, "merge", MERGES)
     if merge_learns(method) and method != AdaMerging.name:
         raise BadInput(f"{where}: {method} needs data, which no attacker here merges with; adamerging can.")
@@ -252,7 +275,7 @@ def read_table_merge(item: object, where: str) -> MergeEntry:
         name += ", best" if len(coefficients) > 1 else f", {coefficients[0]:g}"
     if then is not None:
         name += f", then {then.name}"
-    merge = MergeEntry(entry.text("name", name), method, entry.mapping("settings"), coefficients, then)
+    merge = MergeEntry(entry.name(default=name), method, entry.mapping("settings"), coefficients, then)
     _require_known(merge, where, "merge", MERGES)
     if merge_learns(method):
         raise BadInput(f"{where}: {method} learns from data; a table has fixed merges, an audit learns.")
@@ -273,7 +296,7 @@ def read_recovery(item: object, where: str, folder: Path) -> RecoveryEntry:
             steps = entry.listed("steps", read_step)
         else:
             steps = (read_step({"method": entry.text("method"), "settings": entry.mapping("settings")}, where),)
-        name = entry.text("name", joined(step.method for step in steps))
+        name = entry.name(default=joined(step.method for step in steps))
         recovery = RecoveryEntry(name, steps, entry.checkpoints("sources", folder))
     _require_sensible(recovery, where)
     return recovery
@@ -283,7 +306,7 @@ def read_step(item: object, where: str) -> MethodEntry:
     """One attack: a name, or a method with settings."""
     entry = _named(item, ("name", "method", "settings"), where)
     method = entry.text("method")
-    step = MethodEntry(entry.text("name", method), method, entry.mapping("settings"))
+    step = MethodEntry(entry.name(default=method), method, entry.mapping("settings"))
     _require_known(step, where, "recovery", ATTACKS)
     return step
 
@@ -328,7 +351,7 @@ def read_task(item: object, where: str, folder: Path, base: Path, *, selects: bo
     train, validation, test = ("data",) * 3 if "data" in entry else ("train", "validation", "test")
     sizes = Entry(entry.document("examples", {}), ("validation", "test"), f"{where}, examples")
     return TaskEntry(
-        name=entry.text("name"),
+        name=entry.name(),
         train=entry.checkpoint(train, folder) if train in entry else None,
         validation=entry.checkpoint(validation, folder) if selects or validation in entry else None,
         test=entry.checkpoint(test, folder),

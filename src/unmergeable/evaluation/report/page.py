@@ -25,6 +25,7 @@ from unmergeable.evaluation.report.verdict import (
     model_card,
     verdict,
 )
+from unmergeable.evaluation.report.without_expert import UNKNOWN
 from unmergeable.evaluation.results import AuditResult, ProtectionResult, Refusal, read_audit, star
 from unmergeable.page import render
 
@@ -64,6 +65,7 @@ def render_report(result: AuditResult) -> str:
         attack=attack,
         heads=[against(model) for model in result.threat_models],
         is_without_data=not any(model.trains for model in result.threat_models),
+        unknown="" if result.has_expert else UNKNOWN,
         failed="" if result.passed else failed_controls(result),
         heat_maps=_heat_maps(result.protections),
         refused=_refusals(result.refused),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from unmergeable.evaluation.report.without_expert import UNKNOWN, described
 from unmergeable.evaluation.results import AttackRecord, AuditResult, ProtectionResult, Trial, Verdicts, star
 from unmergeable.evaluation.threat_models import ThreatModel
 
@@ -13,11 +14,19 @@ STOPS, HINDERS = 0.8, 0.2
 JUDGEMENTS = ("stops", "hinders", "is not shown to stop", "does not stop", "cannot be judged")
 """What can be said of a protection and an attacker; the third is where D* is high and its interval reaches too low."""
 
+_MEANING = (
+    "D* is 0 where the best attack found gets as much of the skill as from the unprotected model, 1 where it gets "
+    "no more than without it. Worst case over the attacks that were tried; others may do better."
+)
+
 
 def judgement(verdicts: Verdicts) -> str:
-    """One of :data:`JUDGEMENTS`, from the lower end of the interval: what may be luck is not called protection."""
+    """One of :data:`JUDGEMENTS`, from the lower end of the interval: what may be luck is not called protection.
+
+    Nor is what nobody could attack: a model that does not merge may be rewritten, or learnt from.
+    """
     worst = verdicts.worst
-    if worst is None or worst.is_denominator_small:
+    if worst is None or worst.d_star is None or worst.is_denominator_small or not _is_mergeable(verdicts):
         return "cannot be judged"
     low = worst.interval[0]
     if low is not None and low >= STOPS:
@@ -33,6 +42,8 @@ def verdict(name: str, protection: ProtectionResult) -> str:
     Attackers next to each other who are judged alike are represented by one: the strongest of those who are stopped,
     the weakest of those who are not. The scores at the end are those of the last who is named.
     """
+    if protection.utility.loss is None:
+        return described(name, protection)
     loss = 100 * protection.utility.loss
     cost = "costs nothing that was measured" if loss <= 0.05 else f"costs {loss:.1f} points on its own task"
     sentence, before, scores = "", "", ""
@@ -41,6 +52,8 @@ def verdict(name: str, protection: ProtectionResult) -> str:
         model, verdicts = group[-1] if judged in ("stops", "hinders") else group[0]
         if judged == "cannot be judged":
             reason = "the unprotected expert improves the merge by less than 5 points"
+            if not _is_mergeable(verdicts):
+                reason = "no merge with it is possible, and nothing else was tried"
             clause = f"inconclusive against {model.phrase} ({model}): {reason}"
         else:
             clause = f"it {judged} {model.phrase} ({model}: {_details(verdicts)})"
@@ -54,16 +67,14 @@ def verdict(name: str, protection: ProtectionResult) -> str:
 def _details(verdicts: Verdicts) -> str:
     worst = _worst(verdicts)
     given = [f"{worst.samples} labelled"] if worst.samples else []
-    if not _is_mergeable(verdicts):
-        given.append("no merge with it is possible")
     return ", ".join([*given, f"D* = {star(worst)}"])
 
 
 def _scores(verdicts: Verdicts) -> str:
     worst = _worst(verdicts)
-    who = "the best merge" if _is_mergeable(verdicts) else "what is left"
+    assert worst.unprotected is not None
     protected, unprotected, without = map(_percent, (worst.protected, worst.unprotected, worst.without_victim))
-    return f"{who} gets {protected}, against {unprotected} unprotected and {without} without the expert"
+    return f"the best merge gets {protected}, against {unprotected} unprotected and {without} without the expert"
 
 
 def _worst(verdicts: Verdicts) -> Trial:
@@ -98,6 +109,8 @@ def _merging(best: AttackRecord) -> str:
 def summary(result: AuditResult) -> list[str]:
     """The audit for a terminal."""
     lines = [] if result.passed else [f"INVALID: {failed_controls(result)}. The figures below mean nothing."]
+    if not result.has_expert:
+        lines.append(UNKNOWN)
     return lines + [verdict(name, protection) for name, protection in result.audited.items()]
 
 
@@ -106,10 +119,7 @@ def model_card(result: AuditResult) -> str:
     columns = " | ".join(against(model) for model in result.threat_models)
     rows = [f"| protection | points lost alone | {columns} |", "|---|---|" + "---|" * len(result.threat_models)]
     rows += [f"| {' | '.join(row)} |" for row in result.table.rows]
-    note = (
-        "D* is 0 where the best attack found gets as much of the skill as from the unprotected model, 1 where it gets "
-        "no more than without it. Worst case over the attacks that were tried; others may do better."
-    )
+    note = _MEANING if result.has_expert else UNKNOWN
     invalid = [] if result.passed else ["", f"**Invalid audit:** {failed_controls(result)}."]
     return "\n".join([*rows, *invalid, "", note]) + "\n"
 
