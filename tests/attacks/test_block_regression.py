@@ -1,4 +1,4 @@
-"""On live networks of several families: whatever was done to a release, the base is made to compute what it computes."""
+"""On live networks of several families: whatever was done to a release, the base computes it afterwards."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def test_whatever_was_planted_hides_nothing(name: str, network: Build, tmp_path:
     """The rigged release comes as near as the bare expert, up to a half; both far nearer than the base was."""
     toy = network(name)
     expert = toy.expert(0.1)
-    before, bare, _ = attacked(toy, expert, tmp_path / "bare" if (tmp_path / "bare").mkdir() is None else tmp_path)
+    (tmp_path / "bare").mkdir()
+    before, bare, _ = attacked(toy, expert, tmp_path / "bare")
     (tmp_path / "rigged").mkdir()
     _, rigged, result = attacked(toy, planted(expert, toy.architecture, 1).source, tmp_path / "rigged")
     assert result.is_recognised

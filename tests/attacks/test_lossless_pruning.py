@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from attacks.planted import Build, Network
+from unmergeable import ops
 from unmergeable.architecture import detect
 from unmergeable.attacks import Inputs, LosslessPruning, NearestOrbit, lossless_pruning
 from unmergeable.checkpoint.memory import MemorySource
@@ -102,6 +103,31 @@ def test_a_release_of_the_bases_structure_stays_as_it_is(network: Build) -> None
     recovered = LosslessPruning().recover(Inputs(expert, toy.base, toy.architecture))
     assert recovered.template is expert
     assert recovered.findings == {"taken_away": "nothing"}
+
+
+def test_inspect_sees_idle_structure_and_auto_takes_it_away(network: Build, tmp_path: Path) -> None:
+    toy = network("llama")
+    release, _ = released(toy, ("idle_layer", "more_heads"))
+    output("llama", release, tmp_path / "release")
+    (sign,) = ops.inspect(tmp_path / "release", base=toy.folder).to_json()["base"]["signs"]
+    assert sign["name"] == "idle structure"
+    assert "1 layers, 1 key-value heads in each block more than the base has" in sign["evidence"]
+    result = ops.recover(tmp_path / "release", base=toy.folder, method="auto", out=tmp_path / "out")
+    assert result.method == "lossless_pruning"
+    assert ops.verify(tmp_path / "out", _written(toy, toy.expert(0.1), tmp_path / "expert")).is_equal
+    # The control: with something in the idle layer it is another network.
+    other = {
+        key: tensor + 0.02 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2))
+        for key, tensor in release.tensors.items()
+    }
+    output("llama", MemorySource(other, release.config), tmp_path / "other")
+    with pytest.raises(Mismatch, match="give the checkpoint it was fine-tuned from"):
+        ops.inspect(tmp_path / "other", base=toy.folder)
+
+
+def _written(toy: Network, source: MemorySource, folder: Path) -> Path:
+    output(toy.name, source, folder)
+    return folder
 
 
 def test_in_memory(network: Build) -> None:

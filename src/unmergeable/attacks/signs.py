@@ -5,6 +5,7 @@ Every sign is a number that fine-tuning does not produce (:mod:`unmergeable.atta
     another basis       distance to the base as stored against after ``nearest_orbit``, and what its gauges do: matrices
                         that are not diagonal (gauge), diagonal ones (scaling), permutations
     traded constants    biases, gains or scales that moved against those beside them (``canonicalise``)
+    idle structure      layers, heads or hidden units more than the base's that add nothing (``lossless_pruning``)
     polynomial FFN      the base's feed-forward tensors are gone, others have come
     reset entries       entries equal to the base's among those where the smallest change would show
     shrink              c = 1 - <theta, theta_0> / ||theta_0||^2, positive in nearly every matrix
@@ -22,12 +23,14 @@ from typing import Literal
 
 from unmergeable.architecture import Architecture
 from unmergeable.architecture.symmetry import Role
-from unmergeable.attacks.base import Estimate, Fit
+from unmergeable.attacks.base import Estimate, Fit, Inputs
 from unmergeable.attacks.distance import relative_distance
 from unmergeable.attacks.evidence import off_diagonal, out_of_place, reset_entries, spread
+from unmergeable.attacks.lossless_pruning import LosslessPruning
 from unmergeable.attacks.source_subtraction import mixture
 from unmergeable.attacks.task_vector_rescale import shrink
 from unmergeable.checkpoint.source import TensorSource
+from unmergeable.errors import Mismatch
 from unmergeable.polynomials.layout import SECTION
 from unmergeable.progress import Progress, silent
 
@@ -36,6 +39,7 @@ SignName = Literal[
     "scaling",
     "permutation",
     "traded constants",
+    "idle structure",
     "polynomial FFN",
     "reset entries",
     "shrink",
@@ -180,6 +184,21 @@ def structure_signs(checkpoint: TensorSource, base: TensorSource, base_architect
     # Where config.json describes the polynomials, what they hide can be solved for.
     recovery = "taylor_inversion" if SECTION in checkpoint.config else "revert_to_base"
     return [Sign("polynomial FFN", evidence, recovery)]
+
+
+def idle_structure(checkpoint: TensorSource, base: TensorSource, base_architecture: Architecture) -> Sign | None:
+    """Whether the checkpoint is the base's network with parts that add nothing; None where it is another.
+
+    Raises:
+        BadInput, UnsupportedArchitecture: as :class:`~unmergeable.attacks.lossless_pruning.LosslessPruning`.
+    """
+    try:
+        found = LosslessPruning().recover(Inputs(checkpoint, base, base_architecture)).findings["taken_away"]
+    except Mismatch:
+        return None
+    if found == "nothing":
+        return None
+    return Sign("idle structure", f"{found} more than the base has, and they add nothing.", LosslessPruning.name)
 
 
 def weight_signs(

@@ -15,12 +15,12 @@ from torch import Tensor
 from unmergeable.architecture import Architecture
 from unmergeable.attacks import Estimate, Fit, NearestOrbit
 from unmergeable.attacks.distance import relative_distance
-from unmergeable.attacks.signs import Sign, find_signs, halves, is_near, structure_signs
+from unmergeable.attacks.signs import Sign, find_signs, halves, idle_structure, is_near, structure_signs
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.manifest import Manifest, read_manifest
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.errors import UnsupportedArchitecture, UsageError
+from unmergeable.errors import Mismatch, UnsupportedArchitecture, UsageError
 from unmergeable.gauge.equivalence import UNIT_ROUNDOFF
 from unmergeable.ops.opened import open_base, open_with_architecture
 from unmergeable.polynomials.layout import under_names_on_disk
@@ -227,7 +227,13 @@ def inspect(
 def _compare(
     source: TensorSource, architecture: Architecture, base: Path, sources: Sequence[Path], progress: Progress
 ) -> BaseComparison:
-    base_source = open_base(base, source, architecture)
+    try:
+        base_source = open_base(base, source, architecture)
+    except Mismatch:
+        sign = idle_structure(source, *open_with_architecture(base))
+        if sign is None:
+            raise
+        return BaseComparison(base, None, (sign,))
     estimate = NearestOrbit().estimate(source, base_source, architecture, progress=progress)
     tuned = [open_checkpoint(folder, base=base) for folder in sources]
     signs = find_signs(source, base_source, architecture, estimate, tuned, progress)

@@ -24,7 +24,7 @@ DAMPING = 1e-3
 
 @dataclass(frozen=True)
 class Coordinates:
-    """What a parameter is moved in: ``whiten`` [inputs, inputs] on ``axis`` of a linear layer's weight, or ``scale``."""
+    """What a parameter is moved in: ``whiten`` [inputs, inputs] on ``axis`` of a linear weight, or ``scale``."""
 
     start: Tensor
     scale: float = 1.0

@@ -39,7 +39,7 @@ class StreamMap:
     unexplained: float
 
     def of(self, stream: Tensor, layer: int) -> Tensor:
-        """The release's stream [rows, width] behind ``layer`` layers of the base (0: before the first), in its basis."""
+        """The release's stream [rows, width] behind ``layer`` layers (0: before the first), in the base's basis."""
         return stream @ self.matrix + self.constants[layer]
 
 

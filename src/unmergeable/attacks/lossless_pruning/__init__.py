@@ -1,4 +1,4 @@
-"""``lossless_pruning``: layers, heads and hidden units that add nothing, taken away until the base's structure is left."""
+"""``lossless_pruning``: layers, heads and hidden units that add nothing are taken away."""
 
 from unmergeable.attacks.lossless_pruning.lossless_pruning import LosslessPruning, lossless_pruning
 
