@@ -97,10 +97,12 @@ def write(source: TensorSource, beside: Path, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(dict(source.config), indent=1))
 
 
-def releases(expert: Path, work: Path, seed: int) -> Iterator[tuple[str, tuple[str, ...], Path]]:
-    """Every rewrite that the family has: its name, what was done, its folder."""
+def releases(
+    expert: Path, wanted: Mapping[str, tuple[str, ...]], work: Path, seed: int
+) -> Iterator[tuple[str, tuple[str, ...], Path]]:
+    """Every rewrite of those ``wanted`` that the family has: its name, what was done, its folder."""
     source, architecture = open_with_architecture(expert)
-    for name, kinds in RELEASES.items():
+    for name, kinds in wanted.items():
         made = planted(source, architecture, seed, kinds)
         if made.kinds:
             out = work / "release"
@@ -132,7 +134,8 @@ def recovered(release: Path, base: Path, chain: tuple[str, ...], data: Path | No
         except (BadInput, UsageError) as error:
             return {"refused": str(error)}
         current, report = out, result.to_json()
-        reports.append({key: report[key] for key in ("method", "distance_after", "confidence", "findings")})
+        reported = ("method", "distance_before", "distance_after", "confidence", "findings")
+        reports.append({key: report[key] for key in reported})
     return {"cpu_seconds": process_time() - began, "steps": reports, "out": current}
 
 
@@ -143,10 +146,14 @@ def main() -> None:
     parser.add_argument("--rider", type=Path)
     parser.add_argument("--demo", type=Path, help="the folder of `unmergeable demo`")
     parser.add_argument("--only", help="names of releases, separated by semicolons")
+    parser.add_argument("--chains", help="recoveries to run, separated by semicolons; all by default")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     demo = None if options.demo is None else Demo(options.demo, options.rider or options.demo / "expert-animals")
+    chains = {
+        label: chain for label, chain in CHAINS.items() if not options.chains or label in options.chains.split(";")
+    }
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -157,11 +164,10 @@ def main() -> None:
             models = {"base": options.base, "expert": options.expert, "rider": demo.rider}
             rows += [{"model": name, "scores": demo.scores(path)} for name, path in models.items()]
             rows.append({"model": "expert", "merged": demo.merged(options.base, options.expert, work)})
-        for name, kinds, release in releases(options.expert, work, options.seed):
-            if options.only and name not in options.only.split(";"):
-                continue
+        wanted = {name: RELEASES[name] for name in (options.only.split(";") if options.only else RELEASES)}
+        for name, kinds, release in releases(options.expert, wanted, work, options.seed):
             row: dict[str, Any] = {"release": name, "kinds": kinds, "output_gap": output_gap(options.expert, release)}
-            for label, chain in CHAINS.items():
+            for label, chain in chains.items():
                 report = recovered(release, options.base, chain, data, work)
                 out = report.pop("out", None)
                 if out is not None:
