@@ -130,6 +130,39 @@ def _written(toy: Network, source: MemorySource, folder: Path) -> Path:
     return folder
 
 
+def test_a_vocabulary_in_another_order_comes_back(network: Build, tmp_path: Path) -> None:
+    """With two tokens more; the control: a release that lacks one of the base's tokens is left as it is."""
+    toy = network("llama")
+    size = toy.base.config["vocab_size"]
+    places = torch.randperm(size + 2, generator=torch.Generator().manual_seed(3))
+    names = [f"token{number}" for number in range(size + 2)]
+    expert = toy.expert(0.1)
+    grown = dict(expert.tensors)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = torch.cat([expert.tensors[name], torch.ones(2, expert.tensors[name].shape[1])])
+        grown[name] = rows[places.argsort()]  # token i in row places[i]
+    for folder, ids in (
+        ("base", {name: number for number, name in enumerate(names[:size])}),
+        ("release", {name: int(places[number]) for number, name in enumerate(names)}),
+        ("lacking", {name: int(places[number]) for number, name in enumerate(names) if number}),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ids}, "added_tokens": []}))
+    base = MemorySource(toy.base.tensors, toy.base.config, tmp_path / "base")
+    config = {**toy.base.config, "vocab_size": size + 2}
+    result = LosslessPruning().recover(
+        Inputs(MemorySource(grown, config, tmp_path / "release"), base, toy.architecture)
+    )
+    assert result.findings == {"taken_away": "another order of the vocabulary"}
+    assert result.config_changes == {"vocab_size": size}
+    for name, tensor in expert.tensors.items():
+        assert float((result.template.tensor(name) - tensor).abs().max()) <= 1e-6 * float(tensor.abs().max()), name
+    lacking = LosslessPruning().recover(
+        Inputs(MemorySource(grown, config, tmp_path / "lacking"), base, toy.architecture)
+    )
+    assert lacking.findings == {"taken_away": "nothing"}
+
+
 def test_in_memory(network: Build) -> None:
     toy = network("dinov2")
     release, _ = released(toy, ("idle_layer",))

@@ -5,6 +5,8 @@ A release may hold more than the base without computing more. Against the base's
     layers       blocks whose last or first weights are zero, together with the layers that they leave empty
     units        hidden units that put out nothing; of those that read alike all but one, which takes over their outputs
     heads        key-value heads, with their query heads, whose keys and values span the same spaces as another's
+    tokens       rows of tokens that the base does not have; those of the others in the base's order, by the two
+                 ``tokenizer.json``, the base's of which is written
 
 in the release's neutral form (:mod:`unmergeable.gauge.additive`), in which constants and scales that were traded hide
 nothing, and by what no basis inside a block alters. The result computes the same function in the base's structure, in
@@ -15,8 +17,9 @@ is refused; ``block_regression`` does not ask for any.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -26,6 +29,7 @@ from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS, Layers, blocks_
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.in_memory import in_memory
 from unmergeable.attacks.lossless_pruning.depth import live_blocks, renamed
+from unmergeable.attacks.lossless_pruning.vocabulary import TOKENIZER_FILES, reordered, token_order, vocabulary_axes
 from unmergeable.attacks.lossless_pruning.widths import prune_heads, prune_units
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
 from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec
@@ -67,10 +71,11 @@ class LosslessPruning:
 
 @dataclass(frozen=True)
 class PrunedSource(DerivedSource):
-    """``original`` with other tensors and ``changes`` of its config."""
+    """``original`` with other tensors, ``changes`` of its config, and ``files`` beside it in the place of its own."""
 
     tensors: Mapping[str, Tensor]
     changes: Mapping[str, Any]
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -80,7 +85,7 @@ class PrunedSource(DerivedSource):
     def index(self) -> CheckpointIndex:
         index = self.original.index
         entries = {name: replace(index.entries[name], spec=self.spec(name)) for name in self.names}
-        return replace(index, entries=entries)
+        return replace(index, entries=entries, side_files={**index.side_files, **self.files})
 
     @property
     def names(self) -> Sequence[str]:
@@ -138,7 +143,12 @@ class _Pruning:
             ("hidden units in each block", self._sizes),
             ("key-value heads in each block", self._groups),
         ]
-        return tuple(f"{pair[0] - pair[1]} {what}" for what, pair in pairs if pair is not None and pair[0] > pair[1])
+        more = [f"{pair[0] - pair[1]} {what}" for what, pair in pairs if pair is not None and pair[0] > pair[1]]
+        return (*more, *(["another order of the vocabulary"] if self._tokens is not None else []))
+
+    @cached_property
+    def _tokens(self) -> Tensor | None:
+        return token_order(self.release, self.base)
 
     def run(self) -> PrunedSource:
         neutral = Neutral(self.release, freedoms_of(self.architecture, self.release.names))
@@ -173,11 +183,19 @@ class _Pruning:
                     raise self._refusal("heads")
             for key in filter(None, HEAD_COUNTS.get(kind, ())):
                 config[key] = base.get(key, config.get(key))
+        files: dict[str, Path] = {}
+        if self._tokens is not None:
+            axes = dict(vocabulary_axes(self.release, self.architecture))
+            for side in (state, own):
+                reordered(side, axes, self._tokens)
+            config["vocab_size"] = len(self._tokens)
+            there = self.base.index.side_files
+            files = {name: there[name] for name in TOKENIZER_FILES if name in there}
         # What the config no longer says is worked out from the rest.
         changes = {key: config.get(key) for key in (*config, *self.release.config)}
         changes = {key: value for key, value in changes.items() if self.release.config.get(key) != value}
         # Constants and scales go back to where the release has them, wherever that is still there.
-        changed = PrunedSource(self.release, state, changes)
+        changed = PrunedSource(self.release, state, changes, files)
         final = detect(changed.config, {name: tuple(tensor.shape) for name, tensor in state.items()})
         kept = PrunedSource(self.release, own, changes)
         home = Home(changed, freedoms_of(final, changed.names), kept, changed.tensor)
