@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
@@ -169,35 +170,43 @@ class _Problem:
     is_centred: bool
     ridge: float
     steps: int
+    _embeddings: set[str] = field(default_factory=set)
 
     def embedding(self, stack: LayerStack, targets: Sequence[Tensor]) -> list[LayerFit]:
-        """What comes before the first layer, until the stream there is as wanted."""
-        first = stack.layers[0]
-        moved = {
-            name: parameter
-            for name, parameter in movable(self.student).items()
-            if not any(name.startswith(f"{other.path}.") for other in self.stacks)
-        }
+        """What comes before the first layer, until the stream there is as wanted; what another stack shares, once."""
+        names = [name for name in self._outside if name not in self._embeddings]
 
         def stream(weights: Weights, batch: EncodedBatch) -> Tensor:
-            run = lambda: functional_call(self.student, dict(weights), (), dict(batch.inputs))  # noqa: E731
-            call = call_of(self.student, first, batch, run)
+            run = partial(functional_call, self.student, dict(weights), (), dict(batch.inputs))
+            call = call_of(self.student, stack.layers[0], batch, run)
             return batch.visible(stream_of_call(call.args, call.kwargs))
 
-        with torch.enable_grad():  # only of those that the stream depends on
-            live = {name: parameter.detach().requires_grad_() for name, parameter in moved.items()}
-            probe = stream(live, self.batches[0])
-            if not probe.requires_grad:
-                return []
-            probe.square().sum().backward()
-        used = [name for name, parameter in live.items() if parameter.grad is not None and bool(parameter.grad.any())]
+        used = self._used(names, lambda weights: stream(weights, self.batches[0]))
+        self._embeddings.update(used)
         whole = sum(float(self._seen(target - target.mean(0)).square().sum()) for target in targets)
 
         def losses(weights: Weights) -> Iterator[Tensor]:
             for batch, target in zip(self.batches, targets, strict=True):
                 yield self._seen(stream(weights, batch) - target).square().sum() / max(whole, 1e-30)
 
-        return [self._fitted(f"{stack.path} inputs", self.student, used, losses, lambda: None)]
+        return [self._fitted(f"{stack.path} inputs", self.student, used, losses, lambda: None)] if used else []
+
+    @property
+    def _outside(self) -> list[str]:
+        """The parameters that may be fitted outside of layers."""
+        paths = tuple(f"{stack.path}." for stack in self.stacks)
+        return [name for name in movable(self.student) if not name.startswith(paths)]
+
+    def _used(self, names: Sequence[str], value: Callable[[Weights], Tensor]) -> list[str]:
+        """Those of the parameters that ``value`` depends on."""
+        parameters = dict(self.student.named_parameters())
+        with torch.enable_grad():
+            live = {name: parameters[name].detach().requires_grad_() for name in names}
+            result = value(live)
+            if result.requires_grad:
+                result.square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in live.items()}
+        return [name for name, gradient in gradients.items() if gradient is not None and bool(gradient.any())]
 
     def layer(self, stack: LayerStack, index: int, targets: Sequence[Tensor]) -> LayerFit:
         """One layer, on the stream that reaches it."""
@@ -239,19 +248,14 @@ class _Problem:
                 inputs = dict(self.batches[number].inputs)
                 return first_of(functional_call(self.student, dict(weights), (), inputs))
 
-            names = [
-                name
-                for name, parameter in self.student.named_parameters()
-                if parameter.dim() < 2 or name in movable(self.student)
-            ]
-            parameters = dict(self.student.named_parameters())
-            with torch.enable_grad():
-                live = {name: parameters[name].detach().requires_grad_() for name in names}
-                probe = out(live, 0)
-                if probe.shape != outputs[0].shape or probe.shape[-1] > WIDE or not probe.requires_grad:
-                    return []
-                probe.square().sum().backward()
-            used = [name for name in names if live[name].grad is not None and bool(live[name].grad.any())]
+            if out({}, 0).shape != outputs[0].shape or outputs[0].shape[-1] > WIDE:
+                return []
+            paths = tuple(f"{stack.path}." for stack in self.stacks)
+            vectors = [name for name, value in self.student.named_parameters() if value.dim() < 2]
+            names = [name for name in dict.fromkeys([*vectors, *self._outside]) if not name.startswith(paths)]
+            used = self._used([name for name in names if name not in self._embeddings], lambda weights: out(weights, 0))
+            if not used:
+                return []
             whole = sum(float((target - target.mean(0)).square().sum()) for target in outputs)
 
             def losses(weights: Weights) -> Iterator[Tensor]:

@@ -43,37 +43,62 @@ class StreamMap:
         return stream @ self.matrix + self.constants[layer]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """One place between layers: the release's stream, the base's as far as it is seen, both [rows, width], and what
+    each row counts by, [rows, 1]. Rows at even places are fitted, those at odd places judge.
+    """
+
+    release: Tensor
+    base: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, release: Tensor, base: Tensor, *, is_centred: bool) -> _Rows:
+        seen = centre(base, is_centred=is_centred)
+        lengths = seen.norm(dim=-1, keepdim=True)
+        return cls(release, seen, 1 / lengths.clamp_min(1e-6 * float(lengths.median()) + 1e-30))
+
+    @property
+    def fitted(self) -> _Rows:
+        return _Rows(self.release[::2], self.base[::2], self.weights[::2])
+
+    @property
+    def judging(self) -> _Rows:
+        return _Rows(self.release[1::2], self.base[1::2], self.weights[1::2])
+
+    def middles(self) -> tuple[Tensor, Tensor]:
+        """Weighted means of the two streams."""
+        shares = self.weights.square() / self.weights.square().sum()
+        return (shares * self.release).sum(0), (shares * self.base).sum(0)
+
+    def around(self, release: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+        """Both streams less these, weighted."""
+        return (self.release - release) * self.weights, (self.base - base) * self.weights
+
+
 def find_map(release: Sequence[Tensor], base: Sequence[Tensor], *, is_centred: bool) -> StreamMap:
     """The map between streams [rows, width], layer by layer; ``is_centred``: what is alike in all coordinates of the
     base's is not seen, and left out.
     """
-    scales = [_lengths(theirs, is_centred=is_centred) for theirs in base]
-    ours = [stream / scale for stream, scale in zip(release, scales, strict=True)]
-    theirs = [centre(stream, is_centred=is_centred) / scale for stream, scale in zip(base, scales, strict=True)]
-    # Rows at even places are fitted, those at odd places judge.
-    fitted = [(x[::2], y[::2]) for x, y in zip(ours, theirs, strict=True)]
-    judged = [(x[1::2], y[1::2]) for x, y in zip(ours, theirs, strict=True)]
-    whole = sum(float((y - y.mean(0)).square().sum()) for _, y in judged)
+    every = [_Rows.of(x, y, is_centred=is_centred) for x, y in zip(release, base, strict=True)]
+    judging = [rows.judging for rows in every]
+    whole = sum(float(rows.around(*rows.middles())[1].square().sum()) for rows in judging)
     found: list[StreamMap] = []
     for kind, solve in _KINDS.items():
         for has_constants in (False, True):
-            middles = [
-                (x.mean(0), y.mean(0)) if has_constants else (torch.zeros(x.shape[1]), torch.zeros(y.shape[1]))
-                for x, y in fitted
-            ]
-            pairs = [(x - a, y - b) for (x, y), (a, b) in zip(fitted, middles, strict=True)]
-            matrix = solve(pairs)
+            middles = [rows.fitted.middles() for rows in every]
+            if not has_constants:
+                middles = [(torch.zeros_like(x), torch.zeros_like(y)) for x, y in middles]
+            matrix = solve([rows.fitted.around(*middle) for rows, middle in zip(every, middles, strict=True)])
             if matrix is None:
                 continue
-            left = sum(
-                float((centre((x - a) @ matrix, is_centred=is_centred) + b - y).square().sum())
-                for (x, y), (a, b) in zip(judged, middles, strict=True)
-            )
-            constants = [
-                (y.mean(0) - x.mean(0) @ matrix) if has_constants else torch.zeros(y.shape[1])
-                for x, y in zip(release, base, strict=True)
-            ]
-            found.append(StreamMap(kind, matrix, torch.stack(constants), left / max(whole, 1e-30)))
+            left = 0.0
+            for rows, middle in zip(judging, middles, strict=True):
+                ours, theirs = rows.around(*middle)
+                left += float((centre(ours @ matrix, is_centred=is_centred) - theirs).square().sum())
+            constants = torch.stack([y - x @ matrix for x, y in middles])
+            found.append(StreamMap(kind, matrix, constants, left / max(whole, 1e-30)))
     best = min(item.unexplained for item in found)
     return next(item for item in found if item.unexplained <= NEARLY * best + 1e-12)
 
@@ -114,11 +139,6 @@ def _cheapest_path(costs: Tensor) -> tuple[int, ...]:
 def centre(stream: Tensor, *, is_centred: bool) -> Tensor:
     """Without what is alike in all coordinates, where nothing sees that."""
     return stream - stream.mean(-1, keepdim=True) if is_centred else stream
-
-
-def _lengths(stream: Tensor, *, is_centred: bool) -> Tensor:
-    lengths = centre(stream, is_centred=is_centred).norm(dim=-1, keepdim=True)
-    return lengths.clamp_min(1e-6 * float(lengths.median()) + 1e-30)
 
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
