@@ -124,7 +124,8 @@ def _inverse_root(moments: Tensor) -> Tensor:
     """(G + mu I)^(-1/2), in float64."""
     values, vectors = torch.linalg.eigh(moments.double())
     damped = values.clamp_min(0) + DAMPING * values.clamp_min(0).mean()
-    return ((vectors / damped.sqrt()) @ vectors.T).float()
+    root: Tensor = (vectors / damped.sqrt()) @ vectors.T
+    return root.float()
 
 
 def fit(

@@ -50,7 +50,7 @@ def _smooth(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     spectrum = torch.fft.rfft2(torch.randn(shape, generator=generator))
     rows, columns = torch.fft.fftfreq(shape[-2])[:, None], torch.fft.rfftfreq(shape[-1])[None]
     frequency = (rows.square() + columns.square()).sqrt().clamp_min(1 / max(shape))
-    image = torch.fft.irfft2(spectrum / frequency, s=shape[-2:])
+    image: torch.Tensor = torch.fft.irfft2(spectrum / frequency, s=shape[-2:])
     return image / image.std()
 
 

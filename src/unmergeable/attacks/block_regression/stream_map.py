@@ -177,14 +177,16 @@ def _rotation(pairs: Pairs) -> Tensor | None:
     gram, cross = _moments(pairs)
     left, values, right = torch.linalg.svd(cross)
     scale = values.sum() / gram.diagonal().sum().clamp_min(1e-30)
-    return (scale * (left @ right)).float()
+    rotation: Tensor = scale * (left @ right)
+    return rotation.float()
 
 
 def _linear(pairs: Pairs) -> Tensor | None:
     gram, cross = _moments(pairs)
     regular = gram.clone()
     regular.diagonal().add_(RIDGE * float(gram.diagonal().mean()) + 1e-30)
-    return torch.linalg.solve(regular, cross).float()
+    matrix: Tensor = torch.linalg.solve(regular, cross)
+    return matrix.float()
 
 
 _KINDS: dict[str, Callable[[Pairs], Tensor | None]] = {

@@ -107,9 +107,9 @@ def _make_idle(state: State, block: Attention | FeedForward, place: Callable[[st
         state[place(_writer(block).weight)].zero_()
     else:
         for heads, rows in _readers(block):
-            for name, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
-                if name is not None:
-                    state[place(name)].movedim(axis, 0)[rows] = 0
+            state[place(heads.weight)].movedim(heads.axis, 0)[rows] = 0
+            if heads.bias is not None:
+                state[place(heads.bias)][rows] = 0
     bias = place(output_bias(block))
     if bias in state:
         state[bias].zero_()
