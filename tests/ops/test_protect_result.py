@@ -49,7 +49,7 @@ def test_polynomials() -> None:
     assert outside.startswith("Warning: on text of other kinds 30% of the activations lie outside")
     fine = Judgement(20, 9000, measured, measured, measured)
     assert fine.warnings() == (), "the control"
-    with pytest.raises(NotEquivalent, match="off by 0.60 relative, more than 0.5: this is another network"):
+    with pytest.raises(NotEquivalent, match=r"off by 0\.60 relative, more than 0\.5: this is another network"):
         replace(fine, held_out=Approximation(0.6, {})).require_bearable("taylor_mlp")
     fine.require_bearable("taylor_mlp")
     assert "trust_remote_code=True" in text
