@@ -294,6 +294,24 @@ def test_a_tied_t5_is_not_untied(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architectures", [None, "leave out"])
+def test_a_base_that_names_no_class_is_of_the_adapters_task(architectures: str | None, tmp_path: Path) -> None:
+    """Whether its embeddings are tied only the class can tell."""
+    case = Adapted(
+        tmp_path,
+        network("Llama", tie_word_embeddings=True),
+        lora(target_modules=LINEAR, modules_to_save=["embed_tokens"]),
+    )
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text()) | {"architectures": architectures}
+    if architectures is not None:
+        del config["architectures"]
+    path.write_text(json.dumps(config))
+    case.write()
+    assert torch.allclose(case.answers_of("written"), case.used, atol=1e-4)
+
+
 def spoilt(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     from safetensors.torch import save_file
 

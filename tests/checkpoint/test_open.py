@@ -23,6 +23,7 @@ def test_a_whole_checkpoint_needs_no_base(two_shards: Path, tmp_path: Path) -> N
 def test_an_adapter_needs_its_base(tmp_path: Path, single: WriteFolder) -> None:
     folder = single(tmp_path, {"a": torch.ones(1)})
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="org/base"):
         open_checkpoint(folder)
 

@@ -285,7 +285,7 @@ def test_a_full_disk_then_room(
     try:
         with pytest.raises(DiskError, match="disk too small"):
             negated(large, disk / "out")
-        monkeypatch.setattr(rewrite_module, "_require_space", lambda out, nbytes: None)
+        monkeypatch.setattr(rewrite_module, "require_space", lambda out, nbytes: None)
         with pytest.raises(DiskError, match="disk full while writing") as caught:
             negated(large, disk / "out")
         assert "\n" not in str(caught.value)

@@ -55,6 +55,7 @@ def test_protect_by_default(ops: RecordingOps, run: Runner) -> None:
         "encoder": None,
         "siblings": [],
         "generic": None,
+        "keep_adapter": False,
         "dry_run": False,
         "allow_pickle": False,
         "threads": None,
@@ -159,6 +160,7 @@ def test_merge(ops: RecordingOps, run: Runner) -> None:
         "data": [],
         "config": None,
         "backend": "own",
+        "keep_adapter": False,
         "checksums": False,
         "threads": None,
     }

@@ -71,7 +71,10 @@ def products(adapted: Any, name: str = "default") -> dict[str, Tensor]:
 def sum_of_products(adapters: Path) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for name, weight in zip("ab", WEIGHTS, strict=True):
-        for path, product in products(peft.PeftModel.from_pretrained(base(), adapters / name)).items():
+        with warnings.catch_warnings(), quiet(transformers):
+            warnings.simplefilter("ignore")
+            adapted = peft.PeftModel.from_pretrained(base(), adapters / name)
+        for path, product in products(adapted).items():
             total[path] = total.get(path, torch.zeros(())) + weight * product
     return total
 

@@ -18,6 +18,7 @@ from unmergeable.merges import MERGES, Merge, merge_state_dicts
 
 MACHINERY = {
     "__init__",
+    "adapters",
     "blocks",
     "bracket",
     "election",

@@ -17,7 +17,8 @@ from unmergeable.checkpoint.manifest import check_files
 from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.optional import quiet
 
-SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
+         "num_key_value_heads": 2}  # fmt: skip
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ADAPTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "LoRA": ("Llama", {}, {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}),

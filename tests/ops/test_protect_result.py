@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from unmergeable.errors import NotEquivalent
 from unmergeable.ops.protect_result import ProtectResult, StepReport
 from unmergeable.protections import Facts, MergeBarrier, MergeGuard, Protection, SensitivityShield, TaylorMLP
+from unmergeable.protections.calibration import Approximation, Judgement
 from unmergeable.protections.mergeguard.criticality import Criticality
 from unmergeable.protections.mergeguard.method import MergeGuardFacts
-from unmergeable.protections.polynomial import Approximation, PolynomialFacts
+from unmergeable.protections.polynomial import PolynomialFacts
 from unmergeable.protections.sensitivity_shield.method import ShieldFacts
 
 RELEASE, BASE = Path("release"), Path("base")
@@ -32,9 +35,23 @@ def test_a_dry_run() -> None:
 
 def test_polynomials() -> None:
     measured = Approximation(output_error=0.00123, outside={"mlp": 0.02, "other": 0.0})
-    text = told(TaylorMLP(), PolynomialFacts({"mlp": {"largest": 0.25, "median": 0.01}}, measured))
-    assert "1.2e-03 relative" in text
-    assert "1.00%, 2.00% in one layer" in text
+    general = Approximation(output_error=0.3, outside={"mlp": 0.5, "other": 0.1})
+    judged = Judgement(20, 900, measured, Approximation(0.04, {"mlp": 0.0, "other": 0.0}), general)
+    facts = PolynomialFacts({"mlp": {"largest": 0.25, "median": 0.01}}, judged)
+    text = told(TaylorMLP(), facts)
+    assert "Calibrated on 20 examples of 900 tokens" in text
+    assert "on data it was calibrated on: 1.2e-03 relative" in text
+    assert "1.00% of activations, 2.00% in one layer" in text
+    assert "on data that was held out: 4.0e-02 relative" in text
+    held_out, few, outside = facts.notes
+    assert held_out.startswith("Warning: on held-out data the outputs are off by 4.0%")
+    assert few.startswith("Warning: it was calibrated on 900 tokens only")
+    assert outside.startswith("Warning: on text of other kinds 30% of the activations lie outside")
+    fine = Judgement(20, 9000, measured, measured, measured)
+    assert fine.warnings() == (), "the control"
+    with pytest.raises(NotEquivalent, match=r"off by 0\.60 relative, more than 0\.5: this is another network"):
+        replace(fine, held_out=Approximation(0.6, {})).require_bearable("taylor_mlp")
+    fine.require_bearable("taylor_mlp")
     assert "trust_remote_code=True" in text
     assert "unmergeable recover release --base base --method taylor_inversion --out release-recovered" in text
 

@@ -141,8 +141,8 @@ def read_index(folder: str | os.PathLike[str] | Listing) -> CheckpointIndex:
         raise CheckpointError(_pipeline_message(listing))
     if listing.is_adapter:
         raise CheckpointError(
-            f"{listing.folder} is an adapter, not a checkpoint: open it together with the base it was trained on "
-            f"({_adapter_base(listing)})."
+            f"{listing.folder} is an adapter, not a checkpoint: give the base it was trained on "
+            f"({_adapter_base(listing)}) with --base (base=), or in a merge as BASE+ADAPTER."
         )
     config = listing.read_config()
     index_name, weights_name = _weights_of(listing, config)

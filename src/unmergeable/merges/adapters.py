@@ -153,7 +153,8 @@ def _largest(tensor: Tensor, density: float) -> Tensor:
         return tensor
     kept = torch.zeros_like(tensor).flatten()
     kept[tensor.abs().flatten().topk(int(density * tensor.numel())).indices] = 1
-    return tensor * kept.view_as(tensor)
+    largest: Tensor = tensor * kept.view_as(tensor)
+    return largest
 
 
 def _disjoint(trimmed: Tensor, weighted: Tensor, majority: MajoritySign) -> Tensor:

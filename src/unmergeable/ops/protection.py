@@ -97,7 +97,13 @@ def protect(
         NotEquivalent: the written file does not compute what it should; it is removed.
     """
     if keep_adapter:
-        others = {"method": method, "settings": settings, "key": key, "passphrase": passphrase, "data": data}
+        others: dict[str, object] = {
+            "method": method,
+            "settings": settings,
+            "key": key,
+            "passphrase": passphrase,
+            "data": data,
+        }
         others |= {"head": head, "encoder": encoder, "siblings": siblings, "generic": generic}
         for name, value in others.items():
             if value:

@@ -131,8 +131,8 @@ def test_a_low_rank_expert_is_merged_into_the_base_first(work: Path, tmp_path: P
     assert facts(first) == facts(second)
     found, expected = tensors(tmp_path / "first"), tensors(tmp_path / "second")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    # Control: the base itself would have given other losses.
-    protect_files(work / "base", out=tmp_path / "third", **options)
+    # Control: another expert gives other weights.
+    protect_files(work / "expert", out=tmp_path / "third", **options)
     assert not torch.equal(tensors(tmp_path / "third")[f"{layer}.weight"], found[f"{layer}.weight"])
 
 

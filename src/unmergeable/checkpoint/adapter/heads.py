@@ -65,9 +65,7 @@ def trained_class(config: Mapping[str, Any], settings: AdapterSettings) -> str:
         return task_class(config, settings.task)
     if any(settings.network_class.endswith(head) and not own.endswith(head) for head in _SUFFIXES.values()):
         return settings.network_class
-    if not own and not settings.network_class:
-        raise BadInput("config.json of the base names no network class")
-    return own or settings.network_class
+    return own or settings.network_class or task_class(config, settings.task)
 
 
 def _own_class(config: Mapping[str, Any]) -> str:

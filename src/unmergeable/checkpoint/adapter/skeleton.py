@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.checkpoint.disk_names import to_disk_names
-from unmergeable.errors import BadInput
+from unmergeable.errors import BadInput, shown
 from unmergeable.optional import optional_package, quiet
 
 TASK_CLASSES = {
@@ -25,6 +25,8 @@ TASK_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 """What peft calls the tasks that put another head on a network, and the class that does."""
+
+_OTHER_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 
 _PROBE_SIZE = 12  # of the axes that are not looked at; divides as what is stacked of 2, 3, 4 or 6 parts does
 
@@ -157,19 +159,20 @@ def _index_along(indices: Tensor, axes: tuple[int, int]) -> tuple[int, Tensor] |
 
 
 def task_class(config: Mapping[str, Any], task: str) -> str:
-    """The class that transformers gives networks of this configuration for a task of :data:`TASK_CLASSES`.
+    """The class that transformers gives networks of this configuration for a task, as peft calls it.
 
     Raises:
         UsageError: transformers is not installed.
-        BadInput: it has none.
+        BadInput: it has none, or there is no such task.
     """
+    automatic = (TASK_CLASSES | _OTHER_CLASSES).get(task)
+    if automatic is None:
+        raise BadInput(f"task_type {shown(task)} names no network class")
     transformers = optional_package("transformers", "hf")
     model_type = str(config.get("model_type"))
-    mapping = getattr(transformers, TASK_CLASSES[task])._model_mapping
+    mapping = getattr(transformers, automatic)._model_mapping
     with quiet(transformers):
         try:
             return str(mapping[type(transformers.AutoConfig.for_model(model_type))].__name__)
         except (KeyError, ValueError):
-            raise BadInput(
-                f"transformers {transformers.__version__} has no {TASK_CLASSES[task]} for {model_type!r}."
-            ) from None
+            raise BadInput(f"transformers {transformers.__version__} has no {automatic} for {model_type!r}.") from None
