@@ -300,7 +300,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
             (truncated, "truncated shard: model-00002-of-00002.safetensors"),
             (pipeline, "pipeline .*unet"),
             (adapter, "is an adapter.*org/base"),
-            (only_pickle, r"pytorch_model.bin.*--allow-pickle"),
+            (only_pickle, r"pytorch_model.bin.*convert them to safetensors: python -c"),
             (only_gguf, "GGUF.*convert"),
             (no_weights, "has no weights"),
             (two_variants, "several variants"),

@@ -1,9 +1,9 @@
 """Which tensor of one checkpoint is which of another: the same network under the names that another tool gave it.
 
 Names are compared as they are first, then as old files from TensorFlow have them (``gamma`` for ``weight``), and last
-under another prefix: ``bert.`` or none, ``language_model.model.`` or ``model.language_model.``. Prefixes are learnt from
-the names themselves: the pair of prefixes under which most tensors of equal shape meet is taken first, and a later pair
-may not tear apart what an earlier one maps as a whole.
+under another prefix: ``bert.`` or none, ``language_model.model.`` or ``model.language_model.``. Prefixes are learnt
+from the names themselves: the pair of prefixes under which most tensors of equal shape meet is taken first, and a later
+pair may not tear apart what an earlier one maps as a whole.
 """
 
 from __future__ import annotations

@@ -81,9 +81,9 @@ class CheckpointIndex:
     (path to name) are read for tensors besides the shards: an adapter's, or pickles. ``states`` are those of all
     files that were read, from before they were. ``config_changes`` is what ``config`` says otherwise than
     ``config_file``, for an adapter that changes the network itself. All paths have links followed; in the hub's cache
-    their names are hashes. ``notes`` say what was put right on reading: ``names_on_disk`` (by name here) where a wrapper
-    is left out of names, ``stale_settings`` of ``config.json`` that do not describe these weights, and are missing from
-    ``config``.
+    their names are hashes. ``notes`` say what was put right on reading: ``names_on_disk`` (by name here) where a
+    wrapper is left out of names, ``stale_settings`` of ``config.json`` that do not describe these weights, and are
+    missing from ``config``.
     """
 
     folder: Path

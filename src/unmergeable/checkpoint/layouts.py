@@ -66,6 +66,21 @@ def require_checkpoint(listing: Listing) -> None:
         )
 
 
+def only_pickled(listing: Listing) -> str:
+    """The line for a folder without safetensors files, with the command that makes one of a single pickle."""
+    names = listing.names(Kind.PICKLED_WEIGHTS)
+    line = f"{listing.folder} holds only pickled weights ({names[0]}), which can run code when opened: "
+    if len(names) > 1:
+        return f"{line}convert them to safetensors"
+    pickle, out = (str(listing.folder / name) for name in (names[0], "model.safetensors"))
+    convert = (
+        "import torch; from safetensors.torch import save_file; "
+        f"state = torch.load({pickle!r}, weights_only=True); "
+        f"save_file({{name: value.clone() for name, value in state.items()}}, {out!r}, {{'format': 'pt'}})"
+    )
+    return f'{line}convert them to safetensors: python -c "{convert}"'
+
+
 def _no_weights(listing: Listing) -> str:
     folder = listing.folder
     if stray := listing.names(Kind.WEIGHTS):
@@ -73,11 +88,8 @@ def _no_weights(listing: Listing) -> str:
             f"{folder} has {stray[0]} but no index that names it; expected model.safetensors or "
             "model.safetensors.index.json: download the missing files."
         )
-    if pickles := listing.names(Kind.PICKLED_WEIGHTS):
-        return (
-            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when opened: convert them to "
-            "safetensors, or pass --allow-pickle (allow_pickle=True)."
-        )
+    if listing.is_pickled:
+        return f"{only_pickled(listing)}."
     return (
         _other_format(listing)
         or _inner_folder(listing)
@@ -125,7 +137,7 @@ def _single_file(listing: Listing) -> str | None:
     if len(files) != 1 or files[0].startswith(_STEMS):
         return None
     return (
-        f"{listing.folder} has {files[0]} and no {CONFIG_NAME}: a diffusion pipeline in one file is converted in Python "
-        "with diffusers (from diffusers import DiffusionPipeline; DiffusionPipeline.from_single_file("
-        f"{str(listing.folder / files[0])!r}).save_pretrained('converted')), and its part converted/unet passed."
+        f"{listing.folder} has {files[0]} and no {CONFIG_NAME}: convert a diffusion pipeline in one file with "
+        "diffusers, in Python (from diffusers import DiffusionPipeline; DiffusionPipeline.from_single_file("
+        f"{str(listing.folder / files[0])!r}).save_pretrained('converted')), and pass its part converted/unet."
     )

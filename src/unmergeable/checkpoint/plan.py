@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,8 +96,17 @@ class Layout:
     nbytes: int
 
 
-def lay_out(source: TensorSource, plan: Sequence[OutputTensor], config_changes: Mapping[str, Any] | None) -> Layout:
+def lay_out(
+    source: TensorSource,
+    plan: Sequence[OutputTensor],
+    config_changes: Mapping[str, Any] | None,
+    *,
+    side_files: Mapping[str, Path] | None = None,
+    written: Mapping[str, bytes] | None = None,
+) -> Layout:
     """Fix every byte of the result that does not depend on tensor values.
+
+    ``side_files`` are copied beside the weights (None: the source's); ``written`` are further small files.
 
     Raises:
         UsageError: for a plan that is empty, names a tensor twice, or scatters a shard.
@@ -114,7 +124,9 @@ def lay_out(source: TensorSource, plan: Sequence[OutputTensor], config_changes: 
     weights_index = _weights_index(source.index, plan)
     if weights_index is not None:
         small.append(weights_index)
-    copied = sum(path.stat().st_size for path in source.index.side_files.values())
+    small += (written or {}).items()
+    beside = source.index.side_files if side_files is None else side_files
+    copied = sum(path.stat().st_size for path in beside.values())
     nbytes = sum(shard.size for shard in shards) + sum(len(data) for _, data in small) + copied
     return Layout(shards, tuple(small), nbytes)
 
@@ -199,7 +211,7 @@ def _weights_index(index: CheckpointIndex, plan: tuple[OutputTensor, ...]) -> tu
 
 
 def _still_true(weights_index: Mapping[str, Any], weight_map: Mapping[str, str], parameters: int, nbytes: int) -> bool:
-    """Whether an index says of the result what is so; loaders believe its sizes when they spread a model over devices."""
+    """Whether an index says of the result what is so; loaders spread a model over devices by its sizes."""
     said = _metadata(weights_index)
     return (
         weights_index.get("weight_map") == weight_map

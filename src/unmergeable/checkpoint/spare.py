@@ -26,7 +26,7 @@ _HEAD_BIASES = {
     "predictions.decoder.bias": "predictions.bias",
 }
 _EMBEDDING = re.compile(
-    r"(.*\.)?(shared|embed_tokens|word_embeddings|wte|embed_in|tok_embeddings|word_embedding)\.weight"
+    r"(.*\.)?(shared|embed_tokens|word_embeddings|wte|embed_in|tok_embeddings|token_embedding|word_embedding)\.weight"
 )
 
 

@@ -1,8 +1,8 @@
 """Names that a wrapper around the network put in front of its tensors, or between their parts.
 
 ``torch.compile`` inserts ``_orig_mod``, DistributedDataParallel and DeepSpeed ``module``, FSDP and activation
-checkpointing names of their own, TRL ``pretrained_model``, peft ``base_model.model``. A state dict saved from inside one
-loads nowhere else: transformers knows none of its names. The network is the same without them.
+checkpointing names of their own, TRL ``pretrained_model``, peft ``base_model.model``. A state dict saved from inside
+one loads nowhere else: transformers knows none of its names. The network is the same without them.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ AnyPath = str | os.PathLike[str]
 
 
 def open_with_architecture(
-    folder: Path, *, base: Path | None = None, allow_pickle: bool = False
+    folder: Path, *, base: Path | None = None, allow_pickle: bool | None = None
 ) -> tuple[TensorSource, Architecture]:
     """Open a checkpoint (a LoRA folder on ``base``) and find its symmetry map, reading headers only."""
     source = open_checkpoint(folder, base=base, allow_pickle=allow_pickle)
@@ -30,12 +30,13 @@ def architecture_of(source: TensorSource) -> Architecture:
 
 
 def open_base(
-    folder: Path, expert: TensorSource, architecture: Architecture, *, allow_pickle: bool = False
+    folder: Path, expert: TensorSource, architecture: Architecture, *, allow_pickle: bool | None = None
 ) -> TensorSource:
     """Open the base of ``expert``, under the expert's tensor names.
 
     The body must be the same network: every tensor with a symmetry, of the same shape. Output heads may differ, and
-    so may prefixes of names. A whole that holds the expert's network, such as all of CLIP around its vision tower, will do.
+    so may prefixes of names. A whole that holds the expert's network, such as all of CLIP around its vision tower, is
+    fine.
 
     Raises:
         BadInput: there is nothing at ``folder``.
@@ -53,8 +54,8 @@ def base_of(base: TensorSource, expert: TensorSource, architecture: Architecture
     folder = base.description
     if common_part(expert.config, base.config) is None:
         raise Mismatch(
-            f"base {folder} is a {kind_of(base.config)} model and {expert.description} a {kind_of(expert.config)}; give "
-            "the checkpoint it was fine-tuned from."
+            f"base {folder} is a {kind_of(base.config)} model and {expert.description} a {kind_of(expert.config)}; "
+            "give the checkpoint it was fine-tuned from."
         )
     names = corresponding_names(shapes_of(expert), shapes_of(base))
     # Embeddings and heads lie along the stream only: a fine-tune may have others.
