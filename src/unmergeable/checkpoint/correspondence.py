@@ -3,13 +3,15 @@
 Names are compared as they are first, then as old files from TensorFlow have them (``gamma`` for ``weight``), and last
 under another prefix: ``bert.`` or none, ``language_model.model.`` or ``model.language_model.``. Prefixes are learnt
 from the names themselves: the pair of prefixes under which most tensors of equal shape meet is taken first, and a later
-pair may not tear apart what an earlier one maps as a whole.
+pair may not map to elsewhere what an earlier one maps as a whole.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+
+from unmergeable.checkpoint.spare import is_output_head
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,18 +52,17 @@ def _modern(name: str) -> str:
 def _under_other_prefixes(open_names: Shapes, left: Mapping[str, str], shapes: Shapes) -> dict[str, str]:
     """The rest of the pairs, one pair of prefixes after the other; ``left`` maps names as compared to those stored."""
     found: dict[str, str] = {}
-    accepted: list[_Prefixes] = []
+    modules: set[_Prefixes] = set()
     unmatched, remaining = dict(open_names), dict(left)
-    for ours, theirs in _candidates(unmatched, remaining, shapes):
-        if any(_tears(ours, theirs, earlier) for earlier in accepted):
+    for prefixes in _candidates(unmatched, remaining, shapes):
+        pairs = {name: other for name in unmatched if (other := _moved(_modern(name), prefixes)) in remaining}
+        moved = {_modules(_modern(name), prefixes) for name in pairs}
+        if not pairs or not _belongs(prefixes, pairs, modules) or any(_tears(pair, modules) for pair in moved):
             continue
-        pairs = {name: other for name in unmatched if (other := _moved(_modern(name), ours, theirs)) in remaining}
-        if pairs:
-            accepted.append((ours, theirs))
-            found |= {name: remaining[other] for name, other in pairs.items()}
-            for name, other in pairs.items():
-                unmatched.pop(name)
-                remaining.pop(other, None)
+        modules |= moved
+        for name, other in pairs.items():
+            unmatched.pop(name)
+            found[name] = remaining.pop(other)
     return found
 
 
@@ -88,16 +89,42 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
         yield ".".join(parts[:place]), ".".join(parts[place:])
 
 
-def _moved(name: str, ours: str, theirs: str) -> str | None:
+def _moved(name: str, prefixes: _Prefixes) -> str | None:
+    ours, theirs = prefixes
     if not _lies_in(name, ours):
         return None
-    suffix = name[len(ours) :].removeprefix(".")
-    return f"{theirs}.{suffix}" if theirs else suffix
+    return _joined(theirs, _behind(name, ours))
 
 
-def _tears(ours: str, theirs: str, earlier: _Prefixes) -> bool:
-    """Whether a pair of prefixes maps part of what ``earlier`` maps, and elsewhere."""
-    return _lies_in(ours, earlier[0]) != _lies_in(theirs, earlier[1])
+def _modules(name: str, prefixes: _Prefixes) -> _Prefixes:
+    """The first module behind the prefixes, under both names: what a pair of prefixes maps as a whole."""
+    ours, theirs = prefixes
+    module = _behind(name, ours).partition(".")[0]
+    return _joined(ours, module), _joined(theirs, module)
+
+
+def _belongs(prefixes: _Prefixes, names: Iterable[str], modules: Iterable[_Prefixes]) -> bool:
+    """Whether these tensors speak for a pair of prefixes: layers and heads do, others only beside what was mapped so."""
+    if any(part.isdigit() for name in names for part in name.split(".")) or all(map(is_output_head, names)):
+        return True
+    return any(_joined(prefixes[1], _behind(ours, prefixes[0])) == theirs for ours, theirs in modules)
+
+
+def _tears(module: _Prefixes, modules: Iterable[_Prefixes]) -> bool:
+    """Whether a module is mapped elsewhere than what it is part of, or than a part of it."""
+    return any(
+        _lies_in(inner[0], outer[0]) != _lies_in(inner[1], outer[1])
+        for other in modules
+        for inner, outer in ((module, other), (other, module))
+    )
+
+
+def _joined(prefix: str, rest: str) -> str:
+    return f"{prefix}.{rest}" if prefix and rest else prefix or rest
+
+
+def _behind(name: str, prefix: str) -> str:
+    return name[len(prefix) :].removeprefix(".") if _lies_in(name, prefix) else name
 
 
 def _lies_in(name: str, prefix: str) -> bool:
