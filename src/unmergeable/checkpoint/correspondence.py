@@ -104,7 +104,7 @@ def _modules(name: str, prefixes: _Prefixes) -> _Prefixes:
 
 
 def _belongs(prefixes: _Prefixes, names: Iterable[str], modules: Iterable[_Prefixes]) -> bool:
-    """Whether these tensors speak for a pair of prefixes: layers and heads do, others only beside what was mapped so."""
+    """Whether these tensors speak for a pair of prefixes: layers and heads do, others only with what was mapped so."""
     if any(part.isdigit() for name in names for part in name.split(".")) or all(map(is_output_head, names)):
         return True
     return any(_joined(prefixes[1], _behind(ours, prefixes[0])) == theirs for ours, theirs in modules)

@@ -150,7 +150,7 @@ class _Comparison:
         for member in self.models:
             self.notes += [f"{member.label}: {note}" for note in member.source.index.notes]
             self.notes += differing_settings(self.template, member) if member is not self.template else ()
-        vocabularies = Vocabularies.of(self.read, self.template, tokenizer, self.notes)
+        vocabularies = Vocabularies.of(self.models, self.template, tokenizer, self.notes)
         copies = self._copies()
         shares = {
             name: found

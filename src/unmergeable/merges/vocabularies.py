@@ -59,7 +59,7 @@ class Vocabularies:
     """Rows of the merge in every model, by its role; empty where all have the same.
 
     ``size`` is the number of rows of the merge. ``files`` are the side files of the merge that are not the template's:
-    None for those it leaves out.
+    None for those it leaves out. ``base`` are the parts that the base plays: an average may have it as an expert too.
     """
 
     size: int = 0
@@ -67,6 +67,7 @@ class Vocabularies:
     sources: Mapping[int, tuple[str, int] | str] = field(default_factory=dict)
     forced: frozenset[int] = frozenset()
     files: Mapping[str, Path | bytes | None] = field(default_factory=dict)
+    base: tuple[str, ...] = ()
 
     @property
     def differ(self) -> bool:
@@ -89,8 +90,11 @@ class Vocabularies:
         if embedding is None or (tokenizer is None and len(set(heights.values())) == 1):
             return cls()
         if tokenizer is None:
-            return _by_default(members, template, heights, notes)
-        return _as_chosen(members, template, heights, tokenizer)
+            found = _by_default(members, template, heights, notes)
+        else:
+            found = _as_chosen(members, template, heights, tokenizer)
+        base = next((member.source for member in members if member.role == "base"), None)
+        return replace(found, base=tuple(member.role for member in members if member.source is base))
 
     def aligned(self, name: str, roles: Sequence[str], operands: Sequence[Operand]) -> tuple[Operand, ...]:
         """The operands of a tensor, which models of these roles have, with the rows of the merge."""
@@ -102,7 +106,8 @@ class Vocabularies:
             if isinstance(source, tuple) and source[0] not in places:
                 raise UsageError(f"{name}: the row of a token is to come from {source[0]}, which does not have it.")
             sources[row] = (places[source[0]], source[1]) if isinstance(source, tuple) else source
-        alignment = Alignment(tuple(self.rows[role] for role in roles), places.get("base"), sources, self.forced)
+        base = next((places[role] for role in self.base if role in places), None)
+        alignment = Alignment(tuple(self.rows[role] for role in roles), base, sources, self.forced)
         if is_in_place(alignment, [operand.shape[0] for operand in operands]):
             return tuple(operands)
         return alignment.aligned(operands)

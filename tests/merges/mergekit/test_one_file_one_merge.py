@@ -53,8 +53,9 @@ def both(folder: Path, document: dict[str, Any]) -> tuple[dict[str, torch.Tensor
 
 
 def document_of(method: str, **more: Any) -> dict[str, Any]:
-    models = [{"model": name, "parameters": {"weight": 0.5}} for name in ("a", "b")]
-    return {"merge_method": method, "base_model": "base", "models": models, "dtype": "float32", **more}
+    models = [{"model": name} for name in ("a", "b")]
+    shared = {"base_model": "base", "parameters": {"weight": 0.5}, "dtype": "float32"}
+    return {"merge_method": method, "models": models, **shared, **more}
 
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -63,9 +64,8 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
         assert tensor.dtype == theirs[name].dtype, name
         # Both compute in float32 a few sums of numbers below 1, and round once.
         step = torch.finfo(tensor.dtype).eps
-        assert torch.allclose(
-            tensor.float(), theirs[name].float(), atol=8 * torch.finfo(torch.float32).eps, rtol=step
-        ), name
+        near = 8 * torch.finfo(torch.float32).eps
+        assert torch.allclose(tensor.float(), theirs[name].float(), atol=near, rtol=step), name
 
 
 CHOICES: dict[str, dict[str, Any]] = {
