@@ -57,17 +57,18 @@ def test_refuses(method: Merge, spoil: Spoil, error: type[UnmergeableError], mes
     [
         (torch.bfloat16, (torch.float16, torch.float32)),
         (torch.float32, (torch.bfloat16, torch.float64)),
-        (torch.float64, (torch.float32, torch.float32)),
+        (torch.float64, (torch.float64, torch.float32)),
     ],
     ids=str,
 )
 def test_precisions_that_differ_are_merged_in_the_widest_and_stored_as_the_base(
     method: Merge, base_dtype: torch.dtype, expert_dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    base, experts = make_models(2)
+    base, experts = make_models(method.most_experts or 2)
     base = cast(base, base_dtype)
-    experts = [cast(expert, dtype) for expert, dtype in zip(experts, expert_dtypes, strict=True)]
-    wide = torch.float64 if torch.float64 in (base_dtype, *expert_dtypes) else torch.float32
+    stored = expert_dtypes[: len(experts)]
+    experts = [cast(expert, dtype) for expert, dtype in zip(experts, stored, strict=True)]
+    wide = torch.float64 if torch.float64 in (base_dtype, *stored) else torch.float32
     merged = merge_state_dicts(base, experts, method=method)
     # Widening is exact, so that models of one precision that hold the same numbers merge to the same.
     expected = merge_state_dicts(cast(base, wide), [cast(expert, wide) for expert in experts], method=method)

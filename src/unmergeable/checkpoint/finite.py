@@ -8,9 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from unmergeable.checkpoint.dtypes import torch_dtype
-from unmergeable.checkpoint.source import TensorSource
+from unmergeable.checkpoint.reader import Checkpoint
+from unmergeable.checkpoint.source import RenamedSource, TensorSource
 from unmergeable.errors import BadInput
 from unmergeable.progress import Progress, silent
+from unmergeable.threads import worker_threads
+
+_PIECE_BYTES = 1 << 22
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -38,7 +42,7 @@ def require_finite(
         BadInput: naming the first tensor that holds NaN or infinity.
     """
     named = [(label, source, name) for label, source in sources.items() for name in source.names]
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(worker_threads(threads))
     try:
         for done, (found, (label, _, name)) in enumerate(zip(pool.map(_is_sound, named), named, strict=True), start=1):
             if not found:
@@ -49,6 +53,12 @@ def require_finite(
 
 
 def _is_sound(place: tuple[str, TensorSource, str]) -> bool:
-    _, source, name = place
+    label, source, name = place
     dtype = torch_dtype(source.spec(name).dtype)
-    return not dtype.is_floating_point or dtype.itemsize < 2 or is_finite(source.tensor(name))
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        return True
+    if isinstance(source, RenamedSource):
+        return _is_sound((label, source.original, source.original_name.get(name, name)))
+    if isinstance(source, Checkpoint):  # piece by piece, so that a large tensor is never held
+        return all(is_finite(torch.frombuffer(piece, dtype=dtype)) for piece in source.raw_chunks(name, _PIECE_BYTES))
+    return is_finite(source.tensor(name))

@@ -101,7 +101,10 @@ def _inner_folder(listing: Listing) -> str | None:
     """The folder inside this one that is meant: a snapshot of the hub's cache, or a step of a training run."""
     folder = listing.folder
     if {"snapshots", "blobs"} <= set(listing.files):
-        snapshots = sorted((path for path in (folder / "snapshots").iterdir()), key=lambda path: path.stat().st_mtime)
+        snapshots = sorted((folder / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
+        main = folder / "refs" / "main"
+        if main.is_file() and (current := folder / "snapshots" / main.read_text().strip()) in snapshots:
+            snapshots.append(current)
         if snapshots:
             return f"{folder} is a repository of the hub's cache: pass its snapshot {snapshots[-1]}."
     steps = [(int(match[1]), name) for name in listing.files if (match := _LAST.fullmatch(name))]

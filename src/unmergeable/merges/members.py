@@ -125,7 +125,7 @@ def differing_settings(template: Member, other: Member) -> Iterator[str]:
     for key, value in ours.items():
         if value is not None and theirs.get(key) is not None and value != theirs[key]:
             yield (
-                f"config.json: {key} is {value} in {template.label} and {theirs[key]} in {other.label}; the merge has "
+                f"config.json: {key} is {value} in {template.role} and {theirs[key]} in {other.role}; the merge has "
                 f"that of {template.role}."
             )
 

@@ -148,7 +148,7 @@ class _Comparison:
     def networks(self, tokenizer: Tokenizer | None) -> Networks:
         template = self.template.source
         for member in self.models:
-            self.notes += [f"{member.label}: {note}" for note in member.source.index.notes]
+            self.notes += [f"{member.role}: {note}" for note in member.source.index.notes]
             self.notes += differing_settings(self.template, member) if member is not self.template else ()
         vocabularies = Vocabularies.of(self.models, self.template, tokenizer, self.notes)
         copies = self._copies()
@@ -338,9 +338,9 @@ class _Comparison:
         by_reason: dict[tuple[str, ...], list[str]] = {}
         for name, roles in self.kept.items():
             by_reason.setdefault(tuple(roles), []).append(name)
-        for roles, names in by_reason.items():
+        for lacking, kept in by_reason.items():
             self.notes.append(
-                f"kept as {self.template.role} has them, for {_listed(roles)} did not have the same: {_listed(names)}."
+                f"kept as {self.template.role} has them, for {_listed(lacking)} did not have the same: {_listed(kept)}."
             )
         for role, names in self.unchanged.items():
             self.notes.append(f"{role} counts as unchanged where it has nothing: {_listed(names)}.")

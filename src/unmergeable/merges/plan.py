@@ -50,7 +50,7 @@ def plan(networks: Networks, merge_tensor: TensorMerge, out_dtype: torch.dtype |
             return merged(name, spec, shard)
         return OutputTensor(name, spec, shard, fill=partial(_copy, name, _operand(*origin)))
 
-    last = next(reversed(template.index.shards))
+    last = list(template.index.shards)[-1]
     extra = [added(name, last) for name in networks.added]
     return tuple(
         tensor if tensor.name in networks.added else planned(tensor)

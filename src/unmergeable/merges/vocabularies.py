@@ -218,14 +218,9 @@ def _sources(
         if source.model is None:
             sources[row] = ZERO
             continue
-        role = _role(source.model)
-        own = (
-            source.row
-            if source.row is not None
-            else known[role].rows.get(source.token or token)
-            if role in known
-            else None
-        )
+        own = source.row
+        if own is None and role in known:
+            own = known[role].rows.get(source.token or token)
         if own is None:
             raise UsageError(f"tokens: {role} has no token {source.token or token!r}, which {token!r} is to come from.")
         sources[row] = (role, own)

@@ -99,6 +99,7 @@ def merge(
         return _merge_adapters(experts, method, settings or {}, Path(out))
     if backend == "mergekit":
         find_command()
+        _refuse_own_choices(template, allow_pickle=allow_pickle)
     out = Path(out)
     if config is not None:
         if experts or method is not None or base is not None or settings or data or dtype or tokenizer is not None:
@@ -107,7 +108,6 @@ def merge(
                 "--tokenizer."
             )
         if backend == "mergekit":
-            _refuse_own_choices(template, allow_pickle=allow_pickle)
             return _merge_config_with_mergekit(Path(config), out, seed=seed, checksums=checksums, threads=threads)
         options = _Options(template, allow_pickle, checksums, threads, progress)
         return _merge_config(Path(config), out, options)
@@ -125,15 +125,15 @@ def merge(
     coefficients: list[float | None] = [coefficient for _, coefficient in given]
     stored = None if dtype is None else named_dtype(dtype)
     tokens = Tokenizer(tokenizer) if isinstance(tokenizer, str | int) else tokenizer
-    base_source = None if base_folder is None else open_checkpoint(base_folder, allow_pickle=allow_pickle)
-    sources = [open_checkpoint(folder, base=of, allow_pickle=allow_pickle) for folder, of in folders]
+    reads_pickle = allow_pickle if backend == "own" else None
+    base_source = None if base_folder is None else open_checkpoint(base_folder, allow_pickle=reads_pickle)
+    sources = [open_checkpoint(folder, base=of, allow_pickle=reads_pickle) for folder, of in folders]
     if backend == "mergekit":
         if data:
             raise UsageError("mergekit merges without data; leave out --data, or --backend.")
         resolved = merge_method(method).resolve(coefficients)
         inputs = {} if base_source is None else {"base": base_source}
         inputs |= {f"expert {number}": source for number, source in enumerate(sources, start=1)}
-        _refuse_own_choices(template, allow_pickle=allow_pickle)
         pairs = list(zip([_named_for_mergekit(*pair) for pair in folders], resolved, strict=True))
         first = next(iter(inputs.values()))
         out_dtype = dtype or _stored_dtype(first)

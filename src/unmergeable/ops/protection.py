@@ -177,7 +177,7 @@ def _require_use(steps: Sequence[Step], extras: Extras, *, allow_pickle: bool) -
         raise UsageError(f"{steps[0].name} reads safetensors only: convert the checkpoint and leave out allow_pickle.")
 
 
-def _opened(expert: Path, base: Path, *, allow_pickle: bool = False) -> Inputs:
+def _opened(expert: Path, base: Path, *, allow_pickle: bool | None = None) -> Inputs:
     """Both checkpoints, headers only."""
     source, architecture = open_with_architecture(expert, base=base, allow_pickle=allow_pickle)
     origin = open_base(base, source, architecture, allow_pickle=allow_pickle)
@@ -254,7 +254,7 @@ class _Request:
         """What a step works on, ``source`` being the expert or what the step before wrote."""
         given = {extra.name: getattr(self.extras, extra.name) for extra in fields(Extras) if extra.name in step.reads}
         return replace(
-            _opened(source, self.base, allow_pickle=self.allow_pickle),
+            _opened(source, self.base, allow_pickle=self.allow_pickle if step.has_key else None),
             extras=Extras(**given),
             key_file=self.key if step.has_key else None,
             passphrase=self.passphrase,
