@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merges.networks_on_disk import tokenizer_document
+from merges.networks_on_disk import EMBEDDING, tokenizer_document
 from unmergeable import ops
 
 pytestmark = pytest.mark.slow
@@ -92,13 +92,16 @@ def test_tokenizers(method: str, choice: dict[str, Any], tmp_path: Path) -> None
     llama(tmp_path / "a", 1, TOKENS | {"<x>": 9, "<y>": 10}, 11)
     llama(tmp_path / "b", 2, TOKENS | {"<y>": 9, "<z>": 10}, 16)
     ours, theirs = both(tmp_path, document_of(method, **choice))
-    assert_same(ours, theirs)
     config = json.loads((tmp_path / "own" / "config.json").read_text())
-    assert config["vocab_size"] == ours["model.embed_tokens.weight"].shape[0]
+    assert config["vocab_size"] == ours[EMBEDDING].shape[0]
     from transformers import AutoTokenizer
 
-    vocabularies = [AutoTokenizer.from_pretrained(tmp_path / folder).get_vocab() for folder in ("own", "mergekit")]
-    assert vocabularies[0] == vocabularies[1]
+    own, other = (AutoTokenizer.from_pretrained(tmp_path / folder).get_vocab() for folder in ("own", "mergekit"))
+    assert own.keys() == other.keys()
+    # mergekit numbers the tokens that it adds in the order of a set of models, which differs from run to run.
+    rows = torch.tensor([other[token] for token in sorted(own, key=own.__getitem__)])
+    theirs[EMBEDDING] = theirs[EMBEDDING][rows]
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("stored", [{}, {"out_dtype": "bfloat16"}, {"out_dtype": "float16"}], ids=str)
