@@ -24,9 +24,10 @@ from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UsageError
 from unmergeable.merges.base import Inputs, Merge
 from unmergeable.merges.blocks import Scratch, in_one_dtype
+from unmergeable.merges.comparison import compare
 from unmergeable.merges.models import mergeable_names, require_nothing_lost, state_dict_model
 from unmergeable.merges.modules import merged_modules
-from unmergeable.merges.networks import Template, compare
+from unmergeable.merges.networks import Template
 from unmergeable.merges.plan import config_changes, fill, plan
 from unmergeable.merges.variation import Vary, describe, terms_of
 from unmergeable.merges.vocabularies import Tokenizer

@@ -1,7 +1,7 @@
 """Models of a merge as operands by name, and the checks that those in memory belong together.
 
 A tensor that goes missing in a merge would later be scored as a protection, so the names and shapes of state dicts must
-agree exactly (what checkpoints may differ in is in :mod:`unmergeable.merges.networks`). Floating-point tensors are
+agree exactly (what checkpoints may differ in is in :mod:`unmergeable.merges.comparison`). Floating-point tensors are
 merged; integer and boolean ones are buffers such as position ids: they must be equal, and are copied.
 """
 
