@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -200,7 +201,7 @@ def merge_blocks(
         stop = start + block.numel()
         merged[start:stop].copy_(block)
         if not is_finite(merged[start:stop]):
-            raise BadInput(_blame(name, operands, merged.dtype))
+            _refuse(name, operands, merged.dtype)
         start = stop
     return merged.reshape(template.shape)
 
@@ -215,10 +216,10 @@ def merge_whole(
     tensors = [whole_tensor(operand) for operand in operands]
     merged = scratch.merged_like(operands[0])
     if not all(is_finite(tensor) for tensor in tensors):  # LAPACK stops at a NaN with an error of its own
-        raise BadInput(_blame(name, operands, merged.dtype))
+        _refuse(name, operands, merged.dtype)
     merged.copy_(merge(tensors))
     if not is_finite(merged):
-        raise BadInput(_blame(name, operands, merged.dtype))
+        _refuse(name, operands, merged.dtype)
     return merged
 
 
@@ -240,8 +241,13 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def _blame(name: str, operands: Sequence[Operand], out_dtype: torch.dtype) -> str:
+def require_finite_operands(name: str, operands: Sequence[Operand]) -> None:
+    """Raise BadInput naming the first model whose tensor holds NaN or infinity."""
     for operand in operands:
         if not all(is_finite(block) for block in operand.read(BLOCK_ELEMENTS)):
-            return not_finite(name, operand.label)
-    return f"{name}: the merge overflows {out_dtype}; lower the coefficients or use a wider dtype."
+            raise BadInput(not_finite(name, operand.label))
+
+
+def _refuse(name: str, operands: Sequence[Operand], out_dtype: torch.dtype) -> NoReturn:
+    require_finite_operands(name, operands)
+    raise BadInput(f"{name}: the merge overflows {out_dtype}; lower the coefficients or use a wider dtype.")
