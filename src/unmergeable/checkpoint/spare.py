@@ -15,8 +15,9 @@ _BUFFERS = re.compile(
     | token_type_ids | num_batches_tracked | embed_positions\.weights | rotary_emb\.(cos|sin)_cached )""",
     re.VERBOSE,
 )
+# Heads and embeddings lie outside the layers: no part of their names is a number.
 _HEADS = re.compile(
-    r"""(.*\.)?( lm_head | embed_out | output | lm_head\.decoder | cls\.predictions\.decoder | predictions\.decoder
+    r"""([A-Za-z_]\w*\.)*( lm_head | embed_out | output | lm_head\.decoder | (cls\.)?predictions\.decoder
     | vocab_projector | generator_lm_head | shared | (encoder|decoder)\.embed_tokens )\.weight""",
     re.VERBOSE,
 )
@@ -26,7 +27,7 @@ _HEAD_BIASES = {
     "predictions.decoder.bias": "predictions.bias",
 }
 _EMBEDDING = re.compile(
-    r"(.*\.)?(shared|embed_tokens|word_embeddings|wte|embed_in|tok_embeddings|token_embedding|word_embedding)\.weight"
+    r"([A-Za-z_]\w*\.)*(shared|embed_tokens|word_embeddings|wte|embed_in|tok_embeddings|token_embedding|word_embedding)\.weight"
 )
 
 

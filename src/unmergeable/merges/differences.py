@@ -24,7 +24,7 @@ _VALUE_HEAD = re.compile(r"v_head\..*")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
 VOCABULARY_VECTORS = re.compile(
-    r"(.*\.)?(lm_head\.bias|lm_head\.decoder\.bias|cls\.predictions\.(decoder\.)?bias|predictions\.(decoder\.)?bias"
+    r"([A-Za-z_]\w*\.)*(lm_head\.bias|lm_head\.decoder\.bias|cls\.predictions\.(decoder\.)?bias|predictions\.(decoder\.)?bias"
     r"|embed_out\.bias|vocab_projector\.bias)"
 )
 """Vectors with one element for each token."""
