@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from unmergeable.checkpoint.index import TensorSpec, read_index
+from unmergeable.checkpoint.plan import lay_out, output_like
+from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import CheckpointError
 
 WriteFolder = Callable[..., Path]
@@ -137,6 +140,38 @@ def index_swaps_a_shard(folder: Path) -> None:
     change_index(folder, lambda content: content["weight_map"].update(scale="model-00001-of-00002.safetensors"))
 
 
+DISAGREEING = {
+    "lists too little": index_lists_too_little,
+    "places a tensor elsewhere": index_swaps_a_shard,
+    "promises masks": lambda folder: change_index(
+        folder, lambda content: content["weight_map"].update({"h.0.attn.bias": "model-00001-of-00002.safetensors"})
+    ),
+    "no metadata": lambda folder: change_index(folder, lambda content: content.pop("metadata")),
+}
+
+
+@pytest.mark.parametrize("spoil", DISAGREEING.values(), ids=DISAGREEING)
+def test_files_are_believed_where_their_index_is_careless(spoil: Callable[[Path], None], two_shards: Path) -> None:
+    """Loaders read every tensor of every file that it names; what is written gets an index that is right."""
+    before = read_index(two_shards)
+    spoil(two_shards)
+    source = Checkpoint.open(two_shards)
+    assert source.index.entries == before.entries
+    small = dict(lay_out(source, output_like(source, {}), None).small_files)
+    written = json.loads(small["model.safetensors.index.json"])
+    assert written["weight_map"] == {name: entry.shard for name, entry in before.entries.items()}
+    assert written["metadata"]["total_size"] == before.nbytes
+
+
+def test_a_head_that_an_index_promises_is_missed_only_where_it_is_not_tied(two_shards: Path) -> None:
+    head = {"lm_head.weight": "model-00001-of-00002.safetensors"}
+    change_index(two_shards, lambda content: content["weight_map"].update(head))
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' .* no file holds it"):
+        read_index(two_shards)
+    (two_shards / "config.json").write_text('{"tie_word_embeddings": true}')
+    assert "lm_head.weight" not in read_index(two_shards).entries
+
+
 def tensor_in_two_shards(folder: Path) -> None:
     save_file({"scale": WEIGHT, "w00.weight": 2 * WEIGHT}, folder / "model-00002-of-00002.safetensors")
 
@@ -185,12 +220,55 @@ def two_variants(folder: Path) -> None:
         save_file({"a": WEIGHT}, folder / f"model.{variant}.safetensors")
 
 
-def quantisation_config(folder: Path) -> None:
-    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+def say_quantised(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
 
 
-def quantised_text_part(folder: Path) -> None:
-    (folder / "config.json").write_text('{"text_config": {"quantization_config": {"quant_method": "awq"}}}')
+def quantised_and_says_so(folder: Path) -> None:
+    say_quantised(folder, {"quantization_config": {"quant_method": "gptq"}})
+    shutil.move(folder / "model-00001-of-00002.safetensors", folder / "moved")
+    tensors = load_file(folder / "moved") | {"w00.qweight": torch.zeros(2, dtype=torch.int32)}
+    save_file(tensors, folder / "model-00001-of-00002.safetensors")
+
+
+def quantised_text_part_as_it_runs(folder: Path) -> None:
+    say_quantised(folder, {"text_config": {"quantization_config": {"quant_method": "bitnet"}}})
+
+
+def only_vectors_of_a_quantised_model(folder: Path) -> None:
+    only_pickle(folder)
+    say_quantised(folder, {"text_config": {"quantization_config": {"quant_method": "awq"}}})
+    save_file({"norm.weight": torch.ones(3)}, folder / "model.safetensors")
+
+
+def saved_empty(folder: Path) -> None:
+    only_pickle(folder)
+    save_file({"a.weight": torch.empty(0), "b.weight": WEIGHT}, folder / "model.safetensors")
+
+
+def only_folders(folder: Path, *names: str) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    for name in names:
+        (folder / name).mkdir(parents=True)
+
+
+def snapshot_folder_meant(folder: Path) -> None:
+    only_folders(folder, "snapshots/abc", "blobs", "refs")
+
+
+def training_run(folder: Path) -> None:
+    only_folders(folder, "checkpoint-1000", "checkpoint-500")
+
+
+def deepspeed_parts(folder: Path) -> None:
+    only_folders(folder, "global_step10")
+    (folder / "zero_to_fp32.py").touch()
+
+
+def pipeline_in_one_file(folder: Path) -> None:
+    only_folders(folder)
+    save_file({"model.diffusion_model.weight": WEIGHT}, folder / "sd.safetensors")
 
 
 def repeated_key(folder: Path) -> None:
@@ -216,20 +294,24 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
             (missing_index, "no index that names it"),
             (both_single_and_index, "holds both"),
             (index_without_map, "has no weight_map"),
-            (index_lists_too_much, "promises tensor 'ghost'"),
-            (index_lists_too_little, "does not list tensor 'scale'"),
-            (index_swaps_a_shard, "places tensor 'scale' in model-00001"),
+            (index_lists_too_much, "promises tensor 'ghost' .* no file holds it"),
             (tensor_in_two_shards, "'w00.weight' is in both"),
             (shard_is_a_link_outside, "link that leaves the folder"),
             (truncated, "truncated shard: model-00002-of-00002.safetensors"),
             (pipeline, "pipeline .*unet"),
             (adapter, "is an adapter.*org/base"),
-            (only_pickle, r"pytorch_model.bin.*--allow-pickle"),
+            (only_pickle, r"pytorch_model.bin.*convert them to safetensors: python -c"),
             (only_gguf, "GGUF.*convert"),
             (no_weights, "has no weights"),
             (two_variants, "several variants"),
-            (quantisation_config, "already quantised.*gptq"),
-            (quantised_text_part, "already quantised.*awq"),
+            (quantised_and_says_so, "already quantised by 'gptq' .*qweight"),
+            (quantised_text_part_as_it_runs, "quantised as it runs .text_config.quantization_config: 'bitnet'"),
+            (only_vectors_of_a_quantised_model, "already quantised by 'awq'"),
+            (saved_empty, r"1 of 2 tensors are empty, a.weight among them.*zero_to_fp32"),
+            (snapshot_folder_meant, r"hub's cache: pass its snapshot .*source/snapshots/abc"),
+            (training_run, r"2 checkpoints of a training run .* pass .*checkpoint-1000\."),
+            (deepspeed_parts, "DeepSpeed.*zero_to_fp32.py"),
+            (pipeline_in_one_file, r"sd\.safetensors and no config.json.*from_single_file"),
         )
     },
 }
@@ -286,3 +368,29 @@ def test_integer_buffers_are_no_quantised_weights(
     name: str, tensor: torch.Tensor, tmp_path: Path, single: WriteFolder
 ) -> None:
     assert name in read_index(single(tmp_path, {name: tensor, "a.weight": WEIGHT})).entries
+
+
+STALE: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, Any]]] = {
+    "QLoRA": (
+        {"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        ("quantization_config",),
+        {"model_type": "llama"},
+    ),
+    "text part": (
+        {"text_config": {"a": 1, "quantization_config": {"quant_method": "awq"}}},
+        ("text_config.quantization_config",),
+        {"text_config": {"a": 1}},
+    ),
+    "no method named": ({"compression_config": {"format": "dense"}}, ("compression_config",), {}),
+}
+
+
+@pytest.mark.parametrize(("config", "stale", "rest"), STALE.values(), ids=STALE)
+def test_whole_weights_that_are_called_quantised(
+    config: dict[str, Any], stale: tuple[str, ...], rest: dict[str, Any], tmp_path: Path, single: WriteFolder
+) -> None:
+    source = Checkpoint.open(single(tmp_path, {"a.weight": WEIGHT}, config))
+    assert (source.index.stale_settings, source.config) == (stale, rest)
+    assert stale[0] in source.index.notes[0]
+    small = dict(lay_out(source, output_like(source, {}), None).small_files)
+    assert json.loads(small["config.json"]) == rest

@@ -113,7 +113,10 @@ def test_a_damaged_pickle(tmp_path: Path) -> None:
 def test_permission_is_needed_and_safetensors_come_first(tmp_path: Path, single: WriteFolder) -> None:
     folder = write_pickles(tmp_path / "source", pytorch_model={"a.weight": torch.ones(2)})
     with pytest.raises(CheckpointError, match="--allow-pickle"):
-        open_checkpoint(folder)
+        open_checkpoint(folder, allow_pickle=False)
+    with pytest.raises(CheckpointError, match="convert them to safetensors") as caught:
+        open_checkpoint(folder)  # where there is no such option
+    assert "--allow-pickle" not in str(caught.value)
     single(folder, {"a.weight": torch.zeros(2)})
     source = open_checkpoint(folder, allow_pickle=True)
     assert torch.equal(source.tensor("a.weight"), load_file(folder / "model.safetensors")["a.weight"])

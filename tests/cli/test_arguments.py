@@ -161,9 +161,29 @@ def test_merge(ops: RecordingOps, run: Runner) -> None:
         "config": None,
         "backend": "own",
         "keep_adapter": False,
+        "dtype": None,
+        "template": None,
+        "tokenizer": None,
+        "allow_pickle": False,
         "checksums": False,
         "threads": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "template", "tokenizer"),
+    [("--template base --tokenizer union", "base", "union"), ("--template 2 --tokenizer 1", 2, 1)],
+)
+def test_whose_parts_and_tokens_a_merge_has(
+    words: str, template: str | int, tokenizer: str | int, ops: RecordingOps, run: Runner
+) -> None:
+    command = "merge --expert x --method linear --out o --dtype bfloat16 --allow-pickle"
+    _, options = asked(ops, run, *command.split(), *words.split())
+    assert (options["template"], options["tokenizer"], options["dtype"]) == (template, tokenizer, "bfloat16")
+    assert options["allow_pickle"] is True
+    refused = run(*command.split(), "--template", "union")
+    assert refused.exit_code == 2
+    assert "--template union: give base or the number of an --expert" in refused.stderr
 
 
 def test_merge_by_configuration(ops: RecordingOps, run: Runner) -> None:
@@ -206,6 +226,7 @@ def test_recover(ops: RecordingOps, run: Runner) -> None:
         "head": Path("h"),
         "encoder": Path("e"),
         "settings": {"x": "1"},
+        "allow_pickle": False,
         "threads": 1,
     }
 
@@ -213,7 +234,7 @@ def test_recover(ops: RecordingOps, run: Runner) -> None:
 def test_inspect(ops: RecordingOps, run: Runner) -> None:
     positional, options = asked(ops, run, "inspect", "c", "--base", "b", "--source", "s")
 
-    assert (positional, options) == ((Path("c"),), {"base": Path("b"), "sources": [Path("s")]})
+    assert (positional, options) == ((Path("c"),), {"base": Path("b"), "sources": [Path("s")], "allow_pickle": False})
 
 
 @pytest.mark.parametrize("command", ["methods", "schema"])

@@ -107,6 +107,8 @@ def wrong_head_count(workshop: Workshop) -> None:
 
 def already_quantised(workshop: Workshop) -> None:
     workshop.edit_config(quantization_config={"quant_method": "gptq", "bits": 4})
+    packed = torch.zeros(2, dtype=torch.int32)
+    workshop.edit_tensors(lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.qweight": packed}))
 
 
 def out_exists(workshop: Workshop) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from merges.small_models import State, make_models
+from merges.small_models import State, cast, make_models
 from unmergeable.errors import BadInput, Mismatch, UnmergeableError, UsageError
 from unmergeable.merges import MERGES, Linear, Merge, TaskArithmetic, Ties, merge_state_dicts
 
@@ -21,12 +21,12 @@ REFUSED: list[tuple[str, Spoil, type[UnmergeableError], str]] = [
     ("extra", lambda s: s.update(more=torch.zeros(2)), Mismatch, r"more: in expert 2 but not in base"),
     ("renamed", rename("scale", "gain"), Mismatch, r"scale: in base but not in expert 2"),
     ("shape", lambda s: s.update(scale=torch.zeros(2)), Mismatch, r"scale: float32 \[\] in base but float32 \[2\]"),
-    ("dtype", lambda s: s.update(scale=s["scale"].double()), Mismatch, r"scale: float32 .* float64 .* in expert 2"),
     ("transposed", lambda s: s.update({"embed.weight": s["embed.weight"].T}), Mismatch, r"\[50, 16\] .* \[16, 50\]"),
     ("buffer", lambda s: s["position_ids"].add_(1), Mismatch, r"position_ids: this torch.int64 buffer differs"),
     ("nan", lambda s: s["layers.0.weight"][29, 1:2].fill_(torch.nan), BadInput, r"layers.0.weight: expert 2 holds NaN"),
     ("infinity", lambda s: s["scale"].fill_(torch.inf), BadInput, r"scale: expert 2 holds NaN or infinity"),
-    ("untied", lambda s: s.update({"lm_head.weight": s["embed.weight"]}), Mismatch, r"tied or all untied"),
+    ("untied", lambda s: s.update({"lm_head.weight": s["embed.weight"]}), Mismatch, r"lm_head.weight: in expert 2 but"),
+    ("integers", lambda s: s.update(scale=s["scale"].int()), Mismatch, r"scale: float32 .* int32 .* in expert 2"),
 ]
 
 
@@ -43,12 +43,42 @@ CHECKED += [(Ties(trim="tensor"), case) for case in REFUSED if case[0] in ("nan"
     ids=[f"{method!r}-{case[0]}" for method, case in CHECKED],
 )
 def test_refuses(method: Merge, spoil: Spoil, error: type[UnmergeableError], message: str) -> None:
-    base, experts = make_models(2)
+    base, experts = make_models(method.most_experts or 2)
     merge_state_dicts(base, experts, method=method)  # control: nothing else is wrong with them
-    spoil(experts[1])
+    spoil(experts[-1])
+    message = message.replace("expert 2", f"expert {len(experts)}")
     with pytest.raises(error, match=message) as caught:
         merge_state_dicts(base, experts, method=method)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", [method() for method in MERGES.values()], ids=repr)
+@pytest.mark.parametrize(
+    ("base_dtype", "expert_dtypes"),
+    [
+        (torch.bfloat16, (torch.float16, torch.float32)),
+        (torch.float32, (torch.bfloat16, torch.float64)),
+        (torch.float64, (torch.float64, torch.float32)),
+    ],
+    ids=str,
+)
+def test_precisions_that_differ_are_merged_in_the_widest_and_stored_as_the_base(
+    method: Merge, base_dtype: torch.dtype, expert_dtypes: tuple[torch.dtype, ...]
+) -> None:
+    base, experts = make_models(method.most_experts or 2)
+    base = cast(base, base_dtype)
+    stored = expert_dtypes[: len(experts)]
+    experts = [cast(expert, dtype) for expert, dtype in zip(experts, stored, strict=True)]
+    wide = torch.float64 if torch.float64 in (base_dtype, *stored) else torch.float32
+    merged = merge_state_dicts(base, experts, method=method)
+    # Widening is exact, so that models of one precision that hold the same numbers merge to the same.
+    expected = merge_state_dicts(cast(base, wide), [cast(expert, wide) for expert in experts], method=method)
+    for name, tensor in expected.items():
+        assert torch.equal(merged[name], tensor.to(base[name].dtype)), name
+    # Control: an expert rounded to the base's precision would be another one.
+    if base_dtype == torch.bfloat16 and method.name == "task_arithmetic":
+        rounded = merge_state_dicts(base, [cast(expert, base_dtype) for expert in experts], method=method)
+        assert not all(torch.equal(merged[name], rounded[name]) for name in base)
 
 
 def test_overflow_is_not_blamed_on_an_input() -> None:
@@ -86,7 +116,7 @@ def test_refuses_coefficients_of_another_length() -> None:
 
 @pytest.mark.parametrize("method", [method() for method in MERGES.values()], ids=repr)
 def test_inputs_stay_as_they_are_and_share_no_memory(method: Merge) -> None:
-    base, experts = make_models(2)
+    base, experts = make_models(method.most_experts or 2)
     before = [{name: tensor.clone() for name, tensor in state.items()} for state in (base, *experts)]
     merged = merge_state_dicts(base, experts, method=method)
     for tensor in merged.values():

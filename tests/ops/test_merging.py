@@ -66,6 +66,7 @@ def test_by_method(tmp_path: Path, models: tuple[State, list[State]]) -> None:
         ],
         "tensors": len(base),
         "learnt": None,
+        "notes": [],
     }
 
 

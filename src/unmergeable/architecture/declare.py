@@ -22,7 +22,7 @@ from unmergeable.errors import UnsupportedArchitecture
 Config = Mapping[str, Any]
 _REQUIRED = object()
 
-HEADS_ON_TOP = r"(score|classifier|qa_outputs|pre_classifier|pooler|lm_head|cls)\b.*"
+HEADS_ON_TOP = r"(score|classifier|qa_outputs|pre_classifier|pooler|lm_head|cls|v_head)\b.*"
 """Output heads of fine-tunes: no symmetry of the body touches them."""
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.checkpoint.header import Header, TensorEntry, TensorSpec, build_header, read_header
+from unmergeable.checkpoint.layouts import require_checkpoint, weights_of
 from unmergeable.checkpoint.listing import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
@@ -26,6 +27,11 @@ from unmergeable.checkpoint.listing import (
     Listing,
     list_folder,
 )
+from unmergeable.checkpoint.quantised import describe as describe_stale
+from unmergeable.checkpoint.quantised import stale_settings, without
+from unmergeable.checkpoint.spare import is_spare
+from unmergeable.checkpoint.wrappers import describe as describe_wrapper
+from unmergeable.checkpoint.wrappers import unwrapped_names
 from unmergeable.errors import CheckpointError, shown
 
 __all__ = [
@@ -38,30 +44,14 @@ __all__ = [
     "is_adapter",
     "lay_out_virtual",
     "read_index",
-    "refuse_quantised",
+    "repaired",
     "require_shard_name",
 ]
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
-# What transformers and diffusers call the weights; tried in the order their configurations suggest.
-_STEMS = ("model", "diffusion_pytorch_model")
-_OTHER_FORMATS = {
-    ".gguf": "a GGUF file: convert it to safetensors first",
-    ".onnx": "an ONNX file: pass the safetensors checkpoint it was exported from",
-    ".h5": "TensorFlow weights: convert them to safetensors first",
-    ".msgpack": "Flax weights: convert them to safetensors first",
-}
-
-# Names that quantisers leave behind: GPTQ and AWQ, bitsandbytes, compressed-tensors and fp8, mxfp4, HQQ, quanto.
-_QUANTISED_NAMES = re.compile(
-    r"""(^|.*\.)(qweight | qzeros | g_idx | SCB | CB | absmax | nested_absmax | quant_map | nested_quant_map
-    | quant_state\..* | weight_format | weight_packed | weight_scale | weight_scale_inv | weight_zero_point
-    | \w+_blocks | W_q | weight\._data | weight\._scale | weight\.absmax | weight\.quant_.* )""",
-    re.VERBOSE,
-)
-_EIGHT_BIT_FLOATS = ("F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ")
-_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+_SHARDED_EMPTY = (0,)
+"""The shape that DeepSpeed's ZeRO-3 leaves of a parameter whose values lie on other devices."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,9 @@ class CheckpointIndex:
     (path to name) are read for tensors besides the shards: an adapter's, or pickles. ``states`` are those of all
     files that were read, from before they were. ``config_changes`` is what ``config`` says otherwise than
     ``config_file``, for an adapter that changes the network itself. All paths have links followed; in the hub's cache
-    their names are hashes.
+    their names are hashes. ``notes`` say what was put right on reading: ``names_on_disk`` (by name here) where a
+    wrapper is left out of names, ``stale_settings`` of ``config.json`` that do not describe these weights, and are
+    missing from ``config``.
     """
 
     folder: Path
@@ -108,6 +100,9 @@ class CheckpointIndex:
     other_files: Mapping[Path, str] = field(default_factory=dict)
     states: Mapping[Path, FileState] = field(default_factory=dict)
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    names_on_disk: Mapping[str, str] = field(default_factory=dict)
+    stale_settings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -144,8 +139,9 @@ def read_index(folder: str | os.PathLike[str] | Listing) -> CheckpointIndex:
             f"{listing.folder} is an adapter, not a checkpoint: give the base it was trained on "
             f"({_adapter_base(listing)}) with --base (base=), or in a merge as BASE+ADAPTER."
         )
+    require_checkpoint(listing)
     config = listing.read_config()
-    index_name, weights_name = _weights_of(listing, config)
+    index_name, weights_name = weights_of(listing, config)
     weights_index = None if index_name is None else listing.read_json(index_name)
     if index_name is None:
         shard_names = [weights_name]
@@ -155,12 +151,11 @@ def read_index(folder: str | os.PathLike[str] | Listing) -> CheckpointIndex:
     headers = {name: read_header(listing.file(name).path, name) for name in shard_names}
     entries = _collect_entries(headers.values())
     if index_name is not None:
-        _require_agreement(weight_map, entries, index_name)
-    refuse_quantised(listing.folder, config, entries.values())
+        _require_all_there(weight_map, entries, config, index_name)
 
     read = [CONFIG_NAME, *shard_names, *([] if index_name is None else [index_name])]
     side_files, left_out = listing.side_files(read)
-    return identified(
+    return repaired(
         CheckpointIndex(
             folder=listing.folder,
             config_file=listing.file(CONFIG_NAME).path,
@@ -175,6 +170,30 @@ def read_index(folder: str | os.PathLike[str] | Listing) -> CheckpointIndex:
             states=listing.states(read),
         )
     )
+
+
+def repaired(index: CheckpointIndex) -> CheckpointIndex:
+    """The index, identified, with names and settings put right that only describe how the weights were saved.
+
+    Raises:
+        CheckpointError: the weights are quantised, or were saved empty.
+    """
+    _require_gathered(index.folder, index.entries)
+    stale = stale_settings(index.folder, index.config, index.entries.values())
+    if stale:
+        notes = (*index.notes, describe_stale(stale))
+        index = replace(index, config=without(index.config, stale), stale_settings=stale, notes=notes)
+    renamed = unwrapped_names(index.entries)
+    if renamed:
+        entries = {renamed[name]: replace(entry, name=renamed[name]) for name, entry in index.entries.items()}
+        shards = {
+            name: replace(shard, tensors=tuple(renamed[tensor] for tensor in shard.tensors))
+            for name, shard in index.shards.items()
+        }
+        names_on_disk = {bare: name for name, bare in renamed.items()}
+        notes = (*index.notes, describe_wrapper(renamed))
+        index = replace(index, entries=entries, shards=shards, names_on_disk=names_on_disk, notes=notes)
+    return identified(index)
 
 
 def identified(index: CheckpointIndex) -> CheckpointIndex:
@@ -244,47 +263,6 @@ def _adapter_base(listing: Listing) -> str:
     return str(base)[:200] if base else "its adapter_config.json does not say which"
 
 
-def _weights_of(listing: Listing, config: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The name of the index of the weights, if there is one, or else of the one file that holds them."""
-    folder, names = listing.folder, list(listing.files)
-    stems = _STEMS[::-1] if "_class_name" in config or "_diffusers_version" in config else _STEMS
-    for stem in stems:
-        single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-        if single in names and index in names:
-            raise CheckpointError(f"{folder} holds both {single} and {index}: remove the one that is out of date.")
-        if single in names or index in names:
-            return (None, single) if single in names else (index, "")
-    for stem in stems:
-        # A variant: model.fp16.safetensors, or model.safetensors.index.fp16.json and its shards.
-        singles = [name for name in names if re.fullmatch(rf"{stem}\.[A-Za-z0-9_]+\.safetensors", name)]
-        indexes = [name for name in names if re.fullmatch(rf"{stem}\.safetensors\.index\.[A-Za-z0-9_]+\.json", name)]
-        if len(singles) + len(indexes) > 1:
-            raise CheckpointError(
-                f"{folder} holds several variants ({', '.join(singles + indexes)}): keep the one to read."
-            )
-        if singles or indexes:
-            return (None, singles[0]) if singles else (indexes[0], "")
-    raise CheckpointError(_no_weights_message(listing))
-
-
-def _no_weights_message(listing: Listing) -> str:
-    folder = listing.folder
-    if stray := listing.names(Kind.WEIGHTS):
-        return (
-            f"{folder} has {stray[0]} but no index that names it; expected model.safetensors or "
-            "model.safetensors.index.json: download the missing files."
-        )
-    if pickles := listing.names(Kind.PICKLED_WEIGHTS):
-        return (
-            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when opened: convert them to "
-            "safetensors, or pass --allow-pickle (allow_pickle=True)."
-        )
-    for name in listing.names(Kind.OTHER_WEIGHTS):
-        if meaning := _OTHER_FORMATS.get(Path(name).suffix):
-            return f"{folder} holds {name}, {meaning}."
-    return f"{folder} has no weights: expected model.safetensors or model.safetensors.index.json."
-
-
 def _weight_map(weights_index: Any, where: str) -> Mapping[str, str]:
     weight_map = weights_index.get("weight_map") if isinstance(weights_index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
@@ -307,42 +285,27 @@ def _collect_entries(headers: Iterable[Header]) -> dict[str, TensorEntry]:
     return entries
 
 
-def _require_agreement(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry], where: str) -> None:
+def _require_all_there(
+    weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry], config: Mapping[str, Any], where: str
+) -> None:
+    """Loaders read every tensor of every file that an index names; all it can get wrong is to promise too much."""
     for name, shard in weight_map.items():
-        if name not in entries:
+        if name not in entries and not is_spare(name, config):
             raise CheckpointError(
-                f"{where} promises tensor {shown(name)} in {shard}, which lacks it; download both again."
+                f"{where} promises tensor {shown(name)} in {shard}, and no file holds it: the checkpoint is not whole; "
+                "save or download all of it again."
             )
-        if entries[name].shard != shard:
-            raise CheckpointError(
-                f"{where} places tensor {shown(name)} in {shard}, but it is in {entries[name].shard}; "
-                "download both again."
-            )
-    for name, entry in entries.items():
-        if name not in weight_map:
-            raise CheckpointError(f"{where} does not list tensor {name!r} of {entry.shard}; download both again.")
 
 
-def refuse_quantised(folder: Path, config: Mapping[str, Any], entries: Iterable[TensorEntry]) -> None:
-    """Refuse weights that are already quantised: there is nothing left in them that could be rewritten exactly.
+def _require_gathered(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
+    empty = [name for name, entry in entries.items() if entry.spec.shape == _SHARDED_EMPTY and _is_parameter(name)]
+    if empty:
+        raise CheckpointError(
+            f"{folder}: {len(empty)} of {len(entries)} tensors are empty, {empty[0]} among them: saved under DeepSpeed "
+            "ZeRO-3 without gathering the weights; run zero_to_fp32.py in the training checkpoint, or train with "
+            "stage3_gather_16bit_weights_on_model_save."
+        )
 
-    Raises:
-        CheckpointError: naming the setting or the tensor that shows it.
-    """
-    remedy = "pass the original checkpoint, before quantisation"
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in ("quantization_config", "compression_config"):
-            if part.get(key):
-                method = part[key].get("quant_method") if isinstance(part[key], dict) else None
-                named = shown(method) if method else "no method named"
-                raise CheckpointError(f"{folder} is already quantised ({key}: {named}); {remedy}.")
-    for entry in entries:
-        if entry.spec.dtype in _EIGHT_BIT_FLOATS:
-            reason = f"holds {entry.spec.dtype}"
-        elif _QUANTISED_NAMES.fullmatch(entry.name):
-            reason = "is named as quantisers name theirs"
-        elif entry.spec.dtype in _INTEGERS and entry.name.endswith("weight"):
-            reason = f"is a weight in {entry.spec.dtype}"
-        else:
-            continue
-        raise CheckpointError(f"{folder} is already quantised (tensor {entry.name!r} {reason}); {remedy}.")
+
+def _is_parameter(name: str) -> bool:
+    return name.rpartition(".")[2] in ("weight", "bias")

@@ -24,6 +24,7 @@ from typing import Any
 
 from unmergeable.checkpoint.disk import read_file
 from unmergeable.checkpoint.header import strict_json
+from unmergeable.checkpoint.modules import COPIED, MAX_BYTES, MODULES_NAME, module_folders
 from unmergeable.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
@@ -82,7 +83,7 @@ _SIDE_FILES = r"""
     | tekken\.json | [a-z]+\.tiktoken | [a-z]+\.spm | bpe\.codes
     | special_tokens_map\.json | added_tokens\.json | merges\.txt | vocab\.[a-z]+
     | chat_template\.[a-z0-9]+ | ([a-z]+_)?preprocessor_config\.json | processor_config\.json
-    | generation_config\.json
+    | generation_config\.json | modules\.json | config_sentence_transformers\.json | sentence_[a-z]+_config\.json
     | (LICEN[SC]E | NOTICE | USE_POLICY)([-_][-\w]*)?(\.(md|txt|rst|html|pdf))? | README\.md
 """
 _OTHER_WEIGHTS = r"""
@@ -193,11 +194,20 @@ class Listing:
         return config
 
     def side_files(self, claimed: Collection[str]) -> tuple[dict[str, Path], tuple[LeftOut, ...]]:
-        """Split what lies beside the ``claimed`` names into files to copy, by name, and the rest with reasons."""
+        """Split what lies beside the ``claimed`` names into files to copy, by name, and the rest with reasons.
+
+        Files of modules around the network are named with their folder, ``1_Pooling/config.json``.
+        """
         copied: dict[str, Path] = {}
         left_out: list[LeftOut] = []
+        modules = self._module_folders()
         for name, file in self.files.items():
             if name in claimed:
+                continue
+            if name in modules:
+                inner, rest = _module_files(self.folder, name)
+                copied |= inner
+                left_out += rest
                 continue
             if file.kind is Kind.SIDE_FILE:
                 copied[name] = file.path
@@ -205,6 +215,13 @@ class Listing:
                 reason = _REASON.get(file.kind, NOT_ON_THE_LIST)
                 left_out.append(LeftOut(_printable(name) + ("/" if file.is_folder else ""), reason))
         return copied, tuple(left_out)
+
+    def _module_folders(self) -> frozenset[str]:
+        file = self.files.get(MODULES_NAME)
+        if file is None or file.problem is not None or file.state[0] > MAX_JSON_BYTES:
+            return frozenset()
+        folders = module_folders(read_file(file.path))
+        return frozenset(name for name in folders if name in self.files and self.files[name].is_folder)
 
     def states(self, names: Iterable[str]) -> dict[Path, FileState]:
         """Size and time of regular files, by path."""
@@ -235,6 +252,19 @@ def list_folder(folder: str | os.PathLike[str] | Listing) -> Listing:
         raise CheckpointError(f"{folder} is a file: pass the folder that holds it and its {CONFIG_NAME}.") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise CheckpointError(f"{_printable(str(folder))} cannot be read ({_reason(error)}): check the path.") from None
+
+
+def _module_files(folder: Path, name: str) -> tuple[dict[str, Path], list[LeftOut]]:
+    """The files of one module to copy, and what is left out of its folder."""
+    copied: dict[str, Path] = {}
+    left_out: list[LeftOut] = []
+    for inner in list_folder(folder / name).files.values():
+        path = f"{name}/{inner.name}"
+        if inner.name in COPIED and inner.problem is None and inner.state[0] <= MAX_BYTES:
+            copied[path] = inner.path
+        else:
+            left_out.append(LeftOut(_printable(path), _REASON.get(inner.kind, NOT_ON_THE_LIST)))
+    return copied, left_out
 
 
 def _listed(folder: Path, real_folder: Path, entry: os.DirEntry[str], allowed: Collection[Path]) -> ListedFile:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from unmergeable.checkpoint.disk import read_file, reading
 from unmergeable.checkpoint.header import MAX_HEADER_BYTES, strict_json
-from unmergeable.checkpoint.listing import MANIFEST_NAME, LeftOut, Listing, list_folder
+from unmergeable.checkpoint.listing import MANIFEST_NAME, LeftOut, ListedFile, Listing, list_folder
 from unmergeable.errors import CheckpointError, UsageError, shown
 
 FORMAT_VERSION = 1
@@ -28,7 +28,7 @@ _HASH_CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file: its name without a folder, its size in bytes, and a SHA-256 in hex.
+    """One file: its name in the checkpoint's folder, its size in bytes, and a SHA-256 in hex.
 
     ``sha256`` is that of the whole file. Where a caller did without reading the weights of a safetensors file it is
     None, and ``header_sha256`` that of the file's length prefix and header: the name, dtype, shape and place of every
@@ -152,7 +152,7 @@ def check_files(folder: str | os.PathLike[str]) -> tuple[Alteration, ...]:
         raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: nothing to compare its files with.")
     alterations: list[Alteration] = []
     for record in manifest.outputs:
-        file = listing.files.get(record.name)
+        file = _file_of(listing, record.name)
         if file is None or file.problem is not None:
             alterations.append(Alteration(record.name, "missing"))
         elif file.state[0] != record.size:
@@ -160,8 +160,24 @@ def check_files(folder: str | os.PathLike[str]) -> tuple[Alteration, ...]:
         elif record != (record_header if record.sha256 is None else record_file)(file.path, record.name):
             alterations.append(Alteration(record.name, "altered"))
     known = {record.name for record in manifest.outputs} | {MANIFEST_NAME}
-    alterations += [Alteration(name, "added") for name in listing.files if name not in known]
+    folders = {name.partition("/")[0] for name in known if "/" in name}
+    there = [*(name for name in listing.files if name not in folders)]
+    there += [f"{name}/{inner}" for name in sorted(folders & listing.files.keys()) for inner in _inner(listing, name)]
+    alterations += [Alteration(name, "added") for name in there if name not in known]
     return tuple(alterations)
+
+
+def _file_of(listing: Listing, name: str) -> ListedFile | None:
+    """A file by its path in the folder; those of modules around a network lie one folder deeper."""
+    folder, separator, leaf = name.rpartition("/")
+    if not separator:
+        return listing.files.get(name)
+    outer = listing.files.get(folder)
+    return list_folder(listing.folder / folder).files.get(leaf) if outer is not None and outer.is_folder else None
+
+
+def _inner(listing: Listing, name: str) -> Iterable[str]:
+    return list_folder(listing.folder / name).files if listing.files[name].is_folder else ()
 
 
 def record_file(path: Path, name: str | None = None) -> FileRecord:

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from unmergeable.checkpoint.layouts import only_pickled
 from unmergeable.checkpoint.listing import ADAPTER_CONFIG_NAME, Kind, Listing, list_folder
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.source import TensorSource
@@ -15,14 +16,15 @@ _WHOLE_MODEL = re.compile(r"(diffusion_pytorch_)?model[-.]")
 
 
 def open_checkpoint(
-    folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, allow_pickle: bool = False
+    folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, allow_pickle: bool | None = None
 ) -> TensorSource:
     """Open a checkpoint folder for reading: list it once, and read the header of each file once.
 
     Args:
         folder: a transformers or diffusers component folder, or an adapter.
         base: the checkpoint an adapter was trained on; ignored for a whole checkpoint.
-        allow_pickle: read ``*.bin`` and ``*.pth`` with torch's restricted unpickler.
+        allow_pickle: read ``*.bin`` and ``*.pth`` with torch's restricted unpickler; False where the caller has a way
+            to ask for it, which the error then names, and None where not.
 
     Raises:
         CheckpointError: when the folder cannot be used; the message says why and what to do.
@@ -34,12 +36,10 @@ def open_checkpoint(
         from unmergeable.checkpoint.adapter import AdaptedCheckpoint
 
         return AdaptedCheckpoint.open(
-            listing, open_checkpoint(base, allow_pickle=allow_pickle), allow_pickle=allow_pickle
+            listing, open_checkpoint(base, allow_pickle=allow_pickle), allow_pickle=bool(allow_pickle)
         )
-    if allow_pickle and listing.is_pickled and not listing.is_adapter:
-        from unmergeable.checkpoint.pickled import PickledCheckpoint
-
-        return PickledCheckpoint.open(listing)
+    if listing.is_pickled and not listing.is_adapter and allow_pickle is not None:
+        return _pickled(listing, is_allowed=allow_pickle)
     return Checkpoint.open(listing)
 
 
@@ -62,3 +62,11 @@ def _require_one_model(listing: Listing) -> None:
             f"{listing.folder} holds an adapter ({ADAPTER_CONFIG_NAME}) and a whole model ({whole[0]}): move one of "
             "them into a folder of its own."
         )
+
+
+def _pickled(listing: Listing, *, is_allowed: bool) -> TensorSource:
+    if not is_allowed:
+        raise CheckpointError(f"{only_pickled(listing)}, or pass --allow-pickle (allow_pickle=True).")
+    from unmergeable.checkpoint.pickled import PickledCheckpoint
+
+    return PickledCheckpoint.open(listing)

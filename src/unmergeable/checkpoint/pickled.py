@@ -16,7 +16,7 @@ import torch
 
 from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import save_file_order
-from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec, identified, lay_out_virtual, refuse_quantised
+from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec, lay_out_virtual, repaired
 from unmergeable.checkpoint.listing import CONFIG_NAME, Listing, list_folder
 from unmergeable.checkpoint.source import IndexedSource
 from unmergeable.errors import CheckpointError, shown
@@ -52,7 +52,6 @@ class PickledCheckpoint(IndexedSource):
             stored = {key: TensorSpec(dtype_code(value.dtype), tuple(value.shape)) for key, value in state.items()}
             specs[_safetensors_name(name)] = {key: stored[key] for key in save_file_order(stored)}
         entries, shards = lay_out_virtual(specs, {"format": "pt"})
-        refuse_quantised(listing.folder, config, entries.values())
         side_files, left_out = listing.side_files([CONFIG_NAME, *files, *([index_name] if index_name else [])])
         index = CheckpointIndex(
             folder=listing.folder,
@@ -67,11 +66,11 @@ class PickledCheckpoint(IndexedSource):
             other_files={listing.file(name).path: name for name in files},
             states=listing.states([CONFIG_NAME, *files]),
         )
-        return cls(identified(index), tensors)
+        return cls(repaired(index), tensors)
 
     def tensor(self, name: str) -> torch.Tensor:
         self.spec(name)
-        return self._tensors[name].clone(memory_format=torch.contiguous_format)
+        return self._tensors[self.index.names_on_disk.get(name, name)].clone(memory_format=torch.contiguous_format)
 
 
 def load_state(path: Path, name: str) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from unmergeable.checkpoint.header import TensorSpec, build_header, raw_header
 from unmergeable.checkpoint.index import CheckpointIndex, require_shard_name
 from unmergeable.checkpoint.listing import CONFIG_NAME
 from unmergeable.checkpoint.pipeline import Job
+from unmergeable.checkpoint.quantised import without
 from unmergeable.checkpoint.source import StoredSource, TensorSource
 from unmergeable.errors import UsageError
 
@@ -94,8 +96,17 @@ class Layout:
     nbytes: int
 
 
-def lay_out(source: TensorSource, plan: Sequence[OutputTensor], config_changes: Mapping[str, Any] | None) -> Layout:
+def lay_out(
+    source: TensorSource,
+    plan: Sequence[OutputTensor],
+    config_changes: Mapping[str, Any] | None,
+    *,
+    side_files: Mapping[str, Path] | None = None,
+    written: Mapping[str, bytes] | None = None,
+) -> Layout:
     """Fix every byte of the result that does not depend on tensor values.
+
+    ``side_files`` are copied beside the weights (None: the source's); ``written`` are further small files.
 
     Raises:
         UsageError: for a plan that is empty, names a tensor twice, or scatters a shard.
@@ -107,12 +118,15 @@ def lay_out(source: TensorSource, plan: Sequence[OutputTensor], config_changes: 
         _lay_out_shard(source, name, tuple(tensors)) for name, tensors in groupby(plan, key=lambda tensor: tensor.shard)
     )
     config = read_file(source.index.config_file)
-    changes = _merged(source.index.config_changes, config_changes or {})
-    small = [(CONFIG_NAME, edit_json(config, changes) if changes or config_changes is not None else config)]
+    changes, stale = _merged(source.index.config_changes, config_changes or {}), source.index.stale_settings
+    is_changed = changes or stale or config_changes is not None
+    small = [(CONFIG_NAME, edit_json(config, changes, drop=stale) if is_changed else config)]
     weights_index = _weights_index(source.index, plan)
     if weights_index is not None:
         small.append(weights_index)
-    copied = sum(path.stat().st_size for path in source.index.side_files.values())
+    small += (written or {}).items()
+    beside = source.index.side_files if side_files is None else side_files
+    copied = sum(path.stat().st_size for path in beside.values())
     nbytes = sum(shard.size for shard in shards) + sum(len(data) for _, data in small) + copied
     return Layout(shards, tuple(small), nbytes)
 
@@ -145,6 +159,7 @@ def _lay_out_shard(source: TensorSource, name: str, tensors: tuple[OutputTensor,
     if (
         shard is not None
         and shard.path is not None
+        and not source.index.names_on_disk
         and specs == [(member, source.index.entries[member].spec) for member in shard.tensors]
     ):
         # The stored header, not an equal one: another writer's spacing and key order survive.
@@ -178,37 +193,51 @@ def _weights_index(index: CheckpointIndex, plan: tuple[OutputTensor, ...]) -> tu
     if index.weights_index_file is None and len(shards) == 1:
         return None
     specs = {tensor.name: tensor.spec for tensor in plan}
+    parameters, nbytes = (sum(getattr(spec, size) for spec in specs.values()) for size in ("numel", "nbytes"))
     if (
         index.weights_index_file is not None
         and index.weights_index_name is not None
-        and (specs, weight_map)
-        == (
-            {name: entry.spec for name, entry in index.entries.items()},
-            {name: entry.shard for name, entry in index.entries.items()},
-        )
+        and index.weights_index is not None
+        and _still_true(index.weights_index, weight_map, parameters, nbytes)
     ):
         return index.weights_index_name, read_file(index.weights_index_file)
-    metadata = dict((index.weights_index or {}).get("metadata") or {})
+    metadata = dict(_metadata(index.weights_index))
     if index.weights_index_file is None or "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(spec.numel for spec in specs.values())
-    metadata["total_size"] = sum(spec.nbytes for spec in specs.values())
+        metadata["total_parameters"] = parameters
+    metadata["total_size"] = nbytes
     name = index.weights_index_name or _stem(next(iter(shards))) + ".safetensors.index.json"
     text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
     return name, text.encode()
+
+
+def _still_true(weights_index: Mapping[str, Any], weight_map: Mapping[str, str], parameters: int, nbytes: int) -> bool:
+    """Whether an index says of the result what is so; loaders spread a model over devices by its sizes."""
+    said = _metadata(weights_index)
+    return (
+        weights_index.get("weight_map") == weight_map
+        and said.get("total_size") == nbytes
+        and said.get("total_parameters", parameters) == parameters
+    )
+
+
+def _metadata(weights_index: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    metadata = (weights_index or {}).get("metadata")
+    return metadata if isinstance(metadata, Mapping) else {}
 
 
 def _stem(shard: str) -> str:
     return re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", shard)
 
 
-def edit_json(text: bytes, changes: Mapping[str, Any]) -> bytes:
+def edit_json(text: bytes, changes: Mapping[str, Any], *, drop: Collection[str] = ()) -> bytes:
     """Change a JSON object and keep the rest: order of keys, indentation, final newline.
 
-    Nested mappings are merged key by key; any other value replaces what was there.
+    Nested mappings are merged key by key; any other value replaces what was there. ``drop`` names entries to leave out,
+    those of nested objects as ``part.entry``.
     """
     original = text.decode()
     indent = re.match(r"\{\s*\n([ \t]*)", original)
-    merged = _merged(json.loads(original), changes)
+    merged = _merged(without(json.loads(original), drop), changes)
     edited = json.dumps(merged, indent=indent.group(1) if indent else None, ensure_ascii=original.isascii())
     return (edited + original[len(original.rstrip()) :]).encode()
 

@@ -48,12 +48,18 @@ class Checkpoint(IndexedSource):
         assert path is not None, "an index read from files has files"
         return Extent(path, entry.begin, entry.end)
 
-    def raw_chunks(self, name: str, chunk_bytes: int) -> Iterator[memoryview]:
-        """The tensor's stored bytes in order; each piece is valid until the next one is asked for."""
+    def raw_chunks(
+        self, name: str, chunk_bytes: int, *, start: int = 0, stop: int | None = None
+    ) -> Iterator[memoryview]:
+        """The tensor's stored bytes in order, from byte ``start`` to ``stop`` of it (None: its end).
+
+        Each piece is valid until the next one is asked for.
+        """
         extent = self.stored(name)
-        buffer = memoryview(bytearray(min(chunk_bytes, extent.end - extent.begin)))
-        for begin in range(extent.begin, extent.end, chunk_bytes):
-            piece = buffer[: min(chunk_bytes, extent.end - begin)]
+        first, end = extent.begin + start, extent.end if stop is None else extent.begin + stop
+        buffer = memoryview(bytearray(min(chunk_bytes, end - first)))
+        for begin in range(first, end, chunk_bytes):
+            piece = buffer[: min(chunk_bytes, end - begin)]
             self._files.read_into(piece, extent.path, begin)
             yield piece
 

@@ -71,6 +71,7 @@ def rewrite(
     manifest: Mapping[str, Any],
     resume_token: str,
     config_changes: Mapping[str, Any] | None = None,
+    side_files: Mapping[str, Path | bytes | None] | None = None,
     verify: Callable[[TensorSource], Mapping[str, Any]] | None = None,
     also_read: Mapping[str, TensorSource] | None = None,
     checksums: bool = True,
@@ -90,6 +91,8 @@ def rewrite(
         manifest: the caller's part of ``unmergeable.json``; JSON-able, without secrets.
         resume_token: identifies the recipe and key. A partial result with another token is discarded.
         config_changes: merged into ``config.json``, nested objects key by key; None copies it byte for byte.
+        side_files: what lies beside the weights that is not the source's: a file to copy, bytes to write, or None to
+            leave the source's out.
         verify: called with the written checkpoint before it is renamed; what it returns is added to the manifest
             (its keys win). When it raises, the result is deleted and the error passes through.
         also_read: further checkpoints the edits read, by role; their files are recorded in the manifest.
@@ -111,7 +114,10 @@ def rewrite(
     sources = {"source": source, **(also_read or {})}
     require_outside(out, *folders_read(sources.values()))
     require_details(manifest)
-    layout = lay_out(source, plan, config_changes)
+    beside = {**source.index.side_files, **(side_files or {})}
+    copied = {name: path for name, path in beside.items() if isinstance(path, Path)}
+    written_beside = {name: data for name, data in beside.items() if isinstance(data, bytes)}
+    layout = lay_out(source, plan, config_changes, side_files=copied, written=written_beside)
     _require_unchanged(sources.values())
 
     token = _fingerprint(resume_token, [member.index.headers_digest for member in sources.values()], layout)
@@ -124,10 +130,8 @@ def rewrite(
     require_space(out, layout.nbytes)
     with PartialFolder(out, token) as folder:
         folder.remove_all_but({shard.name for shard in layout.shards})
-        records = [_write_small(folder.files / name, data) for name, data in layout.small_files]
-        records += [
-            _write_small(folder.files / name, read_file(path)) for name, path in source.index.side_files.items()
-        ]
+        records = [_write_small(folder.files, name, data) for name, data in layout.small_files]
+        records += [_write_small(folder.files, name, read_file(path)) for name, path in copied.items()]
         hashes = _input_hashes(folder, sources.values()) if checksums else InputHashes({}, {})
         records += _write_shards(
             folder, layout, hashes, checksums=checksums, threads=threads, memory_budget=memory_budget, progress=progress
@@ -148,7 +152,7 @@ def rewrite(
             left_out=source.index.left_out,
             details=details,
         )
-        _write_small(folder.files / MANIFEST_NAME, record.to_json().encode())
+        _write_small(folder.files, MANIFEST_NAME, record.to_json().encode())
         folder.commit()
     return record
 
@@ -219,9 +223,11 @@ def _input_records(index: CheckpointIndex, hashes: InputHashes, *, checksums: bo
     return by_name([record_file(path, name) for path, name in small.items()] + large)
 
 
-def _write_small(path: Path, data: bytes) -> FileRecord:
+def _write_small(folder: Path, name: str, data: bytes) -> FileRecord:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
     write_file(path, data)
-    return FileRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
+    return FileRecord(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _verified(written: Path, verify: Callable[[TensorSource], Mapping[str, Any]] | None) -> Mapping[str, Any]:

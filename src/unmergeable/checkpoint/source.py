@@ -161,6 +161,11 @@ class StoredSource(Protocol):
         ...
 
 
+def shapes_of(source: TensorSource) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, by name and in on-disk order."""
+    return {name: source.spec(name).shape for name in source.names}
+
+
 def require_same_tensors(first: TensorSource, second: TensorSource, what: str, *, dtypes: bool = False) -> None:
     """Require two checkpoints to hold tensors of the same names and shapes (and, if asked, dtypes).
 

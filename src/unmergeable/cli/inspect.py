@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unmergeable.cli.command import Outcome, working
+from unmergeable.cli.options import AllowPickleOption
 from unmergeable.cli.quantity import BYTES, COUNT, describe_quantity
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def inspect(
         list[Path] | None,
         typer.Option("--source", metavar="PATH", help="A public fine-tune of BASE that may be mixed in; repeatable."),
     ] = None,
+    allow_pickle: AllowPickleOption = False,
 ) -> Outcome:
     """Describe a checkpoint and say whether it looks protected.
 
@@ -38,7 +40,7 @@ def inspect(
     with working(context) as progress:
         from unmergeable import ops
 
-        result = ops.inspect(checkpoint, base=base, sources=sources or (), progress=progress)
+        result = ops.inspect(checkpoint, base=base, sources=sources or (), allow_pickle=allow_pickle, progress=progress)
     return Outcome(result.to_json(), describe(result))
 
 
@@ -55,5 +57,6 @@ def describe(result: InspectResult) -> list[str]:
         lines += ["Relative error of attention weights when stored as:"]
         lines += ["  " + ", ".join(f"{kind} {error:.1e}" for kind, error in result.errors.items())]
     lines += result.comparison.lines() if result.comparison else []
+    lines += [f"Note: {note}" for note in result.notes]
     lines += [f"A protected copy would leave out: {name} ({reason})" for name, reason in result.left_out]
     return [*lines, f"Verdict: {result.verdict}"]

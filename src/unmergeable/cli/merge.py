@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from unmergeable.cli.command import Outcome, working
-from unmergeable.cli.options import OutOption, SetOption, ThreadsOption
+from unmergeable.cli.options import AllowPickleOption, OutOption, SetOption, ThreadsOption
 from unmergeable.settings import parse_assignments
 
 
@@ -57,6 +58,29 @@ def merge(
     keep_adapter: Annotated[
         bool, typer.Option("--keep-adapter", help="Merge LoRA adapters into an adapter, without their base.")
     ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", metavar="DTYPE", help="How weights are stored, e.g. bfloat16; by default as the base's are."
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            "--template",
+            metavar="base|N",
+            help="Whose configuration, files, heads and towers the merge has: the base's or those of the Nth --expert.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="base|union|N",
+            help="Whose tokens the merge has: the base's, those of all models, or of the Nth --expert.",
+        ),
+    ] = None,
+    allow_pickle: AllowPickleOption = False,
     checksums: Annotated[
         bool, typer.Option("--checksums", help="Record the SHA-256 of whole files, not only of their headers; slower.")
     ] = False,
@@ -84,6 +108,10 @@ def merge(
             config=config,
             backend=backend,
             keep_adapter=keep_adapter,
+            dtype=dtype,
+            template=parse_choice("--template", template, ("base",)),
+            tokenizer=parse_choice("--tokenizer", tokenizer, ("base", "union")),
+            allow_pickle=allow_pickle,
             checksums=checksums,
             threads=threads,
             progress=progress,
@@ -98,3 +126,12 @@ def parse_expert(text: str) -> tuple[Path, float | None]:
         return (Path(path), float(number)) if separator and path else (Path(text), None)
     except ValueError:
         return Path(text), None
+
+
+def parse_choice(option: str, text: str | None, names: Sequence[str]) -> str | int | None:
+    """One of some names, or the number of an ``--expert``."""
+    if text is None or text in names:
+        return text
+    if not text.isdecimal():
+        raise typer.BadParameter(f"{option} {text}: give {', '.join(names)} or the number of an --expert, from 1.")
+    return int(text)

@@ -11,6 +11,9 @@ OutOption = Annotated[Path, typer.Option("--out", metavar="OUT", help="Output di
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method; may be repeated.")
 ]
+AllowPickleOption = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read checkpoints that have no safetensors files.")
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", metavar="N", min=1, help="Tensors to process at a time; default: one per processor."),

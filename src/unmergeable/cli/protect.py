@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from unmergeable.cli.command import Outcome, working
-from unmergeable.cli.options import OutOption, PassphraseSwitch, SetOption, ThreadsOption
+from unmergeable.cli.options import AllowPickleOption, OutOption, PassphraseSwitch, SetOption, ThreadsOption
 from unmergeable.cli.passphrase import read_passphrase
 from unmergeable.cli.recipe import read_recipe
 from unmergeable.defaults import DEFAULT_METHOD, DEFAULT_SETTINGS
@@ -77,9 +77,7 @@ def protect(
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read a checkpoint that has no safetensors files.")
-    ] = False,
+    allow_pickle: AllowPickleOption = False,
     threads: ThreadsOption = None,
 ) -> Outcome:
     """Write a copy that works alone but does not merge, and its key.

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from unmergeable.cli.command import Outcome, working
-from unmergeable.cli.options import OutOption, SetOption, ThreadsOption
+from unmergeable.cli.options import AllowPickleOption, OutOption, SetOption, ThreadsOption
 from unmergeable.settings import parse_assignments
 
 
@@ -40,6 +40,7 @@ def recover(
         ),
     ] = None,
     assignments: SetOption = None,
+    allow_pickle: AllowPickleOption = False,
     threads: ThreadsOption = None,
 ) -> Outcome:
     """Attack a protection without its key, and write the result.
@@ -70,6 +71,7 @@ def recover(
             head=head,
             encoder=encoder,
             settings=settings,
+            allow_pickle=allow_pickle,
             threads=threads,
             progress=progress,
         )

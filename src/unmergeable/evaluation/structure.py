@@ -8,7 +8,7 @@ from unmergeable.checkpoint.listing import list_folder
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import TensorSource, require_same_tensors
 from unmergeable.errors import BadInput, Mismatch
-from unmergeable.merges.models import require_same_architecture
+from unmergeable.merges.members import require_same_architecture
 
 
 def open_whole(path: Path, base: Path) -> TensorSource:

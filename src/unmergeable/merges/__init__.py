@@ -41,6 +41,7 @@ from unmergeable.merges.task_arithmetic import TaskArithmetic, task_arithmetic
 from unmergeable.merges.ties import Ties, ties
 from unmergeable.merges.tsv_m import TsvM, tsv_m
 from unmergeable.merges.variation import Variation
+from unmergeable.merges.vocabularies import Tokenizer, TokenSource
 from unmergeable.registry import Registry, Requirements
 from unmergeable.settings import configure
 
@@ -123,6 +124,8 @@ __all__ = [
     "TensorMerge",
     "TermsOf",
     "Ties",
+    "TokenSource",
+    "Tokenizer",
     "TsvM",
     "Variation",
     "adamerging",

@@ -10,12 +10,14 @@ The kernels are elementwise, so neither the block size nor the number of threads
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from unmergeable.checkpoint.finite import is_finite, not_finite
 from unmergeable.errors import BadInput
 
 # A megabyte of float32. Smaller blocks pay torch's cost per call, and threads hand Python's lock to each other more
@@ -38,7 +40,8 @@ class Operand:
 
     ``read(size)`` starts a fresh pass: consecutive one-dimensional blocks of ``size`` elements, the last perhaps
     shorter, in the stored dtype. A block is valid until the next one is asked for.
-    ``label`` names the model in messages.
+    ``label`` names the model in messages. ``rows(start, count, size)`` reads the same of ``count`` rows only, the first
+    axis counted; None where a tensor is computed.
     """
 
     label: str
@@ -46,6 +49,7 @@ class Operand:
     dtype: torch.dtype
     read: Callable[[int], Iterable[Tensor]]
     device: torch.device
+    rows: Callable[[int, int, int], Iterable[Tensor]] | None = None
 
     @property
     def numel(self) -> int:
@@ -60,6 +64,7 @@ def tensor_operand(label: str, tensor: Tensor) -> Operand:
         dtype=tensor.dtype,
         read=partial(tensor_blocks, tensor),
         device=tensor.device,
+        rows=lambda start, count, size: tensor_blocks(tensor[start : start + count], size),
     )
 
 
@@ -67,6 +72,23 @@ def tensor_blocks(tensor: Tensor, size: int) -> Iterator[Tensor]:
     """The tensor in storage order, cut into blocks that share its memory."""
     flat = tensor.detach().reshape(-1)
     return (flat[start : start + size] for start in range(0, flat.numel(), size))
+
+
+def in_one_dtype(operands: Sequence[Operand]) -> tuple[Operand, ...]:
+    """The operands as they are where all have one dtype; else all in the widest that any of them computes in."""
+    if len({operand.dtype for operand in operands}) <= 1:
+        return tuple(operands)
+    return in_compute_dtype(operands)
+
+
+def in_compute_dtype(operands: Sequence[Operand]) -> tuple[Operand, ...]:
+    """The operands in the widest dtype that any of them computes in. ``rows`` are read as they are stored."""
+    dtype = max((accumulation_dtype(operand.dtype) for operand in operands), key=lambda width: width.itemsize)
+    return tuple(replace(operand, dtype=dtype, read=partial(_widened, operand, dtype)) for operand in operands)
+
+
+def _widened(operand: Operand, dtype: torch.dtype, size: int) -> Iterator[Tensor]:
+    return (block.to(dtype) for block in operand.read(size))
 
 
 class Scratch(threading.local):
@@ -179,7 +201,7 @@ def merge_blocks(
         stop = start + block.numel()
         merged[start:stop].copy_(block)
         if not is_finite(merged[start:stop]):
-            raise BadInput(_blame(name, operands, merged.dtype))
+            _refuse(name, operands, merged.dtype)
         start = stop
     return merged.reshape(template.shape)
 
@@ -194,10 +216,10 @@ def merge_whole(
     tensors = [whole_tensor(operand) for operand in operands]
     merged = scratch.merged_like(operands[0])
     if not all(is_finite(tensor) for tensor in tensors):  # LAPACK stops at a NaN with an error of its own
-        raise BadInput(_blame(name, operands, merged.dtype))
+        _refuse(name, operands, merged.dtype)
     merged.copy_(merge(tensors))
     if not is_finite(merged):
-        raise BadInput(_blame(name, operands, merged.dtype))
+        _refuse(name, operands, merged.dtype)
     return merged
 
 
@@ -219,14 +241,13 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite."""
-    # Any such element makes the sum so too, and a sum costs a twentieth of isfinite. It may also overflow by itself.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def _blame(name: str, operands: Sequence[Operand], out_dtype: torch.dtype) -> str:
+def require_finite_operands(name: str, operands: Sequence[Operand]) -> None:
+    """Raise BadInput naming the first model whose tensor holds NaN or infinity."""
     for operand in operands:
         if not all(is_finite(block) for block in operand.read(BLOCK_ELEMENTS)):
-            return f"{name}: {operand.label} holds NaN or infinity there; repair or leave out that checkpoint."
-    return f"{name}: the merge overflows {out_dtype}; lower the coefficients or use a wider dtype."
+            raise BadInput(not_finite(name, operand.label))
+
+
+def _refuse(name: str, operands: Sequence[Operand], out_dtype: torch.dtype) -> NoReturn:
+    require_finite_operands(name, operands)
+    raise BadInput(f"{name}: the merge overflows {out_dtype}; lower the coefficients or use a wider dtype.")

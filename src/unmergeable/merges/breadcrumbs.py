@@ -130,7 +130,7 @@ def merge_rows(
         for expert, (first, last) in zip(experts, bands, strict=True):
             rows = expert.sub_(base).reshape(-1, length)
             if first > last:
-                rows.zero_()
+                rows.mul_(0)  # and not zero_(), which would hide a NaN
                 continue
             magnitudes = rows.abs()
             ordered = magnitudes.sort(dim=-1, descending=True).values
@@ -154,7 +154,7 @@ def crumbs(base: Tensor, experts: Sequence[Tensor], cuts: Sequence[Cut | None], 
     for expert, cut in zip(experts, cuts, strict=True):
         expert.sub_(base)
         if cut is None:
-            expert.zero_()
+            expert.mul_(0)  # and not zero_(), which would hide a NaN
             continue
         below, above = cut
         # hardshrink keeps what is strictly larger than its argument, bit by bit: the difference of two is exact.

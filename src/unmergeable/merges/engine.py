@@ -16,25 +16,21 @@ from typing import Any, ParamSpec, Protocol, cast, get_type_hints
 import torch
 from torch import Tensor
 
-from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.manifest import Manifest
 from unmergeable.checkpoint.partial import require_absent
-from unmergeable.checkpoint.rewrite import OutputTensor, output_like, rewrite
+from unmergeable.checkpoint.rewrite import rewrite
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.checkpoint.writer import require_spec
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Inputs, Merge, TensorMerge
-from unmergeable.merges.blocks import Scratch
-from unmergeable.merges.models import (
-    Model,
-    mergeable_names,
-    require_nothing_lost,
-    require_same_architecture,
-    source_model,
-    state_dict_model,
-)
+from unmergeable.merges.base import Inputs, Merge
+from unmergeable.merges.blocks import Scratch, in_one_dtype
+from unmergeable.merges.comparison import compare
+from unmergeable.merges.models import mergeable_names, require_nothing_lost, state_dict_model
+from unmergeable.merges.modules import merged_modules
+from unmergeable.merges.networks import Template
+from unmergeable.merges.plan import config_changes, fill, plan
 from unmergeable.merges.variation import Vary, describe, terms_of
+from unmergeable.merges.vocabularies import Tokenizer
 from unmergeable.network.disk_weights import Weights, weights_of
 from unmergeable.progress import Progress, silent
 from unmergeable.settings import configure
@@ -54,6 +50,8 @@ def merge(
     *,
     vary: Vary | None = None,
     out_dtype: torch.dtype | None = None,
+    template: Template = None,
+    tokenizer: Tokenizer | None = None,
     checksums: bool = False,
     threads: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
@@ -70,7 +68,10 @@ def merge(
         method: A merge with its settings, e.g. ``TaskArithmetic(scaling_coefficient=0.3)``.
         out: The folder to create.
         vary: What departs from the coefficients and settings in a tensor, by its name; None where nothing does.
-        out_dtype: The floating-point dtype of the merge; None for that of the models.
+        out_dtype: The floating-point dtype of the merge; None for that of each of the template's tensors.
+        template: Whose configuration, files and parts (heads, towers) the merge has: ``"base"`` or the number of an
+            expert. By default the base's, without one the first expert's, as long as no part of another is lost.
+        tokenizer: Which tokens the merge has; by default the template's.
         checksums: Record the SHA-256 of every file read and written. A merge is no release, and hashing takes longer
             than merging; without, the manifest has sizes and the hashes of headers.
         threads: Tensors merged at a time; None for one per processor.
@@ -79,7 +80,7 @@ def merge(
 
     Raises:
         UsageError: for settings, coefficients or a number of experts that the method cannot use.
-        Mismatch: naming what differs between the models: a tensor's name, shape or dtype, or the architecture.
+        Mismatch: naming what differs between the models and cannot be merged: a tensor, or the architecture.
         BadInput: naming the first tensor whose merge is not finite; or when ``out`` exists.
         CheckpointError: when a file cannot be read or written.
     """
@@ -89,11 +90,11 @@ def merge(
     sources = {f"expert {number}": source for number, (source, _) in enumerate(experts, start=1)}
     if base is not None:
         sources = {"base": base, **sources}
-    template, *others = sources.values()
-    for other in others:
-        require_same_architecture(template, other)
-    models = [source_model(f"{role} ({source.description})", source) for role, source in sources.items()]
-    inputs = _inputs(models, method, has_base=base is not None)
+    reads_base = base is not None and method.needs_base
+    networks = compare(
+        base, [source for source, _ in experts], reads_base=reads_base, template=template, tokenizer=tokenizer
+    )
+    inputs = Inputs(names=networks.names, operands=networks.operands)
     terms = terms_of(method, coefficients, inputs.names, vary)
     recipe: dict[str, Any] = {
         "merge": method.name,
@@ -102,21 +103,31 @@ def merge(
     }
     if vary is not None:
         recipe["varied"] = describe(terms)
-    changes = None if out_dtype is None else dtype_changes(template.config, out_dtype)
+    beside = merged_modules(
+        networks.owner,
+        networks.read,
+        None if vary is not None else _merge_of_layers(method, coefficients, reads_base=reads_base),
+        networks.notes,
+    )
+    recipe |= {} if template is None else {"template": template}
+    recipe |= {} if tokenizer is None else {"tokenizer": asdict(tokenizer)}
+    details = {"recipe": recipe, **({"notes": networks.notes} if networks.notes else {})}
 
     # Each tensor has one thread to itself, and the processors are shared among tensors.
     with one_thread_per_kernel():
         workers = worker_threads(threads)
         merge_tensor = method.prepare(replace(inputs, threads=workers, progress=progress), terms.__getitem__)
+        planned = plan(networks, merge_tensor, out_dtype)
         return rewrite(
-            template,
+            networks.template,
             out,
-            _plan(template, inputs, merge_tensor, out_dtype),
-            manifest={"recipe": recipe},
+            planned,
+            manifest=details,
             resume_token=json.dumps(recipe),
-            config_changes=changes,
-            verify=partial(_verify, template, out_dtype),
-            also_read={role: source for role, source in sources.items() if source is not template},
+            config_changes=config_changes(networks, out_dtype),
+            side_files={**networks.vocabularies.files, **beside},
+            verify=partial(_verify, {tensor.name: tensor.spec for tensor in planned}),
+            also_read={role: source for role, source in sources.items() if source is not networks.template},
             checksums=checksums,
             threads=workers,
             memory_budget=memory_budget,
@@ -167,12 +178,22 @@ def merge_state_dicts(
     template = next(iter(states.values()))
     models = [state_dict_model(label, state) for label, state in states.items()]
     gathered = tuple(state_dict_model(f"statistics {n}", state) for n, state in enumerate(statistics, start=1))
-    inputs = replace(_inputs(models, method, has_base=base is not None), statistics=gathered)
-
+    read = models[1:] if base is not None and not method.needs_base else models
+    inputs = Inputs(
+        names=mergeable_names(models),  # even a base that is not read has to belong to them
+        operands=lambda name: in_one_dtype([model[name] for model in read]),
+        statistics=gathered,
+    )
     terms = terms_of(method, given, inputs.names, vary)
-    merge_tensor, scratch, merged = method.prepare(inputs, terms.__getitem__), Scratch(out_dtype), set(inputs.names)
+    merge_tensor, scratch, merged = method.prepare(inputs, terms.__getitem__), Scratch(), set(inputs.names)
+
+    def merged_one(name: str, like: Tensor) -> Tensor:
+        out = torch.empty_like(like, dtype=out_dtype or like.dtype, memory_format=torch.contiguous_format)
+        fill(name, partial(merge_tensor, name, inputs.operands(name), scratch), scratch, out)
+        return out
+
     return {
-        name: merge_tensor(name, inputs.operands(name), scratch) if name in merged else tensor.clone()
+        name: merged_one(name, tensor.detach()) if name in merged else tensor.clone()
         for name, tensor in template.items()
     }
 
@@ -222,24 +243,6 @@ def in_memory(method: Callable[Settings, Merge]) -> MergeFunction[Settings]:
     return cast(MergeFunction[Settings], function)
 
 
-def dtype_changes(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """What a ``config.json`` has to say differently when the weights are stored as ``dtype``."""
-    name = str(dtype).removeprefix("torch.")
-    changes = _renamed_dtypes(config, name)
-    return changes if {"dtype", "torch_dtype"} & changes.keys() else {**changes, "dtype": name}
-
-
-def _renamed_dtypes(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The entries that name a dtype, also in the configurations of parts (``text_config``)."""
-    changes: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype"):
-            changes[key] = name
-        elif isinstance(value, Mapping) and (inner := _renamed_dtypes(value, name)):
-            changes[key] = inner
-    return changes
-
-
 def _require_usable(method: Merge, coefficients: Sequence[float | None], *, has_base: bool) -> None:
     """Check all that can be checked without the models."""
     method.validate()
@@ -253,36 +256,20 @@ def _require_usable(method: Merge, coefficients: Sequence[float | None], *, has_
     method.resolve(coefficients)
 
 
-def _inputs(models: Sequence[Model], method: Merge, *, has_base: bool) -> Inputs:
-    """What the method reads, after checking that all models, even a base it does not read, belong together."""
-    names = mergeable_names(models)
-    read = models[1:] if has_base and not method.needs_base else models
-    return Inputs(names=names, operands=lambda name: tuple(model[name] for model in read))
+def _merge_of_layers(
+    method: Merge, coefficients: Sequence[float | None], *, reads_base: bool
+) -> Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]] | None:
+    """The same merge for layers beside the networks; None where it goes by what was learnt of the networks."""
+    if {"data", "statistics"} & set(method.requirements().reads):
+        return None
+
+    def merge(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        base, experts = (states[0], states[1:]) if reads_base else (None, states)
+        return merge_state_dicts(base, experts, method=method, coefficients=coefficients)
+
+    return merge
 
 
-def _plan(
-    template: TensorSource, inputs: Inputs, merge_tensor: TensorMerge, out_dtype: torch.dtype | None
-) -> list[OutputTensor]:
-    scratch, merged = Scratch(out_dtype), set(inputs.names)
-
-    def planned(tensor: OutputTensor) -> OutputTensor:
-        if tensor.name not in merged:
-            return tensor
-        spec = tensor.spec if out_dtype is None else replace(tensor.spec, dtype=dtype_code(out_dtype))
-        merge_operands = partial(merge_tensor, tensor.name, inputs.operands(tensor.name), scratch)
-        return replace(tensor, spec=spec, fill=partial(_fill, tensor.name, spec, merge_operands, scratch))
-
-    return [planned(tensor) for tensor in output_like(template, {})]
-
-
-def _fill(name: str, spec: TensorSpec, merge_operands: Callable[[], Tensor], scratch: Scratch, out: Tensor) -> None:
-    with scratch.into(out):
-        merged = merge_operands()
-    require_spec(name, merged, spec)
-    if merged.data_ptr() != out.data_ptr():  # the method used memory of its own
-        out.copy_(merged)
-
-
-def _verify(template: TensorSource, out_dtype: torch.dtype | None, written: TensorSource) -> Mapping[str, Any]:
-    require_nothing_lost(template, written, out_dtype)
+def _verify(expected: Mapping[str, TensorSpec], written: TensorSource) -> Mapping[str, Any]:
+    require_nothing_lost(expected, written)
     return {}

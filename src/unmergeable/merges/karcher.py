@@ -48,7 +48,7 @@ class Karcher(Merge):
             raise UsageError(f"tolerance={self.tolerance}: must lie between 0 and 1.")
 
     def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
-        products = inner_products(operands, "zero", scratch)
+        products = inner_products(name, operands, "zero", scratch)
         shares = np.array(terms.coefficients) / sum(terms.coefficients)
         weights = karcher_weights(products, shares, self.iterations, self.tolerance)
         return combination(name, operands, "zero", [float(weight) for weight in weights], scratch)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from unmergeable.checkpoint.dtypes import torch_dtype
+from unmergeable.checkpoint.finite import require_finite
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.partial import require_absent
 from unmergeable.checkpoint.source import TensorSource, require_same_tensors
@@ -173,6 +174,8 @@ def learnt_from_data(
     template = sources[0] if base is None else base
     for number, source in enumerate(sources, start=1):
         require_same_tensors(template, source, f"expert {number}")
+    labelled = {f"expert {number} ({source.description})": source for number, source in enumerate(sources, start=1)}
+    require_finite(labelled if base is None else {f"base ({base.description})": base, **labelled}, progress=progress)
     inputs = LearningInputs(base, sources, coefficients, tuple(data), template.folder, out, progress)
     with method.learn(inputs) as learnt:
         yield learnt

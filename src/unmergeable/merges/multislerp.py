@@ -42,7 +42,7 @@ class MultiSlerp(Merge):
         return requirements_of(self.origin)
 
     def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
-        products = inner_products(operands, self.origin, scratch)
+        products = inner_products(name, operands, self.origin, scratch)
         shares = np.array(terms.coefficients)
         weights = multislerp_weights(products, shares / shares.sum() if self.normalize else shares)
         if weights is None:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from unmergeable.checkpoint.finite import is_finite
 from unmergeable.errors import UsageError
 from unmergeable.merges.base import Merge, Terms, Varies, require_finite
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks
@@ -46,4 +47,7 @@ nearswap = in_memory(NearSwap)
 
 def _merge_block(blocks: list[Tensor], spare: list[Tensor], *, coefficient: float, t: float) -> Tensor:
     base, expert = blocks
-    return base.add_(expert.sub_(base).mul_(coefficient).clamp_(-t, t))
+    moved = expert.sub_(base).mul_(coefficient)
+    if not is_finite(moved):  # clamping would hide it
+        return moved
+    return base.add_(moved.clamp_(-t, t))

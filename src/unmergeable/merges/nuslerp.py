@@ -62,7 +62,7 @@ class NuSlerp(Merge):
         t = terms.of_tensor("t", terms.coefficients[1])
         shape = operands[0].shape
         if self.along == "tensor" or not shape:
-            products = inner_products(operands, self.origin, scratch)
+            products = inner_products(name, operands, self.origin, scratch)
             norms = np.sqrt(np.diag(products)).clip(_SMALLEST_NORM)
             cosine = float(np.clip(products[0, 1] / (norms[0] * norms[1]), -1, 1))
             weights = slerp_weights(t, cosine, linear_above=_LINEAR_ABOVE)

@@ -16,7 +16,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, weighted_sum, widened_blocks
+from unmergeable.merges.blocks import (
+    Operand,
+    Scratch,
+    merge_blocks,
+    require_finite_operands,
+    weighted_sum,
+    widened_blocks,
+)
 from unmergeable.registry import Requirements
 
 Origin = Literal["zero", "base"]
@@ -31,13 +38,17 @@ def requirements_of(origin: Origin) -> Requirements:
     return Requirements(needs=("base",)) if origin == "base" else Requirements()
 
 
-def inner_products(operands: Sequence[Operand], origin: Origin, scratch: Scratch) -> Weights:
+def inner_products(name: str, operands: Sequence[Operand], origin: Origin, scratch: Scratch) -> Weights:
     """Of all pairs of models, as seen from the origin: float64, [models, models].
 
     Args:
+        name: of the tensor, for messages.
         operands: the models; before them the base, where it is the origin.
         origin: the centre.
         scratch: buffers.
+
+    Raises:
+        BadInput: a model is not finite.
     """
     skipped = 1 if origin == "base" else 0
     count = len(operands) - skipped
@@ -51,6 +62,8 @@ def inner_products(operands: Sequence[Operand], origin: Origin, scratch: Scratch
             for column, other in enumerate(models[: row + 1]):
                 # torch sums in a cascade, as exactly as the products are; a dot product in float32 loses two digits.
                 products[row, column] += float(torch.mul(one, other, out=product).sum())
+    if not np.isfinite(products).all():
+        require_finite_operands(name, operands)
     return products + np.tril(products, -1).T
 
 

@@ -117,6 +117,9 @@ def _obstacle(first: TensorSource, second: TensorSource, is_requested: bool) -> 
     """Why the networks cannot be run, empty when they can."""
     if not (isinstance(first, Checkpoint) and isinstance(second, Checkpoint)):
         return "an adapter or pickled checkpoint is compared block by block only"
+    for source in (first, second):
+        if source.index.names_on_disk or source.index.stale_settings:
+            return f"no library loads {source.description} as it lies there"
     is_diffusion = "_class_name" in first.config
     library = "diffusers" if is_diffusion else "transformers"
     if importlib.util.find_spec(library) is None:

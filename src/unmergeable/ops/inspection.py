@@ -113,6 +113,7 @@ class InspectResult:
         manifest: its ``unmergeable.json``, if there is one.
         comparison: with the base, if one was given.
         left_out: names of files that a protected copy would leave out, each with the reason.
+        notes: what was put right on reading: names of a wrapper, settings that do not describe these weights.
     """
 
     checkpoint: Path
@@ -128,6 +129,7 @@ class InspectResult:
     manifest: Manifest | None
     comparison: BaseComparison | None
     left_out: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -164,6 +166,7 @@ class InspectResult:
             "manifest": dict(self.manifest.details) if self.manifest else None,
             "base": self.comparison.to_json() if self.comparison else None,
             "left_out": [{"name": name, "reason": reason} for name, reason in self.left_out],
+            "notes": list(self.notes),
         }
 
 
@@ -172,6 +175,7 @@ def inspect(
     *,
     base: str | os.PathLike[str] | None = None,
     sources: Sequence[str | os.PathLike[str]] = (),
+    allow_pickle: bool = False,
     progress: Progress = silent,
 ) -> InspectResult:
     """Describe a checkpoint from its weights; with a base, compare the two and look for signs of a protection.
@@ -182,6 +186,7 @@ def inspect(
         checkpoint: a checkpoint, or a LoRA folder with its base.
         base: what it may have been fine-tuned from.
         sources: public fine-tunes of the base that may be mixed into it.
+        allow_pickle: read checkpoints that have no safetensors files.
         progress: called with the parts and tensors looked at.
 
     Raises:
@@ -195,16 +200,22 @@ def inspect(
     folder = folder_of(checkpoint)
     base = None if base is None else folder_of(base)
     try:
-        source, architecture = open_with_architecture(folder, base=base)
+        source, architecture = open_with_architecture(folder, base=base, allow_pickle=allow_pickle)
     except UnsupportedArchitecture as error:
         if base is None:
             raise
-        source, architecture, signs = _restructured(folder, base, error)
+        source, architecture, signs = _restructured(folder, base, error, allow_pickle=allow_pickle)
         comparison: BaseComparison | None = BaseComparison(base, None, signs)
         groups, errors = {}, {}
     else:
-        others = [folder_of(other) for other in sources]
-        comparison = None if base is None else _compare(source, architecture, base, others, progress)
+        others = (
+            []
+            if base is None
+            else [open_checkpoint(folder_of(other), base=base, allow_pickle=allow_pickle) for other in sources]
+        )
+        comparison = (
+            None if base is None else _compare(source, architecture, base, others, progress, allow_pickle=allow_pickle)
+        )
         groups, errors = describe_groups(architecture), storage_errors(source, architecture)
     specs = [source.spec(name) for name in source.names]
     return InspectResult(
@@ -221,31 +232,37 @@ def inspect(
         manifest=read_manifest(folder),
         comparison=comparison,
         left_out=tuple((item.name, item.reason) for item in source.index.left_out),
+        notes=source.index.notes,
     )
 
 
 def _compare(
-    source: TensorSource, architecture: Architecture, base: Path, sources: Sequence[Path], progress: Progress
+    source: TensorSource,
+    architecture: Architecture,
+    base: Path,
+    sources: Sequence[TensorSource],
+    progress: Progress,
+    *,
+    allow_pickle: bool,
 ) -> BaseComparison:
     try:
-        base_source = open_base(base, source, architecture)
+        opened = open_base(base, source, architecture, allow_pickle=allow_pickle)
     except Mismatch:
-        sign = idle_structure(source, *open_with_architecture(base))
+        sign = idle_structure(source, *open_with_architecture(base, allow_pickle=allow_pickle))
         if sign is None:
             raise
         return BaseComparison(base, None, (sign,))
-    estimate = NearestOrbit().estimate(source, base_source, architecture, progress=progress)
-    tuned = [open_checkpoint(folder, base=base) for folder in sources]
-    signs = find_signs(source, base_source, architecture, estimate, tuned, progress)
+    estimate = NearestOrbit().estimate(source, opened, architecture, progress=progress)
+    signs = find_signs(source, opened, architecture, estimate, sources, progress)
     return BaseComparison(base, estimate, signs)
 
 
 def _restructured(
-    checkpoint: Path, base: Path, error: UnsupportedArchitecture
+    checkpoint: Path, base: Path, error: UnsupportedArchitecture, *, allow_pickle: bool
 ) -> tuple[TensorSource, Architecture, tuple[Sign, ...]]:
     """A checkpoint of no known family whose feed-forwards are not the base's; ``error`` where that is not it."""
-    source = open_checkpoint(checkpoint)
-    base_source, architecture = open_with_architecture(base)
+    source = open_checkpoint(checkpoint, allow_pickle=allow_pickle)
+    base_source, architecture = open_with_architecture(base, allow_pickle=allow_pickle)
     signs = structure_signs(under_names_on_disk(source), base_source, architecture)
     if not signs:
         raise error

@@ -6,68 +6,38 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.hub import folder_of
-from unmergeable.checkpoint.index import is_adapter
+from unmergeable.checkpoint.index import is_adapter, read_index
 from unmergeable.checkpoint.open import open_checkpoint, split_adapter
 from unmergeable.checkpoint.source import TensorSource
+from unmergeable.checkpoint.spare import is_output_head
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.merges import MERGES, engine, merge_method
 from unmergeable.merges.learning import learnt_from_data
 from unmergeable.merges.mergekit.backend import find_command, merge_with_mergekit
-from unmergeable.merges.mergekit.config import read_config, read_document
-from unmergeable.merges.mergekit.documents import absolute_paths, document_of, models_named, open_model
+from unmergeable.merges.mergekit.config import DTYPES, read_config, read_document
+from unmergeable.merges.mergekit.documents import (
+    absolute_paths,
+    document_of,
+    models_named,
+    open_model,
+    tokenizer_document,
+)
 from unmergeable.merges.mergekit.meaning import meaning_of
+from unmergeable.merges.networks import Template
 from unmergeable.merges.variation import terms_of
+from unmergeable.merges.vocabularies import Tokenizer
 from unmergeable.ops.adapter_merging import merge_adapters, settings_of_merge
+from unmergeable.ops.merge_result import Backend, MergeResult
 from unmergeable.progress import Progress, silent
 from unmergeable.settings import settings_of
 
-Backend = Literal["own", "mergekit"]
-
 Expert = str | os.PathLike[str] | tuple[str | os.PathLike[str], float | None]
 """A checkpoint, or one with its coefficient."""
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """What was merged, with which coefficients: None where they differ from tensor to tensor.
-
-    ``learnt`` is what a merge learnt from data, None where it took none, and ``summary`` says so in a line.
-    """
-
-    out: Path
-    method: str
-    settings: Mapping[str, Any]
-    experts: tuple[tuple[str, float | None], ...]
-    tensors: int
-    backend: Backend = "own"
-    learnt: Mapping[str, Any] | None = None
-    summary: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "out": str(self.out),
-            "method": self.method,
-            "backend": self.backend,
-            "settings": dict(self.settings),
-            "experts": [{"path": path, "coefficient": coefficient} for path, coefficient in self.experts],
-            "tensors": self.tensors,
-            "learnt": None if self.learnt is None else dict(self.learnt),
-        }
-
-    def lines(self) -> list[str]:
-        """The result for a terminal."""
-        by = " by mergekit" if self.backend == "mergekit" else ""
-        return [
-            f"Merged{by}: {self.out} ({self.method}; {self.tensors} tensors)",
-            *(f"  {path}" if value is None else f"  {value:g} of {path}" for path, value in self.experts),
-            *([f"  {self.summary}"] if self.summary else []),
-        ]
 
 
 def merge(
@@ -81,6 +51,10 @@ def merge(
     config: str | os.PathLike[str] | None = None,
     backend: Backend = "own",
     keep_adapter: bool = False,
+    dtype: str | None = None,
+    template: Template = None,
+    tokenizer: Tokenizer | str | int | None = None,
+    allow_pickle: bool = False,
     seed: int = 0,
     checksums: bool = False,
     threads: int | None = None,
@@ -101,6 +75,12 @@ def merge(
         keep_adapter: merge LoRA adapters into an adapter, without their base, by a method of
             :mod:`unmergeable.merges.adapters`.
         backend: ``mergekit`` runs the installed mergekit and refuses its result if a tensor is lost.
+        dtype: of the merge on disk, ``bfloat16`` say; None for that of each of the template's tensors.
+        template: whose configuration, files and parts (heads, towers) the merge has: ``"base"`` or the number of an
+            expert. None for the base's (without one, the first expert's), as long as no part of another model is lost.
+        tokenizer: whose tokens the merge has: ``"base"``, the number of an expert, or the ``"union"`` of all. None for
+            the template's rows. A :class:`Tokenizer` says of single tokens where their rows come from.
+        allow_pickle: read models that have no safetensors files.
         seed: of mergekit's random masks. This package's own are drawn from the method's ``seed`` setting.
         checksums: record the SHA-256 of every file read and written; without, that of their headers, and sizes.
         threads: tensors merged at a time; None for one per processor.
@@ -119,13 +99,18 @@ def merge(
         return _merge_adapters(experts, method, settings or {}, Path(out))
     if backend == "mergekit":
         find_command()
+        _refuse_own_choices(template, allow_pickle=allow_pickle)
     out = Path(out)
     if config is not None:
-        if experts or method is not None or base is not None or settings or data:
-            raise UsageError("give either a configuration file, or experts with --method, --base, --set and --data.")
+        if experts or method is not None or base is not None or settings or data or dtype or tokenizer is not None:
+            raise UsageError(
+                "give either a configuration file, or experts with --method, --base, --set, --data, --dtype and "
+                "--tokenizer."
+            )
         if backend == "mergekit":
             return _merge_config_with_mergekit(Path(config), out, seed=seed, checksums=checksums, threads=threads)
-        return _merge_config(Path(config), out, checksums=checksums, threads=threads, progress=progress)
+        options = _Options(template, allow_pickle, checksums, threads, progress)
+        return _merge_config(Path(config), out, options)
     if method is None:
         raise UsageError("name the merge with --method, or give a mergekit configuration file.")
     MERGES.require(method)
@@ -138,30 +123,48 @@ def merge(
     names = [os.fspath(name) for name, _ in given]
     folders = [_folder_and_base(name, base_folder) for name in names]
     coefficients: list[float | None] = [coefficient for _, coefficient in given]
-    base_source = None if base_folder is None else open_checkpoint(base_folder)
-    sources = [open_checkpoint(folder, base=of) for folder, of in folders]
+    stored = None if dtype is None else named_dtype(dtype)
+    tokens = Tokenizer(tokenizer) if isinstance(tokenizer, str | int) else tokenizer
+    reads_pickle = allow_pickle if backend == "own" else None
+    base_source = None if base_folder is None else open_checkpoint(base_folder, allow_pickle=reads_pickle)
+    sources = [open_checkpoint(folder, base=of, allow_pickle=reads_pickle) for folder, of in folders]
     if backend == "mergekit":
         if data:
             raise UsageError("mergekit merges without data; leave out --data, or --backend.")
         resolved = merge_method(method).resolve(coefficients)
         inputs = {} if base_source is None else {"base": base_source}
         inputs |= {f"expert {number}": source for number, source in enumerate(sources, start=1)}
-        template = next(iter(inputs.values()))
         pairs = list(zip([_named_for_mergekit(*pair) for pair in folders], resolved, strict=True))
-        document = document_of(method, pairs, base_folder, settings or {}, out_dtype=_stored_dtype(template))
-        merge_with_mergekit(document, inputs, out, seed=seed, checksums=checksums, threads=threads)
+        first = next(iter(inputs.values()))
+        out_dtype = dtype or _stored_dtype(first)
+        document = document_of(method, pairs, base_folder, settings or {}, out_dtype=out_dtype)
+        if tokens is not None:
+            document["tokenizer"] = tokenizer_document(tokens, document)
+        merge_with_mergekit(
+            document,
+            inputs,
+            out,
+            out_dtype=stored,
+            seed=seed,
+            checksums=checksums,
+            threads=threads,
+            tokens_may_differ=tokenizer is not None,
+        )
         used = tuple(zip(names, resolved, strict=True))
-        return MergeResult(out, method, document["parameters"], used, len(template.names), "mergekit")
+        return MergeResult(out, method, document["parameters"], used, len(first.names), "mergekit")
     configured = merge_method(method, **(settings or {}))
     weighted = list(zip(sources, coefficients, strict=True))
     data_paths = [Path(path) for path in data]
     with learnt_from_data(configured, base_source, weighted, data_paths, out=out, progress=progress) as learnt:
-        engine.merge(
+        manifest = engine.merge(
             base_source,
             list(zip(sources, learnt.coefficients, strict=True)),
             learnt.method,
             out,
             vary=learnt.vary,
+            out_dtype=stored,
+            template=template,
+            tokenizer=tokens,
             checksums=checksums,
             threads=threads,
             progress=progress,
@@ -172,9 +175,10 @@ def merge(
         method,
         settings_of(configured),
         tuple(zip(names, values, strict=True)),
-        len(sources[0].names),
+        _tensors(out),
         learnt=learnt.facts,
         summary=learnt.summary,
+        notes=tuple(manifest.details.get("notes", ())),
     )
 
 
@@ -201,35 +205,70 @@ def _named_for_mergekit(folder: Path, base: Path | None) -> Path:
     return folder if base is None or not is_adapter(folder) else Path(f"{base.absolute()}+{folder.absolute()}")
 
 
-def _merge_config(config: Path, out: Path, *, checksums: bool, threads: int | None, progress: Progress) -> MergeResult:
+@dataclass(frozen=True)
+class _Options:
+    """What a configuration file leaves to the command line."""
+
+    template: Template
+    allow_pickle: bool
+    checksums: bool
+    threads: int | None
+    progress: Progress
+
+
+def _merge_config(config: Path, out: Path, options: _Options) -> MergeResult:
     parsed = read_config(config)
     try:
         meaning = meaning_of(parsed)
         # The base first: it is the template.
         named = dict.fromkeys((*filter(None, (parsed.base_model,)), *parsed.models))
-        sources = {model: open_model(model, config.parent) for model in named}
-        names = next(iter(sources.values())).names
+        sources = {model: open_model(model, config.parent, allow_pickle=options.allow_pickle) for model in named}
+        names = _names_of_all(tuple(sources.values()))
         vary = meaning.vary(names)
         # Everything that can be missing is missed before anything is ranked or written.
         terms = terms_of(meaning.method, [None] * len(meaning.experts), names, vary)
     except BadInput as error:
         raise BadInput(f"{config}: {error}") from None
-    engine.merge(
+    manifest = engine.merge(
         None if meaning.base is None else sources[meaning.base],
         [(sources[model], None) for model in meaning.experts],
         meaning.method,
         out,
         vary=vary,
-        out_dtype=None if parsed.stored_dtype is None else _named_dtype(parsed.stored_dtype),
-        checksums=checksums,
-        threads=threads,
-        progress=progress,
+        out_dtype=None if parsed.stored_dtype is None else named_dtype(parsed.stored_dtype),
+        template=options.template,
+        tokenizer=meaning.tokenizer,
+        checksums=options.checksums,
+        threads=options.threads,
+        progress=options.progress,
     )
     used = []
     for number, model in enumerate(meaning.experts):
         coefficients = {tensor_terms.coefficients[number] for tensor_terms in terms.values()}
         used.append((model, coefficients.pop() if len(coefficients) == 1 else None))
-    return MergeResult(out, meaning.method.name, settings_of(meaning.method), tuple(used), len(names))
+    notes = tuple(manifest.details.get("notes", ()))
+    return MergeResult(out, meaning.method.name, settings_of(meaning.method), tuple(used), _tensors(out), notes=notes)
+
+
+def _names_of_all(sources: Sequence[TensorSource]) -> tuple[str, ...]:
+    """The template's tensors, and the output heads that others may have beside them."""
+    names = dict.fromkeys(sources[0].names)
+    names |= {name: None for source in sources[1:] for name in source.names if is_output_head(name)}
+    return tuple(names)
+
+
+def _tensors(folder: Path) -> int:
+    """How many tensors a written merge holds."""
+    return len(read_index(folder).entries)
+
+
+def _refuse_own_choices(template: Template, *, allow_pickle: bool) -> None:
+    if template is not None:
+        raise UsageError("mergekit takes configuration and heads of its base; leave out --template, or --backend.")
+    if allow_pickle:
+        raise UsageError(
+            "mergekit reads pickles by itself, but here nothing is compared with them; leave out --backend."
+        )
 
 
 def _merge_config_with_mergekit(
@@ -243,32 +282,52 @@ def _merge_config_with_mergekit(
     sources = {model: open_model(model, config.parent) for model in models}
     base = document.get("base_model")
     roles = {base: sources.pop(base), **sources} if isinstance(base, str) else sources
-    dtype = document.get("out_dtype") or document.get("dtype")
+    template = next(iter(roles.values()))
+    dtype = document.get("out_dtype") or document.get("dtype") or _uniform_dtype(template)
     merge_with_mergekit(
-        absolute_paths(document, config.parent),
+        absolute_paths({**document, "out_dtype": str(dtype)} if dtype else document, config.parent),
         {"base" if role == base else f"model {number}": source for number, (role, source) in enumerate(roles.items())},
         out,
-        out_dtype=None if dtype is None else _named_dtype(str(dtype)),
+        out_dtype=None if dtype is None else named_dtype(str(dtype)),
+        tokens_may_differ=bool(document.get("tokenizer") or document.get("tokenizer_source")),
         seed=seed,
         checksums=checksums,
         threads=threads,
     )
     parameters = document.get("parameters") or {}
     listed = tuple((model, None) for model in models if model != base)
-    tensors = len(next(iter(roles.values())).names)
-    return MergeResult(out, str(document.get("merge_method")), parameters, listed, tensors, "mergekit")
+    return MergeResult(out, str(document.get("merge_method")), parameters, listed, len(template.names), "mergekit")
 
 
-def _named_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise BadInput(f"no dtype is called {name!r}; known: bfloat16, float16, float32, float64.")
+def named_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UsageError(f"no dtype is called {name!r}; known: {', '.join(DTYPES)}.")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
     return dtype
 
 
 def _stored_dtype(template: TensorSource) -> str:
+    """The one dtype of a model's weights, which mergekit is told to write."""
+    uniform = _uniform_dtype(template)
+    if uniform is None:
+        floats = _float_dtypes(template)
+        raise BadInput(
+            f"{template.description} stores {', '.join(floats)}, and mergekit writes one dtype only: choose it with "
+            f"--dtype {floats[0]}."
+        )
+    return uniform
+
+
+def _uniform_dtype(template: TensorSource) -> str | None:
+    floats = _float_dtypes(template)
+    return floats[0] if len(floats) == 1 else None
+
+
+def _float_dtypes(template: TensorSource) -> list[str]:
+    """The floating-point dtypes of a model, the narrowest first."""
     dtypes = {torch_dtype(template.spec(name).dtype) for name in template.names}
-    floats = {str(dtype).removeprefix("torch.") for dtype in dtypes if dtype.is_floating_point}
-    if len(floats) != 1:
-        raise BadInput(f"{template.description} stores {', '.join(sorted(floats))}: mergekit writes one dtype only.")
-    return floats.pop()
+    floats = sorted(
+        (dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: (dtype.itemsize, str(dtype))
+    )
+    return [str(dtype).removeprefix("torch.") for dtype in floats]

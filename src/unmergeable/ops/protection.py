@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.checkpoint.disk import replace_file, sync_folder
+from unmergeable.checkpoint.finite import require_finite
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.index import is_adapter
 from unmergeable.checkpoint.listing import MANIFEST_NAME
 from unmergeable.checkpoint.manifest import Manifest, read_manifest
+from unmergeable.checkpoint.modules import module_folders_of
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.partial import partial_of, require_absent, require_creatable, require_outside
 from unmergeable.checkpoint.rewrite import folders_read, require_space, rewrite
@@ -181,10 +183,11 @@ def _require_use(steps: Sequence[Step], extras: Extras, *, allow_pickle: bool) -
         raise UsageError(f"{steps[0].name} reads safetensors only: convert the checkpoint and leave out allow_pickle.")
 
 
-def _opened(expert: Path, base: Path, *, allow_pickle: bool = False) -> Inputs:
+def _opened(expert: Path, base: Path, *, allow_pickle: bool | None = None) -> Inputs:
     """Both checkpoints, headers only."""
     source, architecture = open_with_architecture(expert, base=base, allow_pickle=allow_pickle)
     origin = open_base(base, source, architecture, allow_pickle=allow_pickle)
+    require_finite({f"expert {source.description}": source, f"base {origin.description}": origin})
     return Inputs(source, origin, architecture, template=base if is_adapter(expert) else expert, base_folder=base)
 
 
@@ -257,7 +260,7 @@ class _Request:
         """What a step works on, ``source`` being the expert or what the step before wrote."""
         given = {extra.name: getattr(self.extras, extra.name) for extra in fields(Extras) if extra.name in step.reads}
         return replace(
-            _opened(source, self.base, allow_pickle=self.allow_pickle),
+            _opened(source, self.base, allow_pickle=self.allow_pickle if step.has_key else None),
             extras=Extras(**given),
             key_file=self.key if step.has_key else None,
             passphrase=self.passphrase,
@@ -315,7 +318,8 @@ class _Request:
         *,
         is_dry_run: bool,
     ) -> StepReport:
-        notes = (*signs, *facts.notes, step.protection.limits)
+        repaired = (*inputs.expert.index.notes, *_modules_note(inputs.expert))
+        notes = (*signs, *repaired, *facts.notes, step.protection.limits)
         recipes = [protection.recipe() for protection in step.single]
         document: dict[str, Any] = {
             "architecture": inputs.architecture.family,
@@ -339,6 +343,12 @@ class _Request:
             is_dry_run=is_dry_run,
             attack=steps[-1].protection.attack,
         )
+
+
+def _modules_note(expert: TensorSource) -> tuple[str, ...]:
+    folders = module_folders_of(expert.index.side_files)
+    named = ", ".join(folders)
+    return (f"{named} stand around the network and are copied as they are, weights included.",) if folders else ()
 
 
 def _require_apart(key: Path, out: Path) -> None:

@@ -108,6 +108,7 @@ def recover(
     head: AnyPath | None = None,
     encoder: AnyPath | None = None,
     settings: Mapping[str, object] | None = None,
+    allow_pickle: bool = False,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> RecoverResult:
@@ -127,6 +128,7 @@ def recover(
         head: file of the task's head (``unmergeable.tasks``), where the network has none of its own.
         encoder: checkpoint whose tokenizer or image processor prepares the data; ``base`` if None.
         settings: of the method.
+        allow_pickle: read checkpoints that have no safetensors files.
         threads: tensors worked on at a time; None for one per processor.
         progress: called with parts estimated, steps trained and bytes written.
 
@@ -141,7 +143,7 @@ def recover(
     others = [folder_of(source) for source in sources]
     known: Estimate | None = None
     if method == AUTO:
-        method, known = _chosen(protected, base, others, progress)
+        method, known = _chosen(protected, base, others, progress, allow_pickle=allow_pickle)
         others = others if "sources" in ATTACKS[method]().requirements().needs else []
     attack: Attack = configure(ATTACKS.require(method), settings or {})
     requirements = attack.requirements()
@@ -151,7 +153,7 @@ def recover(
     if data is not None:
         prepared_by = base if encoder is None else folder_of(encoder)
         examples = Examples(Path(data), prepared_by, None if head is None else Path(head))
-    inputs = _open(protected, base, others, requirements, examples)
+    inputs = _open(protected, base, others, requirements, examples, allow_pickle=allow_pickle)
     if known is not None and attack == NearestOrbit():
         recovered = recovered_by(known, inputs.protected)
     else:
@@ -193,7 +195,9 @@ def recover(
     )
 
 
-def _chosen(protected: Path, base: Path, sources: Sequence[Path], progress: Progress) -> tuple[str, Estimate | None]:
+def _chosen(
+    protected: Path, base: Path, sources: Sequence[Path], progress: Progress, *, allow_pickle: bool
+) -> tuple[str, Estimate | None]:
     """The attack for the first sign of a protection that ``inspect`` finds and one undoes.
 
     With it comes the estimate of ``nearest_orbit`` that ``inspect`` made; None where it could not.
@@ -202,7 +206,7 @@ def _chosen(protected: Path, base: Path, sources: Sequence[Path], progress: Prog
         UsageError: there is none.
         As :func:`~unmergeable.ops.inspection.inspect`.
     """
-    comparison = inspect(protected, base=base, sources=sources, progress=progress).comparison
+    comparison = inspect(protected, base=base, sources=sources, allow_pickle=allow_pickle, progress=progress).comparison
     assert comparison is not None
     for sign in comparison.signs:
         if sign.recovery is not None:
@@ -226,16 +230,23 @@ def _require_wanted(method: str, requirements: AttackRequirements, *, sources: S
 
 
 def _open(
-    protected: Path, base: Path, sources: Sequence[Path], requirements: AttackRequirements, data: Examples | None
+    protected: Path,
+    base: Path,
+    sources: Sequence[Path],
+    requirements: AttackRequirements,
+    data: Examples | None,
+    *,
+    allow_pickle: bool,
 ) -> Inputs:
     """Open everything. Where the structure may have changed, the base alone decides the architecture."""
-    tuned = tuple(open_checkpoint(source, base=base) for source in sources)
-    source = open_checkpoint(protected)
+    tuned = tuple(open_checkpoint(source, base=base, allow_pickle=allow_pickle) for source in sources)
+    source = open_checkpoint(protected, allow_pickle=allow_pickle)
     structure = requirements.structure
     if structure == "base" or (structure == "polynomial" and SECTION not in source.config):
         architecture = architecture_of(source)
-        return Inputs(source, open_base(base, source, architecture), architecture, tuned, data)
+        opened = open_base(base, source, architecture, allow_pickle=allow_pickle)
+        return Inputs(source, opened, architecture, tuned, data)
     if not base.exists():
         raise BadInput(f"base {base} does not exist; give the folder of the checkpoint this model was fine-tuned from.")
-    base_source = open_checkpoint(base)
+    base_source = open_checkpoint(base, allow_pickle=allow_pickle)
     return Inputs(source, base_source, architecture_of(base_source), tuned, data)

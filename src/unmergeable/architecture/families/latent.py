@@ -6,6 +6,8 @@ is shared by all heads and written by ``kv_a_proj_with_mqa`` beside the latent.
 
 from __future__ import annotations
 
+import re
+
 from unmergeable.architecture.architecture import Architecture
 from unmergeable.architecture.blocks import Attention, FeedForward, Heads, Latent, ScorePart
 from unmergeable.architecture.declare import (
@@ -74,6 +76,7 @@ def deepseek(config: Config, names: Names) -> Architecture:
         r".*\.self_attn\.q_a_proj\.(weight|bias)",
         r".*\.mlp\.gate\.(weight|e_score_correction_bias)",
         r".*rotary_emb\.inv_freq",
+        *_prediction_layers(names, f"{prefix}layers.", len(layers)),
     )
     is_ungrouped = config.get("topk_method") == "greedy" or not config.get("n_group")
     groups = 1 if is_ungrouped else int(setting(config, "n_group"))
@@ -103,6 +106,16 @@ def deepseek(config: Config, names: Names) -> Architecture:
         aside=(r".*\.self_attn\.(kv|q)_a_layernorm\.weight", r".*\.self_attn\.(q_a_proj|kv_a_proj_with_mqa)\.bias"),
         missing=missing,
     )
+
+
+def _prediction_layers(names: Names, stack: str, count: int) -> list[str]:
+    """Patterns of the layers behind the ``count`` of the network, which predict further tokens from its stream.
+
+    transformers passes over them. They stay as they are, and with them the stream that they read.
+    """
+    numbers = {name.removeprefix(stack).partition(".")[0] for name in names.shapes if name.startswith(stack)}
+    beyond = sorted(int(number) for number in numbers if number.isdigit() and int(number) >= count)
+    return [rf"{re.escape(stack)}{number}\..*" for number in beyond]
 
 
 def _latent(names: Names, module: str, expand: str, compress: str, gain: str, size: int, epsilon: float) -> Latent:

@@ -20,14 +20,10 @@ from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.index import CheckpointIndex, Shard, TensorEntry, identified, lay_out_virtual
 from unmergeable.checkpoint.listing import ADAPTER_CONFIG_NAME, CONFIG_NAME, LeftOut, Listing, list_folder
 from unmergeable.checkpoint.source import Extent, IndexedSource, StoredSource, TensorSource
+from unmergeable.checkpoint.vocabulary import is_tokenizer_file
 from unmergeable.errors import CheckpointError
 
 BASE_HAS_ONE = "the base has one of the same name, which is kept"
-_TOKENIZER = re.compile(
-    r"tokenizer.*|sentencepiece.*|spiece.*|tekken.*|.*\.tiktoken|.*\.spm|bpe\.codes|special_tokens_map.*|added_tokens.*"
-    r"|merges\..*|vocab\..*|chat_template.*",
-    re.IGNORECASE,
-)
 _TERMS = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY).*", re.IGNORECASE)
 
 
@@ -144,8 +140,8 @@ def combine_side_files(
     The adapter's files replace the base's, and a tokenizer comes wholly from one of the two. Only the base's
     licence is never replaced: the result is a derivative of it.
     """
-    brings_tokenizer = any(_TOKENIZER.fullmatch(name) for name in own)
-    kept = {name: path for name, path in base.items() if not (brings_tokenizer and _TOKENIZER.fullmatch(name))}
+    brings_tokenizer = any(is_tokenizer_file(name) for name in own)
+    kept = {name: path for name, path in base.items() if not (brings_tokenizer and is_tokenizer_file(name))}
     refused = [name for name in own if _TERMS.fullmatch(name) and name in kept]
     kept |= {name: path for name, path in own.items() if name not in refused}
     return {name: kept[name] for name in sorted(kept)}, tuple(LeftOut(name, BASE_HAS_ONE) for name in refused)

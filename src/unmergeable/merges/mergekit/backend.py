@@ -22,13 +22,16 @@ from typing import Any
 
 import torch
 
+from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.listing import CONFIG_NAME, MANIFEST_NAME
 from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, installed_version, record_file, record_header
 from unmergeable.checkpoint.partial import PartialFolder, require_absent
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.source import TensorSource
+from unmergeable.checkpoint.spare import is_spare
 from unmergeable.errors import BadInput, UnmergeableError, UsageError
-from unmergeable.merges.models import require_nothing_lost
+from unmergeable.merges.models import require_nothing_lost, stored_as
+from unmergeable.merges.vocabularies import is_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ def merge_with_mergekit(
     out: Path,
     *,
     out_dtype: torch.dtype | None = None,
+    tokens_may_differ: bool = False,
     seed: int = 0,
     checksums: bool = False,
     threads: int | None = None,
@@ -52,6 +56,7 @@ def merge_with_mergekit(
         inputs: the models by role; the first one says which tensors the merge must hold.
         out: the folder to create; it appears complete or not at all.
         out_dtype: the dtype the configuration asks for; None for that of the models.
+        tokens_may_differ: whether the configuration chooses a tokenizer, and with it the number of rows.
         seed: for methods that draw masks.
         checksums: record the SHA-256 of every file read and written; without, sizes and those of headers.
         threads: as many as mergekit's arithmetic may use; None for its own choice.
@@ -77,7 +82,8 @@ def merge_with_mergekit(
             (folder.files / "mergekit_config.yml").unlink(missing_ok=True)
             (folder.files / "README.md").unlink(missing_ok=True)
             merged = Checkpoint.open(folder.files)
-            require_nothing_lost(template, merged, out_dtype)
+            expected = _expected(template, merged, out_dtype, tokens_may_differ=tokens_may_differ)
+            require_nothing_lost(expected, merged)
             merged.close()
             manifest = Manifest(
                 outputs=_written(folder.files, checksums=checksums),
@@ -97,6 +103,21 @@ def merge_with_mergekit(
             raise
         folder.commit()
     return manifest
+
+
+def _expected(
+    template: TensorSource, merged: TensorSource, out_dtype: torch.dtype | None, *, tokens_may_differ: bool
+) -> dict[str, TensorSpec]:
+    """The tensors that may not be lost; masks and second copies of tied weights, which mergekit leaves out, may."""
+    expected = {}
+    for name in template.names:
+        spec = stored_as(template.spec(name), out_dtype)
+        if name not in merged.index.entries and is_spare(name, template.config):
+            continue
+        if tokens_may_differ and is_vocabulary(name) and name in merged.index.entries:
+            spec = TensorSpec(spec.dtype, (merged.spec(name).shape[0], *spec.shape[1:]))
+        expected[name] = spec
+    return expected
 
 
 def find_command() -> str:

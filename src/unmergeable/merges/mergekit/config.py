@@ -20,7 +20,7 @@ and behind the layers at 0. So it is in mergekit, and the methods are run in mer
 has the table), so that one file means one merge.
 
 Stricter than mergekit: an unknown key is refused, a typo never passes. Not offered: parts of models stacked to new
-depths, ``modules``, and tokenizers other than the base's.
+depths, ``modules``, and vocabularies padded to a multiple.
 """
 
 from __future__ import annotations
@@ -37,8 +37,18 @@ from unmergeable.settings import nearest
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 USE_MERGEKIT = "run mergekit itself with --backend mergekit"
 
-_TOP = ("models", "slices", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source")
-_ELSEWHERE = ("modules", "tokenizer", "chat_template")
+_TOP = (
+    "models",
+    "slices",
+    "merge_method",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+)
+_ELSEWHERE = ("modules", "chat_template")
 _IGNORED = ("int8_mask",)
 """Accepted without effect: how mergekit stores a mask changes nothing of the merge."""
 
@@ -86,6 +96,24 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class NamedToken:
+    """Where the row of a token comes from: a model, None for zeros, and there a token or row of another name."""
+
+    model: str | None
+    token: str | None = None
+    row: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class NamedTokenizer:
+    """Whose tokens the merge has: ``base``, ``union`` or a model; single ones. Models as the file names them."""
+
+    source: str
+    tokens: Mapping[str, NamedToken] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class MergeConfig:
     """A merge as its file describes it."""
 
@@ -95,6 +123,7 @@ class MergeConfig:
     parameters: Parameters
     dtype: str | None
     out_dtype: str | None
+    tokenizer: NamedTokenizer | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -155,11 +184,6 @@ def parse_config(document: object) -> MergeConfig:
     if ("models" in top) == ("slices" in top):
         raise BadInput("give either models or slices.")
     base_model = _text(top, "base_model", "the file")
-    tokenizer = top.get("tokenizer_source")
-    if tokenizer not in (None, "base", base_model):
-        raise BadInput(
-            f"tokenizer_source {tokenizer!r}: only the base's tokenizer is kept; write base, or {USE_MERGEKIT}."
-        )
     config = MergeConfig(
         merge_method=method,
         slices=_whole(top["models"], method) if "models" in top else _slices(top["slices"], method),
@@ -167,9 +191,39 @@ def parse_config(document: object) -> MergeConfig:
         parameters=_parameters(top.get("parameters"), "parameters", method),
         dtype=_dtype(top, "dtype"),
         out_dtype=_dtype(top, "out_dtype"),
+        tokenizer=_tokenizer(top),
     )
     _require_same_models(config)
     return config
+
+
+def _tokenizer(top: Mapping[str, Any]) -> NamedTokenizer | None:
+    source = _text(top, "tokenizer_source", "the file")
+    if "tokenizer" not in top:
+        return None if source is None else NamedTokenizer(source)
+    if source is not None:
+        raise BadInput("give either tokenizer_source or tokenizer.")
+    fields = _mapping(top["tokenizer"], "tokenizer", ("source", "tokens"), elsewhere=("pad_to_multiple_of",))
+    entries = _mapping(fields.get("tokens") or {}, "tokenizer, tokens", tuple(fields.get("tokens") or ()))
+    tokens = {str(token): _token(entry, f"tokenizer, tokens, {token}") for token, entry in entries.items()}
+    return NamedTokenizer(_text(fields, "source", "tokenizer") or "union", tokens)
+
+
+def _token(entry: object, where: str) -> NamedToken:
+    fields = _mapping(entry, where, ("source", "force"))
+    force = fields.get("force", False)
+    if not isinstance(force, bool):
+        raise BadInput(f"{where}: force must be true or false, not {force!r}.")
+    source = fields.get("source")
+    if isinstance(source, str):
+        return NamedToken(source, force=force)
+    inner = _mapping(source, f"{where}, source", ("kind", "model", "token", "token_id"))
+    if inner.get("kind") == "zero":
+        return NamedToken(None, force=force)
+    model, token, row = (_text(inner, "model", where), _text(inner, "token", where), inner.get("token_id"))
+    if inner.get("kind") != "model_token" or model is None or (token is None) == (type(row) is not int):
+        raise BadInput(f"{where}: source must be a model, {{kind: zero}}, or kind: model_token with token or token_id.")
+    return NamedToken(model, token, row, force)
 
 
 def _whole(entries: object, method: str) -> tuple[Slice, ...]:

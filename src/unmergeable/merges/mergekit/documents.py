@@ -14,8 +14,10 @@ from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.merges.mergekit.config import parse_config
 from unmergeable.merges.mergekit.methods import METHODS
+from unmergeable.merges.vocabularies import Tokenizer, TokenSource
 
 _KEYS = ("model", "base_model")
+_NO_MODELS = ("base", "union")
 
 
 def models_named(document: Mapping[str, Any]) -> tuple[str, ...]:
@@ -35,7 +37,7 @@ def absolute_paths(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return _with_models(document, absolute)
 
 
-def open_model(model: str, folder: Path) -> TensorSource:
+def open_model(model: str, folder: Path, *, allow_pickle: bool | None = None) -> TensorSource:
     """Open a model by the name it has in a configuration that lies in ``folder``.
 
     Raises:
@@ -45,7 +47,9 @@ def open_model(model: str, folder: Path) -> TensorSource:
     for part in (path, adapter):
         if part is not None and not part.is_dir():
             raise BadInput(f"model {model}: {part} is no folder; download the model and give its folder.")
-    return open_checkpoint(path) if adapter is None else open_checkpoint(adapter, base=path)
+    if adapter is None:
+        return open_checkpoint(path, allow_pickle=allow_pickle)
+    return open_checkpoint(adapter, base=path, allow_pickle=allow_pickle)
 
 
 def document_of(
@@ -92,6 +96,25 @@ def document_of(
     return document
 
 
+def tokenizer_document(tokenizer: Tokenizer, document: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``tokenizer`` of a configuration that merges the experts of ``document``."""
+
+    def model(number: str | int) -> str:
+        return str(document["base_model"] if number == "base" else document["models"][int(number) - 1]["model"])
+
+    def source(token: TokenSource) -> Any:
+        if token.model is None:
+            return {"kind": "zero"}
+        if token.token is None and token.row is None:
+            return model(token.model)
+        named = {"token": token.token} if token.row is None else {"token_id": token.row}
+        return {"kind": "model_token", "model": model(token.model), **named}
+
+    chosen = tokenizer.source if tokenizer.source in ("base", "union") else model(tokenizer.source)
+    tokens = {token: {"source": source(entry), "force": entry.force} for token, entry in tokenizer.tokens.items()}
+    return {"source": chosen, **({"tokens": tokens} if tokens else {})}
+
+
 def _plain(value: object) -> object:
     import yaml
 
@@ -100,6 +123,10 @@ def _plain(value: object) -> object:
 
 def _with_models(document: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     def walk(value: Any, key: str = "") -> Any:
+        if key == "tokenizer_source" and isinstance(value, str) and value not in _NO_MODELS:
+            return change(value)
+        if key == "tokenizer" and isinstance(value, dict):
+            return _tokenizer_models(value, change)
         if isinstance(value, dict):
             return {name: walk(inner, name) for name, inner in value.items()}
         if isinstance(value, list):
@@ -107,3 +134,23 @@ def _with_models(document: Mapping[str, Any], change: Callable[[str], str]) -> d
         return change(value) if key in _KEYS and isinstance(value, str) else value
 
     return {name: walk(value, name) for name, value in document.items()}
+
+
+def _tokenizer_models(tokenizer: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """A ``tokenizer`` with the models that it names changed: the source, and those of single tokens."""
+
+    def changed(source: Any) -> Any:
+        if isinstance(source, str):
+            return source if source in _NO_MODELS else change(source)
+        if isinstance(source, dict) and isinstance(source.get("model"), str):
+            return {**source, "model": change(source["model"])}
+        return source
+
+    result = {key: changed(value) if key == "source" else value for key, value in tokenizer.items()}
+    tokens = result.get("tokens")
+    if isinstance(tokens, dict):
+        result["tokens"] = {
+            token: {**entry, "source": changed(entry.get("source"))} if isinstance(entry, dict) else entry
+            for token, entry in tokens.items()
+        }
+    return result

@@ -11,6 +11,7 @@ from unmergeable.merges.base import Merge
 from unmergeable.merges.mergekit.config import USE_MERGEKIT, MergeConfig, Parameters, Slice
 from unmergeable.merges.mergekit.methods import METHODS
 from unmergeable.merges.variation import Vary
+from unmergeable.merges.vocabularies import Tokenizer, TokenSource
 
 # Where the layers of a model are counted: the number behind one of these.
 _STACKS = r"(?:layers?|h|blocks?|resblocks|transformer_blocks)"
@@ -29,6 +30,7 @@ class Meaning:
     base: str | None
     experts: tuple[str, ...]
     vary: Callable[[Iterable[str]], Vary]
+    tokenizer: Tokenizer | None = None
 
 
 def meaning_of(config: MergeConfig) -> Meaning:
@@ -61,7 +63,28 @@ def meaning_of(config: MergeConfig) -> Meaning:
         places = _places(config, tuple(names))
         return lambda name: known.terms(_Lookup(config, experts, name, *places[name]), switches)
 
-    return Meaning(known.method(switches, base is not None), base, experts, vary)
+    return Meaning(known.method(switches, base is not None), base, experts, vary, _tokenizer(config, base, experts))
+
+
+def _tokenizer(config: MergeConfig, base: str | None, experts: Sequence[str]) -> Tokenizer | None:
+    """The choice of tokens, with models by their part in the merge."""
+    named = config.tokenizer
+    if named is None:
+        return None
+
+    def part(model: str) -> str | int:
+        if model == base:
+            return "base"
+        if model not in experts:
+            raise BadInput(f"tokenizer: {model} is none of the models; name one that is merged, base or union.")
+        return experts.index(model) + 1
+
+    is_kind = named.source in ("base", "union")
+    tokens = {
+        token: TokenSource(None if entry.model is None else part(entry.model), entry.token, entry.row, entry.force)
+        for token, entry in named.tokens.items()
+    }
+    return Tokenizer(named.source if is_kind else part(named.source), tokens)
 
 
 @dataclass(frozen=True)
