@@ -15,7 +15,8 @@ import numpy as np
 
 from unmergeable.attacks import FewShot
 from unmergeable.evaluation.cells import Cell, Credits
-from unmergeable.evaluation.models import IDENTITY, SCALE, Variant
+from unmergeable.evaluation.models import Variant
+from unmergeable.evaluation.names import IDENTITY, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.results import (

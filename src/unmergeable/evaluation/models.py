@@ -19,15 +19,13 @@ from unmergeable.checkpoint.disk import write_file
 from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.evaluation.cells import digest_of, identity
 from unmergeable.evaluation.methods import attack_reads
+from unmergeable.evaluation.names import IDENTITY, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MethodEntry, ProtectionEntry, RecoveryEntry, TaskEntry
 from unmergeable.evaluation.scoring import Checkpoint
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.ops.protection import write_control
 from unmergeable.progress import Progress
-
-IDENTITY, SCALE = "identity", "scale"
-"""The controls: the expert itself, and base + 0.65 (expert - base). Neither protects: an audit must find that out."""
 
 SCALE_FACTOR = 0.65
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.analyses import Analyses
-from unmergeable.evaluation.models import IDENTITY, SCALE
+from unmergeable.evaluation.names import IDENTITY, SCALE
 from unmergeable.evaluation.records import INLINED, OPTIONAL, Record
 from unmergeable.evaluation.threat_models import ThreatModel
 

@@ -9,7 +9,7 @@ from math import isfinite
 from typing import TypeVar
 
 from unmergeable.evaluation.analyses import Analyses, LineToRider, MapPoint, ModelAnalysis, Part, Parts, PlaneOfMerges
-from unmergeable.evaluation.models import IDENTITY, SCALE
+from unmergeable.evaluation.names import IDENTITY, SCALE
 from unmergeable.evaluation.results import NO_FIGURE, AuditResult, Fronts, Line, Table
 from unmergeable.evaluation.selection import pareto_front
 from unmergeable.page import Chart, Series, landscape_chart, line_chart, point_chart
