@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from unmergeable.errors import BadInput, CheckpointError
 from unmergeable.evaluation.attackers import ATTACKERS
 from unmergeable.evaluation.audits import Audit, audit
 from unmergeable.evaluation.cells import Cell, CellStore
+from unmergeable.evaluation.packing import pack, unpack
 from unmergeable.evaluation.pool import Call
+from unmergeable.evaluation.recompute import recomputed
 from unmergeable.evaluation.report.verdict import verdict
 from unmergeable.evaluation.results import AuditResult, ProtectionResult, read_audit
 from unmergeable.evaluation.run import locked
@@ -80,6 +83,43 @@ def test_it_finds_out_what_is_known(audited: dict[str, Any]) -> None:
         "nearest_orbit on mergelock (seed 0)",
     ]
     assert audited["passed"]
+
+
+def test_anybody_can_compute_it_again(audited: dict[str, Any]) -> None:
+    """From the credits of a compact result alone: the same D*, intervals and areas, at every bar."""
+    result = AuditResult.from_json(audited).compact({"made": "here"})
+    assert result.count == len(audited["cells"])
+    read = AuditResult.from_json(json.loads(json.dumps(result.to_json())))
+    assert read == result
+    trials = 0
+    for found in recomputed(read):
+        trials += 1
+        assert found.trial.area == (None if np.isnan(found.area) else found.area)
+        assert len(found.at_bars) == len(found.trial.bars) == 3
+        for bar, one in zip(found.trial.bars, found.at_bars, strict=True):
+            assert (bar.kept_share, bar.d_star, *bar.interval) == (one.kept_share, one.d_star, one.low, one.high)
+        assert found.d_star == found.trial.d_star
+        assert found.at_bars[1].protected == found.trial.protected
+    assert trials == 2 * len(read.protections)
+    # Control: with one wrong answer more in the best attack it is another figure.
+    cells = list(result.cells or ())
+    worst = result.protections["identity"].tiers[ThreatModel.WHITE_BOX].worst
+    assert worst is not None
+    best = next(
+        number
+        for number, cell in enumerate(cells)
+        if (cell.protection, cell.attack) == ("identity", worst.best["unprotected"])
+    )
+    packed = cells[best].credits
+    assert packed is not None
+    marred = unpack(packed["test"]["mine-task"])
+    marred[np.flatnonzero(marred)[0]] = 0
+    changed = {**packed, "test": {**packed["test"], "mine-task": pack(marred)}}
+    cells[best] = replace(cells[best], credits=changed)
+    others = recomputed(replace(result, cells=tuple(cells)))
+    assert any(found.d_star != found.trial.d_star for found in others)
+    with pytest.raises(BadInput, match="stored without credits"):
+        list(recomputed(replace(result, riders=None)))
 
 
 def test_a_menu_that_is_too_small_fails_a_control(plan_file: Path, document: dict[str, Any], tmp_path: Path) -> None:

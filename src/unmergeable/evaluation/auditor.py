@@ -110,6 +110,7 @@ class Auditor:
             controls=checked,
             passed=all(control.passed for control in checked),
             cells=tuple(contest.cell(attack) for contest in contests for attack in contest.attacks),
+            riders={contest.rider: contest.packed_rider for contest in contests},
             analyses=analyses,
             refused=tuple(refused),
         )
@@ -234,6 +235,7 @@ class Auditor:
             defended_task=self.plan.victim.task,
             rider_task=rider.task,
             rider_alone=alone.rider(rider),
+            rider_tested=alone.test[rider.name].credits[rider.task],
             attacks=tuple(attack for attack in attacks if attack.job.rider == rider),
         )
 

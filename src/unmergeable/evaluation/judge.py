@@ -7,18 +7,22 @@ beside it say where it comes from.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from unmergeable.attacks import FewShot
+from unmergeable.claims import DStar
 from unmergeable.evaluation.cells import Cell, Credits
+from unmergeable.evaluation.flags import FEWEST_EXAMPLES, STANDARD_ERRORS, Flag, is_on_edge, is_recognised
 from unmergeable.evaluation.models import IDENTITY, SCALE, Variant
+from unmergeable.evaluation.packing import pack
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.results import (
+    AtBar,
     AttackRecord,
     CellRecord,
     Control,
@@ -31,9 +35,9 @@ from unmergeable.evaluation.results import (
     Verdicts,
 )
 from unmergeable.evaluation.scoring import Coefficients, Group
-from unmergeable.evaluation.selection import Menu, choice, pareto_front
+from unmergeable.evaluation.selection import KEPT_SHARE, Menu, choice, pareto_front
 from unmergeable.evaluation.threat_models import ThreatModel, least
-from unmergeable.evaluation.worst_case import worst_case
+from unmergeable.evaluation.worst_case import WorstCase, area_between, worst_cases
 
 IDENTITY_BOUND, SCALE_BOUND = 0.05, 0.1
 """The largest |D*| the controls may have: neither protects anything."""
@@ -110,12 +114,16 @@ Numbers = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Contest:
-    """All attacks on behalf of one free-rider, and its own model's credits on validation examples of its task."""
+    """All attacks on behalf of one free-rider, and its own model's credits on examples of its task.
+
+    ``rider_alone`` are those on validation examples, ``rider_tested`` those on test examples.
+    """
 
     rider: str
     defended_task: str
     rider_task: str
     rider_alone: Credits
+    rider_tested: Credits
     attacks: tuple[ScoredAttack, ...]
 
     def attacks_on(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None = None) -> Numbers:
@@ -154,7 +162,44 @@ class Contest:
             tier=attack.threat_model,
             attack=attack.describe(),
             scores={part: None if cell is None else self.scores(cell) for part, cell in parts.items()},
+            credits=None if attack.test is None else {part: self._packed(cell) for part, cell in parts.items() if cell},
         )
+
+    def _packed(self, cell: Cell) -> dict[str, str]:
+        return {task: pack(cell.credits[task]) for task in (self.defended_task, self.rider_task)}
+
+    @property
+    def packed_rider(self) -> dict[str, str]:
+        """The credits of the free-rider's own model, by part, as a result keeps them."""
+        return {"validation": pack(self.rider_alone), "test": pack(self.rider_tested)}
+
+    def kept_on_test(self, attack: ScoredAttack) -> float | None:
+        """The share of the free-rider's skill that an attack keeps on test examples; None where it has none."""
+        alone = float(self.rider_tested.mean())
+        return None if attack.test is None or not alone else float(attack.test.credits[self.rider_task].mean()) / alone
+
+    def is_at_edge(self, attack: ScoredAttack) -> bool:
+        """Whether the search ended where it may not go further."""
+        alike = (other.point for other in self.attacks if other.job == attack.job and other.training == attack.training)
+        return attack.job.variant is not None and attack.training is None and is_on_edge(attack.point, alike)
+
+    def is_recognised(self, owner: tuple[str, int], model: ThreatModel) -> bool:
+        """Whether one of the recoveries that an attacker has undid what was done."""
+        distances = {
+            variant.recovery: variant.facts.get("distance_before")
+            for variant in self._variants((IDENTITY, 0), model)
+            if variant.recovery is not None
+        }
+        return any(
+            is_recognised(variant.facts, distances.get(variant.recovery)) for variant in self._variants(owner, model)
+        )
+
+    def _variants(self, owner: tuple[str, int], model: ThreatModel) -> list[Variant]:
+        return [
+            attack.job.variant
+            for number in self.attacks_on(owner, model)
+            if (attack := self.attacks[number]).job.variant is not None
+        ]
 
     def scores(self, cell: Cell) -> dict[str, float]:
         return {task: float(cell.credits[task].mean()) for task in (self.defended_task, self.rider_task)}
@@ -241,27 +286,59 @@ def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: 
     unprotected, protected, without = (
         contest.attacks_on(owner, model, samples) for owner in ((IDENTITY, 0), (name, seed), None)
     )
-    menu = contest.menu
-    worst = worst_case(menu.only(unprotected), menu.only(protected), menu.only(without), contest.rider_alone)
+    menus = [contest.menu.only(numbers) for numbers in (unprotected, protected, without)]
+    found = {one.kept_share: one for one in worst_cases(*menus, contest.rider_alone)}
+    worst = found[KEPT_SHARE]
     chosen = {
-        "unprotected": (*unprotected, *without)[worst.best_unprotected],
-        "protected": (*protected, *without)[worst.best_protected],
-        "without_victim": without[worst.best_reference],
+        "unprotected": contest.attacks[(*unprotected, *without)[worst.best_unprotected]],
+        "protected": contest.attacks[(*protected, *without)[worst.best_protected]],
+        "without_victim": contest.attacks[without[worst.best_reference]],
     }
     return Trial(
         rider=contest.rider,
         seed=seed,
         samples=samples,
         d_star=_number(worst.d_star),
-        interval=(_number(worst.low), _number(worst.high)),
+        interval=_interval(worst),
         unprotected=worst.unprotected,
         protected=worst.protected,
         without_victim=worst.reference,
         is_denominator_small=worst.is_small,
+        bars=tuple(
+            AtBar(kept_share=bar, d_star=_number(one.d_star), interval=_interval(one)) for bar, one in found.items()
+        ),
+        area=_number(area_between(*menus, contest.rider_alone)),
+        kept_on_test=contest.kept_on_test(chosen["protected"]),
+        flags=tuple(_flags(contest, (name, seed), model, found, chosen)),
         attacks_tried=len(protected),
         search_cpu_seconds=round(sum(contest.attacks[number].cpu_seconds for number in protected), 1),
-        best={label: contest.attacks[number].describe() for label, number in chosen.items()},
+        best={label: attack.describe() for label, attack in chosen.items()},
     )
+
+
+def _interval(worst: WorstCase) -> tuple[float | None, float | None]:
+    return _number(worst.low), _number(worst.high)
+
+
+def _flags(
+    contest: Contest,
+    owner: tuple[str, int],
+    model: ThreatModel,
+    found: Mapping[float, WorstCase],
+    chosen: Mapping[str, ScoredAttack],
+) -> Iterator[Flag]:
+    """What is to be held against a trial."""
+    worst = found[KEPT_SHARE]
+    if any(contest.is_at_edge(chosen[label]) for label in ("unprotected", "protected")):
+        yield "edge"
+    if model.includes(ThreatModel.WHITE_BOX) and not contest.is_recognised(owner, model):
+        yield "not_recognised"
+    if worst.denominator < STANDARD_ERRORS * worst.denominator_error:
+        yield "uncertain_denominator"
+    if len(contest.rider_alone) < FEWEST_EXAMPLES:
+        yield "few_examples"
+    if len({DStar(one.d_star, one.low, one.high).judgement for one in found.values()}) > 1:
+        yield "bar_decides"
 
 
 def worst_trial(trials: Sequence[Trial]) -> Trial | None:

@@ -106,19 +106,15 @@ def area_under(defended: Floats, test: Floats, kept: Floats, least: float) -> fl
         A score; at shares that no attack keeps it counts as 0.
     """
     order = np.lexsort((np.arange(len(kept)), -defended, -kept))
-    area, best, upper = 0.0, -1, 1.0
+    area, upper, got, highest = 0.0, 1.0, 0.0, -np.inf
     for number in order:
-        share = min(1.0, max(least, float(kept[number])))
-        if best >= 0:
-            area += float(test[best]) * (upper - share)
-        upper = share
-        if best < 0 or defended[number] > defended[best]:
-            best = int(number)
-        if share <= least:
+        if kept[number] <= least:
             break
-    if best >= 0:
-        area += float(test[best]) * (upper - least)
-    return area / (1 - least)
+        if defended[number] > highest:
+            share = min(1.0, float(kept[number]))
+            area += got * (upper - share)
+            upper, got, highest = share, float(test[number]), defended[number]
+    return (area + got * (upper - least)) / (1 - least)
 
 
 def pareto_front(first: Sequence[float] | Floats, second: Sequence[float] | Floats) -> list[int]:
