@@ -6,7 +6,7 @@ works on state dicts or live networks: :mod:`unmergeable.attacks.in_memory` says
 
 from __future__ import annotations
 
-from unmergeable.attacks.base import Attack, AttackRequirements, Estimate, Fit, Inputs, Learnt, Recovered
+from unmergeable.attacks.base import Attack, AttackRequirements, Estimate, Fit, Inputs, Learnt, Recovered, Whose
 from unmergeable.attacks.canonicalise import Canonicalise, canonicalise
 from unmergeable.attacks.diagonal_ratio import DiagonalRatio, diagonal_ratio
 from unmergeable.attacks.distance import Distance, relative_distance
@@ -51,6 +51,7 @@ __all__ = [
     "TaskVectorRescale",
     "TaylorInversion",
     "Unmask",
+    "Whose",
     "canonicalise",
     "diagonal_ratio",
     "distances",

@@ -95,7 +95,13 @@ class Auditor:
             replace(refusal, reason=self._without_paths(refusal.reason, made)) for refusal in [*refused, *failures]
         ]
         refused += [
-            Refusal(protection=variant.protection, seed=variant.seed, recovery=variant.recovery, reason=variant.refusal)
+            Refusal(
+                protection=variant.protection,
+                seed=variant.seed,
+                recovery=variant.recovery,
+                rider=variant.rider,
+                reason=variant.refusal,
+            )
             for variant in variants
             if variant.refusal
         ]
@@ -149,7 +155,7 @@ class Auditor:
         own = self.run.checkpoint(rider.path)
         jobs = [Job(None, rider, _ADDED, self._group(rider, own, merge=_ADDED))]
         for variant in variants:
-            if variant.checkpoint is not None:
+            if variant.checkpoint is not None and variant.is_had_by(rider):
                 jobs += [
                     Job(variant, rider, merge, self._group(rider, variant.checkpoint, own, merge=merge))
                     for merge in self.plan.merges
@@ -258,7 +264,10 @@ class Auditor:
         if not self.plan.connectivity:
             return []
         chosen = [
-            (variant, rider) for rider in self.plan.riders for variant in variants if variant.checkpoint is not None
+            (variant, rider)
+            for rider in self.plan.riders
+            for variant in variants
+            if variant.checkpoint is not None and variant.is_had_by(rider)
         ]
         last = self.plan.connectivity - 1
         shares = [number / last for number in range(last + 1)]
@@ -311,6 +320,7 @@ def _model(variant: Variant) -> ModelRecord:
         protection=variant.protection,
         seed=variant.seed,
         recovery=variant.recovery,
+        rider=variant.rider,
         cpu_seconds=variant.cpu_seconds,
         refusal=variant.refusal,
         facts={name: variant.facts[name] for name in _MEASURED if name in variant.facts},

@@ -18,7 +18,7 @@ from unmergeable import ops
 from unmergeable.checkpoint.disk import write_file
 from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.evaluation.cells import digest_of, identity
-from unmergeable.evaluation.methods import attack_reads
+from unmergeable.evaluation.methods import attack_requirements
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MethodEntry, ProtectionEntry, RecoveryEntry, TaskEntry
 from unmergeable.evaluation.scoring import Checkpoint
@@ -38,6 +38,7 @@ class Variant:
 
     Attributes:
         protection: name in the plan, or of a control.
+        rider: the free-rider whose own examples the recovery read, and who alone has it; None for everybody.
         seed: of the protection's key.
         recovery: name in the plan; None where nothing was undone.
         threat_model: that of the weakest attacker who has it.
@@ -56,11 +57,16 @@ class Variant:
     refusal: str = ""
     has_key: bool = False
     threat_model: ThreatModel = ThreatModel.OFF_THE_SHELF
+    rider: str | None = None
 
     @property
     def label(self) -> str:
         """What the released model is called beside base and experts."""
         return f"{self.protection} (seed {self.seed})"
+
+    def is_had_by(self, rider: ExpertEntry) -> bool:
+        """Whether this free-rider can have it."""
+        return self.rider in (None, rider.name)
 
 
 def make_variants(plan: AuditPlan, folder: Path, digests: Mapping[Path, str], progress: Progress) -> list[Variant]:
@@ -76,8 +82,21 @@ def make_variants(plan: AuditPlan, folder: Path, digests: Mapping[Path, str], pr
     recoveries = [entry for entry in plan.recoveries if plan.reaches(entry.threat_model)]
     made = []
     for variant in released:
-        made += [variant, *(maker.recovered(variant, entry) for entry in recoveries)]
+        made.append(variant)
+        for entry in recoveries:
+            if entry.is_of_one_rider:
+                made += [maker.recovered(variant, entry, Owned(rider, plan.task(rider.task))) for rider in plan.riders]
+            else:
+                made.append(maker.recovered(variant, entry))
     return made
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What a free-rider has of its own: a model, and examples of the task it was tuned for."""
+
+    rider: ExpertEntry
+    task: TaskEntry
 
 
 @dataclass(frozen=True)
@@ -138,15 +157,27 @@ class ModelMaker:
         checkpoint, facts = self._made(recipe, make)
         return Variant(entry.name, seed, None, checkpoint, 0.0, facts, has_key=entry.is_exact)
 
-    def recovered(self, variant: Variant, entry: RecoveryEntry) -> Variant:
-        """A recovery that refuses a model (its structure, for one) is no failure of the audit."""
+    def recovered(self, variant: Variant, entry: RecoveryEntry, own: Owned | None = None) -> Variant:
+        """A recovery that refuses a model (its structure, for one) is no failure of the audit.
+
+        Args:
+            variant: what was released.
+            entry: what is done to it.
+            own: of the free-rider who does it, where that matters.
+        """
         assert variant.checkpoint is not None
-        recovered = replace(variant, recovery=entry.name, threat_model=entry.threat_model, facts={})
+        recovered = replace(
+            variant,
+            recovery=entry.name,
+            threat_model=entry.threat_model,
+            facts={},
+            rider=None if own is None else own.rider.name,
+        )
         made, seconds = variant.checkpoint, 0.0
         facts: Mapping[str, Any] = {}
         try:
             for step in entry.steps:
-                made, facts = self._recovered(made, step, entry.sources)
+                made, facts = self._recovered(made, step, entry.sources, own)
                 seconds += float(facts["cpu_seconds"])
         except CheckpointError:
             raise
@@ -154,10 +185,15 @@ class ModelMaker:
             return replace(recovered, checkpoint=None, refusal=str(error))
         return replace(recovered, checkpoint=made, cpu_seconds=seconds, facts=facts)
 
-    def _recovered(self, start: Checkpoint, step: MethodEntry, sources: Sequence[Path]) -> tuple[Checkpoint, Any]:
-        needs, task = attack_reads(step.method), self.task
-        examples: dict[str, Any] = {"data": task.train, "encoder": task.encoder} if "data" in needs else {}
-        read = tuple(sources) if "sources" in needs else ()
+    def _recovered(
+        self, start: Checkpoint, step: MethodEntry, sources: Sequence[Path], own: Owned | None
+    ) -> tuple[Checkpoint, Any]:
+        requirements = attack_requirements(step.method, step.settings)
+        task = own.task if own is not None and requirements.examples == "own" else self.task
+        examples: dict[str, Any] = {}
+        if "data" in requirements.needs:
+            examples = {"data": task.train, "encoder": task.encoder, "fields": task.kind.fields}
+        read = tuple(sources) if "sources" in requirements.needs else ()
 
         def make(out: Path) -> Mapping[str, Any]:
             result = ops.recover(

@@ -144,11 +144,15 @@ class ProtectionResult(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord(Record):
-    """A model that was made. ``facts``: what protecting or recovering measured."""
+    """A model that was made. ``facts``: what protecting or recovering measured.
+
+    ``rider``: the free-rider whose own examples the recovery read; None where it read none.
+    """
 
     protection: str
     seed: int = 0
     recovery: str | None
+    rider: str | None = field(default=None, metadata=OPTIONAL)
     cpu_seconds: float
     refusal: str = ""
     facts: Mapping[str, Any] = field(metadata=INLINED)

@@ -265,8 +265,11 @@ def _require_examples(plan: AuditPlan, where: str) -> None:
         if task.train in (task.validation, task.test) and not task.is_split:
             raise BadInput(f"{where}, task {task.name}: train must be other data than validation and test.")
     for recovery in plan.recoveries:
-        if recovery.threat_model == ThreatModel.UNLABELLED and plan.task(plan.victim.task).is_split:
-            raise BadInput(
-                f"{where}, task {plan.victim.task}: recovery {recovery.name} reads examples; give them as train, a "
-                "file of their own."
-            )
+        read = [plan.victim] if "defended" in recovery.examples else []
+        for expert in (*read, *(plan.riders if "own" in recovery.examples else ())):
+            task = plan.task(expert.task)
+            if task.train is None or task.is_split:
+                raise BadInput(
+                    f"{where}, task {task.name}: recovery {recovery.name} reads examples; give them as train, a file "
+                    "of their own."
+                )

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unmergeable.attacks import ATTACKS
+from unmergeable.attacks import ATTACKS, Whose
 from unmergeable.data import Part
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.methods import ON_MERGES, attack_reads, merge_learns, protection_reads
+from unmergeable.evaluation.methods import ON_MERGES, attack_reads, attack_requirements, merge_learns, protection_reads
 from unmergeable.evaluation.plans.fields import Entry, require_named
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.merges import MERGES, AdaMerging
@@ -132,8 +132,18 @@ class RecoveryEntry:
     @property
     def threat_model(self) -> ThreatModel:
         """That of the weakest attacker who can do it."""
-        learns = any("data" in attack_reads(step.method) for step in self.steps)
-        return ThreatModel.UNLABELLED if learns else ThreatModel.WHITE_BOX
+        return ThreatModel.UNLABELLED if "defended" in self.examples else ThreatModel.WHITE_BOX
+
+    @property
+    def examples(self) -> frozenset[Whose]:
+        """Whose examples its steps read."""
+        needed = [attack_requirements(step.method, step.settings) for step in self.steps]
+        return frozenset(requirements.examples for requirements in needed if "data" in requirements.needs)
+
+    @property
+    def is_of_one_rider(self) -> bool:
+        """Whether what it gives depends on whose inputs the attacker has."""
+        return "own" in self.examples
 
 
 @dataclass(frozen=True)
@@ -297,7 +307,7 @@ def _require_sensible(recovery: RecoveryEntry, where: str) -> None:
     for step in recovery.steps:
         if step.method in ON_MERGES:
             raise BadInput(f"{where}: {step.method} works on merges, not on releases; few_shot trains merges.")
-    wanted = [step.method for step in recovery.steps if "sources" in attack_reads(step.method)]
+    wanted = [step.method for step in recovery.steps if "sources" in attack_reads(step.method, step.settings)]
     if wanted and not recovery.sources:
         raise BadInput(f"{where}: {wanted[0]} needs sources, public fine-tunes of the base; list some.")
     if recovery.sources and not wanted:
