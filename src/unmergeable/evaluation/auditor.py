@@ -14,7 +14,9 @@ from unmergeable.data import Part
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.analyses import Analyses, Surroundings, analyse, subjects_of
 from unmergeable.evaluation.cells import Cell
-from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack, controls
+from unmergeable.evaluation.control_models import CONTROLS, IDENTITY, SCALE
+from unmergeable.evaluation.controls import controls
+from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack
 from unmergeable.evaluation.models import Variant, make_variants
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
@@ -32,6 +34,7 @@ _ADDED = MergeEntry("task_arithmetic", "task_arithmetic", {})
 
 _MEASURED = (
     "distance_before", "distance_after", "confidence", "measured_block_error", "condition_bound", "findings",
+    "distance_with_key", "output_gap", "output_gap_bound", "planted",
 )  # fmt: skip
 
 
@@ -86,7 +89,7 @@ class Auditor:
         trained, failures = self._trained(searched, alone)
         lines = self._connections(variants)
         contests = [self._contest(rider, [*attacks, *trained], alone) for rider in self.plan.riders]
-        released = [variant for variant in variants if variant.recovery is None]
+        released = [variant for variant in variants if variant.recovery is None and variant.checkpoint is not None]
         protections = Judge(self.plan, contests, alone.scores()).protections(released)
         checked = controls(protections, variants)
         analyses = self._analyses(variants)
@@ -267,7 +270,9 @@ class Auditor:
             (variant, rider)
             for rider in self.plan.riders
             for variant in variants
-            if variant.checkpoint is not None and variant.is_had_by(rider)
+            if variant.checkpoint is not None
+            and variant.is_had_by(rider)
+            and variant.protection not in set(CONTROLS) - {IDENTITY, SCALE}
         ]
         last = self.plan.connectivity - 1
         shares = [number / last for number in range(last + 1)]

@@ -1,4 +1,4 @@
-"""From scored attacks to verdicts: D* per protection, threat model, free-rider and key, and the controls.
+"""From scored attacks to verdicts: D* per protection, threat model, free-rider and key.
 
 The headline of a protection is its worst case: the lowest D* over free-riders and keys. Fronts, matrices and costs
 beside it say where it comes from.
@@ -16,8 +16,9 @@ import numpy as np
 from unmergeable.attacks import FewShot
 from unmergeable.claims import DStar
 from unmergeable.evaluation.cells import Cell, Credits
+from unmergeable.evaluation.control_models import CONTROLS, IDENTITY
 from unmergeable.evaluation.flags import FEWEST_EXAMPLES, STANDARD_ERRORS, Flag, is_on_edge, is_recognised
-from unmergeable.evaluation.models import IDENTITY, SCALE, Variant
+from unmergeable.evaluation.models import Variant
 from unmergeable.evaluation.packing import pack
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
@@ -25,7 +26,6 @@ from unmergeable.evaluation.results import (
     AtBar,
     AttackRecord,
     CellRecord,
-    Control,
     Front,
     Fronts,
     MatrixCell,
@@ -38,15 +38,6 @@ from unmergeable.evaluation.scoring import Coefficients, Group
 from unmergeable.evaluation.selection import KEPT_SHARE, Menu, choice, pareto_front
 from unmergeable.evaluation.threat_models import ThreatModel, least
 from unmergeable.evaluation.worst_case import WorstCase, area_between, worst_cases
-
-IDENTITY_BOUND, SCALE_BOUND = 0.05, 0.1
-"""The largest |D*| the controls may have: neither protects anything."""
-
-LUCK_OF_TRAINING = 0.02
-"""Share of right answers by which two trainings differ whose starts differ by a rounding."""
-
-PLANTED_BOUND = 1.02
-"""Times the unprotected expert's distance to the base: what a recovery that finds the key leaves at most."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +217,7 @@ class Judge:
         protected = min(self.alone[variant.label][task] for variant in released)
         matrix = self._matrix(name, seeds)
         return ProtectionResult(
-            is_control=name in (IDENTITY, SCALE),
+            is_control=name in CONTROLS,
             utility=Utility(expert=expert, protected=protected, loss=expert - protected),
             tiers={model: self._verdicts(name, seeds, model) for model in self.plan.threat_models},
             matrix=tuple(matrix),
@@ -365,61 +356,6 @@ def _front(contest: Contest, numbers: Numbers) -> Front:
     defended, rider = (scores[[number for number, _ in tested]] for scores in contest.validation)
     chosen = [contest.scores(tested[place][1]) for place in pareto_front(defended, rider)]
     return tuple((scores[contest.defended_task], scores[contest.rider_task]) for scores in chosen)
-
-
-def controls(protections: Mapping[str, ProtectionResult], variants: Sequence[Variant]) -> tuple[Control, ...]:
-    """What must hold in every audit, or its figures mean nothing."""
-    planted = [_planted_key(variant, variants) for variant in variants]
-    return (
-        bounded(protections, IDENTITY, IDENTITY_BOUND, "the expert itself is no protection"),
-        bounded(protections, SCALE, SCALE_BOUND, "a shrunk task vector is no protection"),
-        *(control for control in planted if control is not None),
-    )
-
-
-def _planted_key(variant: Variant, variants: Sequence[Variant]) -> Control | None:
-    """How near a fit of changes of basis came; only the one over the largest group must find every planted key."""
-    origin = None if variant.recovery is None else _distance_of_expert(variants, variant.recovery)
-    after = variant.facts.get("distance_after")
-    if not variant.has_key or variant.recovery is None or not origin or after is None:
-        return None
-    bound = PLANTED_BOUND if variant.facts.get("method") == "nearest_orbit" else None
-    return Control(
-        name=f"{variant.recovery} on {variant.label}",
-        what="distance to the base after the recovery, in units of the unprotected expert's",
-        value=after / origin,
-        bound=bound,
-        passed=bound is None or after / origin <= bound,
-    )
-
-
-def _distance_of_expert(variants: Sequence[Variant], recovery: str) -> float | None:
-    """The unprotected expert's distance, which the same recovery reports when it is run on the expert."""
-    for variant in variants:
-        if variant.protection == IDENTITY and variant.recovery == recovery:
-            distance: float | None = variant.facts.get("distance_before")
-            return distance
-    return None
-
-
-def bounded(protections: Mapping[str, ProtectionResult], name: str, bound: float, what: str) -> Control:
-    """The control that a protection of this name has a D* of at most ``bound``, in either direction."""
-    values = [
-        _distance_from_nothing(model, trial)
-        for model, verdicts in protections[name].tiers.items()
-        for trial in verdicts.trials
-    ]
-    value = max((value for value in values if value is not None), default=None)
-    passed = value is not None and value <= bound
-    return Control(name=name, what=f"largest |D*|: {what}", value=value, bound=bound, passed=passed)
-
-
-def _distance_from_nothing(model: ThreatModel, trial: Trial) -> float | None:
-    """|D*|; of attackers who train, less what two trainings end apart by luck alone."""
-    if trial.d_star is None or not model.trains:
-        return None if trial.d_star is None else abs(trial.d_star)
-    luck = LUCK_OF_TRAINING / (trial.unprotected - trial.without_victim)
-    return max(0.0, abs(trial.d_star) - luck)
 
 
 def _number(value: float) -> float | None:

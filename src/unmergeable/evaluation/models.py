@@ -18,6 +18,16 @@ from unmergeable import ops
 from unmergeable.checkpoint.disk import write_file
 from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.evaluation.cells import digest_of, identity
+from unmergeable.evaluation.control_models import (
+    IDENTITY,
+    KINDS_OF,
+    NOTHING,
+    SCALE,
+    SCALE_FACTOR,
+    distance_with_key,
+    output_gap,
+    write_planted,
+)
 from unmergeable.evaluation.methods import attack_requirements
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MethodEntry, ProtectionEntry, RecoveryEntry, TaskEntry
@@ -25,11 +35,6 @@ from unmergeable.evaluation.scoring import Checkpoint
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.ops.protection import write_control
 from unmergeable.progress import Progress
-
-IDENTITY, SCALE = "identity", "scale"
-"""The controls: the expert itself, and base + 0.65 (expert - base). Neither protects: an audit must find that out."""
-
-SCALE_FACTOR = 0.65
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,16 @@ def make_variants(plan: AuditPlan, folder: Path, digests: Mapping[Path, str], pr
         CheckpointError: the disk is full or fails.
     """
     maker = ModelMaker(plan.base, plan.victim, plan.task(plan.victim.task), folder, digests, progress)
-    released = [maker.unprotected(), maker.scaled()]
+    released = [maker.unprotected(), maker.scaled(), maker.nothing()]
+    if plan.reaches(ThreatModel.WHITE_BOX):  # others cannot be expected to undo anything
+        released += [maker.planted(name) for name in KINDS_OF]
     released += [maker.protected(entry, seed) for entry in plan.protections for seed in plan.seeds]
     recoveries = [entry for entry in plan.recoveries if plan.reaches(entry.threat_model)]
     made = []
     for variant in released:
         made.append(variant)
+        if variant.checkpoint is None or variant.protection == NOTHING:
+            continue
         for entry in recoveries:
             if entry.is_of_one_rider:
                 made += [maker.recovered(variant, entry, Owned(rider, plan.task(rider.task))) for rider in plan.riders]
@@ -125,6 +134,27 @@ class ModelMaker:
         checkpoint, facts = self._made({"scale": SCALE_FACTOR, **self._origin}, make)
         return Variant(SCALE, 0, None, checkpoint, 0.0, facts)
 
+    def nothing(self) -> Variant:
+        """The base as a release: a model that truly adds nothing."""
+        return Variant(NOTHING, 0, None, Checkpoint(self.base, self.digests[self.base]), 0.0, {})
+
+    def planted(self, name: str) -> Variant:
+        """The expert in an exact form that is drawn from what the audit reads: another audit draws another."""
+        kinds = KINDS_OF[name]
+        seed = int(identity({name: self._origin})[:8], 16)
+
+        def make(out: Path) -> Mapping[str, Any]:
+            return write_planted(self.victim.path, self.base, out, kinds, seed)
+
+        recipe = {"planted": list(kinds), "seed": seed, **self._origin}
+        try:
+            checkpoint, facts = self._made(recipe, make)
+        except CheckpointError:
+            raise
+        except BadInput as error:
+            return Variant(name, 0, None, None, 0.0, {}, refusal=str(error))
+        return Variant(name, 0, None, checkpoint, 0.0, facts)
+
     def protected(self, entry: ProtectionEntry, seed: int) -> Variant:
         """What the owner would release. Raises what :func:`unmergeable.ops.protect` does."""
 
@@ -145,7 +175,11 @@ class ModelMaker:
                 siblings=entry.siblings,
                 progress=self.progress,
             )
-            return result.to_json()
+            facts = result.to_json()
+            known = output_gap(self.victim.path, out, self.base, float(facts.get("condition_bound") or 1.0))
+            if entry.is_exact:
+                known["distance_with_key"] = distance_with_key(out, key, self.victim.path, self.base)
+            return {**facts, **known}
 
         recipe = {
             "protect": entry.method,

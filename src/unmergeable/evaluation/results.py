@@ -17,8 +17,8 @@ from typing import Any
 
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.analyses import Analyses
+from unmergeable.evaluation.control_models import CONTROLS
 from unmergeable.evaluation.flags import Flag
-from unmergeable.evaluation.models import IDENTITY, SCALE
 from unmergeable.evaluation.records import INLINED, OPTIONAL, Record
 from unmergeable.evaluation.threat_models import ThreatModel
 
@@ -263,7 +263,7 @@ class AuditResult(Record):
     @property
     def audited(self) -> dict[str, ProtectionResult]:
         """The protections of the plan, without the controls unless there is nothing else."""
-        own = {name: protection for name, protection in self.protections.items() if name not in (IDENTITY, SCALE)}
+        own = {name: protection for name, protection in self.protections.items() if name not in CONTROLS}
         return own or dict(self.protections)
 
     @property
