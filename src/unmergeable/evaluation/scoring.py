@@ -296,4 +296,5 @@ def _task_digest(entry: TaskEntry, digests: Mapping[Path, str], part: Part) -> s
     head = None if entry.head is None else digests[entry.head]
     settings = {name: value for name, value in settings_of(entry.kind).items() if name not in entry.kind.paths}
     kind = [entry.kind.name, settings, [digests[path] for path in entry.paths_of_kind]]
+    kind += [entry.kind.revision] if entry.kind.revision else []
     return json.dumps([data, head, kind, entry.is_split, SPLIT])
