@@ -19,7 +19,7 @@ from unmergeable import ops
 from unmergeable.errors import BadInput, CheckpointError
 from unmergeable.evaluation.attackers import ATTACKERS
 from unmergeable.evaluation.audits import Audit, audit
-from unmergeable.evaluation.cells import Cell, CellStore
+from unmergeable.evaluation.cells import Cell, CellStore, identity
 from unmergeable.evaluation.packing import pack, unpack
 from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.recompute import recomputed
@@ -78,11 +78,14 @@ def test_it_finds_out_what_is_known(audited: dict[str, Any]) -> None:
     assert tiers["mergelock"]["T1"]["worst"]["best"]["protected"]["recovery"] == "nearest_orbit"
     assert abs(audited["protections"]["mergelock"]["utility"]["loss"]) <= 0.01
     assert [control["name"] for control in audited["controls"]] == [
-        "identity",
         "scale",
+        "planted",
+        "planted_structure",
+        "nothing",
+        "exact: mergelock",
         "nearest_orbit on mergelock (seed 0)",
     ]
-    assert audited["passed"]
+    assert audited["passed"], audited["controls"]
 
 
 def test_anybody_can_compute_it_again(audited: dict[str, Any]) -> None:
@@ -294,7 +297,9 @@ def test_examples_help_every_attacker_alike(plan_file: Path, document: dict[str,
         (None, "adamerging"),
         ("layerwise_ridge", "task_arithmetic"),
     }
-    assert found["passed"], found["controls"]
+    # This attacker, who has examples and no idea of bases, is too weak for an exact release, and its audit says so.
+    weak = {control["name"] for control in found["controls"] if not control["passed"]}
+    assert weak == {"planted", "planted_structure", "exact: mergelock"}, found["controls"]
     cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
     assert timeless(run(plan_file, out=tmp_path / "out", workers=1)) == timeless(found)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()} == cells
@@ -406,7 +411,9 @@ def test_ctrl_c_loses_nothing(
             assert not (tmp_path / "out" / "audit.json").exists()
     assert interruptions >= 3
     assert timeless(found) == timeless(expected)
-    assert len(written) == len(list((small / "cells").iterdir())), "nothing was computed twice"
+    met = [(identity(cell.recipe), cell.met) for cell in written]
+    assert len(met) == len(set(met)), "nothing was computed twice"
+    assert {name for name, _ in met} == {path.stem for path in (small / "cells").iterdir()}
 
 
 def test_a_full_disk_stops_the_audit(plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

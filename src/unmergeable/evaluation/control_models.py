@@ -34,7 +34,7 @@ CONTROLS = (IDENTITY, SCALE, PLANTED, PLANTED_STRUCTURE, NOTHING)
 
 SCALE_FACTOR = 0.65
 
-KINDS_OF: Mapping[str, Sequence[str]] = {PLANTED: tuple(REWRITES), PLANTED_STRUCTURE: KINDS}
+KINDS_OF: Mapping[str, Sequence[str]] = {PLANTED: tuple(REWRITES)}  # TEMPORARY
 """What is planted under each name."""
 
 

@@ -64,7 +64,8 @@ class Job:
 class ScoredAttack:
     """One set of merged weights, scored.
 
-    ``test`` is None for attacks that no selection would pick. ``training`` is what came after merging.
+    ``test`` is None for attacks that no selection would pick. ``training`` is what came after merging. Where
+    ``validation`` is not whole, the attack left the race.
     """
 
     job: Job
@@ -78,9 +79,19 @@ class ScoredAttack:
         """That of the weakest attacker who can do it."""
         return least([self.job.threat_model, *([] if self.training is None else [ThreatModel.FEW_SHOT])])
 
+    def is_open_to(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None) -> bool:
+        """Whether it is on what is so owned, and an attacker with so many labelled examples may do it."""
+        has_examples = self.training is None or self.training.samples == samples
+        return self.job.owner == owner and has_examples and model.includes(self.threat_model)
+
     @property
     def recovery(self) -> str | None:
         return None if self.job.variant is None else self.job.variant.recovery
+
+    @property
+    def kind(self) -> tuple[str | None, MergeEntry]:
+        """The recovery and the merge."""
+        return self.recovery, self.job.merge
 
     @property
     def cpu_seconds(self) -> float:
@@ -107,7 +118,8 @@ Numbers = tuple[int, ...]
 class Contest:
     """All attacks on behalf of one free-rider, and its own model's credits on examples of its task.
 
-    ``rider_alone`` are those on validation examples, ``rider_tested`` those on test examples.
+    ``rider_alone`` are those on validation examples, ``rider_tested`` those on test examples. ``left`` are attacks that
+    left the race: they count among what was tried, and nothing is chosen from them.
     """
 
     rider: str
@@ -116,16 +128,18 @@ class Contest:
     rider_alone: Credits
     rider_tested: Credits
     attacks: tuple[ScoredAttack, ...]
+    left: tuple[ScoredAttack, ...] = ()
 
     def attacks_on(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None = None) -> Numbers:
         """What an attacker with so many labelled examples may do to a protected model; None: without the victim."""
-        return tuple(
-            number
-            for number, attack in enumerate(self.attacks)
-            if model.includes(attack.threat_model)
-            and (attack.training is None or attack.training.samples == samples)
-            and attack.job.owner == owner
-        )
+        return tuple(number for number, attack in enumerate(self.attacks) if attack.is_open_to(owner, model, samples))
+
+    def tried_on(
+        self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None = None
+    ) -> tuple[ScoredAttack, ...]:
+        """The same with those that left the race."""
+        tried = (*self.attacks, *self.left)
+        return tuple(attack for attack in tried if attack.is_open_to(owner, model, samples))
 
     @cached_property
     def menu(self) -> Menu:
@@ -152,6 +166,7 @@ class Contest:
             rider=self.rider,
             tier=attack.threat_model,
             attack=attack.describe(),
+            met=None if attack.validation.is_whole else attack.validation.met,
             scores={part: None if cell is None else self.scores(cell) for part, cell in parts.items()},
             credits=None if attack.test is None else {part: self._packed(cell) for part, cell in parts.items() if cell},
         )
@@ -247,12 +262,11 @@ class Judge:
         scores, attempts = [], 0
         for contest in self.contests:
             for seed in seeds:
-                numbers = tuple(
-                    number
-                    for number in contest.attacks_on((name, seed), self.plan.strongest)
-                    if (contest.attacks[number].recovery, contest.attacks[number].job.merge) == (recovery, merge)
-                )
-                attempts += len(numbers)
+                kind, owner = (recovery, merge), (name, seed)
+                on_owner = contest.attacks_on(owner, self.plan.strongest)
+                numbers = tuple(number for number in on_owner if contest.attacks[number].kind == kind)
+                tried = contest.tried_on(owner, self.plan.strongest)
+                attempts += sum(attack.kind == kind for attack in tried)
                 best = contest.best(numbers)
                 if best is not None and best.test is not None:
                     scores.append(contest.scores(best.test)[contest.defended_task])
@@ -280,6 +294,7 @@ def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: 
     menus = [contest.menu.only(numbers) for numbers in (unprotected, protected, without)]
     found = {one.kept_share: one for one in worst_cases(*menus, contest.rider_alone)}
     worst = found[KEPT_SHARE]
+    tried = contest.tried_on((name, seed), model, samples)
     chosen = {
         "unprotected": contest.attacks[(*unprotected, *without)[worst.best_unprotected]],
         "protected": contest.attacks[(*protected, *without)[worst.best_protected]],
@@ -301,8 +316,8 @@ def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: 
         area=_number(area_between(*menus, contest.rider_alone)),
         kept_on_test=contest.kept_on_test(chosen["protected"]),
         flags=tuple(_flags(contest, (name, seed), model, found, chosen)),
-        attacks_tried=len(protected),
-        search_cpu_seconds=round(sum(contest.attacks[number].cpu_seconds for number in protected), 1),
+        attacks_tried=len(tried),
+        search_cpu_seconds=round(sum(attack.cpu_seconds for attack in tried), 1),
         best={label: attack.describe() for label, attack in chosen.items()},
     )
 

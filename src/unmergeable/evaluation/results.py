@@ -185,6 +185,7 @@ class Control(Record):
 class CellRecord(Record):
     """One set of weights that was scored; ``scores`` by part, None for attacks that no selection would pick.
 
+    ``met``: after how many validation examples of each task it left the race; None where it met all.
     ``credits``: example by example, packed (:mod:`unmergeable.evaluation.packing`), by part and task, of attacks that a
     selection may pick.
     """
@@ -194,6 +195,7 @@ class CellRecord(Record):
     rider: str
     tier: ThreatModel
     attack: AttackRecord = field(metadata=INLINED)
+    met: int | None = field(default=None, metadata=OPTIONAL)
     scores: Mapping[str, Mapping[str, float] | None]
     credits: Mapping[str, Mapping[str, str]] | None = field(default=None, metadata=OPTIONAL)
 
