@@ -15,7 +15,7 @@ from unmergeable.errors import BadInput
 from unmergeable.evaluation.analyses import Analyses, Surroundings, analyse, subjects_of
 from unmergeable.evaluation.cells import Cell, Credits
 from unmergeable.evaluation.contending import Searched, points_to_test
-from unmergeable.evaluation.control_models import CONTROLS, IDENTITY, SCALE
+from unmergeable.evaluation.control_models import CONTROLS, IDENTITY, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.controls import controls
 from unmergeable.evaluation.heats import Heats
 from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack
@@ -131,7 +131,7 @@ class Auditor:
         for rider in self.plan.riders:
             models[rider.name] = self._group(rider, self.run.checkpoint(rider.path))
         for variant in variants:
-            if variant.recovery is None and variant.checkpoint is not None:
+            if variant.recovery is None and variant.checkpoint is not None and variant.protection != PLANTED_STRUCTURE:
                 models[variant.label] = self._group(first, variant.checkpoint)
         return _Alone(self._scored(models, "validation"), self._scored(models, "test"))
 

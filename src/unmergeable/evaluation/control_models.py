@@ -34,7 +34,7 @@ CONTROLS = (IDENTITY, SCALE, PLANTED, PLANTED_STRUCTURE, NOTHING)
 
 SCALE_FACTOR = 0.65
 
-KINDS_OF: Mapping[str, Sequence[str]] = {PLANTED: tuple(REWRITES)}  # TEMPORARY
+KINDS_OF: Mapping[str, Sequence[str]] = {PLANTED: tuple(REWRITES), PLANTED_STRUCTURE: KINDS}
 """What is planted under each name."""
 
 
@@ -42,7 +42,7 @@ def write_planted(expert: Path, base: Path, out: Path, kinds: Sequence[str], see
     """Write an exact rewrite of ``expert`` to the folder ``out``, which must not exist; it is held in memory.
 
     Returns:
-        ``planted``: the kinds of rewrites that its family has and that were made.
+        ``planted``: the kinds of rewrites that its family has and that were made; and what :func:`output_gap` gives.
 
     Raises:
         BadInput: the expert cannot be rewritten.
@@ -55,7 +55,7 @@ def write_planted(expert: Path, base: Path, out: Path, kinds: Sequence[str], see
     out.mkdir(parents=True)
     write_file(out / "model.safetensors", save(dict(drawn.source.tensors), metadata={"format": "pt"}))
     write_file(out / "config.json", json.dumps(dict(drawn.source.config), indent=1).encode())
-    return {"planted": list(drawn.kinds)}
+    return {"planted": list(drawn.kinds), **output_gap(expert, out, base)}
 
 
 def distance_with_key(release: Path, key: Path, expert: Path, base: Path) -> float | None:

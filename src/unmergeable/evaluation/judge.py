@@ -229,7 +229,8 @@ class Judge:
     def _protection(self, released: Sequence[Variant], unprotected: Variant) -> ProtectionResult:
         task, name, seeds = self.plan.victim.task, released[0].protection, [variant.seed for variant in released]
         expert, base = self.alone[unprotected.label][task], self.alone["base"][task]
-        protected = min(self.alone[variant.label][task] for variant in released)
+        # What is planted computes what the expert does; in another structure it is not scored alone.
+        protected = min(self.alone.get(variant.label, self.alone[unprotected.label])[task] for variant in released)
         matrix = self._matrix(name, seeds)
         return ProtectionResult(
             is_control=name in CONTROLS,
