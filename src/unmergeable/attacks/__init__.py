@@ -7,6 +7,7 @@ works on state dicts or live networks: :mod:`unmergeable.attacks.in_memory` says
 from __future__ import annotations
 
 from unmergeable.attacks.base import Attack, AttackRequirements, Estimate, Fit, Inputs, Learnt, Recovered, Whose
+from unmergeable.attacks.block_regression import BlockRegression, block_regression
 from unmergeable.attacks.canonicalise import Canonicalise, canonicalise
 from unmergeable.attacks.diagonal_ratio import DiagonalRatio, diagonal_ratio
 from unmergeable.attacks.distance import Distance, relative_distance
@@ -29,6 +30,7 @@ __all__ = [
     "ATTACKS",
     "Attack",
     "AttackRequirements",
+    "BlockRegression",
     "Canonicalise",
     "DiagonalRatio",
     "Distance",
@@ -52,6 +54,7 @@ __all__ = [
     "TaylorInversion",
     "Unmask",
     "Whose",
+    "block_regression",
     "canonicalise",
     "diagonal_ratio",
     "distances",
@@ -86,6 +89,7 @@ ATTACKS = Registry(
         Unmask,
         FewShot,
         LayerwiseRidge,
+        BlockRegression,
         GradErase,
     ),
 )
