@@ -160,7 +160,7 @@ class Auditor:
 
     def _searched(self, variants: Sequence[Variant], alone: _Alone) -> list[Searched]:
         jobs = [job for rider in self.plan.riders for job in self._jobs(variants, rider)]
-        found = Heats(self.run, self.plan.coefficients, jobs, self._own(alone)).searched()
+        found = Heats(self.run, self.plan.coefficients, self.plan.doubt, jobs, self._own(alone)).searched()
         return [Searched(*pair) for pair in zip(jobs, found, strict=True)]
 
     def _own(self, alone: _Alone) -> dict[str, Credits]:

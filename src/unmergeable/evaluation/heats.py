@@ -26,10 +26,17 @@ from unmergeable.evaluation.selection import BARS, skill_to_keep
 
 @dataclass(frozen=True)
 class Heats:
-    """The searches of an audit. ``alone``: credits of each free-rider's own model on its task, by its name."""
+    """The searches of an audit.
+
+    Attributes:
+        run, grid, jobs: what is searched.
+        doubt: of the races (:class:`unmergeable.evaluation.race.Rules`).
+        alone: credits of each free-rider's own model on its task, by its name.
+    """
 
     run: Run
     grid: Grid
+    doubt: float
     jobs: Sequence[Job]
     alone: Mapping[str, Credits]
 
@@ -50,7 +57,7 @@ class Heats:
         others = [number for number, other in enumerate(self.jobs) if _is_at_hand(other, job)]
         rivals = [cell for number in others if number in found for cell in found[number].cells.values()]
         possible = sum(most_points(self.jobs[number].group, self.grid) for number in others)
-        return Rules(defended, rider, self.alone[job.rider.name], tuple(rivals), possible, BARS)
+        return Rules(defended, rider, self.alone[job.rider.name], tuple(rivals), possible, self.doubt, BARS)
 
     def _search(self, stage: str, numbers: Sequence[int], found: dict[int, Found]) -> None:
         calls: list[Call] = [

@@ -16,9 +16,9 @@ symmetric mean of the factors 1 + s g_i >= 0, which by Maclaurin's inequality is
 at most 1. So by Markov's inequality a capital of 1 / p is reached with a probability of at most p. The attack is bet
 against in as many ways as there are bars and rivals, after each of the batches; with
 
-    p = DOUBT / (batches * bars * (1 + rivals that there might be))
+    p = doubt / (batches * bars * (1 + rivals that there might be))
 
-it is dropped with a probability of at most ``DOUBT`` (0.001), over the order of the examples, whatever the credits and
+it is dropped with a probability of at most ``doubt`` (0.001), over the order of the examples, whatever the credits and
 whichever attacks the rivals turn out to be. The same holds of the attack that is best in expectation, where examples
 are drawn independently. Nothing is assumed of the distribution, and no variance is estimated.
 
@@ -41,7 +41,8 @@ BATCHES = (32, 64, 128)
 """Examples of each task after which attacks may leave."""
 
 DOUBT = 0.001
-"""The largest probability that the attack that would have been chosen on all examples is not among those that stay."""
+"""The largest probability that the attack that would be chosen on all examples is not among those that stay, for one
+free-rider and one model under attack; unless a plan says otherwise."""
 
 STAKES = np.array([0.3, 0.6, 0.9])
 
@@ -58,6 +59,7 @@ class Rules:
         rider_alone: credits of the free-rider's own model on all validation examples of its task, [examples].
         rivals: cells of attacks that are at hand to whoever has those that race, whole ones.
         possible: how many attacks any of them might be compared with.
+        doubt: the largest probability with which the choice is dropped; where it is 0 nobody leaves.
         bars: shares of the free-rider's skill; who may be the choice at one of them stays.
     """
 
@@ -66,6 +68,7 @@ class Rules:
     rider_alone: Floats
     rivals: tuple[Cell, ...]
     possible: int
+    doubt: float = DOUBT
     bars: tuple[float, ...] = (KEPT_SHARE,)
 
 
@@ -87,7 +90,9 @@ class Race:
     def is_out(self, cell: Cell) -> bool:
         """Whether an attack cannot be the choice, by the examples it has met."""
         rules = self.rules
-        enough = len(BATCHES) * len(rules.bars) * (1 + rules.possible) / DOUBT
+        if rules.doubt == 0:
+            return False
+        enough = len(BATCHES) * len(rules.bars) * (1 + rules.possible) / rules.doubt
         return all(self._is_out_at(bar, cell, enough) for bar in rules.bars)
 
     def _is_out_at(self, bar: float, cell: Cell, enough: float) -> bool:

@@ -41,6 +41,7 @@ from unmergeable.evaluation.plans.entries import (
 )
 from unmergeable.evaluation.plans.fields import Entry, read_document, require_unique
 from unmergeable.evaluation.plans.plan import Plan
+from unmergeable.evaluation.race import DOUBT
 from unmergeable.evaluation.threat_models import ThreatModel, least
 from unmergeable.settings import configure
 from unmergeable.tasks import Classification, Generation, MultipleChoice, Perplexity
@@ -65,7 +66,7 @@ WITHOUT_DATA = (ThreatModel.OFF_THE_SHELF, ThreatModel.WHITE_BOX)
 
 _TOP = (
     "base", "experts", "protect", "merges", "recoveries", "coefficients", "tiers", "threat_models", "few_shot", "tasks",
-    "seeds", "connectivity", "analyses",
+    "seeds", "connectivity", "analyses", "doubt",
 )  # fmt: skip
 
 
@@ -101,11 +102,13 @@ class Grid:
 class AuditPlan(Plan):
     """An audit, checked. ``analyses`` is None for an audit without.
 
+    ``doubt``: the largest probability with which the race of attacks drops the attacker's choice; 0 for no race.
     ``connectivity``: how many points of the line between two models are scored, its ends among them; 0 for none.
     """
 
     defended: str
     coefficients: Grid
+    doubt: float
     threat_models: tuple[ThreatModel, ...]
     few_shot: FewShotEntry
     seeds: tuple[int, ...]
@@ -158,6 +161,7 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
             grid.numbers("rider", RIDER_COEFFICIENTS),
             grid.whole("refinements", REFINEMENTS, least=0),
         ),
+        doubt=_doubt(top),
         threat_models=_threat_models(top),
         few_shot=_few_shot(top),
         tasks=top.listed("tasks", partial(read_task, folder=folder, base=base)),
@@ -205,6 +209,13 @@ def _few_shot(top: Entry) -> FewShotEntry:
     few_shot = FewShotEntry(tuple(map(int, samples)), entry.whole("starts", default.starts), settings)
     few_shot.methods(FEWEST_SAMPLES)
     return few_shot
+
+
+def _doubt(top: Entry) -> float:
+    doubt = top.document("doubt", DOUBT)
+    if isinstance(doubt, bool) or not isinstance(doubt, int | float) or not 0 <= doubt < 1:
+        raise top.wrong("doubt", "must be a number from 0, which leaves no attack out, to below 1", doubt)
+    return float(doubt)
 
 
 def _connectivity(top: Entry) -> int:
