@@ -45,8 +45,8 @@ from unmergeable.evaluation.analysis import (
     task_vector_gram,
 )
 from unmergeable.evaluation.cells import identity
-from unmergeable.evaluation.control_models import CONTROLS, IDENTITY
 from unmergeable.evaluation.models import Variant
+from unmergeable.evaluation.names import CONTROLS, IDENTITY
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings
 from unmergeable.evaluation.plans.entries import TaskEntry
 from unmergeable.evaluation.pool import Call, Pool, run_all

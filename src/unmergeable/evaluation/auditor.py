@@ -15,11 +15,11 @@ from unmergeable.errors import BadInput
 from unmergeable.evaluation.analyses import Analyses, Surroundings, analyse, subjects_of
 from unmergeable.evaluation.cells import Cell, Credits
 from unmergeable.evaluation.contending import Searched, points_to_test
-from unmergeable.evaluation.control_models import CONTROLS, IDENTITY, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.controls import controls
 from unmergeable.evaluation.heats import Heats
 from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack
 from unmergeable.evaluation.models import Variant, make_variants
+from unmergeable.evaluation.names import CONTROLS, IDENTITY, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.pool import Call

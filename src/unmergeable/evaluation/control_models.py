@@ -21,16 +21,10 @@ from unmergeable import ops
 from unmergeable.attacks.distance import block_distances, relative_distance
 from unmergeable.checkpoint.disk import write_file
 from unmergeable.errors import BadInput, UnmergeableError
+from unmergeable.evaluation.names import PLANTED, PLANTED_STRUCTURE
 from unmergeable.evaluation.planted import KINDS, REWRITES, planted
 from unmergeable.network.logits import logit_gap
 from unmergeable.ops.opened import open_base, open_with_architecture
-
-IDENTITY, SCALE = "identity", "scale"
-PLANTED, PLANTED_STRUCTURE = "planted", "planted_structure"
-NOTHING = "nothing"
-
-CONTROLS = (IDENTITY, SCALE, PLANTED, PLANTED_STRUCTURE, NOTHING)
-"""Names of controls, which no protection of a plan may have."""
 
 SCALE_FACTOR = 0.65
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from unmergeable.evaluation.control_models import CONTROLS, IDENTITY, NOTHING, PLANTED, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.models import Variant
+from unmergeable.evaluation.names import CONTROLS, IDENTITY, NOTHING, PLANTED, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.results import Control, ProtectionResult, Trial
 from unmergeable.evaluation.threat_models import ThreatModel
 

@@ -16,9 +16,9 @@ import numpy as np
 from unmergeable.attacks import FewShot
 from unmergeable.claims import DStar
 from unmergeable.evaluation.cells import Cell, Credits
-from unmergeable.evaluation.control_models import CONTROLS, IDENTITY
 from unmergeable.evaluation.flags import FEWEST_EXAMPLES, STANDARD_ERRORS, Flag, is_on_edge, is_recognised
 from unmergeable.evaluation.models import Variant
+from unmergeable.evaluation.names import CONTROLS, IDENTITY
 from unmergeable.evaluation.packing import pack
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry

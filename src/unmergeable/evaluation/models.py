@@ -18,17 +18,9 @@ from unmergeable import ops
 from unmergeable.checkpoint.disk import write_file
 from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.evaluation.cells import digest_of, identity
-from unmergeable.evaluation.control_models import (
-    IDENTITY,
-    KINDS_OF,
-    NOTHING,
-    SCALE,
-    SCALE_FACTOR,
-    distance_with_key,
-    output_gap,
-    write_planted,
-)
+from unmergeable.evaluation.control_models import KINDS_OF, SCALE_FACTOR, distance_with_key, output_gap, write_planted
 from unmergeable.evaluation.methods import attack_requirements
+from unmergeable.evaluation.names import IDENTITY, NOTHING, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MethodEntry, ProtectionEntry, RecoveryEntry, TaskEntry
 from unmergeable.evaluation.scoring import Checkpoint

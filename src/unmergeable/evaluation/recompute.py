@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.control_models import IDENTITY
+from unmergeable.evaluation.names import IDENTITY
 from unmergeable.evaluation.packing import unpack
 from unmergeable.evaluation.results import AuditResult, CellRecord, Trial
 from unmergeable.evaluation.selection import KEPT_SHARE, Floats, Menu

@@ -17,8 +17,8 @@ from typing import Any
 
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.analyses import Analyses
-from unmergeable.evaluation.control_models import CONTROLS
 from unmergeable.evaluation.flags import Flag
+from unmergeable.evaluation.names import CONTROLS
 from unmergeable.evaluation.records import INLINED, OPTIONAL, Record
 from unmergeable.evaluation.threat_models import ThreatModel
 

@@ -30,6 +30,7 @@ from unmergeable.attacks import FewShot
 from unmergeable.attacks.few_shot import parse_rates
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.attackers import attacker_named
+from unmergeable.evaluation.names import BASE, CONTROLS, GIVEN
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings, read_analysis_settings
 from unmergeable.evaluation.plans.entries import (
     ExpertEntry,
@@ -39,7 +40,7 @@ from unmergeable.evaluation.plans.entries import (
     read_recovery,
     read_task,
 )
-from unmergeable.evaluation.plans.fields import Entry, read_document, require_unique
+from unmergeable.evaluation.plans.fields import Entry, read_document, require_plain, require_unique
 from unmergeable.evaluation.plans.plan import Plan
 from unmergeable.evaluation.race import DOUBT
 from unmergeable.evaluation.threat_models import ThreatModel, least
@@ -145,6 +146,7 @@ def read_plan(path: Path, root: Path | None = None) -> AuditPlan:
 
 def parse_plan(document: object, folder: Path, where: str = "the plan") -> AuditPlan:
     """A plan from its parsed document; ``folder`` is where its paths start. Raises what :func:`read_plan` does."""
+    require_plain(document, where)
     top = Entry(document, _TOP, where)
     base = top.checkpoint("base", folder)
     protect = Entry(top.document("protect"), ("expert", "methods"), f"{where}, protect")
@@ -233,7 +235,17 @@ def _seeds(top: Entry) -> list[int]:
     return seeds
 
 
+def _require_free_names(plan: AuditPlan, where: str) -> None:
+    """Raises BadInput for a name that the audit itself gives."""
+    taken = {"experts": (BASE,), "protections": CONTROLS, "recoveries": (GIVEN,)}
+    for kind, names in taken.items():
+        for entry in getattr(plan, kind):
+            if entry.name in names:
+                raise BadInput(f"{where}, {kind}: {entry.name!r} is what every audit calls one of its own; rename it.")
+
+
 def _require_consistent(plan: AuditPlan, where: str) -> None:
+    _require_free_names(plan, where)
     require_unique([str(seed) for seed in plan.seeds], f"{where}, seeds")
     if not plan.riders:
         raise BadInput(f"{where}, experts: nobody to merge with; add a free-rider's expert.")

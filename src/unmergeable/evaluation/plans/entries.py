@@ -208,7 +208,7 @@ def read_expert(item: object, where: str, folder: Path, *, is_owner: bool = Fals
     """A fine-tune and its task; ``is_owner``: and what a protection of it may read."""
     entry = Entry(item, ("name", "path", "task", *(("data", "head", "siblings") if is_owner else ())), where)
     return ExpertEntry(
-        entry.text("name"),
+        entry.name(),
         entry.checkpoint("path", folder),
         entry.text("task"),
         data=entry.checkpoint("data", folder) if "data" in entry else None,
@@ -222,7 +222,7 @@ def read_protection(item: object, where: str, folder: Path, *, owned: Sequence[s
     entry = _named(item, ("name", "method", "settings", *owned), where)
     method = entry.text("method")
     protection = ProtectionEntry(
-        name=entry.text("name", method),
+        name=entry.name(default=method),
         method=method,
         settings=entry.mapping("settings"),
         data=entry.path("data", folder) if "data" in entry else None,
@@ -240,7 +240,7 @@ def read_merge(item: object, where: str) -> MergeEntry:
     """A name, or a method with settings."""
     entry = _named(item, ("name", "method", "settings"), where)
     method = entry.text("method")
-    merge = MergeEntry(entry.text("name", method), method, entry.mapping("settings"))
+    merge = MergeEntry(entry.name(default=method), method, entry.mapping("settings"))
     _require_known(merge, where, "merge", MERGES)
     if merge_learns(method) and method != AdaMerging.name:
         raise BadInput(f"{where}: {method} needs data, which no attacker here merges with; adamerging can.")
@@ -262,7 +262,7 @@ def read_table_merge(item: object, where: str) -> MergeEntry:
         name += ", best" if len(coefficients) > 1 else f", {coefficients[0]:g}"
     if then is not None:
         name += f", then {then.name}"
-    merge = MergeEntry(entry.text("name", name), method, entry.mapping("settings"), coefficients, then)
+    merge = MergeEntry(entry.name(default=name), method, entry.mapping("settings"), coefficients, then)
     _require_known(merge, where, "merge", MERGES)
     if merge_learns(method):
         raise BadInput(f"{where}: {method} learns from data; a table has fixed merges, an audit learns.")
@@ -283,7 +283,7 @@ def read_recovery(item: object, where: str, folder: Path) -> RecoveryEntry:
             steps = entry.listed("steps", read_step)
         else:
             steps = (read_step({"method": entry.text("method"), "settings": entry.mapping("settings")}, where),)
-        name = entry.text("name", joined(step.method for step in steps))
+        name = entry.name(default=joined(step.method for step in steps))
         recovery = RecoveryEntry(name, steps, entry.checkpoints("sources", folder))
     _require_sensible(recovery, where)
     return recovery
@@ -293,7 +293,7 @@ def read_step(item: object, where: str) -> MethodEntry:
     """One attack: a name, or a method with settings."""
     entry = _named(item, ("name", "method", "settings"), where)
     method = entry.text("method")
-    step = MethodEntry(entry.text("name", method), method, entry.mapping("settings"))
+    step = MethodEntry(entry.name(default=method), method, entry.mapping("settings"))
     _require_known(step, where, "recovery", ATTACKS)
     return step
 
@@ -338,7 +338,7 @@ def read_task(item: object, where: str, folder: Path, base: Path, *, selects: bo
     train, validation, test = ("data",) * 3 if "data" in entry else ("train", "validation", "test")
     sizes = Entry(entry.document("examples", {}), ("validation", "test"), f"{where}, examples")
     return TaskEntry(
-        name=entry.text("name"),
+        name=entry.name(),
         train=entry.checkpoint(train, folder) if train in entry else None,
         validation=entry.checkpoint(validation, folder) if selects or validation in entry else None,
         test=entry.checkpoint(test, folder),

@@ -9,7 +9,7 @@ from math import isfinite
 from typing import TypeVar
 
 from unmergeable.evaluation.analyses import Analyses, LineToRider, MapPoint, ModelAnalysis, Part, Parts, PlaneOfMerges
-from unmergeable.evaluation.control_models import CONTROLS, IDENTITY
+from unmergeable.evaluation.names import CONTROLS, IDENTITY
 from unmergeable.evaluation.results import NO_FIGURE, AuditResult, Fronts, Line, Table
 from unmergeable.evaluation.selection import pareto_front
 from unmergeable.page import Chart, Series, landscape_chart, line_chart, point_chart
