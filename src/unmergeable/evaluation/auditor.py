@@ -28,6 +28,7 @@ from unmergeable.evaluation.run import Run
 from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, score_points
 from unmergeable.evaluation.search import best_starts
 from unmergeable.evaluation.selection import KEPT_SHARE, skill_to_keep
+from unmergeable.evaluation.stages import by_part, first_merges, other_merges
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.evaluation.tuning import Tuning, tune
 
@@ -144,24 +145,50 @@ class Auditor:
         return {name: outcome.cells[None] for name, outcome in zip(models, outcomes, strict=True)}
 
     def _jobs(self, variants: Sequence[Variant], rider: ExpertEntry) -> list[Job]:
-        own = self.run.checkpoint(rider.path)
-        jobs = [Job(None, rider, _ADDED, self._group(rider, own, merge=_ADDED))]
+        """The first stage of a free-rider's attacks."""
+        jobs = [Job(None, rider, _ADDED, self._group(rider, self.run.checkpoint(rider.path), merge=_ADDED))]
         for variant in variants:
             if variant.checkpoint is not None and variant.is_had_by(rider):
                 jobs += [
-                    Job(variant, rider, merge, self._group(rider, variant.checkpoint, own, merge=merge))
-                    for merge in self.plan.merges
-                    if self.plan.reaches(merge.threat_model)
+                    self._job(variant, rider, merge)
+                    for merge in first_merges(self.plan.attacker, variant, self._merges)
                 ]
         return jobs
+
+    def _job(self, variant: Variant, rider: ExpertEntry, merge: MergeEntry) -> Job:
+        assert variant.checkpoint is not None
+        own = self.run.checkpoint(rider.path)
+        return Job(variant, rider, merge, self._group(rider, variant.checkpoint, own, merge=merge))
+
+    @property
+    def _merges(self) -> list[MergeEntry]:
+        return [merge for merge in self.plan.merges if self.plan.reaches(merge.threat_model)]
 
     def _kept(self, rider: ExpertEntry, alone: _Alone) -> float:
         return skill_to_keep(float(alone.rider(rider).mean()))
 
     def _searched(self, variants: Sequence[Variant], alone: _Alone) -> list[Searched]:
+        kept = {rider.name: self._kept(rider, alone) for rider in self.plan.riders}
         jobs = [job for rider in self.plan.riders for job in self._jobs(variants, rider)]
-        found = Heats(self.run, self.plan.coefficients, self.plan.doubt, jobs, self._own(alone)).searched()
-        return [Searched(*pair) for pair in zip(jobs, found, strict=True)]
+        searched = self._raced(jobs, [], alone)
+        if self.plan.attacker.combines == "best":
+            searched = self._raced(self._following(other_merges(searched, self._merges, kept)), searched, alone)
+        if self.plan.attacker.by_part:
+            searched = self._raced(self._following(by_part(searched, kept)), searched, alone)
+        return searched
+
+    def _following(self, wanted: Iterable[tuple[Job, MergeEntry]]) -> list[Job]:
+        """Jobs of a later stage: another merge of a model that was merged before."""
+        return [self._job(job.variant, job.rider, merge) for job, merge in wanted if job.variant is not None]
+
+    def _raced(self, jobs: Sequence[Job], before: Sequence[Searched], alone: _Alone) -> list[Searched]:
+        """What was found before, and then these jobs."""
+        if not jobs:
+            return list(before)
+        every = [*(done.job for done in before), *jobs]
+        known = dict(enumerate(done.found for done in before))
+        found = Heats(self.run, self.plan.coefficients, self.plan.doubt, every, self._own(alone), known).searched()
+        return [Searched(*pair) for pair in zip(every, found, strict=True)]
 
     def _own(self, alone: _Alone) -> dict[str, Credits]:
         """What each free-rider's own model scores on its task, by its name."""

@@ -130,8 +130,7 @@ class Audit:
                 for name, path, task in zip(["victim", *names], [self.victim, *attackers], self.tasks, strict=True)
             ],
             "protect": {"expert": "victim", "methods": self.protections},
-            "merges": self.version,
-            "recoveries": self.version,
+            **({} if {"merges", "recoveries"} & self.entries.keys() else {"attacker": self.version}),
             "threat_models": self.threat_models,
             "tasks": self.tasks,
             **self.entries,

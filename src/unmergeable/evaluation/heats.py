@@ -11,7 +11,7 @@ Jobs of one step know nothing of each other, so nothing depends on the number of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from unmergeable.evaluation.cells import Cell, Credits
@@ -32,6 +32,7 @@ class Heats:
         run, grid, jobs: what is searched.
         doubt: of the races (:class:`unmergeable.evaluation.race.Rules`).
         alone: credits of each free-rider's own model on its task, by its name.
+        known: what was found of some of the jobs before, by their numbers.
     """
 
     run: Run
@@ -39,12 +40,13 @@ class Heats:
     doubt: float
     jobs: Sequence[Job]
     alone: Mapping[str, Credits]
+    known: Mapping[int, Found] = field(default_factory=dict)
 
     def searched(self) -> list[Found]:
         """What the search of each job found, in their order."""
         numbers = range(len(self.jobs))
-        found: dict[int, Found] = {}
-        first = [number for number in numbers if self.jobs[number].variant is None]
+        found = dict(self.known)
+        first = [number for number in numbers if self.jobs[number].variant is None and number not in found]
         self._search("searching without the expert", first, found)
         leading = self._leading([number for number in numbers if number not in found])
         self._search("searching the most promising merges", leading, found)

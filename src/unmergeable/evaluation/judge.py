@@ -187,7 +187,8 @@ class Contest:
     def is_at_edge(self, attack: ScoredAttack) -> bool:
         """Whether the search ended where it may not go further."""
         alike = (other.point for other in self.attacks if other.job == attack.job and other.training == attack.training)
-        return attack.job.variant is not None and attack.training is None and is_on_edge(attack.point, alike)
+        is_searched = attack.job.variant is not None and attack.training is None and not attack.job.merge.start
+        return is_searched and is_on_edge(attack.point, alike)
 
     def is_recognised(self, owner: tuple[str, int], model: ThreatModel) -> bool:
         """Whether one of the recoveries that an attacker has undid what was done."""

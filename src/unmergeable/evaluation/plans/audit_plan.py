@@ -13,9 +13,10 @@
       - {name: digits, data: digits.npz, head: digits-head.safetensors}
       - {name: animals, data: animals.npz, head: animals-head.safetensors}
 
-Every other expert is a free-rider's, each of whom attacks separately. ``merges: standard`` and ``recoveries: standard``
-are the lists of :mod:`unmergeable.evaluation.attackers`. Paths are relative to the plan; a checkpoint may be
-``hub:OWNER/NAME`` too. Everything that can be wrong with a plan is reported before anything is computed.
+Every other expert is a free-rider's, each of whom attacks separately. ``attacker: standard`` takes the place of
+``merges`` and ``recoveries``: those of :mod:`unmergeable.evaluation.attackers`, which is also what a plan has that
+lists none. Paths are relative to the plan; a checkpoint may be ``hub:OWNER/NAME`` too. Everything that can be wrong
+with a plan is reported before anything is computed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any, TypeVar
 from unmergeable.attacks import FewShot
 from unmergeable.attacks.few_shot import parse_rates
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.attackers import attacker_named
+from unmergeable.evaluation.attackers import DEFAULT, LISTED, Attacker, attacker_named
 from unmergeable.evaluation.names import BASE, CONTROLS, GIVEN
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings, read_analysis_settings
 from unmergeable.evaluation.plans.entries import (
@@ -62,12 +63,15 @@ LEARNABLE = (Classification.name, MultipleChoice.name, Generation.name, Perplexi
 
 FEWEST_SAMPLES = 2
 
+SEEDS = (0, 1)
+"""Of the keys that are audited: one alone may be lucky."""
+
 WITHOUT_DATA = (ThreatModel.OFF_THE_SHELF, ThreatModel.WHITE_BOX)
 """The default threat models."""
 
 _TOP = (
-    "base", "experts", "protect", "merges", "recoveries", "coefficients", "tiers", "threat_models", "few_shot", "tasks",
-    "seeds", "connectivity", "analyses", "doubt",
+    "base", "experts", "protect", "attacker", "merges", "recoveries", "coefficients", "tiers", "threat_models",
+    "few_shot", "tasks", "seeds", "connectivity", "analyses", "doubt",
 )  # fmt: skip
 
 
@@ -78,25 +82,36 @@ class FewShotEntry:
     Attributes:
         samples: labelled examples of the defended task; with each number the attacker is another one.
         starts: the best merges, each of which is trained.
+        settings: that hold for every training.
+        trainings: settings of each way to train, where ``settings`` leave them open.
     """
 
     samples: tuple[int, ...] = (16, 100)
     starts: int = 3
     settings: Mapping[str, Any] = field(default_factory=dict)
+    trainings: tuple[Mapping[str, Any], ...] = ({},)
 
     def methods(self, samples: int) -> tuple[FewShot, ...]:
-        """One for each learning rate."""
-        whole = configure(FewShot, {"learning_rates": LEARNING_RATES, **self.settings, "samples": samples})
-        return tuple(replace(whole, learning_rates=repr(rate)) for rate in parse_rates(whole.learning_rates))
+        """One for each way to train and each learning rate, all different."""
+        found: dict[FewShot, None] = {}
+        for training in self.trainings:
+            settings = {"learning_rates": LEARNING_RATES, **training, **self.settings, "samples": samples}
+            whole = configure(FewShot, settings)
+            found |= {replace(whole, learning_rates=repr(rate)): None for rate in parse_rates(whole.learning_rates)}
+        return tuple(found)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The coarse grid of the defended expert's and the free-rider's coefficient, and how many points refine it."""
+    """The coarse grid of the defended expert's and the free-rider's coefficient, and how many points refine it.
+
+    ``extends``: whether the search leaves it where the best lie on its edge.
+    """
 
     defended: tuple[float, ...] = DEFENDED_COEFFICIENTS
     rider: tuple[float, ...] = RIDER_COEFFICIENTS
     refinements: int = REFINEMENTS
+    extends: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +123,7 @@ class AuditPlan(Plan):
     """
 
     defended: str
+    attacker: Attacker
     coefficients: Grid
     doubt: float
     threat_models: tuple[ThreatModel, ...]
@@ -150,22 +166,26 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
     top = Entry(document, _TOP, where)
     base = top.checkpoint("base", folder)
     protect = Entry(top.document("protect"), ("expert", "methods"), f"{where}, protect")
-    grid = Entry(top.document("coefficients", {}), ("defended", "rider", "refinements"), f"{where}, coefficients")
+    known = ("defended", "rider", "refinements", "extends")
+    grid = Entry(top.document("coefficients", {}), known, f"{where}, coefficients")
+    attacker = _attacker(top)
     plan = AuditPlan(
         base=base,
         experts=top.listed("experts", partial(read_expert, folder=folder)),
         defended=protect.text("expert"),
         protections=protect.listed("methods", partial(read_protection, folder=folder)),
-        merges=_menu(top, "merges", read_merge),
-        recoveries=_menu(top, "recoveries", partial(read_recovery, folder=folder), is_optional=True),
+        attacker=attacker,
+        merges=_menu(top, "merges", read_merge, attacker),
+        recoveries=_menu(top, "recoveries", partial(read_recovery, folder=folder), attacker),
         coefficients=Grid(
             grid.numbers("defended", DEFENDED_COEFFICIENTS),
             grid.numbers("rider", RIDER_COEFFICIENTS),
             grid.whole("refinements", REFINEMENTS, least=0),
+            grid.flag("extends") if "extends" in grid else attacker.extends,
         ),
         doubt=_doubt(top),
         threat_models=_threat_models(top),
-        few_shot=_few_shot(top),
+        few_shot=_few_shot(top, attacker),
         tasks=top.listed("tasks", partial(read_task, folder=folder, base=base)),
         seeds=tuple(_seeds(top)),
         connectivity=_connectivity(top),
@@ -177,13 +197,30 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
     return plan
 
 
-def _menu(top: Entry, key: str, read: Callable[[object, str], Item], *, is_optional: bool = False) -> tuple[Item, ...]:
-    """A list of the plan, or the one that an attacker of this name has."""
+def _attacker(top: Entry) -> Attacker:
+    """The attacker that the plan names, or lists; the default one where it leaves something open."""
+    lists = [value for key in ("merges", "recoveries") if (value := top.document(key)) is not None]
+    named = [value for value in lists if isinstance(value, str)]
+    if "attacker" in top:
+        if lists:
+            raise BadInput(f"{top.where}: attacker stands for merges and recoveries; leave these out, or attacker.")
+        return attacker_named(top.text("attacker"), f"{top.where}, attacker")
+    if named:
+        key = "merges" if top.document("merges") == named[0] else "recoveries"
+        return attacker_named(named[0], f"{top.where}, {key}")
+    if len(lists) == 2:
+        return Attacker(LISTED, (), ())
+    return attacker_named(DEFAULT, top.where)
+
+
+def _menu(top: Entry, key: str, read: Callable[[object, str], Item], attacker: Attacker) -> tuple[Item, ...]:
+    """A list of the plan, or the one that its attacker has."""
     value = top.document(key)
-    if not isinstance(value, str):
-        return top.listed(key, read, default=() if is_optional else None)
-    methods: tuple[str, ...] = getattr(attacker_named(value, f"{top.where}, {key}"), key)
-    return tuple(read(method, f"{top.where}, {key}") for method in methods)
+    if value is None or isinstance(value, str):
+        whose = attacker if value is None else attacker_named(value, f"{top.where}, {key}")
+        methods: tuple[str, ...] = getattr(whose, key)
+        return tuple(read(method, f"{top.where}, {key}") for method in methods)
+    return top.listed(key, read, default=() if key == "recoveries" else None)
 
 
 def _threat_models(top: Entry) -> tuple[ThreatModel, ...]:
@@ -199,7 +236,7 @@ def _threat_models(top: Entry) -> tuple[ThreatModel, ...]:
     return tuple(model for model in ThreatModel if model in named)
 
 
-def _few_shot(top: Entry) -> FewShotEntry:
+def _few_shot(top: Entry, attacker: Attacker) -> FewShotEntry:
     default = FewShotEntry()
     entry = Entry(top.document("few_shot", {}), ("samples", "starts", "settings"), f"{top.where}, few_shot")
     samples = entry.numbers("samples", default.samples)
@@ -208,7 +245,9 @@ def _few_shot(top: Entry) -> FewShotEntry:
     settings = entry.mapping("settings")
     if "samples" in settings:
         raise BadInput(f"{entry.where}, settings: samples stands beside settings, as a list.")
-    few_shot = FewShotEntry(tuple(map(int, samples)), entry.whole("starts", default.starts), settings)
+    few_shot = FewShotEntry(
+        tuple(map(int, samples)), entry.whole("starts", default.starts), settings, attacker.trainings
+    )
     few_shot.methods(FEWEST_SAMPLES)
     return few_shot
 
@@ -229,7 +268,7 @@ def _connectivity(top: Entry) -> int:
 
 
 def _seeds(top: Entry) -> list[int]:
-    seeds = top.document("seeds", [0])
+    seeds = top.document("seeds", list(SEEDS))
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
         raise top.wrong("seeds", "must be a list of whole numbers", seeds)
     return seeds
@@ -263,7 +302,8 @@ def _require_attacks(plan: AuditPlan, where: str) -> None:
     if plan.reaches(ThreatModel.WHITE_BOX) and not plan.recoveries:
         raise BadInput(
             f"{where}, recoveries: there are none, and an attacker of threat model {ThreatModel.WHITE_BOX} undoes what "
-            "was done; add `recoveries: standard`, or `threat_models: [off_the_shelf]` to claim nothing about it."
+            "was done; leave the entry out for the standard ones, or give `threat_models: [off_the_shelf]` to claim "
+            "nothing about it."
         )
     for kind, entries in (("recovery", plan.recoveries), ("merge", plan.merges)):
         for entry in entries:

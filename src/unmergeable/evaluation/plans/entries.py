@@ -58,10 +58,13 @@ class MergeEntry(MethodEntry):
         coefficients: of tables, one for all experts in the merge: the method's own where there is none; where there are
             several, the one that does best on validation examples is taken.
         then: an attack on the merge; None for none.
+        start: of audits, where a search begins that gives each part of the defended expert a coefficient of its own
+            (:mod:`unmergeable.evaluation.by_part`); empty for one of whole experts.
     """
 
     coefficients: tuple[float, ...] = ()
     then: MethodEntry | None = None
+    start: tuple[float, ...] = ()
 
     @property
     def threat_model(self) -> ThreatModel:

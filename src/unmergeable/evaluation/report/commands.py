@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unmergeable.evaluation.attackers import attacker_named
+from unmergeable.evaluation.attackers import DEFAULT, attacker_named
 from unmergeable.evaluation.methods import attack_reads, has_key
 from unmergeable.evaluation.plans.entries import joined
 from unmergeable.evaluation.report.verdict import short
@@ -63,8 +63,10 @@ def _weighted(experts: Sequence[str], coefficients: Sequence[float] | None) -> l
 
 def _listed(plan: Mapping[str, Any], key: str) -> Sequence[Any]:
     """A list of the plan, or that of the attacker it names."""
-    entries = plan.get(key) or []
-    return getattr(attacker_named(entries, key), key) if isinstance(entries, str) else entries
+    entries = plan.get(key)
+    if entries is None or isinstance(entries, str):
+        entries = getattr(attacker_named(entries or plan.get("attacker", DEFAULT), key), key)
+    return entries
 
 
 def _find(entries: Sequence[Any], name: str | None) -> Mapping[str, Any] | None:
