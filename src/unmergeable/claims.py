@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -63,20 +64,24 @@ class Study:
 
 @dataclass(frozen=True)
 class DStar:
-    """D* against the strongest attack found within one threat model, and its 95 % interval; None: not known."""
+    """D* against the strongest attack found within one threat model, and its 95 % interval; None: not known.
+
+    ``is_recognised``: whether the attacker saw what was done. Where not, somebody may who looks longer.
+    """
 
     value: float | None
     low: float | None
     high: float | None
+    is_recognised: bool = True
 
     @property
     def judgement(self) -> str:
         """One of :data:`JUDGEMENTS`, from the lower end of the interval: what may be luck is not called protection."""
-        if self.value is None or self.low is None:
+        if self.value is None or self.low is None or math.isnan(self.value):
             return "cannot be judged against"
-        if self.low >= STOPS:
+        if self.low >= STOPS and self.is_recognised:
             return "stops"
-        if self.low >= HINDERS:
+        if self.low >= HINDERS and self.is_recognised:
             return "hinders"
         return "is not shown to stop" if self.value >= HINDERS else "does not stop"
 

@@ -10,6 +10,7 @@ import pytest
 
 from unmergeable.page import Chart, Series, landscape_chart, line_chart, point_chart
 from unmergeable.page.charts import STYLES
+from unmergeable.page.drawing import new_figure, svg
 
 LABELS = {"title": "what <it> shows", "x_label": "across", "y_label": "up"}
 
@@ -105,3 +106,15 @@ def test_distances_between_points_are_true() -> None:
     origin, right, up = [(float(x), float(y)) for x, y in at[-3:]]
     assert math.dist(origin, right) == pytest.approx(math.dist(origin, up), rel=1e-3)
     assert math.dist(right, up) == pytest.approx(math.dist(origin, up) * math.sqrt(2), rel=1e-3)
+
+
+def test_names_are_no_formulas() -> None:
+    """Two dollar signs in a name would be mathematics to matplotlib, and often wrong mathematics."""
+    name = r"pays $5_$ at most"
+    chart = line_chart([Series("one", [0, 1], [0.0, 1.0])], title=name, x_label=name, y_label=f"task of {name}")
+    texts = [text.text for text in ElementTree.fromstring(chart.svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert {name, f"task of {name}"} <= set(texts)
+    figure, axes = new_figure(2, 2)  # control: taken as it comes, it fails
+    axes.set_xlabel(name)
+    with pytest.raises(ValueError, match="Exception: Expected"):
+        svg(figure)

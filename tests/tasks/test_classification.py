@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tasks.parts import require_parts
 from tasks.speakers import ids_of, task_data, write_speaker
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.encoding import EncodedBatch
@@ -36,6 +37,7 @@ def test_a_classifier_scores_itself(tmp_path: Path) -> None:
         logits = network(pixel_values=torch.from_numpy(data["pixel_values"])).logits.double()
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(4), reduction="none")
     np.testing.assert_allclose(scorer.losses(network), expected.numpy(), rtol=0, atol=1e-4)
+    require_parts(scorer, network, tolerance=1e-4)
     np.testing.assert_array_equal(scorer.credits(network), (logits.argmax(-1) == torch.arange(4)).double().numpy())
 
 

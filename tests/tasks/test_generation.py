@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tasks.parts import require_parts
 from tasks.speakers import ids_of, load_speaker, task_data, text_of, write_records, write_speaker
 from unmergeable.errors import BadInput, UnmergeableError
 from unmergeable.settings import configure
@@ -90,6 +91,7 @@ def test_the_loss_is_that_of_the_reference(tmp_path: Path) -> None:
     network = load_speaker(folder)
     rows = [{"prompt": "two", "answer": "so be it"}, {"prompt": "a much longer prompt", "answer": 17}]
     scorer = Generation().scorer(task_data(folder, write_records(tmp_path / "x.jsonl", rows)), network)
+    require_parts(scorer, network, tolerance=1e-4)
     for loss, row in zip(scorer.losses(network), rows, strict=True):
         labels, prompt = ids_of(f" {row['answer']}"), ids_of(str(row["prompt"]))
         with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tasks.parts import require_parts
 from tasks.speakers import load_speaker, task_data, write_records, write_speaker
 from unmergeable.errors import BadInput, UnmergeableError, UsageError
 from unmergeable.settings import configure
@@ -53,6 +54,7 @@ def test_answers_of_a_network_are_compared_with_references(tmp_path: Path) -> No
     scorer = kind.scorer(task_data(folder, write_records(tmp_path / "x.jsonl", rows)), network)
     np.testing.assert_array_equal(scorer.credits(network), [1, 0])
     assert (scorer.losses(network) > 0).all()
+    require_parts(scorer, network, tolerance=1e-4)
     assert kind.facts() == {"command": list(kind.command)}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tasks.parts import require_parts
 from tasks.speakers import load_speaker, task_data, write_records, write_speaker
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.settings import configure
@@ -76,8 +77,11 @@ def test_parts_share_no_document(place: Path) -> None:
     ]
     documents = [list(part.documents) for part in parts]
     assert sorted(documents[0] + documents[1]) == list(range(12))
-    whole = HarnessTask().scorer(data, network).credits(network)
-    np.testing.assert_array_equal(parts[1].credits(network), whole[documents[1]])
+    whole = HarnessTask().scorer(data, network)
+    places = [list(whole.documents).index(number) for number in documents[1]]
+    np.testing.assert_array_equal(parts[1].credits(network), whole.credits(network)[places])
+    seeded = HarnessTask().scorer(replace(data, source=replace(data.source, seed=0)), network)
+    assert sorted(seeded.documents) == list(range(12)) != list(seeded.documents), "the order is that of the source"
 
 
 def test_answers_in_words(place: Path) -> None:
@@ -91,6 +95,7 @@ def test_a_perplexity_is_no_credit(place: Path) -> None:
     network = load_speaker(place / "speaker")
     scorer = HarnessTask().scorer(data_of(place, "rolling.yaml"), network)
     assert (scorer.losses(network) > 0).all()
+    require_parts(scorer, network, tolerance=1e-4)
     with pytest.raises(BadInput, match="'word_perplexity' is no metric between 0 and 1 of each document"):
         scorer.credits(network)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from polynomials.written import original
+from tasks.parts import require_parts
 from tasks.speakers import ids_of, load_speaker, task_data, write_records, write_speaker
 from unmergeable.errors import BadInput, UnmergeableError
 from unmergeable.network.polynomial_network import load_polynomial_network
@@ -67,6 +68,7 @@ def test_the_numbers_are_those_of_one_text_at_a_time(toy: str, tmp_path: Path) -
     np.testing.assert_array_equal(scorer.credits(network), right)
     losses = [-(scores - np.logaddexp.reduce(scores))[answer] for scores, answer in zip(expected, RIGHT, strict=True)]
     np.testing.assert_allclose(scorer.losses(network), losses, rtol=0, atol=TOLERANCE * 200)
+    require_parts(scorer, network, tolerance=TOLERANCE * 200)
 
 
 def test_an_encoder_and_decoder_of_polynomials_is_one_too(tmp_path: Path) -> None:

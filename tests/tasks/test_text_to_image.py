@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
+from tasks.parts import require_parts
 from tasks.speakers import load_speaker, task_data, write_records, write_speaker
 from unmergeable.errors import BadInput, UnmergeableError
 from unmergeable.network.load import load_network
@@ -103,6 +104,7 @@ def test_the_noise_is_the_records(place: Path) -> None:
     losses = painter(place, network).losses(network)
     np.testing.assert_allclose(painter(place, network, batch_size=1).losses(network), losses, atol=1e-2)
     np.testing.assert_array_equal(painter(place, network).losses(network), losses)
+    require_parts(painter(place, network), network, tolerance=1e-2)
     assert not np.allclose(painter(place, network, seed=1).losses(network), losses, atol=1e-2)
     other = random_network(TOYS["unet-sd15"], 1)
     assert not np.allclose(painter(place, network).losses(other), losses, atol=1e-2)

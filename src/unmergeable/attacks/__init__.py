@@ -6,7 +6,8 @@ works on state dicts or live networks: :mod:`unmergeable.attacks.in_memory` says
 
 from __future__ import annotations
 
-from unmergeable.attacks.base import Attack, AttackRequirements, Estimate, Fit, Inputs, Learnt, Recovered
+from unmergeable.attacks.base import Attack, AttackRequirements, Estimate, Fit, Inputs, Learnt, Recovered, Whose
+from unmergeable.attacks.block_regression import BlockRegression, block_regression
 from unmergeable.attacks.canonicalise import Canonicalise, canonicalise
 from unmergeable.attacks.diagonal_ratio import DiagonalRatio, diagonal_ratio
 from unmergeable.attacks.distance import Distance, relative_distance
@@ -29,6 +30,7 @@ __all__ = [
     "ATTACKS",
     "Attack",
     "AttackRequirements",
+    "BlockRegression",
     "Canonicalise",
     "DiagonalRatio",
     "Distance",
@@ -51,6 +53,8 @@ __all__ = [
     "TaskVectorRescale",
     "TaylorInversion",
     "Unmask",
+    "Whose",
+    "block_regression",
     "canonicalise",
     "diagonal_ratio",
     "distances",
@@ -85,6 +89,7 @@ ATTACKS = Registry(
         Unmask,
         FewShot,
         LayerwiseRidge,
+        BlockRegression,
         GradErase,
     ),
 )

@@ -30,7 +30,7 @@ from typing import ClassVar
 from unmergeable.architecture import Architecture, Space
 from unmergeable.architecture.symmetry import GroupKind, Role
 from unmergeable.attacks.base import AttackRequirements, Estimate
-from unmergeable.attacks.canonicalise import AsStored, Home, balanced, traces
+from unmergeable.attacks.canonicalise import balanced, traces
 from unmergeable.attacks.closed_forms import (
     nearest_block_scale,
     nearest_block_sign,
@@ -52,6 +52,7 @@ from unmergeable.attacks.residual_stream import find_stream
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.gauge.additive import Freedoms, Neutral, freedoms_of
 from unmergeable.gauge.elements import Dense
+from unmergeable.gauge.home import AsStored, Home
 from unmergeable.progress import Progress, silent
 
 CLEARLY = 0.1

@@ -13,43 +13,30 @@ from typing import Any
 from unmergeable.data import Part
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.analyses import Analyses, Surroundings, analyse, subjects_of
-from unmergeable.evaluation.cells import Cell
-from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack, controls
+from unmergeable.evaluation.cells import Cell, Credits
+from unmergeable.evaluation.contending import Searched, points_to_test
+from unmergeable.evaluation.controls import controls
+from unmergeable.evaluation.heats import Heats
+from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack
 from unmergeable.evaluation.models import Variant, make_variants
+from unmergeable.evaluation.names import CONTROLS, IDENTITY, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.results import AuditResult, Line, ModelRecord, Refusal
 from unmergeable.evaluation.run import Run
-from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, Outcome, score_points
-from unmergeable.evaluation.search import best_starts, mean_scores, search
-from unmergeable.evaluation.selection import KEPT_SHARE, Menu, skill_to_keep
+from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, score_points
+from unmergeable.evaluation.search import best_starts
+from unmergeable.evaluation.selection import KEPT_SHARE, skill_to_keep
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.evaluation.tuning import Tuning, tune
-from unmergeable.evaluation.worst_case import contenders
 
 _ADDED = MergeEntry("task_arithmetic", "task_arithmetic", {})
 
 _MEASURED = (
     "distance_before", "distance_after", "confidence", "measured_block_error", "condition_bound", "findings",
+    "distance_with_key", "output_gap", "output_gap_bound", "planted",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Searched:
-    """A job and what was found on validation examples."""
-
-    job: Job
-    outcome: Outcome
-
-    @property
-    def points(self) -> list[Coefficients | None]:
-        return list(self.outcome.cells)
-
-    @property
-    def menu(self) -> Menu:
-        defended, rider = (task.entry.name for task in self.job.group.tasks)
-        return Menu.of([(cell, None) for cell in self.outcome.cells.values()], defended, rider)
 
 
 @dataclass(frozen=True)
@@ -59,7 +46,7 @@ class _Alone:
     validation: Mapping[str, Cell]
     test: Mapping[str, Cell]
 
-    def rider(self, rider: ExpertEntry) -> Any:
+    def rider(self, rider: ExpertEntry) -> Credits:
         """Credits of a free-rider's own model on validation examples of its task."""
         return self.validation[rider.name].credits[rider.task]
 
@@ -83,19 +70,30 @@ class Auditor:
         alone = self._alone(variants)
         searched = self._searched(variants, alone)
         attacks = self._tested(searched, alone)
+        left = [
+            ScoredAttack(merges.job, point, cell, None)
+            for merges in searched
+            for point, cell in merges.found.left.items()
+        ]
         trained, failures = self._trained(searched, alone)
         lines = self._connections(variants)
-        contests = [self._contest(rider, [*attacks, *trained], alone) for rider in self.plan.riders]
-        released = [variant for variant in variants if variant.recovery is None]
+        contests = [self._contest(rider, [*attacks, *trained], left, alone) for rider in self.plan.riders]
+        released = [variant for variant in variants if variant.recovery is None and variant.checkpoint is not None]
         protections = Judge(self.plan, contests, alone.scores()).protections(released)
         checked = controls(protections, variants)
         analyses = self._analyses(variants)
-        refused = [_refusal(done.job, done.outcome.refusal) for done in searched if done.outcome.refusal]
+        refused = [_refusal(done.job, done.found.refusal) for done in searched if done.found.refusal]
         refused = [
             replace(refusal, reason=self._without_paths(refusal.reason, made)) for refusal in [*refused, *failures]
         ]
         refused += [
-            Refusal(protection=variant.protection, seed=variant.seed, recovery=variant.recovery, reason=variant.refusal)
+            Refusal(
+                protection=variant.protection,
+                seed=variant.seed,
+                recovery=variant.recovery,
+                rider=variant.rider,
+                reason=variant.refusal,
+            )
             for variant in variants
             if variant.refusal
         ]
@@ -109,7 +107,8 @@ class Auditor:
             connectivity=tuple(lines),
             controls=checked,
             passed=all(control.passed for control in checked),
-            cells=tuple(contest.cell(attack) for contest in contests for attack in contest.attacks),
+            cells=tuple(contest.cell(attack) for contest in contests for attack in (*contest.attacks, *contest.left)),
+            riders={contest.rider: contest.packed_rider for contest in contests},
             analyses=analyses,
             refused=tuple(refused),
         )
@@ -132,7 +131,7 @@ class Auditor:
         for rider in self.plan.riders:
             models[rider.name] = self._group(rider, self.run.checkpoint(rider.path))
         for variant in variants:
-            if variant.recovery is None and variant.checkpoint is not None:
+            if variant.recovery is None and variant.checkpoint is not None and variant.protection != PLANTED_STRUCTURE:
                 models[variant.label] = self._group(first, variant.checkpoint)
         return _Alone(self._scored(models, "validation"), self._scored(models, "test"))
 
@@ -148,7 +147,7 @@ class Auditor:
         own = self.run.checkpoint(rider.path)
         jobs = [Job(None, rider, _ADDED, self._group(rider, own, merge=_ADDED))]
         for variant in variants:
-            if variant.checkpoint is not None:
+            if variant.checkpoint is not None and variant.is_had_by(rider):
                 jobs += [
                     Job(variant, rider, merge, self._group(rider, variant.checkpoint, own, merge=merge))
                     for merge in self.plan.merges
@@ -159,24 +158,18 @@ class Auditor:
     def _kept(self, rider: ExpertEntry, alone: _Alone) -> float:
         return skill_to_keep(float(alone.rider(rider).mean()))
 
-    def _searched(self, variants: Sequence[Variant], alone: _Alone) -> list[_Searched]:
+    def _searched(self, variants: Sequence[Variant], alone: _Alone) -> list[Searched]:
         jobs = [job for rider in self.plan.riders for job in self._jobs(variants, rider)]
-        calls: list[Call] = [
-            (search, (job.group, self.plan.coefficients, self._kept(job.rider, alone), self.run.cells)) for job in jobs
-        ]
-        outcomes = self.run.done("searching merges", calls, "merges")
-        return [_Searched(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True)]
+        found = Heats(self.run, self.plan.coefficients, self.plan.doubt, jobs, self._own(alone)).searched()
+        return [Searched(*pair) for pair in zip(jobs, found, strict=True)]
 
-    def _tested(self, searched: Sequence[_Searched], alone: _Alone) -> list[ScoredAttack]:
+    def _own(self, alone: _Alone) -> dict[str, Credits]:
+        """What each free-rider's own model scores on its task, by its name."""
+        return {rider.name: alone.rider(rider) for rider in self.plan.riders}
+
+    def _tested(self, searched: Sequence[Searched], alone: _Alone) -> list[ScoredAttack]:
         """All attacks; those that a selection may pick with their test."""
-        without = {merges.job.rider.name: merges.menu for merges in searched if merges.job.variant is None}
-        wanted = []
-        for merges in searched:
-            points, rider = merges.points, merges.job.rider
-            if points and merges.job.variant is not None:
-                numbers = contenders(merges.menu, without[rider.name], alone.rider(rider))
-                points = [points[number] for number in numbers]
-            wanted.append(points)
+        wanted = points_to_test(searched, self.plan.threat_models, self._own(alone))
         calls: list[Call] = [
             (score_points, (merges.job.group, points, "test", self.run.cells))
             for merges, points in zip(searched, wanted, strict=True)
@@ -185,10 +178,10 @@ class Auditor:
         return [
             ScoredAttack(merges.job, point, cell, test.cells.get(point))
             for merges, test in zip(searched, tested, strict=True)
-            for point, cell in merges.outcome.cells.items()
+            for point, cell in merges.found.cells.items()
         ]
 
-    def _trained(self, searched: Sequence[_Searched], alone: _Alone) -> tuple[list[ScoredAttack], list[Refusal]]:
+    def _trained(self, searched: Sequence[Searched], alone: _Alone) -> tuple[list[ScoredAttack], list[Refusal]]:
         """Attacks that train the best merges on labelled examples, and those that came to nothing."""
         if not self.plan.strongest.trains:
             return [], []
@@ -210,7 +203,7 @@ class Auditor:
             attacks.append(ScoredAttack(job, tuning.point, *cells, tuning.method))
         return attacks, failures
 
-    def _starts(self, searched: Sequence[_Searched], alone: _Alone) -> list[tuple[Job, Coefficients | None]]:
+    def _starts(self, searched: Sequence[Searched], alone: _Alone) -> list[tuple[Job, Coefficients | None]]:
         """The merges to train: for each free-rider as many of each model, and of what it has without the victim.
 
         Each attacker who trains starts from the best that it has.
@@ -222,19 +215,23 @@ class Auditor:
                     groups.setdefault((merges.job.rider.name, merges.job.owner, model), []).append(number)
         chosen: dict[tuple[int, Coefficients | None], None] = {}
         for (rider, _, _), numbers in groups.items():
-            scores = [mean_scores(searched[number].job.group, searched[number].outcome.cells) for number in numbers]
+            scores = [searched[number].found.scores for number in numbers]
             kept = self._kept(self.plan.expert(rider), alone)
             starts = best_starts(scores, kept, self.plan.few_shot.starts)
             chosen |= dict.fromkeys((numbers[place], point) for place, point in starts)
         return [(searched[number].job, point) for number, point in chosen]
 
-    def _contest(self, rider: ExpertEntry, attacks: Sequence[ScoredAttack], alone: _Alone) -> Contest:
+    def _contest(
+        self, rider: ExpertEntry, attacks: Sequence[ScoredAttack], left: Sequence[ScoredAttack], alone: _Alone
+    ) -> Contest:
         return Contest(
             rider=rider.name,
             defended_task=self.plan.victim.task,
             rider_task=rider.task,
             rider_alone=alone.rider(rider),
+            rider_tested=alone.test[rider.name].credits[rider.task],
             attacks=tuple(attack for attack in attacks if attack.job.rider == rider),
+            left=tuple(attack for attack in left if attack.job.rider == rider),
         )
 
     def _analyses(self, variants: Sequence[Variant]) -> Analyses | None:
@@ -256,7 +253,12 @@ class Auditor:
         if not self.plan.connectivity:
             return []
         chosen = [
-            (variant, rider) for rider in self.plan.riders for variant in variants if variant.checkpoint is not None
+            (variant, rider)
+            for rider in self.plan.riders
+            for variant in variants
+            if variant.checkpoint is not None
+            and variant.is_had_by(rider)
+            and variant.protection not in set(CONTROLS) - {IDENTITY, SCALE}
         ]
         last = self.plan.connectivity - 1
         shares = [number / last for number in range(last + 1)]
@@ -309,6 +311,7 @@ def _model(variant: Variant) -> ModelRecord:
         protection=variant.protection,
         seed=variant.seed,
         recovery=variant.recovery,
+        rider=variant.rider,
         cpu_seconds=variant.cpu_seconds,
         refusal=variant.refusal,
         facts={name: variant.facts[name] for name in _MEASURED if name in variant.facts},

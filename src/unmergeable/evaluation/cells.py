@@ -1,7 +1,8 @@
 """Cells: what one set of weights scores on one part of the data, kept under a name made of everything it depends on.
 
-A killed audit finds its cells again, and attacks that share a merge share its cell. A cell is written whole or not at
-all. What it depends on is its *recipe*: digests of checkpoints and data, the merge and its settings, coefficients.
+A killed audit finds its cells again, and attacks that share a merge share its cell. A file is written whole or not at
+all; the cell in it may hold the first examples only, where no more were needed. What it depends on is its *recipe*:
+digests of checkpoints and data, the merge and its settings, coefficients.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,35 @@ Credits = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Cell:
-    """Credits by task, each float64 [examples], and the processor time it took, in seconds."""
+    """Credits by task, each float64 [examples], and the processor time it took, in seconds.
+
+    One that is not whole holds the first examples of each task, up to one number of them: all where there are fewer.
+    """
 
     recipe: Mapping[str, Any]
     credits: Mapping[str, Credits]
     cpu_seconds: float
+    is_whole: bool = True
+
+    @property
+    def met(self) -> int:
+        """How many examples there are of the task with the most."""
+        return max((len(credited) for credited in self.credits.values()), default=0)
+
+    def first(self, count: int) -> Cell:
+        """What it would be after the first ``count`` examples of each task; the time is that of all."""
+        if self.met <= count:
+            return self
+        credits_by_task = {task: credited[:count] for task, credited in self.credits.items()}
+        return replace(self, credits=credits_by_task, is_whole=False)
+
+    def extended(self, more: Mapping[str, Credits], cpu_seconds: float, *, is_whole: bool) -> Cell:
+        """With the next examples of some tasks; ``cpu_seconds`` is what these took."""
+        credits_by_task = {
+            task: np.concatenate([self.credits.get(task, np.empty(0)), more.get(task, np.empty(0))])
+            for task in {**self.credits, **more}
+        }
+        return Cell(self.recipe, credits_by_task, self.cpu_seconds + cpu_seconds, is_whole)
 
 
 class CellStore:
@@ -46,7 +71,8 @@ class CellStore:
         try:
             stored = json.loads(self._path(recipe).read_text())
             credits_by_task = {task: np.array(values, float) for task, values in stored["credits"].items()}
-            return Cell(recipe, credits_by_task, float(stored["cpu_seconds"]))
+            is_whole = bool(stored.get("is_whole", True))
+            return Cell(recipe, credits_by_task, float(stored["cpu_seconds"]), is_whole)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -60,6 +86,7 @@ class CellStore:
             "recipe": cell.recipe,
             "credits": {task: [round(value, 12) for value in values] for task, values in cell.credits.items()},
             "cpu_seconds": cell.cpu_seconds,
+            **({} if cell.is_whole else {"is_whole": False}),
         }
         replace_file(self._path(cell.recipe), json.dumps(document).encode())
 

@@ -1,4 +1,4 @@
-"""From scored attacks to verdicts: D* per protection, threat model, free-rider and key, and the controls.
+"""From scored attacks to verdicts: D* per protection, threat model, free-rider and key.
 
 The headline of a protection is its worst case: the lowest D* over free-riders and keys. Fronts, matrices and costs
 beside it say where it comes from.
@@ -7,21 +7,25 @@ beside it say where it comes from.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from unmergeable.attacks import FewShot
+from unmergeable.claims import DStar
 from unmergeable.evaluation.cells import Cell, Credits
-from unmergeable.evaluation.models import IDENTITY, SCALE, Variant
+from unmergeable.evaluation.flags import FEWEST_EXAMPLES, STANDARD_ERRORS, Flag, is_on_edge, is_recognised
+from unmergeable.evaluation.models import Variant
+from unmergeable.evaluation.names import CONTROLS, IDENTITY
+from unmergeable.evaluation.packing import pack
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.results import (
+    AtBar,
     AttackRecord,
     CellRecord,
-    Control,
     Front,
     Fronts,
     MatrixCell,
@@ -31,18 +35,9 @@ from unmergeable.evaluation.results import (
     Verdicts,
 )
 from unmergeable.evaluation.scoring import Coefficients, Group
-from unmergeable.evaluation.selection import Menu, choice, pareto_front
+from unmergeable.evaluation.selection import KEPT_SHARE, Menu, choice, pareto_front
 from unmergeable.evaluation.threat_models import ThreatModel, least
-from unmergeable.evaluation.worst_case import worst_case
-
-IDENTITY_BOUND, SCALE_BOUND = 0.05, 0.1
-"""The largest |D*| the controls may have: neither protects anything."""
-
-LUCK_OF_TRAINING = 0.02
-"""Share of right answers by which two trainings differ whose starts differ by a rounding."""
-
-PLANTED_BOUND = 1.02
-"""Times the unprotected expert's distance to the base: what a recovery that finds the key leaves at most."""
+from unmergeable.evaluation.worst_case import WorstCase, area_between, worst_cases
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,8 @@ class Job:
 class ScoredAttack:
     """One set of merged weights, scored.
 
-    ``test`` is None for attacks that no selection would pick. ``training`` is what came after merging.
+    ``test`` is None for attacks that no selection would pick. ``training`` is what came after merging. Where
+    ``validation`` is not whole, the attack left the race.
     """
 
     job: Job
@@ -83,9 +79,19 @@ class ScoredAttack:
         """That of the weakest attacker who can do it."""
         return least([self.job.threat_model, *([] if self.training is None else [ThreatModel.FEW_SHOT])])
 
+    def is_open_to(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None) -> bool:
+        """Whether it is on what is so owned, and an attacker with so many labelled examples may do it."""
+        has_examples = self.training is None or self.training.samples == samples
+        return self.job.owner == owner and has_examples and model.includes(self.threat_model)
+
     @property
     def recovery(self) -> str | None:
         return None if self.job.variant is None else self.job.variant.recovery
+
+    @property
+    def kind(self) -> tuple[str | None, MergeEntry]:
+        """The recovery and the merge."""
+        return self.recovery, self.job.merge
 
     @property
     def cpu_seconds(self) -> float:
@@ -110,23 +116,30 @@ Numbers = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Contest:
-    """All attacks on behalf of one free-rider, and its own model's credits on validation examples of its task."""
+    """All attacks on behalf of one free-rider, and its own model's credits on examples of its task.
+
+    ``rider_alone`` are those on validation examples, ``rider_tested`` those on test examples. ``left`` are attacks that
+    left the race: they count among what was tried, and nothing is chosen from them.
+    """
 
     rider: str
     defended_task: str
     rider_task: str
     rider_alone: Credits
+    rider_tested: Credits
     attacks: tuple[ScoredAttack, ...]
+    left: tuple[ScoredAttack, ...] = ()
 
     def attacks_on(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None = None) -> Numbers:
         """What an attacker with so many labelled examples may do to a protected model; None: without the victim."""
-        return tuple(
-            number
-            for number, attack in enumerate(self.attacks)
-            if model.includes(attack.threat_model)
-            and (attack.training is None or attack.training.samples == samples)
-            and attack.job.owner == owner
-        )
+        return tuple(number for number, attack in enumerate(self.attacks) if attack.is_open_to(owner, model, samples))
+
+    def tried_on(
+        self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None = None
+    ) -> tuple[ScoredAttack, ...]:
+        """The same with those that left the race."""
+        tried = (*self.attacks, *self.left)
+        return tuple(attack for attack in tried if attack.is_open_to(owner, model, samples))
 
     @cached_property
     def menu(self) -> Menu:
@@ -153,8 +166,46 @@ class Contest:
             rider=self.rider,
             tier=attack.threat_model,
             attack=attack.describe(),
+            met=None if attack.validation.is_whole else attack.validation.met,
             scores={part: None if cell is None else self.scores(cell) for part, cell in parts.items()},
+            credits=None if attack.test is None else {part: self._packed(cell) for part, cell in parts.items() if cell},
         )
+
+    def _packed(self, cell: Cell) -> dict[str, str]:
+        return {task: pack(cell.credits[task]) for task in (self.defended_task, self.rider_task)}
+
+    @property
+    def packed_rider(self) -> dict[str, str]:
+        """The credits of the free-rider's own model, by part, as a result keeps them."""
+        return {"validation": pack(self.rider_alone), "test": pack(self.rider_tested)}
+
+    def kept_on_test(self, attack: ScoredAttack) -> float | None:
+        """The share of the free-rider's skill that an attack keeps on test examples; None where it has none."""
+        alone = float(self.rider_tested.mean())
+        return None if attack.test is None or not alone else float(attack.test.credits[self.rider_task].mean()) / alone
+
+    def is_at_edge(self, attack: ScoredAttack) -> bool:
+        """Whether the search ended where it may not go further."""
+        alike = (other.point for other in self.attacks if other.job == attack.job and other.training == attack.training)
+        return attack.job.variant is not None and attack.training is None and is_on_edge(attack.point, alike)
+
+    def is_recognised(self, owner: tuple[str, int], model: ThreatModel) -> bool:
+        """Whether one of the recoveries that an attacker has undid what was done."""
+        distances = {
+            variant.recovery: variant.facts.get("distance_before")
+            for variant in self._variants((IDENTITY, 0), model)
+            if variant.recovery is not None
+        }
+        return any(
+            is_recognised(variant.facts, distances.get(variant.recovery)) for variant in self._variants(owner, model)
+        )
+
+    def _variants(self, owner: tuple[str, int], model: ThreatModel) -> list[Variant]:
+        return [
+            attack.job.variant
+            for number in self.attacks_on(owner, model)
+            if (attack := self.attacks[number]).job.variant is not None
+        ]
 
     def scores(self, cell: Cell) -> dict[str, float]:
         return {task: float(cell.credits[task].mean()) for task in (self.defended_task, self.rider_task)}
@@ -178,10 +229,11 @@ class Judge:
     def _protection(self, released: Sequence[Variant], unprotected: Variant) -> ProtectionResult:
         task, name, seeds = self.plan.victim.task, released[0].protection, [variant.seed for variant in released]
         expert, base = self.alone[unprotected.label][task], self.alone["base"][task]
-        protected = min(self.alone[variant.label][task] for variant in released)
+        # What is planted computes what the expert does; in another structure it is not scored alone.
+        protected = min(self.alone.get(variant.label, self.alone[unprotected.label])[task] for variant in released)
         matrix = self._matrix(name, seeds)
         return ProtectionResult(
-            is_control=name in (IDENTITY, SCALE),
+            is_control=name in CONTROLS,
             utility=Utility(expert=expert, protected=protected, loss=expert - protected),
             tiers={model: self._verdicts(name, seeds, model) for model in self.plan.threat_models},
             matrix=tuple(matrix),
@@ -211,12 +263,11 @@ class Judge:
         scores, attempts = [], 0
         for contest in self.contests:
             for seed in seeds:
-                numbers = tuple(
-                    number
-                    for number in contest.attacks_on((name, seed), self.plan.strongest)
-                    if (contest.attacks[number].recovery, contest.attacks[number].job.merge) == (recovery, merge)
-                )
-                attempts += len(numbers)
+                kind, owner = (recovery, merge), (name, seed)
+                on_owner = contest.attacks_on(owner, self.plan.strongest)
+                numbers = tuple(number for number in on_owner if contest.attacks[number].kind == kind)
+                tried = contest.tried_on(owner, self.plan.strongest)
+                attempts += sum(attack.kind == kind for attack in tried)
                 best = contest.best(numbers)
                 if best is not None and best.test is not None:
                     scores.append(contest.scores(best.test)[contest.defended_task])
@@ -241,27 +292,60 @@ def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: 
     unprotected, protected, without = (
         contest.attacks_on(owner, model, samples) for owner in ((IDENTITY, 0), (name, seed), None)
     )
-    menu = contest.menu
-    worst = worst_case(menu.only(unprotected), menu.only(protected), menu.only(without), contest.rider_alone)
+    menus = [contest.menu.only(numbers) for numbers in (unprotected, protected, without)]
+    found = {one.kept_share: one for one in worst_cases(*menus, contest.rider_alone)}
+    worst = found[KEPT_SHARE]
+    tried = contest.tried_on((name, seed), model, samples)
     chosen = {
-        "unprotected": (*unprotected, *without)[worst.best_unprotected],
-        "protected": (*protected, *without)[worst.best_protected],
-        "without_victim": without[worst.best_reference],
+        "unprotected": contest.attacks[(*unprotected, *without)[worst.best_unprotected]],
+        "protected": contest.attacks[(*protected, *without)[worst.best_protected]],
+        "without_victim": contest.attacks[without[worst.best_reference]],
     }
     return Trial(
         rider=contest.rider,
         seed=seed,
         samples=samples,
         d_star=_number(worst.d_star),
-        interval=(_number(worst.low), _number(worst.high)),
+        interval=_interval(worst),
         unprotected=worst.unprotected,
         protected=worst.protected,
         without_victim=worst.reference,
         is_denominator_small=worst.is_small,
-        attacks_tried=len(protected),
-        search_cpu_seconds=round(sum(contest.attacks[number].cpu_seconds for number in protected), 1),
-        best={label: contest.attacks[number].describe() for label, number in chosen.items()},
+        bars=tuple(
+            AtBar(kept_share=bar, d_star=_number(one.d_star), interval=_interval(one)) for bar, one in found.items()
+        ),
+        area=_number(area_between(*menus, contest.rider_alone)),
+        kept_on_test=contest.kept_on_test(chosen["protected"]),
+        flags=tuple(_flags(contest, (name, seed), model, found, chosen)),
+        attacks_tried=len(tried),
+        search_cpu_seconds=round(sum(attack.cpu_seconds for attack in tried), 1),
+        best={label: attack.describe() for label, attack in chosen.items()},
     )
+
+
+def _interval(worst: WorstCase) -> tuple[float | None, float | None]:
+    return _number(worst.low), _number(worst.high)
+
+
+def _flags(
+    contest: Contest,
+    owner: tuple[str, int],
+    model: ThreatModel,
+    found: Mapping[float, WorstCase],
+    chosen: Mapping[str, ScoredAttack],
+) -> Iterator[Flag]:
+    """What is to be held against a trial."""
+    worst = found[KEPT_SHARE]
+    if any(contest.is_at_edge(chosen[label]) for label in ("unprotected", "protected")):
+        yield "edge"
+    if model.includes(ThreatModel.WHITE_BOX) and not contest.is_recognised(owner, model):
+        yield "not_recognised"
+    if worst.denominator < STANDARD_ERRORS * worst.denominator_error:
+        yield "uncertain_denominator"
+    if len(contest.rider_alone) < FEWEST_EXAMPLES:
+        yield "few_examples"
+    if len({DStar(one.d_star, one.low, one.high).judgement for one in found.values()}) > 1:
+        yield "bar_decides"
 
 
 def worst_trial(trials: Sequence[Trial]) -> Trial | None:
@@ -288,61 +372,6 @@ def _front(contest: Contest, numbers: Numbers) -> Front:
     defended, rider = (scores[[number for number, _ in tested]] for scores in contest.validation)
     chosen = [contest.scores(tested[place][1]) for place in pareto_front(defended, rider)]
     return tuple((scores[contest.defended_task], scores[contest.rider_task]) for scores in chosen)
-
-
-def controls(protections: Mapping[str, ProtectionResult], variants: Sequence[Variant]) -> tuple[Control, ...]:
-    """What must hold in every audit, or its figures mean nothing."""
-    planted = [_planted_key(variant, variants) for variant in variants]
-    return (
-        bounded(protections, IDENTITY, IDENTITY_BOUND, "the expert itself is no protection"),
-        bounded(protections, SCALE, SCALE_BOUND, "a shrunk task vector is no protection"),
-        *(control for control in planted if control is not None),
-    )
-
-
-def _planted_key(variant: Variant, variants: Sequence[Variant]) -> Control | None:
-    """How near a fit of changes of basis came; only the one over the largest group must find every planted key."""
-    origin = None if variant.recovery is None else _distance_of_expert(variants, variant.recovery)
-    after = variant.facts.get("distance_after")
-    if not variant.has_key or variant.recovery is None or not origin or after is None:
-        return None
-    bound = PLANTED_BOUND if variant.facts.get("method") == "nearest_orbit" else None
-    return Control(
-        name=f"{variant.recovery} on {variant.label}",
-        what="distance to the base after the recovery, in units of the unprotected expert's",
-        value=after / origin,
-        bound=bound,
-        passed=bound is None or after / origin <= bound,
-    )
-
-
-def _distance_of_expert(variants: Sequence[Variant], recovery: str) -> float | None:
-    """The unprotected expert's distance, which the same recovery reports when it is run on the expert."""
-    for variant in variants:
-        if variant.protection == IDENTITY and variant.recovery == recovery:
-            distance: float | None = variant.facts.get("distance_before")
-            return distance
-    return None
-
-
-def bounded(protections: Mapping[str, ProtectionResult], name: str, bound: float, what: str) -> Control:
-    """The control that a protection of this name has a D* of at most ``bound``, in either direction."""
-    values = [
-        _distance_from_nothing(model, trial)
-        for model, verdicts in protections[name].tiers.items()
-        for trial in verdicts.trials
-    ]
-    value = max((value for value in values if value is not None), default=None)
-    passed = value is not None and value <= bound
-    return Control(name=name, what=f"largest |D*|: {what}", value=value, bound=bound, passed=passed)
-
-
-def _distance_from_nothing(model: ThreatModel, trial: Trial) -> float | None:
-    """|D*|; of attackers who train, less what two trainings end apart by luck alone."""
-    if trial.d_star is None or not model.trains:
-        return None if trial.d_star is None else abs(trial.d_star)
-    luck = LUCK_OF_TRAINING / (trial.unprotected - trial.without_victim)
-    return max(0.0, abs(trial.d_star) - luck)
 
 
 def _number(value: float) -> float | None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.analyses import Analyses
-from unmergeable.evaluation.models import IDENTITY, SCALE
+from unmergeable.evaluation.flags import Flag
+from unmergeable.evaluation.names import CONTROLS
 from unmergeable.evaluation.records import INLINED, OPTIONAL, Record
 from unmergeable.evaluation.threat_models import ThreatModel
 
@@ -43,11 +44,24 @@ class AttackRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AtBar(Record):
+    """D* where attacks must keep another share of the free-rider's skill."""
+
+    kept_share: float
+    d_star: float | None
+    interval: tuple[float | None, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trial(Record):
     """One free-rider, one key, one number of labelled examples.
 
     ``d_star`` and both ends of ``interval`` are None where the victim adds nothing. The scores are those of the best
     attacks, on test examples; ``best`` says which these are, under ``unprotected``, ``protected``, ``without_victim``.
+    ``bars``: the same at other shares of kept skill. ``area``: D* over the area between Pareto fronts, see
+    :func:`unmergeable.evaluation.worst_case.area_between`. ``kept_on_test``: the share of the free-rider's own skill
+    that the best attack keeps on test examples, on which nothing was selected. ``flags``: what is to be held against
+    the figures, see :mod:`unmergeable.evaluation.flags`.
     """
 
     rider: str
@@ -59,6 +73,10 @@ class Trial(Record):
     protected: float
     without_victim: float
     is_denominator_small: bool
+    bars: tuple[AtBar, ...] = ()
+    area: float | None = None
+    kept_on_test: float | None = None
+    flags: tuple[Flag, ...] = ()
     attacks_tried: int
     search_cpu_seconds: float = 0.0
     best: Mapping[str, AttackRecord] = field(default_factory=dict)
@@ -126,11 +144,15 @@ class ProtectionResult(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord(Record):
-    """A model that was made. ``facts``: what protecting or recovering measured."""
+    """A model that was made. ``facts``: what protecting or recovering measured.
+
+    ``rider``: the free-rider whose own examples the recovery read; None where it read none.
+    """
 
     protection: str
     seed: int = 0
     recovery: str | None
+    rider: str | None = field(default=None, metadata=OPTIONAL)
     cpu_seconds: float
     refusal: str = ""
     facts: Mapping[str, Any] = field(metadata=INLINED)
@@ -161,14 +183,21 @@ class Control(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class CellRecord(Record):
-    """One set of weights that was scored; ``scores`` by part, None for attacks that no selection would pick."""
+    """One set of weights that was scored; ``scores`` by part, None for attacks that no selection would pick.
+
+    ``met``: after how many validation examples of each task it left the race; None where it met all.
+    ``credits``: example by example, packed (:mod:`unmergeable.evaluation.packing`), by part and task, of attacks that a
+    selection may pick.
+    """
 
     protection: str | None
     seed: int | None
     rider: str
     tier: ThreatModel
     attack: AttackRecord = field(metadata=INLINED)
+    met: int | None = field(default=None, metadata=OPTIONAL)
     scores: Mapping[str, Mapping[str, float] | None]
+    credits: Mapping[str, Mapping[str, str]] | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +233,10 @@ class AuditResult(Record):
         alone: mean test scores of models that are not merged, by model and task.
         protections: by name, controls among them.
         passed: whether all controls hold; otherwise the figures mean nothing.
-        cells: every set of weights that was scored; None in a result that was stored without them, which says how many
-            there were (``scored``) and how base and experts were made (``prepared``).
+        cells: every set of weights that was scored; of a compact result only those that a selection may pick, which are
+            enough for :func:`unmergeable.evaluation.recompute.recomputed`. None in older ones that were stored without.
+            Both say how many there were (``scored``) and how base and experts were made (``prepared``).
+        riders: packed credits of each free-rider's own model on its own task, by part.
     """
 
     plan: Mapping[str, Any]
@@ -221,6 +252,7 @@ class AuditResult(Record):
     controls: tuple[Control, ...]
     passed: bool
     cells: tuple[CellRecord, ...] | None = field(default=None, metadata=OPTIONAL)
+    riders: Mapping[str, Mapping[str, str]] | None = field(default=None, metadata=OPTIONAL)
     analyses: Analyses | None = field(default=None, metadata=OPTIONAL)
     refused: tuple[Refusal, ...]
     prepared: Mapping[str, Any] | None = field(default=None, metadata=OPTIONAL)
@@ -233,13 +265,21 @@ class AuditResult(Record):
     @property
     def audited(self) -> dict[str, ProtectionResult]:
         """The protections of the plan, without the controls unless there is nothing else."""
-        own = {name: protection for name, protection in self.protections.items() if name not in (IDENTITY, SCALE)}
+        own = {name: protection for name, protection in self.protections.items() if name not in CONTROLS}
         return own or dict(self.protections)
 
     @property
     def count(self) -> int:
         """How many sets of weights were scored."""
         return len(self.cells or ()) if self.scored is None else self.scored
+
+    def compact(self, prepared: Mapping[str, Any] | None = None) -> AuditResult:
+        """The same to be committed: without the cells that no selection would pick.
+
+        ``prepared``: how base and experts were made.
+        """
+        kept = tuple(cell for cell in self.cells or () if cell.credits is not None)
+        return replace(self, cells=kept, scored=self.count, prepared=prepared)
 
     @property
     def d_star(self) -> dict[tuple[str, str], float | None]:

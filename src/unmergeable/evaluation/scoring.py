@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import thread_time
 from typing import Any
 
 import torch
@@ -23,10 +22,12 @@ from torch import Tensor
 from unmergeable import ops
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.data import DataSource, Part
-from unmergeable.errors import BadInput, CheckpointError
+from unmergeable.errors import BadInput
 from unmergeable.evaluation.cells import Cell, CellStore
+from unmergeable.evaluation.meeting import Enough, meet, never
 from unmergeable.evaluation.methods import attack_reads, merge_learns, merge_of
 from unmergeable.evaluation.plans.entries import MergeEntry, TaskEntry
+from unmergeable.evaluation.race import BATCHES
 from unmergeable.merges import AdaMerging, TaskArithmetic, merge_state_dicts
 from unmergeable.merges.adamerging import learn_coefficients
 from unmergeable.merges.task_vectors import TaskVectors
@@ -125,37 +126,44 @@ def score_points(group: Group, points: Sequence[Coefficients | None], part: Part
         BadInput: data or checkpoints cannot be read.
         CheckpointError: a cell cannot be written.
     """
-    store = CellStore(folder)
-    cells = {point: store.get(group.recipe(point, part)) for point in points}
-    missing = [point for point, cell in cells.items() if cell is None]
-    refusal = ""
-    if missing:
-        scorers = scorers_of(group, part)
-        network_at = _networks_of(group)
-        for point in missing:
-            scored = _score(group.recipe(point, part), partial(network_at, point), scorers)
-            if isinstance(scored, str):
-                refusal = scored
-                continue
-            store.put(scored)
-            cells[point] = scored
-    return Outcome({point: cell for point, cell in cells.items() if cell is not None}, refusal)
+    scoring = Scoring(group, part, folder)
+    cells = {point: scoring.cell(point) for point in points}
+    return Outcome({point: cell for point, cell in cells.items() if cell is not None}, scoring.refusal)
 
 
-def _score(
-    recipe: Mapping[str, Any], network: Callable[[], AbstractContextManager[Any]], scorers: Mapping[str, TaskScorer]
-) -> Cell | str:
-    """The cell of a recipe, whose network lives as long as its context; or why there is no such network."""
-    began = thread_time()
-    with ExitStack() as stack:
-        try:
-            live = stack.enter_context(network())
-        except CheckpointError:
-            raise
-        except BadInput as error:
-            return str(error)
-        credits_by_task = {name: scorer.credits(live) for name, scorer in scorers.items()}
-    return Cell(recipe, credits_by_task, thread_time() - began)
+class Scoring:
+    """A group at work on a part of the examples; ``refusal`` says why the last point that was refused was.
+
+    Validation examples are met batch by batch, because attacks race on them (:mod:`unmergeable.evaluation.race`).
+    """
+
+    def __init__(self, group: Group, part: Part, folder: Path) -> None:
+        self._group, self._part, self._store = group, part, CellStore(folder)
+        self._batches = BATCHES if part == "validation" else ()
+        self.refusal = ""
+
+    def cell(self, point: Coefficients | None, enough: Enough = never) -> Cell | None:
+        """The cell of these coefficients, whole unless a part of it is ``enough``; None when it is refused.
+
+        Raises what :func:`score_points` does.
+        """
+        found = meet(
+            self._group.recipe(point, self._part),
+            lambda: self._network_at(point),
+            lambda: scorers_of(self._group, self._part),
+            self._store,
+            batches=self._batches,
+            enough=enough,
+        )
+        if isinstance(found, str):
+            self.refusal = found
+            return None
+        return found
+
+    @cached_property
+    def _network_at(self) -> Callable[[Coefficients | None], AbstractContextManager[Any]]:
+        """Made when first needed, and then kept with its buffers."""
+        return _networks_of(self._group)
 
 
 def _networks_of(group: Group) -> Callable[[Coefficients | None], AbstractContextManager[Any]]:
@@ -295,5 +303,6 @@ def _task_digest(entry: TaskEntry, digests: Mapping[Path, str], part: Part) -> s
     data = digests[entry.data(part)]
     head = None if entry.head is None else digests[entry.head]
     settings = {name: value for name, value in settings_of(entry.kind).items() if name not in entry.kind.paths}
-    kind = [entry.kind.name, settings, [digests[path] for path in entry.paths_of_kind]]
+    kind: list[Any] = [entry.kind.name, settings, [digests[path] for path in entry.paths_of_kind]]
+    kind += [entry.kind.revision] if entry.kind.revision else []
     return json.dumps([data, head, kind, entry.is_split, SPLIT])

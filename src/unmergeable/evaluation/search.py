@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TypeVar
 
 from unmergeable.evaluation.cells import Cell
+from unmergeable.evaluation.meeting import Enough, never
 from unmergeable.evaluation.methods import merge_takes_coefficients
 from unmergeable.evaluation.plans.audit_plan import Grid
-from unmergeable.evaluation.scoring import Coefficients, Group, Outcome, score_points
+from unmergeable.evaluation.race import Race, Rules, mean_credits
+from unmergeable.evaluation.scoring import Coefficients, Group, Scoring
 from unmergeable.evaluation.selection import pareto_front
 
 Scores = Mapping[Coefficients, tuple[float, float]]
@@ -25,49 +26,141 @@ Scores = Mapping[Coefficients, tuple[float, float]]
 A point is the coefficient of the defended expert, and that of the free-rider's.
 """
 
-Place = TypeVar("Place", bound=Coefficients | None)
+Place = Coefficients | None
 """A point, or None for a merge that has no coefficients to choose."""
 
 BATCH = 4
 """Points that are proposed at a time; the next ones then know what these scored."""
 
 
-def search(group: Group, grid: Grid, kept: float, folder: Path) -> Outcome:
+@dataclass(frozen=True)
+class Found:
+    """What a search found, by coefficients.
+
+    Attributes:
+        cells: of attacks that met every validation example.
+        left: of those that left the race, with the examples they met.
+        scores: of all of them, as far as can be told.
+        refusal: why the last set of coefficients that was refused was.
+    """
+
+    cells: Mapping[Place, Cell]
+    left: Mapping[Place, Cell]
+    scores: Mapping[Place, tuple[float, float]]
+    refusal: str = ""
+
+
+def search(group: Group, grid: Grid, kept: float, rules: Rules | None, folder: Path) -> Found:
     """Score the coarse grid on validation examples, and refine it where the best attacks are.
+
+    All points of the grid meet a first batch; then the best go on, each until it has met all or is out of the race, so
+    that no weights are merged more than twice. A point of the refinement is merged once.
 
     Args:
         group: the victim and the free-rider's model, or that one alone.
         grid: of coefficients, and how many points refine it.
         kept: the free-rider's score that an attack must keep to count.
+        rules: of the race; None where every point meets all examples.
         folder: of the cells.
 
     Raises:
         BadInput, CheckpointError: as :func:`unmergeable.evaluation.scoring.score_points` does.
     """
-    if group.merge is None or not merge_takes_coefficients(group.merge.method, group.merge.settings):
-        return score_points(group, [None], "validation", folder)
-    if len(group.models) == 1:  # without the victim only the free-rider's coefficient counts, its own model among them
-        grid = replace(grid, defended=(0.0,), rider=tuple(sorted({*grid.rider, 1.0})))
-    outcome = score_points(group, coarse_points(grid), "validation", folder)
-    left = grid.refinements
+    course = _Course(group, kept, rules, folder)
+    course.begin(start_points(group, grid))
+    left = grid.refinements if takes_coefficients(group) else 0
     while left > 0:
-        scores = {point: score for point, score in mean_scores(group, outcome.cells).items() if point is not None}
+        scores = {point: score for point, score in course.scores.items() if point is not None}
         points = next_points(scores, kept, left) if scores else []
         if not points:
             break
-        more = score_points(group, points, "validation", folder)
-        outcome = Outcome({**outcome.cells, **more.cells}, more.refusal or outcome.refusal)
+        course.add(points)
         left -= len(points)
-    return outcome
+    course.finish_best()
+    return course.found
 
 
-def mean_scores(group: Group, cells: Mapping[Place, Cell]) -> dict[Place, tuple[float, float]]:
-    """On the defended task and on the free-rider's."""
-    defended, rider = (task.entry.name for task in group.tasks)
-    return {
-        point: (float(cell.credits[defended].mean()), float(cell.credits[rider].mean()))
-        for point, cell in cells.items()
-    }
+def glance(group: Group, grid: Grid, folder: Path) -> dict[Place, Cell]:
+    """The points that a search begins with, after one batch of validation examples. Raises what it does."""
+    scoring = Scoring(group, "validation", folder)
+    cells = {point: scoring.cell(point, lambda cell: True) for point in start_points(group, grid)}
+    return {point: cell for point, cell in cells.items() if cell is not None}
+
+
+def takes_coefficients(group: Group) -> bool:
+    return group.merge is not None and merge_takes_coefficients(group.merge.method, group.merge.settings)
+
+
+def start_points(group: Group, grid: Grid) -> list[Place]:
+    """The coarse grid; without the victim only the free-rider's coefficient counts, that of its own model with it."""
+    if not takes_coefficients(group):
+        return [None]
+    if len(group.models) == 1:
+        grid = replace(grid, defended=(0.0,), rider=tuple(sorted({*grid.rider, 1.0})))
+    return [*coarse_points(grid)]
+
+
+def most_points(group: Group, grid: Grid) -> int:
+    """How many points a search looks at, at most."""
+    return len(start_points(group, grid)) + (grid.refinements if takes_coefficients(group) else 0)
+
+
+class _Course:
+    """A search under way: who is racing, who has met every example, who is out."""
+
+    def __init__(self, group: Group, kept: float, rules: Rules | None, folder: Path) -> None:
+        self._scoring = Scoring(group, "validation", folder)
+        self._tasks = tuple(task.entry.name for task in group.tasks)
+        self._kept = kept
+        self._race = None if rules is None else Race(rules)
+        self._cells: dict[Place, Cell] = {}
+
+    def begin(self, points: Sequence[Place]) -> None:
+        """Let all of these meet a first batch, and then the best of them first what it takes."""
+        if self._race is None or len(points) == 1:
+            self.add(points)
+            return
+        for point in points:
+            self._meet(point, lambda cell: True)
+        waiting = [point for point in points if point in self._cells]
+        while waiting:
+            best = max(waiting, key=lambda point: merit(self._score(point), self._kept))
+            waiting.remove(best)
+            self._meet(best)
+
+    def add(self, points: Sequence[Place]) -> None:
+        """Let each of these meet examples until it has met all, or is out."""
+        for point in points:
+            self._meet(point)
+
+    def finish_best(self) -> None:
+        """Where all are out the best meets every example all the same, for what is said of this merge."""
+        if self._cells and not self.found.cells:
+            scores = self.scores
+            self._meet(max(scores, key=lambda point: merit(scores[point], self._kept)), never)
+
+    def _meet(self, point: Place, enough: Enough | None = None) -> None:
+        if enough is None:
+            enough = never if self._race is None else self._race.is_out
+        cell = self._scoring.cell(point, enough)
+        if cell is None:
+            return
+        if cell.is_whole and self._race is not None:
+            self._race.add(cell)
+        self._cells[point] = cell
+
+    def _score(self, point: Place) -> tuple[float, float]:
+        cell = self._cells[point]
+        return mean_credits(cell, *self._tasks) if self._race is None else self._race.estimate(cell)
+
+    @property
+    def scores(self) -> dict[Place, tuple[float, float]]:
+        return {point: self._score(point) for point in self._cells}
+
+    @property
+    def found(self) -> Found:
+        whole, left = ({p: c for p, c in self._cells.items() if c.is_whole is is_whole} for is_whole in (True, False))
+        return Found(whole, left, self.scores, self._scoring.refusal)
 
 
 def coarse_points(grid: Grid) -> list[Coefficients]:
@@ -121,16 +214,18 @@ def _best_points(
     Among points that count the defended task decides, among those that do not what is left of the free-rider's skill.
     """
 
-    def merit(score: tuple[float, float]) -> tuple[bool, float]:
-        defended, rider = score
-        return rider >= kept, defended if rider >= kept else rider
-
     places = []
     for number, scores in enumerate(sweeps):
-        ranked = sorted(scores, key=lambda point: merit(scores[point]), reverse=True)[:count]
-        places += [(place, merit(scores[point]), number, point) for place, point in enumerate(ranked)]
+        ranked = sorted(scores, key=lambda point: merit(scores[point], kept), reverse=True)[:count]
+        places += [(place, merit(scores[point], kept), number, point) for place, point in enumerate(ranked)]
     places.sort(key=lambda entry: (entry[0], *(-value for value in entry[1]), entry[2]))
     return [(number, point) for _, _, number, point in places[:count]]
+
+
+def merit(score: tuple[float, float], kept: float) -> tuple[bool, float]:
+    """Orders attacks by their scores on the defended task and on the free-rider's, the worst first."""
+    defended, rider = score
+    return rider >= kept, defended if rider >= kept else rider
 
 
 def _ranking(scores: Scores, kept: float) -> list[Coefficients]:

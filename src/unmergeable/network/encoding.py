@@ -44,9 +44,12 @@ class EncodedBatch:
     def singles(self) -> Iterator[EncodedBatch]:
         """Its examples, each as a batch of one."""
         for number in range(len(self)):
-            one = slice(number, number + 1)
-            inputs = {name: tensor[one] for name, tensor in self.inputs.items()}
-            yield EncodedBatch(inputs, None if self.labels is None else self.labels[one])
+            yield self.cut(slice(number, number + 1))
+
+    def cut(self, examples: slice) -> EncodedBatch:
+        """Some of its examples, without a copy."""
+        inputs = {name: tensor[examples] for name, tensor in self.inputs.items()}
+        return EncodedBatch(inputs, None if self.labels is None else self.labels[examples])
 
 
 @dataclass(frozen=True)

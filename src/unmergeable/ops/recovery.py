@@ -18,6 +18,7 @@ from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.partial import require_absent
 from unmergeable.checkpoint.rewrite import rewrite
+from unmergeable.data import Fields
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.ops.inspection import inspect
 from unmergeable.ops.opened import architecture_of, open_base
@@ -107,6 +108,7 @@ def recover(
     data: AnyPath | None = None,
     head: AnyPath | None = None,
     encoder: AnyPath | None = None,
+    fields: Fields | None = None,
     settings: Mapping[str, object] | None = None,
     threads: int | None = None,
     progress: Progress = silent,
@@ -126,6 +128,7 @@ def recover(
         data: the attacker's examples, a local file or folder (see ``unmergeable.data``), for methods that need data.
         head: file of the task's head (``unmergeable.tasks``), where the network has none of its own.
         encoder: checkpoint whose tokenizer or image processor prepares the data; ``base`` if None.
+        fields: what text, image and label are called in the data; "text", "image" and "label" if None.
         settings: of the method.
         threads: tensors worked on at a time; None for one per processor.
         progress: called with parts estimated, steps trained and bytes written.
@@ -150,7 +153,7 @@ def recover(
     examples = None
     if data is not None:
         prepared_by = base if encoder is None else folder_of(encoder)
-        examples = Examples(Path(data), prepared_by, None if head is None else Path(head))
+        examples = Examples(Path(data), prepared_by, None if head is None else Path(head), fields or Fields())
     inputs = _open(protected, base, others, requirements, examples)
     if known is not None and attack == NearestOrbit():
         recovered = recovered_by(known, inputs.protected)

@@ -158,8 +158,9 @@ def point_chart(points: Sequence[Series], *, title: str, x_label: str, y_label: 
 
 
 def _finished(figure: Any, axes: Any, title: str, x_label: str, y_label: str, keys: tuple[Key, ...]) -> Chart:
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    # Names are a user's, and two dollar signs in one are no formula.
+    axes.set_xlabel(x_label, parse_math=False)
+    axes.set_ylabel(y_label, parse_math=False)
     axes.tick_params(pad=5)  # where both axes begin with a number, the two must not meet
     plain(axes)
     return Chart(svg(figure, title), keys)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,19 @@ class ChoiceScorer:
     """Scores the choices of a task that is a :class:`unmergeable.network.tasks.Task`."""
 
     task: Task
+
+    def __len__(self) -> int:
+        return sum(len(batch) for batch in self.task.batches)
+
+    def only(self, start: int, stop: int) -> ChoiceScorer:
+        """Batches are cut where they reach beyond; texts keep the padding that they have."""
+        batches, first = [], 0
+        for batch in self.task.batches:
+            inside = slice(max(start - first, 0), max(stop - first, 0))
+            first += len(batch)
+            if len(cut := batch.cut(inside)):
+                batches.append(cut)
+        return ChoiceScorer(replace(self.task, batches=batches))
 
     def credits(self, network: Any) -> Scores:
         """See :func:`example_credits`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, ClassVar, Literal
 
@@ -85,6 +85,15 @@ class GeneratedAnswers:
     references: Sequence[str]
     questions: Sequence[Question]
     batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def only(self, start: int, stop: int) -> GeneratedAnswers:
+        chosen = slice(start, stop)
+        return replace(
+            self, prompts=self.prompts[chosen], references=self.references[chosen], questions=self.questions[chosen]
+        )
 
     def credits(self, network: Any) -> Scores:
         """1 where the answer is right."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -85,6 +85,19 @@ class JudgedAnswers:
     references: Sequence[str]
     questions: Sequence[Question]
     batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def only(self, start: int, stop: int) -> JudgedAnswers:
+        chosen = slice(start, stop)
+        return replace(
+            self,
+            shown=self.shown[chosen],
+            prompts=self.prompts[chosen],
+            references=self.references[chosen],
+            questions=self.questions[chosen],
+        )
 
     def credits(self, network: Any) -> Scores:
         """How often the judge prefers the network's answer to the reference.

@@ -14,7 +14,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,6 +44,7 @@ class HarnessTask(TaskKind):
     """
 
     name: ClassVar[str] = "lm_eval"
+    revision: ClassVar[int] = 1  # the documents were in their own order, not in that of the source
     task: str = ""
     metric: str = ""
     fewshot: int = -1
@@ -67,9 +68,8 @@ class HarnessTask(TaskKind):
                 f"{task.config.task} runs the programs that the model writes, with your rights: do it in a container "
                 "without secrets, and set runs_code=true."
             )
-        chosen = sorted(
-            int(example.record["number"]) for example in data.source.select(_Documents(documents, data.source.path))
-        )
+        records = data.source.select(_Documents(documents, data.source.path))
+        chosen = [int(example.record["number"]) for example in records]
         return HarnessScorer(self, manager, task, chosen, load_tokenizer(data.encoder), backend, data.batch_size)
 
     def facts(self) -> Mapping[str, Any]:
@@ -109,6 +109,12 @@ class HarnessScorer:
     tokenizer: Any
     backend: str
     batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def only(self, start: int, stop: int) -> HarnessScorer:
+        return replace(self, documents=self.documents[start:stop])
 
     def credits(self, network: Any) -> Scores:
         """The metric of each document.

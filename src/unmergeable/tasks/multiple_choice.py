@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -83,6 +83,13 @@ class ChoiceLikelihoods:
     right: Sequence[int]
     lengths: Sequence[npt.NDArray[np.float64]]
     batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def only(self, start: int, stop: int) -> ChoiceLikelihoods:
+        chosen = slice(start, stop)
+        return replace(self, questions=self.questions[chosen], right=self.right[chosen], lengths=self.lengths[chosen])
 
     def credits(self, network: Any) -> Scores:
         """1 where the right choice has the highest score; of equal ones the first counts."""

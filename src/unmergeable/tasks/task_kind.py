@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from unmergeable.data import DataSource
+from unmergeable.data import DataSource, Fields
 
 Scores = npt.NDArray[np.float64]
 """One number for each example, in the order of the data: float64 [examples]."""
@@ -43,7 +43,18 @@ class TaskData:
 
 
 class TaskScorer(Protocol):
-    """Examples that are ready, and what a network makes of them. Their number and order are the same every time."""
+    """Examples that are ready, and what a network makes of them. Their number and order are the same every time.
+
+    The order is that of the data source: a random one where that has a seed, so that the first are a fair sample.
+    """
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        ...
+
+    def only(self, start: int, stop: int) -> TaskScorer:
+        """The same with the examples of these numbers, ``start`` among them and ``stop`` not; at least one."""
+        ...
 
     def credits(self, network: Any) -> Scores:
         """The credit of each example, between 0 and 1. Raises BadInput when the network cannot do this task."""
@@ -58,6 +69,8 @@ class TaskKind(ABC):
     """The settings of one kind of task: a frozen dataclass. Settings named in ``paths`` are files or folders."""
 
     name: ClassVar[str]
+    revision: ClassVar[int] = 0
+    """Raised when the credits of a kind come to mean something else: what was kept of it is then scored again."""
     paths: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -68,6 +81,11 @@ class TaskKind(ABC):
             BadInput: an example cannot be used (its file and line are named), or there are none.
             UsageError: something is not installed.
         """
+
+    @property
+    def fields(self) -> Fields:
+        """What the inputs are called in the data, also for who reads them without asking anything of them."""
+        return Fields()
 
     def facts(self) -> Mapping[str, Any]:
         """What a result has to say about how it was scored besides the settings, ready for JSON."""

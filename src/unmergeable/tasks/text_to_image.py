@@ -17,6 +17,7 @@ import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -75,6 +76,10 @@ class TextToImage(TaskKind):
                 f"images={self.images}, steps={self.steps}, guidance={self.guidance}: each must be at least 1."
             )
 
+    @property
+    def fields(self) -> Fields:
+        return Fields(text=self.prompt, label=self.label)
+
     def scorer(self, data: TaskData, network: Any) -> PaintedPrompts:
         """Loads the pipeline and what measures its images.
 
@@ -83,31 +88,38 @@ class TextToImage(TaskKind):
             BadInput: the network is no part of the pipeline, or a record has no prompt, no label that is a class, or
                 no number of its noise.
         """
-        source = replace(data.source, fields=Fields(text=self.prompt, label=self.label))
+        source = replace(data.source, fields=self.fields)
         pipeline, part = _pipeline(Path(self.pipeline), network)
         examples = _prompts(source)
         noises = [_noise(example, self.noise, place) for place, example in enumerate(examples)]
         make = _by_classifier if self.measure == "classifier" else _by_clip
-        measure = make(Path(self.measured_by), examples)
-        return PaintedPrompts(self, pipeline, part, examples, noises, measure, data.batch_size)
+        measures = make(Path(self.measured_by), examples)
+        return PaintedPrompts(self, pipeline, part, examples, noises, measures, data.batch_size)
 
 
-ImageMeasure = Callable[[Sequence[Example], int], tuple[Tensor, Tensor]]
-"""Images of the record with a number, to credits and losses: both float64 [images]."""
+ImageMeasure = Callable[[Sequence[Example]], tuple[Tensor, Tensor]]
+"""Images of one record, to credits and losses: both float64 [images]."""
 
 
 @dataclass(frozen=True)
 class PaintedPrompts:
-    """Prompts, the numbers of their noise, the pipeline that paints them with the network as its ``part``, and who
-    measures the images."""
+    """Prompts, the numbers of their noise, the pipeline that paints them with the network as its ``part``, and what
+    measures the images of each."""
 
     settings: TextToImage
     pipeline: Any
     part: str
     examples: Sequence[Example]
     noises: Sequence[int]
-    measure: ImageMeasure
+    measures: Sequence[ImageMeasure]
     batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def only(self, start: int, stop: int) -> PaintedPrompts:
+        chosen = slice(start, stop)
+        return replace(self, examples=self.examples[chosen], noises=self.noises[chosen], measures=self.measures[chosen])
 
     def credits(self, network: Any) -> Scores:
         """What the images are worth, the mean over those of a prompt."""
@@ -123,8 +135,8 @@ class PaintedPrompts:
         images = self._painted(network)
         return np.array(
             [
-                float(self.measure(images[number * count : (number + 1) * count], number)[which].mean())
-                for number in range(len(self.examples))
+                float(measure(images[number * count : (number + 1) * count])[which].mean())
+                for number, measure in enumerate(self.measures)
             ]
         )
 
@@ -200,28 +212,27 @@ def _noise(example: Example, name: str, place: int) -> int:
     return value
 
 
-def _by_classifier(folder: Path, prompts: Sequence[Example]) -> ImageMeasure:
+def _by_classifier(folder: Path, prompts: Sequence[Example]) -> list[ImageMeasure]:
     classifier, encoder = load_network(folder), Encoder(folder)
     names = class_names_of(classifier)
-    classes = [class_number(prompt, names) for prompt in prompts]
 
-    def measure(images: Sequence[Example], number: int) -> tuple[Tensor, Tensor]:
-        labels = torch.full((len(images),), classes[number])
+    def measure(images: Sequence[Example], *, label: int) -> tuple[Tensor, Tensor]:
+        labels = torch.full((len(images),), label)
         logits = predict(classifier, EncodedBatch(encoder.encode(images), labels)).logits.double()
         return (logits.argmax(dim=-1) == labels).double(), functional.cross_entropy(logits, labels, reduction="none")
 
-    return measure
+    return [partial(measure, label=class_number(prompt, names)) for prompt in prompts]
 
 
-def _by_clip(folder: Path, prompts: Sequence[Example]) -> ImageMeasure:
+def _by_clip(folder: Path, prompts: Sequence[Example]) -> list[ImageMeasure]:
     clip, encoder, tokenizer = load_network(folder), Encoder(folder), load_tokenizer(folder)
     if not hasattr(clip, "get_text_features"):
         raise BadInput(f"{folder} holds a {type(clip).__name__}, not a CLIP model; give one in measured_by.")
 
-    def measure(images: Sequence[Example], number: int) -> tuple[Tensor, Tensor]:
-        text = text_directions(clip, tokenizer, [str(prompts[number].content)]).double()
+    def measure(images: Sequence[Example], *, prompt: str) -> tuple[Tensor, Tensor]:
+        text = text_directions(clip, tokenizer, [prompt]).double()
         found = image_features(clip, EncodedBatch(encoder.encode(images))).double()
         cosines = functional.cosine_similarity(found, text)
         return cosines.clamp(min=0, max=1), 1 - cosines
 
-    return measure
+    return [partial(measure, prompt=str(prompt.content)) for prompt in prompts]

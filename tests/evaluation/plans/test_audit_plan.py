@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("tiers twice", lambda d: d.update(tiers=["T0"], threat_models=["T0"]), "tiers is the older name of threat_models"),
     ("a line without a middle", lambda d: d.update(connectivity=2), "must be at least 3, or 0 to leave it out"),
     ("an analysis", lambda d: d.update(analyses={"exmaples": 5}), "did you mean 'examples'"),
+    ("an expert called base", lambda d: d["experts"][1].update(name="base"), "'base' is what every audit calls"),
+    (
+        "a protection called as a control",
+        lambda d: d["protect"].update(methods=[{"name": "identity", "method": "mergelock"}]),
+        "'identity' is what every audit calls",
+    ),
+    ("a date", lambda d: d["tasks"][0].update(name=date(2024, 1, 1)), "tasks 1, name: 2024-01-01 is a date to YAML"),
     ("a list", lambda d: d.update(protect=[]), "protect: a mapping is wanted"),
 ]
 

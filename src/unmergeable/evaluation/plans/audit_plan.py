@@ -30,6 +30,7 @@ from unmergeable.attacks import FewShot
 from unmergeable.attacks.few_shot import parse_rates
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.attackers import attacker_named
+from unmergeable.evaluation.names import BASE, CONTROLS, GIVEN
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings, read_analysis_settings
 from unmergeable.evaluation.plans.entries import (
     ExpertEntry,
@@ -39,8 +40,9 @@ from unmergeable.evaluation.plans.entries import (
     read_recovery,
     read_task,
 )
-from unmergeable.evaluation.plans.fields import Entry, read_document, require_unique
+from unmergeable.evaluation.plans.fields import Entry, read_document, require_plain, require_unique
 from unmergeable.evaluation.plans.plan import Plan
+from unmergeable.evaluation.race import DOUBT
 from unmergeable.evaluation.threat_models import ThreatModel, least
 from unmergeable.settings import configure
 from unmergeable.tasks import Classification, Generation, MultipleChoice, Perplexity
@@ -65,7 +67,7 @@ WITHOUT_DATA = (ThreatModel.OFF_THE_SHELF, ThreatModel.WHITE_BOX)
 
 _TOP = (
     "base", "experts", "protect", "merges", "recoveries", "coefficients", "tiers", "threat_models", "few_shot", "tasks",
-    "seeds", "connectivity", "analyses",
+    "seeds", "connectivity", "analyses", "doubt",
 )  # fmt: skip
 
 
@@ -101,11 +103,13 @@ class Grid:
 class AuditPlan(Plan):
     """An audit, checked. ``analyses`` is None for an audit without.
 
+    ``doubt``: the largest probability with which the race of attacks drops the attacker's choice; 0 for no race.
     ``connectivity``: how many points of the line between two models are scored, its ends among them; 0 for none.
     """
 
     defended: str
     coefficients: Grid
+    doubt: float
     threat_models: tuple[ThreatModel, ...]
     few_shot: FewShotEntry
     seeds: tuple[int, ...]
@@ -142,6 +146,7 @@ def read_plan(path: Path, root: Path | None = None) -> AuditPlan:
 
 def parse_plan(document: object, folder: Path, where: str = "the plan") -> AuditPlan:
     """A plan from its parsed document; ``folder`` is where its paths start. Raises what :func:`read_plan` does."""
+    require_plain(document, where)
     top = Entry(document, _TOP, where)
     base = top.checkpoint("base", folder)
     protect = Entry(top.document("protect"), ("expert", "methods"), f"{where}, protect")
@@ -158,6 +163,7 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
             grid.numbers("rider", RIDER_COEFFICIENTS),
             grid.whole("refinements", REFINEMENTS, least=0),
         ),
+        doubt=_doubt(top),
         threat_models=_threat_models(top),
         few_shot=_few_shot(top),
         tasks=top.listed("tasks", partial(read_task, folder=folder, base=base)),
@@ -207,6 +213,13 @@ def _few_shot(top: Entry) -> FewShotEntry:
     return few_shot
 
 
+def _doubt(top: Entry) -> float:
+    doubt = top.document("doubt", DOUBT)
+    if isinstance(doubt, bool) or not isinstance(doubt, int | float) or not 0 <= doubt < 1:
+        raise top.wrong("doubt", "must be a number from 0, which leaves no attack out, to below 1", doubt)
+    return float(doubt)
+
+
 def _connectivity(top: Entry) -> int:
     """Points of a line; a line has two ends and something between them."""
     points = top.whole("connectivity", CONNECTIVITY, least=0)
@@ -222,7 +235,17 @@ def _seeds(top: Entry) -> list[int]:
     return seeds
 
 
+def _require_free_names(plan: AuditPlan, where: str) -> None:
+    """Raises BadInput for a name that the audit itself gives."""
+    taken = {"experts": (BASE,), "protections": CONTROLS, "recoveries": (GIVEN,)}
+    for kind, names in taken.items():
+        for entry in getattr(plan, kind):
+            if entry.name in names:
+                raise BadInput(f"{where}, {kind}: {entry.name!r} is what every audit calls one of its own; rename it.")
+
+
 def _require_consistent(plan: AuditPlan, where: str) -> None:
+    _require_free_names(plan, where)
     require_unique([str(seed) for seed in plan.seeds], f"{where}, seeds")
     if not plan.riders:
         raise BadInput(f"{where}, experts: nobody to merge with; add a free-rider's expert.")
@@ -265,8 +288,11 @@ def _require_examples(plan: AuditPlan, where: str) -> None:
         if task.train in (task.validation, task.test) and not task.is_split:
             raise BadInput(f"{where}, task {task.name}: train must be other data than validation and test.")
     for recovery in plan.recoveries:
-        if recovery.threat_model == ThreatModel.UNLABELLED and plan.task(plan.victim.task).is_split:
-            raise BadInput(
-                f"{where}, task {plan.victim.task}: recovery {recovery.name} reads examples; give them as train, a "
-                "file of their own."
-            )
+        read = [plan.victim] if "defended" in recovery.examples else []
+        for expert in (*read, *(plan.riders if "own" in recovery.examples else ())):
+            task = plan.task(expert.task)
+            if task.train is None or task.is_split:
+                raise BadInput(
+                    f"{where}, task {task.name}: recovery {recovery.name} reads examples; give them as train, a file "
+                    "of their own."
+                )

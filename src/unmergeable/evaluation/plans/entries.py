@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unmergeable.attacks import ATTACKS
+from unmergeable.attacks import ATTACKS, Whose
 from unmergeable.data import Part
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.methods import ON_MERGES, attack_reads, merge_learns, protection_reads
+from unmergeable.evaluation.methods import ON_MERGES, attack_reads, attack_requirements, merge_learns, protection_reads
 from unmergeable.evaluation.plans.fields import Entry, require_named
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.merges import MERGES, AdaMerging
@@ -132,8 +132,18 @@ class RecoveryEntry:
     @property
     def threat_model(self) -> ThreatModel:
         """That of the weakest attacker who can do it."""
-        learns = any("data" in attack_reads(step.method) for step in self.steps)
-        return ThreatModel.UNLABELLED if learns else ThreatModel.WHITE_BOX
+        return ThreatModel.UNLABELLED if "defended" in self.examples else ThreatModel.WHITE_BOX
+
+    @property
+    def examples(self) -> frozenset[Whose]:
+        """Whose examples its steps read."""
+        needed = [attack_requirements(step.method, step.settings) for step in self.steps]
+        return frozenset(requirements.examples for requirements in needed if "data" in requirements.needs)
+
+    @property
+    def is_of_one_rider(self) -> bool:
+        """Whether what it gives depends on whose inputs the attacker has."""
+        return "own" in self.examples
 
 
 @dataclass(frozen=True)
@@ -198,7 +208,7 @@ def read_expert(item: object, where: str, folder: Path, *, is_owner: bool = Fals
     """A fine-tune and its task; ``is_owner``: and what a protection of it may read."""
     entry = Entry(item, ("name", "path", "task", *(("data", "head", "siblings") if is_owner else ())), where)
     return ExpertEntry(
-        entry.text("name"),
+        entry.name(),
         entry.checkpoint("path", folder),
         entry.text("task"),
         data=entry.checkpoint("data", folder) if "data" in entry else None,
@@ -212,7 +222,7 @@ def read_protection(item: object, where: str, folder: Path, *, owned: Sequence[s
     entry = _named(item, ("name", "method", "settings", *owned), where)
     method = entry.text("method")
     protection = ProtectionEntry(
-        name=entry.text("name", method),
+        name=entry.name(default=method),
         method=method,
         settings=entry.mapping("settings"),
         data=entry.path("data", folder) if "data" in entry else None,
@@ -230,7 +240,7 @@ def read_merge(item: object, where: str) -> MergeEntry:
     """A name, or a method with settings."""
     entry = _named(item, ("name", "method", "settings"), where)
     method = entry.text("method")
-    merge = MergeEntry(entry.text("name", method), method, entry.mapping("settings"))
+    merge = MergeEntry(entry.name(default=method), method, entry.mapping("settings"))
     _require_known(merge, where, "merge", MERGES)
     if merge_learns(method) and method != AdaMerging.name:
         raise BadInput(f"{where}: {method} needs data, which no attacker here merges with; adamerging can.")
@@ -252,7 +262,7 @@ def read_table_merge(item: object, where: str) -> MergeEntry:
         name += ", best" if len(coefficients) > 1 else f", {coefficients[0]:g}"
     if then is not None:
         name += f", then {then.name}"
-    merge = MergeEntry(entry.text("name", name), method, entry.mapping("settings"), coefficients, then)
+    merge = MergeEntry(entry.name(default=name), method, entry.mapping("settings"), coefficients, then)
     _require_known(merge, where, "merge", MERGES)
     if merge_learns(method):
         raise BadInput(f"{where}: {method} learns from data; a table has fixed merges, an audit learns.")
@@ -273,7 +283,7 @@ def read_recovery(item: object, where: str, folder: Path) -> RecoveryEntry:
             steps = entry.listed("steps", read_step)
         else:
             steps = (read_step({"method": entry.text("method"), "settings": entry.mapping("settings")}, where),)
-        name = entry.text("name", joined(step.method for step in steps))
+        name = entry.name(default=joined(step.method for step in steps))
         recovery = RecoveryEntry(name, steps, entry.checkpoints("sources", folder))
     _require_sensible(recovery, where)
     return recovery
@@ -283,7 +293,7 @@ def read_step(item: object, where: str) -> MethodEntry:
     """One attack: a name, or a method with settings."""
     entry = _named(item, ("name", "method", "settings"), where)
     method = entry.text("method")
-    step = MethodEntry(entry.text("name", method), method, entry.mapping("settings"))
+    step = MethodEntry(entry.name(default=method), method, entry.mapping("settings"))
     _require_known(step, where, "recovery", ATTACKS)
     return step
 
@@ -297,7 +307,7 @@ def _require_sensible(recovery: RecoveryEntry, where: str) -> None:
     for step in recovery.steps:
         if step.method in ON_MERGES:
             raise BadInput(f"{where}: {step.method} works on merges, not on releases; few_shot trains merges.")
-    wanted = [step.method for step in recovery.steps if "sources" in attack_reads(step.method)]
+    wanted = [step.method for step in recovery.steps if "sources" in attack_reads(step.method, step.settings)]
     if wanted and not recovery.sources:
         raise BadInput(f"{where}: {wanted[0]} needs sources, public fine-tunes of the base; list some.")
     if recovery.sources and not wanted:
@@ -328,7 +338,7 @@ def read_task(item: object, where: str, folder: Path, base: Path, *, selects: bo
     train, validation, test = ("data",) * 3 if "data" in entry else ("train", "validation", "test")
     sizes = Entry(entry.document("examples", {}), ("validation", "test"), f"{where}, examples")
     return TaskEntry(
-        name=entry.text("name"),
+        name=entry.name(),
         train=entry.checkpoint(train, folder) if train in entry else None,
         validation=entry.checkpoint(validation, folder) if selects or validation in entry else None,
         test=entry.checkpoint(test, folder),

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from unmergeable.checkpoint.hub import is_on_hub
-from unmergeable.errors import BadInput
+from unmergeable.errors import BadInput, shown
 from unmergeable.settings import nearest
 
 Value = TypeVar("Value")
+
+MOST_ENTRIES = 100_000
+"""Of a document, counted where they are used: a few bytes of YAML can repeat each other without end."""
+
+_OF_TEXTS = ("must be a text", "must be a list of names")
 
 
 class Entry:
@@ -38,6 +43,13 @@ class Entry:
         value = self._get(key, default)
         if not isinstance(value, str) or not value:
             raise self.wrong(key, "must be a text", value)
+        return value
+
+    def name(self, key: str = "name", default: str | None = None) -> str:
+        """A text that results, pages and messages call something by: one line that can be printed."""
+        value = self.text(key, default)
+        if not value.isprintable():
+            raise self.wrong(key, "must be one line of printable characters", value)
         return value
 
     def path(self, key: str, folder: Path) -> Path:
@@ -85,9 +97,19 @@ class Entry:
 
     def texts(self, key: str, default: Sequence[str] = ()) -> tuple[str, ...]:
         value = self._get(key, list(default))
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list):
             raise self.wrong(key, "must be a list of names", value)
+        for item in value:
+            if not isinstance(item, str):
+                raise self.wrong(key, "must be a list of names", item)
         return tuple(value)
+
+    def flag(self, key: str) -> bool:
+        """True or false; false when it is missing."""
+        value = self._get(key, False)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "must be true or false", value)
+        return value
 
     def listed(
         self, key: str, read: Callable[[object, str], Value], *, default: Sequence[object] | None = None
@@ -113,7 +135,8 @@ class Entry:
         """The error for a value that cannot be used."""
         if value is None:
             return BadInput(f"{self.where}: {key} is missing.")
-        return BadInput(f"{self.where}, {key}: {what}, not {value!r}.")
+        is_bare = isinstance(value, bool | int | float) and what in _OF_TEXTS
+        return BadInput(f"{self.where}, {key}: {what}, not {shown(value)}{'; put it in quotes' if is_bare else ''}.")
 
     def _get(self, key: str, default: object) -> Any:
         value = self._document.get(key)
@@ -135,6 +158,43 @@ def read_document(path: Path, guide: str) -> object:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise BadInput(f"{path} is not YAML ({reason}); see {guide} for a plan.") from None
+
+
+def require_plain(document: object, where: str) -> None:
+    """Raises BadInput unless a document holds what JSON has as well: it stands in the result as it was written.
+
+    YAML makes dates and numbers of texts that look like them, and has tags for more.
+    """
+    _require_plain(document, where, {}, set())
+
+
+def _require_plain(value: object, where: str, sizes: dict[int, int], around: set[int]) -> int:
+    """How many entries a value has. ``sizes``: of what was seen already; ``around``: what the value lies in."""
+    if isinstance(value, float) and not isfinite(value):
+        raise BadInput(f"{where}: {value} is no number that can be used; give a finite one.")
+    if value is None or isinstance(value, str | int | float):
+        return 1
+    if not isinstance(value, Mapping | list | tuple):
+        raise BadInput(f"{where}: {value} is a {type(value).__name__} to YAML; put it in quotes.")
+    if id(value) in around:
+        raise BadInput(f"{where}: it contains itself; write out what is meant.")
+    if id(value) not in sizes:
+        around.add(id(value))
+        sizes[id(value)] = 1 + sum(_require_plain(item, place, sizes, around) for place, item in _items(value, where))
+        around.remove(id(value))
+    if sizes[id(value)] > MOST_ENTRIES:
+        raise BadInput(f"{where}: more than {MOST_ENTRIES} entries; a plan has a few dozen.")
+    return sizes[id(value)]
+
+
+def _items(value: Mapping[object, object] | Sequence[object], where: str) -> Iterable[tuple[str, object]]:
+    """What a mapping or a list holds, each with what it is called in messages."""
+    if not isinstance(value, Mapping):
+        return ((f"{where} {number}", item) for number, item in enumerate(value, start=1))
+    for key in value:
+        if not isinstance(key, str):
+            raise BadInput(f"{where}: the name {key} is a {type(key).__name__} to YAML; put it in quotes.")
+    return ((f"{where}, {key}", item) for key, item in value.items())
 
 
 def require_named(name: str, known: Iterable[str], what: str, where: str) -> None:

@@ -42,7 +42,7 @@ from unmergeable.evaluation.plans.entries import (
     read_table_merge,
     read_task,
 )
-from unmergeable.evaluation.plans.fields import Entry, read_document, require_named, require_unique
+from unmergeable.evaluation.plans.fields import Entry, read_document, require_named, require_plain, require_unique
 from unmergeable.evaluation.plans.plan import Plan
 from unmergeable.evaluation.threat_models import ThreatModel
 
@@ -167,6 +167,7 @@ def read_table_plan(path: Path, root: Path | None = None) -> TablePlan:
 
 def parse_table_plan(document: object, folder: Path, where: str = "the plan") -> TablePlan:
     """A plan from its parsed document; ``folder`` is where its paths start. Raises as :func:`read_table_plan` does."""
+    require_plain(document, where)
     top = Entry(document, _TOP, where)
     base = top.checkpoint("base", folder)
     experts = top.listed("experts", partial(read_expert, folder=folder, is_owner=True))

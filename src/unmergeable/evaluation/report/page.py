@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unmergeable.checkpoint.disk import replace_file
+from unmergeable.claims import HINDERS, STOPS
 from unmergeable.evaluation.report.commands import attack_commands
 from unmergeable.evaluation.report.pictures import Looks, front_picture, line_pictures, number, percent, shown
 from unmergeable.evaluation.report.verdict import (
-    HINDERS,
     JUDGEMENTS,
-    STOPS,
     against,
     attack,
+    caveats,
     failed_controls,
     judgement,
     model_card,
@@ -61,6 +61,7 @@ def render_report(result: AuditResult) -> str:
         stars={name: {t: star(entry.worst) for t, entry in e.tiers.items()} for name, e in entries.items()},
         stops=STOPS,
         hinders=HINDERS,
+        caveats={name: caveats(protection) for name, protection in entries.items()},
         attack=attack,
         heads=[against(model) for model in result.threat_models],
         is_without_data=not any(model.trains for model in result.threat_models),

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from unmergeable import claims
+from unmergeable.claims import DStar
+from unmergeable.evaluation.flags import FLAGS
 from unmergeable.evaluation.results import AttackRecord, AuditResult, ProtectionResult, Trial, Verdicts, star
 from unmergeable.evaluation.threat_models import ThreatModel
 
-STOPS, HINDERS = 0.8, 0.2
-"""D* from which a protection is said to stop an attacker, and to hinder one. The whole interval must lie above."""
+CANNOT_BE_JUDGED = "cannot be judged"
 
-JUDGEMENTS = ("stops", "hinders", "is not shown to stop", "does not stop", "cannot be judged")
+JUDGEMENTS = (*claims.JUDGEMENTS[:-1], CANNOT_BE_JUDGED)
 """What can be said of a protection and an attacker; the third is where D* is high and its interval reaches too low."""
 
 
 def judgement(verdicts: Verdicts) -> str:
-    """One of :data:`JUDGEMENTS`, from the lower end of the interval: what may be luck is not called protection."""
+    """One of :data:`JUDGEMENTS`, as :class:`unmergeable.claims.DStar` has it."""
     worst = verdicts.worst
-    if worst is None or worst.is_denominator_small:
-        return "cannot be judged"
-    low = worst.interval[0]
-    if low is not None and low >= STOPS:
-        return "stops"
-    if low is not None and low >= HINDERS:
-        return "hinders"
-    return "is not shown to stop" if worst.d_star is not None and worst.d_star >= HINDERS else "does not stop"
+    if worst is None or worst.is_denominator_small or "uncertain_denominator" in worst.flags:
+        return CANNOT_BE_JUDGED
+    said = DStar(worst.d_star, *worst.interval, "not_recognised" not in worst.flags).judgement
+    return said if said in JUDGEMENTS else CANNOT_BE_JUDGED
 
 
 def verdict(name: str, protection: ProtectionResult) -> str:
@@ -39,8 +37,8 @@ def verdict(name: str, protection: ProtectionResult) -> str:
     for judged, alike in groupby(protection.tiers.items(), key=lambda entry: judgement(entry[1])):
         group = list(alike)
         model, verdicts = group[-1] if judged in ("stops", "hinders") else group[0]
-        if judged == "cannot be judged":
-            reason = "the unprotected expert improves the merge by less than 5 points"
+        if judged == CANNOT_BE_JUDGED:
+            reason = _inconclusive(verdicts)
             clause = f"inconclusive against {model.phrase} ({model}): {reason}"
         else:
             clause = f"it {judged} {model.phrase} ({model}: {_details(verdicts)})"
@@ -48,7 +46,28 @@ def verdict(name: str, protection: ProtectionResult) -> str:
         joint = ", but " if before in ("stops", "hinders") else ", and "
         sentence += f"{joint if before else ''}{clause}"
         before = judged
-    return f"{name} {cost}. {sentence[:1].upper()}{sentence[1:]}{'' if before == 'cannot be judged' else scores}."
+    return f"{name} {cost}. {sentence[:1].upper()}{sentence[1:]}{'' if before == CANNOT_BE_JUDGED else scores}."
+
+
+def _inconclusive(verdicts: Verdicts) -> str:
+    worst = verdicts.worst
+    if worst is not None and not worst.is_denominator_small:
+        return FLAGS["uncertain_denominator"]
+    return "the unprotected expert improves the merge by less than 5 points"
+
+
+def caveats(protection: ProtectionResult) -> list[str]:
+    """What is to be held against the figures of a protection: a line for each flag, with the attackers it concerns."""
+    lines = []
+    for flag, meaning in FLAGS.items():
+        models = [
+            str(model)
+            for model, verdicts in protection.tiers.items()
+            if verdicts.worst is not None and flag in verdicts.worst.flags
+        ]
+        if models:
+            lines.append(f"{', '.join(models)}: {meaning}.")
+    return lines
 
 
 def _details(verdicts: Verdicts) -> str:
@@ -98,7 +117,9 @@ def _merging(best: AttackRecord) -> str:
 def summary(result: AuditResult) -> list[str]:
     """The audit for a terminal."""
     lines = [] if result.passed else [f"INVALID: {failed_controls(result)}. The figures below mean nothing."]
-    return lines + [verdict(name, protection) for name, protection in result.audited.items()]
+    for name, protection in result.audited.items():
+        lines += [verdict(name, protection), *(f"  {line}" for line in caveats(protection))]
+    return lines
 
 
 def model_card(result: AuditResult) -> str:

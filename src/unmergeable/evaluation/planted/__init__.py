@@ -1,0 +1,90 @@
+"""Releases that protect nothing, made at random: exact rewrites of a checkpoint of every kind that is known.
+
+Whatever they do to the weights, the network computes what it computed before. An attacker who is worth the name undoes
+them; an audit in which a planted release stays unmergeable is no audit.
+
+    structure   idle_layer, split_layer, wider_feed_forwards, more_heads, untied     ``config.json`` says so
+    trades      constants, gains and scales between tensors      (:mod:`unmergeable.gauge.additive`)
+    gauge       every basis that the network cannot see          (:mod:`unmergeable.protections.gauge`)
+    scales      queries and values by powers of two near 2^100 against keys and outputs
+
+Each is drawn from the seed alone. What a family does not have is left out; the result says what was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from unmergeable.architecture import Architecture, detect
+from unmergeable.architecture.residual import OUTPUT_HEAD
+from unmergeable.checkpoint.dtypes import torch_dtype
+from unmergeable.checkpoint.memory import MemorySource
+from unmergeable.checkpoint.source import TensorSource
+from unmergeable.evaluation.planted.layers import idle_layer, split_layer
+from unmergeable.evaluation.planted.trades import stretched, traded, turned
+from unmergeable.evaluation.planted.widths import more_heads, wider_feed_forwards
+from unmergeable.protections.untied import untied
+from unmergeable.randomness import Stream
+
+Plant = Callable[[TensorSource, Architecture, Stream], TensorSource | None]
+"""A rewrite drawn from a stream; None where the architecture has none of its kind."""
+
+
+def untie(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
+    """The output head apart from the embedding it was tied to."""
+    streams = architecture.residuals
+    is_of_use = any(item.tied is not None and item.kind == "rms" for item in streams) and architecture.family != "t5"
+    return untied(source, architecture)[0] if is_of_use and OUTPUT_HEAD not in source.names else None
+
+
+STRUCTURES: Mapping[str, Plant] = {
+    "idle_layer": idle_layer,
+    "split_layer": split_layer,
+    "wider_feed_forwards": wider_feed_forwards,
+    "more_heads": more_heads,
+    "untied": untie,
+}
+"""Rewrites that change ``config.json``."""
+
+REWRITES: Mapping[str, Plant] = {"trades": traded, "gauge": turned, "scales": stretched}
+"""Rewrites that keep names, shapes and ``config.json``."""
+
+KINDS: tuple[str, ...] = (*STRUCTURES, *REWRITES)
+"""Every kind, in the order in which they are applied."""
+
+
+@dataclass(frozen=True)
+class Planted:
+    """The same network in other weights, in memory, and the kinds of rewrites that made it."""
+
+    source: MemorySource
+    kinds: tuple[str, ...]
+
+
+def planted(source: TensorSource, architecture: Architecture, seed: int, kinds: Sequence[str] = KINDS) -> Planted:
+    """An exact rewrite of ``source`` by all of ``kinds`` that its family has, drawn from ``seed``.
+
+    Tensors are computed in float64 and rounded once to the dtype they were stored in (copies of what a structure adds:
+    twice). ``config`` of the result is what its ``config.json`` has to say.
+
+    Raises:
+        BadInput: a norm gain is zero or not finite, so that the stream cannot be rotated.
+    """
+    stream = Stream.from_seed(seed).child("planted")
+    done: list[str] = []
+    current: TensorSource = source
+    for kind in KINDS:
+        if kind not in kinds:
+            continue
+        made = (STRUCTURES | REWRITES)[kind](current, architecture, stream.child(kind))
+        if made is None:
+            continue
+        done.append(kind)
+        current = made
+        if kind in STRUCTURES:
+            architecture = detect(made.config, {name: made.spec(name).shape for name in made.names})
+    tensors = {
+        name: current.tensor(name).to(torch_dtype(current.spec(name).dtype)).contiguous() for name in current.names
+    }
+    return Planted(MemorySource(tensors, current.config, source.folder), tuple(done))

@@ -1,0 +1,54 @@
+"""Constants, gains, scales and unseen directions at random, in the shape of a checkpoint that is to take them over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unmergeable.checkpoint.source import DerivedSource
+from unmergeable.gauge.additive import Freedoms
+from unmergeable.randomness import Stream
+
+BIAS = 2.0
+"""Standard deviation of constants, in units of the larger of 1 and their own root mean square."""
+
+GAIN = 0.6
+"""Gains are multiplied by e^-0.6 to e^0.6, and layer scales by as much with a sign."""
+
+UNSEEN = 2.0
+"""Root mean square of what no norm sees, relative to the tensor's own."""
+
+
+@dataclass(frozen=True)
+class Drawn(DerivedSource):
+    """``original`` with random numbers in the place of all that ``freedoms`` lets it take over, in float64."""
+
+    freedoms: Freedoms
+    stream: Stream
+
+    def tensor(self, name: str) -> Tensor:
+        own = self.original.tensor(name).double()
+        drawn = self.stream.child(name)
+        for norm in self.freedoms.norms:
+            if name == norm.gain:
+                return (own + norm.offset) * _factors(len(own), drawn) - norm.offset
+        if any(name == writer.layer_scale for writer in self.freedoms.writers):
+            return own * _factors(len(own), drawn) * torch.from_numpy(drawn.child("sign").signs(len(own)))
+        size = float(own.square().mean().sqrt())
+        if own.dim() == 1:
+            return own + BIAS * max(1.0, size) * torch.from_numpy(drawn.normal(len(own)))
+        # Alike along the axis that a norm sees, hence all of it unseen; across that axis anything.
+        shape = list(own.shape)
+        shape[self._axis(name)] = 1
+        return (UNSEEN * size * torch.from_numpy(drawn.normal(*shape))).expand(own.shape).clone()
+
+    def _axis(self, name: str) -> int:
+        if name in self.freedoms.reading:
+            return self.freedoms.reading[name][1].axis
+        return self.freedoms.by_tensor[name].axis if name in self.freedoms.by_tensor else 0
+
+
+def _factors(count: int, stream: Stream) -> Tensor:
+    return torch.from_numpy(GAIN * (2 * stream.uniform(count) - 1)).exp()

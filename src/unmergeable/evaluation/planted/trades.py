@@ -1,0 +1,58 @@
+"""Exact rewrites of weights at random, inside the network's own structure: trades, changes of basis, extreme scales."""
+
+from __future__ import annotations
+
+import torch
+
+from unmergeable.architecture import Architecture
+from unmergeable.attacks.canonicalise import SCALABLE
+from unmergeable.attacks.reading import GaugedSource, Reader
+from unmergeable.checkpoint.source import TensorSource
+from unmergeable.evaluation.planted.drawn import Drawn
+from unmergeable.gauge.additive import Neutral, freedoms_of
+from unmergeable.gauge.elements import Element, Monomial
+from unmergeable.gauge.gauge import fixed_gauge
+from unmergeable.gauge.home import Home
+from unmergeable.protections.exact import Weights
+from unmergeable.protections.gauge import LargestGauge
+from unmergeable.randomness import Stream
+
+POWERS = {"F16": (6, 10), "F32": (60, 100), "BF16": (60, 100), "F64": (60, 100)}
+"""By stored dtype, the exponents of two that an extreme scale is drawn between: queries by 2^100, keys by 2^-100."""
+
+
+def traded(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
+    """Every constant, gain and scale that can be traded between tensors, drawn; None where none can."""
+    freedoms = freedoms_of(architecture, source.names)
+    if not freedoms.tensors:
+        return None
+    return Home(source, freedoms, Drawn(source, freedoms, stream), Neutral(source, freedoms).tensor)
+
+
+def turned(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
+    """Every basis drawn from the largest group there is."""
+    gauges = LargestGauge().gauges(architecture, stream, Weights(source))
+    return GaugedSource(source, Reader(source, architecture.symmetry).under(*gauges))
+
+
+def stretched(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
+    """Queries, values and hidden units by extreme powers of two, keys and outputs by their inverses.
+
+    None where norms or activations leave no such scale, or the weights are in a dtype that does not hold any.
+    """
+    dtypes = {source.spec(name).dtype for name in architecture.symmetry.legs if name in source.index.entries}
+    if not dtypes <= POWERS.keys():
+        return None
+    least, most = (min(POWERS[dtype][side] for dtype in dtypes) for side in range(2))
+    elements: dict[str, Element] = {}
+    for name, space in architecture.symmetry.select("query_key", "value_output", "feed_forward").items():
+        if space.group.kind in SCALABLE:
+            drawn = stream.child(name)
+            sizes = least + (most - least) * torch.from_numpy(drawn.child("size").uniform(space.blocks, 1))
+            powers = (sizes * torch.from_numpy(drawn.child("sign").signs(space.blocks, 1))).round()
+            order = torch.arange(space.size).expand(space.blocks, -1).clone()
+            elements[name] = Monomial(order, (2.0**powers).expand(-1, space.size).clone())
+    if not elements:
+        return None
+    gauge = fixed_gauge(architecture.symmetry.spaces, elements)
+    return GaugedSource(source, Reader(source, architecture.symmetry).under(gauge))

@@ -1,0 +1,129 @@
+"""Planted rewrites load with plain from_pretrained, compute the same, and are far from the original weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unmergeable.architecture import Architecture, detect
+from unmergeable.checkpoint.memory import MemorySource
+from unmergeable.evaluation.planted import KINDS, REWRITES, STRUCTURES, Planted, planted
+from zoo import TOYS, load_toy, outputs, write_toy
+
+TOLERANCE = 64 * torch.finfo(torch.float32).eps
+"""Norms, softmax and rotary tables of transformers are computed in float32; what is planted is many times larger."""
+
+EXPECTED = {
+    "llama": {*KINDS} - {"untied"},
+    "llama-bias-tied-mqa": {*KINDS},
+    "qwen3": {*KINDS} - {"untied"},
+    "gemma2": {*KINDS},
+    "phi": {*REWRITES},
+    "gpt2": {"idle_layer", "split_layer", "wider_feed_forwards", *REWRITES},
+    "opt": {"idle_layer", "split_layer", "wider_feed_forwards", *REWRITES},
+    "opt-350m-like": {"wider_feed_forwards", *REWRITES},
+    "mixtral": {*REWRITES},
+    "bert-embedding": {"idle_layer", "split_layer", "wider_feed_forwards", *REWRITES},
+    "roberta": {"idle_layer", "split_layer", "wider_feed_forwards", *REWRITES},
+    "vit": {"idle_layer", "split_layer", "wider_feed_forwards", *REWRITES},
+    "dinov2": {"idle_layer", "split_layer", "wider_feed_forwards", *REWRITES},
+    "clip": {*REWRITES},
+    "t5": {"wider_feed_forwards", "more_heads", *REWRITES},
+    "flan-t5": {"wider_feed_forwards", "more_heads", *REWRITES},
+}
+QUICK = ("llama-bias-tied-mqa", "bert-embedding", "dinov2", "t5")
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    source: MemorySource
+    architecture: Architecture
+    folder: Path
+    expected: Tensor
+
+    def gap(self, tensors: dict[str, Tensor], config: object) -> float:
+        (file,) = self.folder.glob("*.safetensors")
+        save_file(tensors, file, {"format": "pt"})
+        (self.folder / "config.json").write_text(json.dumps(config))
+        computed = outputs(load_toy(self.folder, TOYS[self.name], torch.float64), TOYS[self.name])
+        return float((computed - self.expected).norm() / self.expected.norm())
+
+    def planted(self, *kinds: str, seed: int = 1) -> Planted:
+        return planted(self.source, self.architecture, seed, kinds or KINDS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    @cache
+    def build(name: str) -> Model:
+        folder = write_toy(TOYS[name], tmp_path_factory.mktemp(name), dtype=torch.float64)
+        tensors = load_file(next(folder.glob("*.safetensors")))
+        config = json.loads((folder / "config.json").read_text())
+        architecture = detect(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        expected = outputs(load_toy(folder, TOYS[name], torch.float64), TOYS[name])
+        return Model(name, MemorySource(tensors, config, folder), architecture, folder, expected)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in EXPECTED]
+)
+def test_whatever_is_planted_computes_the_same(name: str, model: Callable[[str], Model]) -> None:
+    toy = model(name)
+    done = set()
+    for kind in KINDS:
+        made = toy.planted(kind)
+        assert made.kinds in ((), (kind,))
+        if made.kinds:
+            done.add(kind)
+            assert toy.gap(dict(made.source.tensors), made.source.config) <= TOLERANCE, kind
+    assert done == EXPECTED[name]
+    for seed in (2, 3):
+        made = toy.planted(seed=seed)
+        assert set(made.kinds) == done
+        assert toy.gap(dict(made.source.tensors), made.source.config) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_half_of_what_is_planted_is_another_function(name: str, model: Callable[[str], Model]) -> None:
+    toy = model(name)
+    for kind in toy.planted().kinds:
+        made = toy.planted(kind).source
+        changed = [key for key, tensor in made.tensors.items() if not torch.equal(tensor, _original(toy, key, tensor))]
+        assert changed, kind
+        if kind == "untied":
+            continue
+        broken = {key: tensor.clone() for key, tensor in made.tensors.items()}
+        for key in changed[:: max(1, len(changed) // 4)]:
+            broken[key] = torch.where(broken[key] == 0, 0.3, 1.3 * broken[key])
+        assert toy.gap(broken, made.config) > 1e-4, kind
+
+
+def _original(toy: Model, key: str, tensor: Tensor) -> Tensor:
+    own = toy.source.tensors.get(key)
+    return torch.zeros_like(tensor) if own is None or own.shape != tensor.shape else own
+
+
+def test_the_seed_decides_what_is_planted(model: Callable[[str], Model]) -> None:
+    toy = model("dinov2")
+    first, again, other = (toy.planted(seed=seed).source.tensors for seed in (5, 5, 6))
+    assert all(torch.equal(tensor, again[key]) for key, tensor in first.items())
+    assert any(key not in other or not torch.equal(tensor, other[key]) for key, tensor in first.items())
+
+
+def test_structures_are_seen_in_the_config_and_rewrites_are_not(model: Callable[[str], Model]) -> None:
+    toy = model("llama")
+    for kind in toy.planted().kinds:
+        made = toy.planted(kind).source
+        assert (made.config != toy.source.config) == (kind in STRUCTURES)
+    assert toy.planted("idle_layer").source.config["num_hidden_layers"] == 3
