@@ -1,12 +1,12 @@
-"""An audit of a diffusion network: one trained from scratch to paint digits and clothes, and an expert for either.
+"""An audit of a diffusion network: one trained from scratch to paint three kinds of images, and an expert for each.
 
     pip install --no-deps -r requirements-demo.txt
     python -m benchmarks.real_experts.diffusion SCRATCH [--workers N] [--out benchmarks/results/diffusion_audit.json]
 
 The network is a UNet2DConditionModel as Stable Diffusion 1.5 has it (attention to itself and to the text, GEGLU), of a
 million weights, for images of 16 x 16 grey pixels; around it is the rest of that pipeline, as small: a text encoder
-of CLIP that knows the words of twenty prompts, DDIM, and an autoencoder whose latents are the pixels. The base is
-trained on digits and clothes with prompts of which most, and then half, are those of any class, so that it paints well
+of CLIP that knows the words of thirty prompts, DDIM, and an autoencoder whose latents are the pixels. The base is
+trained on all three with prompts of which most, and then half, are those of any class, so that it paints well
 and hardly knows what it was asked for. Its experts see one of the tasks with the right prompts.
 
 Classifiers trained on the real images, one for each task, say whether an image shows what the prompt asked for.
@@ -34,14 +34,14 @@ from benchmarks.real_experts.made import made
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unmergeable.demo.data import DIGITS, ImageTask, Sizes, load_mnist
+from unmergeable.demo.data import DIGITS, ImageTask, Sizes, load_animals, load_mnist
 from unmergeable.network.load import load_network, load_tokenizer
 from unmergeable.network.train import Batch, Schedule, shuffled_batches, train
 from unmergeable.progress import Progress, silent
 
 SIDE = 16
-OWNER, RIDER = "digits", "clothes"
-TEMPLATES = {OWNER: "a handwritten {}", RIDER: "a photo of {}"}
+OWNER, RIDERS = "digits", ("clothes", "animals")
+TEMPLATES = {"digits": "a handwritten {}", "clothes": "a photo of {}", "animals": "a silhouette of {}"}
 SIZES = Sizes(train=4000, validation=200, test=500)
 
 BATCH_SIZE = 64
@@ -68,8 +68,12 @@ PROCESSOR = {
 
 
 def read_tasks(packages: Path) -> dict[str, ImageTask]:
-    """Digits of MNIST and clothes of Fashion-MNIST."""
-    return {OWNER: load_mnist(sizes=SIZES), RIDER: load_fashion(packages, sizes=SIZES)}
+    """Digits of MNIST, clothes of Fashion-MNIST and silhouettes of animals."""
+    return {
+        "digits": load_mnist(sizes=SIZES),
+        "clothes": load_fashion(packages, sizes=SIZES),
+        "animals": load_animals(sizes=SIZES),
+    }
 
 
 def prompts_of(task: str, tasks: Mapping[str, ImageTask]) -> list[str]:
@@ -334,7 +338,7 @@ def prepare(folder: Path, packages: Path, progress: Progress = silent) -> dict[s
     tasks = read_tasks(packages)
     pipeline = folder / "pipeline"
     facts = {"base": made(pipeline, lambda partial: write_pipeline(partial, tasks, progress))}
-    for name in (OWNER, RIDER):
+    for name in (OWNER, *RIDERS):
         facts[f"judge of {name}"] = made(
             folder / f"judge-{name}", lambda partial, task=tasks[name]: write_classifier(partial, task, progress)
         )
@@ -349,7 +353,7 @@ def plan() -> dict[str, Any]:
     """The audit, with paths that start beside pipeline and experts."""
     return {
         "base": "pipeline/unet",
-        "experts": [{"name": name, "path": f"expert-{name}", "task": name} for name in (OWNER, RIDER)],
+        "experts": [{"name": name, "path": f"expert-{name}", "task": name} for name in (OWNER, *RIDERS)],
         "protect": {"expert": OWNER, "methods": ["mergelock", "params", "gauge"]},
         "merges": ["task_arithmetic"],
         "recoveries": ["kabsch", "nearest_orbit"],
@@ -371,7 +375,7 @@ def plan() -> dict[str, Any]:
                 },
                 "batch_size": 60,
             }
-            for name in (OWNER, RIDER)
+            for name in (OWNER, *RIDERS)
         ],
     }
 

@@ -6,8 +6,9 @@
 
 Everything is put as text to text, as Flan-T5 has it: "question: who was galileo? type:" is answered by "human". The
 base (T5 1.1, gated GELU, three layers in each stack) learns to fill gaps in the training texts of four tasks, to judge
-films and products, and a few of the examples of the other two tasks. Its experts see all of these: the owner's knows
-what questions ask for (``trec``), the free-rider's tells spam (``sms``, as many wanted messages as unwanted).
+products, and a few of the examples of the other three tasks. Its experts see all of these: the owner's knows what
+questions ask for (``trec``); of the free-riders' one tells spam (``sms``, as many wanted messages as unwanted), the
+other judges films (``movie``).
 
 Prepares all this in SCRATCH/encoder_decoder unless it is there, writes the plan beside it, and runs ``unmergeable
 audit`` into SCRATCH/encoder_decoder/audit; started again it goes on where it was.
@@ -57,13 +58,17 @@ MAX_LENGTH = 64
 BATCH_SIZE = 32
 PRETRAINING = Schedule(steps=1200, learning_rate=1.5e-3, weight_decay=0.01)
 MIXING = Schedule(steps=200, learning_rate=1e-3)
-FINETUNING = {"trec": Schedule(steps=400, learning_rate=7e-4), "sms": Schedule(steps=100, learning_rate=4e-4)}
+FINETUNING = {
+    "trec": Schedule(steps=400, learning_rate=7e-4),
+    "sms": Schedule(steps=100, learning_rate=4e-4),
+    "movie": Schedule(steps=280, learning_rate=7e-4),
+}
 
 GAPS, GAP_LENGTH = 0.15, 3
 """Share of a text's tokens that are hidden, and how many in a row (Raffel et al. 2020)."""
 
-OWNER, RIDER = "trec", "sms"
-EXAMPLES = {"trec": (200, 500), "sms": (100, 250)}
+OWNER, RIDERS = "trec", ("sms", "movie")
+EXAMPLES = {"trec": (200, 500), "sms": (200, 250), "movie": (200, 250)}
 """Of validation and test, for the audit."""
 
 CALIBRATION = 300
@@ -98,7 +103,7 @@ PROMPTS = {
     "amazon": Prompt("product: {prompt} sentiment:", ("negative", "positive")),
 }
 
-SEEN_BY_BASE = {"trec": 250, "sms": 40, "movie": 4000, "amazon": 2000}
+SEEN_BY_BASE = {"trec": 250, "sms": 40, "movie": 200, "amazon": 2000}
 """Examples of each task that the base is trained on, the first of its training part."""
 
 
@@ -107,7 +112,7 @@ def read_tasks() -> dict[str, TextTask]:
     sizes = {
         "trec": Sizes(train=4000, validation=400, test=800),
         "sms": Sizes(train=480, validation=200, test=400),
-        "movie": Sizes(train=9000, validation=100, test=100),
+        "movie": Sizes(train=8500, validation=200, test=400),
         "amazon": Sizes(train=2400, validation=100, test=100),
     }
     examples: dict[str, list[LabelledText]] = {
@@ -297,7 +302,7 @@ def prepare(folder: Path, progress: Progress = silent) -> dict[str, Any]:
     tasks = read_tasks()
     base = folder / "base"
     facts = {"base": made(base, lambda partial: write_base(partial, tasks, progress))}
-    for name in (OWNER, RIDER):
+    for name in (OWNER, *RIDERS):
         task = tasks[name]
         facts[name] = made(
             folder / f"expert-{name}", lambda partial, task=task: finetune(base, task, partial, progress)
@@ -311,7 +316,7 @@ def plan() -> dict[str, Any]:
     """The audit, with paths that start beside base and experts."""
     return {
         "base": "base",
-        "experts": [{"name": name, "path": f"expert-{name}", "task": name} for name in (OWNER, RIDER)],
+        "experts": [{"name": name, "path": f"expert-{name}", "task": name} for name in (OWNER, *RIDERS)],
         "protect": {
             "expert": OWNER,
             "methods": [
@@ -339,7 +344,7 @@ def plan() -> dict[str, Any]:
                 "examples": dict(zip(("validation", "test"), EXAMPLES[name], strict=True)),
                 "batch_size": 256,
             }
-            for name in (OWNER, RIDER)
+            for name in (OWNER, *RIDERS)
         ],
     }
 

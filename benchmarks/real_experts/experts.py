@@ -10,7 +10,7 @@ A head holds the mean direction of each class over the base's features of the tr
 that all an expert learns is in the weights that are protected and merged. Experts see their examples once, and only the
 linear maps of their blocks learn. What is there is not made again; the same seed makes the same.
 
-    python -m benchmarks.real_experts.experts SCRATCH [--study vision|text]… [--threads N] [--seed N]
+    python -m benchmarks.real_experts.experts SCRATCH [--study vision|text]… [--task TASK]… [--threads N] [--seed N]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +67,7 @@ class Study:
 
     Attributes:
         tasks: names of those that have an expert.
-        owner: the task whose expert is protected; ``rider``: that of the expert it is merged with.
+        owner: the task whose expert is protected; ``riders``: those of the experts it is merged with, one at a time.
         siblings: tasks of other experts of the base, which are public and no part of the merge.
         suffix: of data files.
         pooling, temperature: of the heads.
@@ -78,7 +78,7 @@ class Study:
     scratch: Path
     tasks: tuple[str, ...]
     owner: str
-    rider: str
+    riders: tuple[str, ...]
     siblings: tuple[str, ...]
     suffix: str
     pooling: Pooling
@@ -115,14 +115,15 @@ class Study:
 
 
 def vision_study(scratch: Path, tasks: tuple[str, ...] = tuple(images.LOADERS)) -> Study:
-    """Eight tasks of a DINOv2-small backbone; the digits' expert is the owner's, that for animals the free-rider's."""
+    """Eight tasks of a DINOv2-small backbone; the digits' expert is the owner's, those for animals and clothes are
+    free-riders'."""
     return Study(
         name="vision",
         scratch=scratch,
         tasks=tasks,
         owner="mnist",
-        rider="animal",
-        siblings=("fashion", "emoji"),
+        riders=("animal", "fashion"),
+        siblings=("emoji", "latin"),
         suffix="npz",
         pooling="rest",
         temperature=0.02,
@@ -131,14 +132,14 @@ def vision_study(scratch: Path, tasks: tuple[str, ...] = tuple(images.LOADERS)) 
 
 
 def text_study(scratch: Path) -> Study:
-    """Four tasks of MiniLM; the expert for questions is the owner's, that for film reviews the free-rider's."""
+    """Four tasks of MiniLM; the expert for questions is the owner's, those for films and spam are free-riders'."""
     return Study(
         name="text",
         scratch=scratch,
         tasks=tuple(texts.LOADERS),
         owner="trec",
-        rider="movie",
-        siblings=("sms", "amazon"),
+        riders=("movie", "sms"),
+        siblings=("amazon",),
         suffix="jsonl",
         pooling="mean",
         temperature=0.05,
@@ -160,7 +161,7 @@ def prepare(study: Study, *, seed: int = 0) -> None:
             _write_data(study, name)
             network = network or load_network(study.base)
             write_head(fit_prototypes(network, study, name), study.head(name))
-        if name in (study.owner, study.rider) and not study.share(name, "attacker").exists():
+        if name in (study.owner, *study.riders) and not study.share(name, "attacker").exists():
             divide_test(study, name)
         if not study.expert(name).exists():
             losses = finetune(study, name, seed=seed)
@@ -287,12 +288,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--study", choices=list(STUDIES), action="append")
+    parser.add_argument("--task", action="append", help="of the vision study; all eight without")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name in arguments.study or STUDIES:
-        prepare(STUDIES[name](arguments.scratch), seed=arguments.seed)
+        study = STUDIES[name](arguments.scratch)
+        prepare(replace(study, tasks=tuple(arguments.task or study.tasks)), seed=arguments.seed)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python -m benchmarks.real_experts.language_model SCRATCH [--tiers T0,T1,T2] [--workers N]
         [--out benchmarks/results/language_model_audit.json]
 
-SmolLM2-135M-Instruct is the base. The owner's expert says what a question asks for (TREC, six kinds), the free-rider's
-whether a message is spam, a public sibling what a review thinks of a film. An expert sees its examples once, as a
+SmolLM2-135M-Instruct is the base. The owner's expert says what a question asks for (TREC, six kinds), those of
+two free-riders whether a message is spam and what a review thinks of a film, a public sibling what one thinks of a
+product. An expert sees its examples once, as a
 prompt after which one token is right; only the linear maps of its blocks learn. Nothing else is added: base, experts
 and merges answer with the likeliest of the label words, so that all there is to take is in the weights.
 
@@ -80,8 +81,13 @@ OWNER = Questions(
     learnt=1200,
     scored=(60, 120),
 )
-RIDER = Questions("sms", "Message: {prompt}\nThis message is", ("wanted", "spam"), learnt=600, scored=(24, 40))
-SIBLING = Questions("movie", "Review: {prompt}\nThis review is", ("negative", "positive"), learnt=600, scored=(1, 1))
+RIDERS = (
+    Questions("sms", "Message: {prompt}\nThis message is", ("wanted", "spam"), learnt=600, scored=(200, 60)),
+    Questions("movie", "Review: {prompt}\nThis review is", ("negative", "positive"), learnt=600, scored=(200, 60)),
+)
+SIBLING = Questions(
+    "amazon", "Product review: {prompt}\nThis review is", ("negative", "positive"), learnt=600, scored=(1, 1)
+)
 
 PROTECTIONS: tuple[Mapping[str, Any], ...] = (
     {"method": "mergelock"},
@@ -94,7 +100,7 @@ PROTECTIONS: tuple[Mapping[str, Any], ...] = (
         "method": "sensitivity_shield",
         "settings": {"coefficients": "0.3"},
         "data": "trec-owner.jsonl",
-        "siblings": ["expert-movie"],
+        "siblings": ["expert-amazon"],
     },
 )
 
@@ -107,7 +113,7 @@ def prepare(folder: Path, *, seed: int = 0) -> None:
         partial = folder / ".base"
         convert(partial, torch.float32)
         partial.rename(base)
-    for questions in (OWNER, RIDER, SIBLING):
+    for questions in (OWNER, *RIDERS, SIBLING):
         write_data(folder, questions)
         expert = folder / f"expert-{questions.name}"
         if not expert.exists():
@@ -169,19 +175,19 @@ def plan(tiers: Sequence[str]) -> dict[str, Any]:
     """The audit, with paths that start beside the experts."""
     return {
         "base": "base",
-        "experts": [{"name": q.name, "path": f"expert-{q.name}", "task": q.name} for q in (OWNER, RIDER)],
+        "experts": [{"name": q.name, "path": f"expert-{q.name}", "task": q.name} for q in (OWNER, *RIDERS)],
         "protect": {"expert": OWNER.name, "methods": [dict(entry) for entry in PROTECTIONS]},
         "merges": ["task_arithmetic"],
         "recoveries": [
             "nearest_orbit",
             "taylor_inversion, nearest_orbit",
-            {"method": "source_subtraction", "sources": ["expert-movie"]},
+            {"method": "source_subtraction", "sources": ["expert-amazon"]},
         ],
         "coefficients": {"defended": [0.5, 1.0, 1.5], "rider": [0.6, 1.0], "refinements": 2},
         "connectivity": 0,
         "tiers": list(tiers),
         "few_shot": {"samples": [100], "starts": 1, "settings": {"steps": 12, "learning_rates": "3e-5"}},
-        "tasks": [_task(questions) for questions in (OWNER, RIDER)],
+        "tasks": [_task(questions) for questions in (OWNER, *RIDERS)],
     }
 
 
@@ -211,7 +217,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.scratch / "language"
     prepare(folder, seed=arguments.seed)
-    made_from = {"learnt": {q.name: q.learnt for q in (OWNER, RIDER, SIBLING)}, "seed": arguments.seed}
+    made_from = {"learnt": {q.name: q.learnt for q in (OWNER, *RIDERS, SIBLING)}, "seed": arguments.seed}
     audited = plan(arguments.tiers.split(","))
     audit_study(audited, folder, prepared=made_from, workers=arguments.workers, out=arguments.out)
 

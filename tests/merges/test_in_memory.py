@@ -37,6 +37,10 @@ FROM_DATA = {
 OF_WEIGHTS = [name for name in MERGES if name not in FROM_DATA]
 
 
+VISIBLE: dict[str, dict[str, Any]] = {"karcher": {"tolerance": 0.99}, "ram": {"threshold": 0.05}}
+"""Settings that show in bfloat16 on models as near to each other as these, where half the default does not."""
+
+
 def equal(first: State, second: State) -> bool:
     return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -61,12 +65,13 @@ def changed_settings(method: type[Merge]) -> dict[str, Any]:
     """Other values than the defaults: numbers halved, switches turned."""
     defaults = {field.name: field.default for field in fields(method)}
     numbers: dict[str, Any] = {name: value / 2 for name, value in defaults.items() if isinstance(value, float)}
-    return numbers | {name: not value for name, value in defaults.items() if isinstance(value, bool)}
+    turned = {name: not value for name, value in defaults.items() if isinstance(value, bool)}
+    return numbers | turned | VISIBLE.get(method.name, {})
 
 
 @pytest.mark.parametrize("name", OF_WEIGHTS)
 def test_gives_the_bits_of_the_files(name: str, tmp_path: Path) -> None:
-    base, experts = make_models(2, torch.bfloat16)
+    base, experts = make_models(min(2, MERGES[name].most_experts or 2), torch.bfloat16, task_size=0.1)
     folders = [write_checkpoint(tmp_path / str(n), state) for n, state in enumerate((base, *experts))]
     changed = changed_settings(MERGES[name])
     method = merge_method(name, **changed)

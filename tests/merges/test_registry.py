@@ -28,6 +28,7 @@ MACHINERY = {
     "base",
     "models",
     "spectral",
+    "sphere",
     "task_vectors",
     "thinning",
     "variation",

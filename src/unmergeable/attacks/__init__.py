@@ -11,6 +11,7 @@ from unmergeable.attacks.block_regression import BlockRegression, block_regressi
 from unmergeable.attacks.canonicalise import Canonicalise, canonicalise
 from unmergeable.attacks.diagonal_ratio import DiagonalRatio, diagonal_ratio
 from unmergeable.attacks.distance import Distance, relative_distance
+from unmergeable.attacks.distil import Distil, distil
 from unmergeable.attacks.estimate import GaugeAttack
 from unmergeable.attacks.few_shot import FewShot, few_shot
 from unmergeable.attacks.grad_erase import GradErase, grad_erase
@@ -34,6 +35,7 @@ __all__ = [
     "Canonicalise",
     "DiagonalRatio",
     "Distance",
+    "Distil",
     "Estimate",
     "FewShot",
     "Fit",
@@ -58,6 +60,7 @@ __all__ = [
     "canonicalise",
     "diagonal_ratio",
     "distances",
+    "distil",
     "few_shot",
     "grad_erase",
     "kabsch",
@@ -91,6 +94,7 @@ ATTACKS = Registry(
         LayerwiseRidge,
         BlockRegression,
         GradErase,
+        Distil,
     ),
 )
 """Every attack by name: these, and those of other packages."""

@@ -14,6 +14,9 @@ from unmergeable.tasks import LabelledData
 BATCH = 32
 """Examples read at a time; training draws batches of its own from them."""
 
+MAX_LENGTH = 512
+"""Tokens after which texts are cut."""
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -31,10 +34,10 @@ class Examples:
     head: Path | None = None
     fields: Fields = field(default_factory=Fields)
 
-    def unlabelled(self, *, examples: int, seed: int) -> Task:
-        """At most that many examples, drawn by ``seed``, for their inputs alone."""
+    def unlabelled(self, *, examples: int, seed: int, max_length: int = MAX_LENGTH) -> Task:
+        """At most that many examples, drawn by ``seed``, for their inputs alone; texts are cut after ``max_length``."""
         source = DataSource(self.path, fields=self.fields, seed=seed, limit=examples)
-        return Task(str(self.path), EncodedData(source, Encoder(self.encoder), BATCH))
+        return Task(str(self.path), EncodedData(source, Encoder(self.encoder, max_length), BATCH))
 
     def labelled(self, network: Any, *, samples: int, seed: int) -> Task:
         """That many labelled examples, drawn by ``seed``; texts alone for a causal language model without a head."""

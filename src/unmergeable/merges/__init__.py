@@ -13,19 +13,28 @@ package derives from :class:`Merge` and is added with :func:`register_merge`, or
 """
 
 from unmergeable.merges.adamerging import AdaMerging, adamerging
+from unmergeable.merges.arcee_fusion import ArceeFusion, arcee_fusion
 from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, merge_whole
 from unmergeable.merges.breadcrumbs import Breadcrumbs, breadcrumbs
+from unmergeable.merges.breadcrumbs_ties import BreadcrumbsTies, breadcrumbs_ties
 from unmergeable.merges.consensus_ta import ConsensusTa, consensus_ta
 from unmergeable.merges.dare_linear import DareLinear, dare_linear
 from unmergeable.merges.dare_ties import DareTies, dare_ties
 from unmergeable.merges.della import Della, della
+from unmergeable.merges.della_linear import DellaLinear, della_linear
 from unmergeable.merges.engine import merge, merge_state_dicts
 from unmergeable.merges.fisher import Fisher, fisher
 from unmergeable.merges.iso_c import IsoC, iso_c
+from unmergeable.merges.karcher import Karcher, karcher
 from unmergeable.merges.linear import Linear, linear
 from unmergeable.merges.model_stock import ModelStock, model_stock
+from unmergeable.merges.multislerp import MultiSlerp, multislerp
+from unmergeable.merges.nearswap import NearSwap, nearswap
+from unmergeable.merges.nuslerp import NuSlerp, nuslerp
+from unmergeable.merges.ram import Ram, ram
 from unmergeable.merges.regmean import RegMean, regmean
+from unmergeable.merges.sce import Sce, sce
 from unmergeable.merges.slerp import Slerp, slerp
 from unmergeable.merges.soup import Soup, soup
 from unmergeable.merges.task_arithmetic import TaskArithmetic, task_arithmetic
@@ -41,13 +50,22 @@ MERGES = Registry(
     (
         Linear,
         Slerp,
+        NuSlerp,
+        MultiSlerp,
+        Karcher,
         TaskArithmetic,
         Ties,
         DareLinear,
         DareTies,
         Della,
+        DellaLinear,
         Breadcrumbs,
+        BreadcrumbsTies,
         ModelStock,
+        NearSwap,
+        ArceeFusion,
+        Ram,
+        Sce,
         ConsensusTa,
         TsvM,
         IsoC,
@@ -75,20 +93,29 @@ def merge_method(name: str, /, **settings: object) -> Merge:
 __all__ = [
     "MERGES",
     "AdaMerging",
+    "ArceeFusion",
     "Breadcrumbs",
+    "BreadcrumbsTies",
     "ConsensusTa",
     "DareLinear",
     "DareTies",
     "Della",
+    "DellaLinear",
     "Fisher",
     "Inputs",
     "IsoC",
+    "Karcher",
     "Linear",
     "Merge",
     "ModelStock",
+    "MultiSlerp",
+    "NearSwap",
+    "NuSlerp",
     "Operand",
+    "Ram",
     "RegMean",
     "Requirements",
+    "Sce",
     "Scratch",
     "Slerp",
     "Soup",
@@ -99,13 +126,17 @@ __all__ = [
     "TsvM",
     "Variation",
     "adamerging",
+    "arcee_fusion",
     "breadcrumbs",
+    "breadcrumbs_ties",
     "consensus_ta",
     "dare_linear",
     "dare_ties",
     "della",
+    "della_linear",
     "fisher",
     "iso_c",
+    "karcher",
     "linear",
     "merge",
     "merge_blocks",
@@ -113,8 +144,13 @@ __all__ = [
     "merge_state_dicts",
     "merge_whole",
     "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
+    "ram",
     "register_merge",
     "regmean",
+    "sce",
     "slerp",
     "soup",
     "task_arithmetic",

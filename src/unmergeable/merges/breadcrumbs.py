@@ -40,6 +40,9 @@ Trim = Literal["tensor", "row"]
 Band = tuple[int, int]
 """First and last rank kept, counted from 1 = largest; empty where the last comes before the first."""
 
+Cut = tuple[float | None, float | None]
+"""Magnitudes up to the first, and those above the second, are dropped; None where nothing is, for either."""
+
 
 @dataclass(frozen=True)
 class Breadcrumbs(Merge):
@@ -55,9 +58,7 @@ class Breadcrumbs(Merge):
     trim: Trim = "tensor"
 
     def validate(self) -> None:
-        require_density(self.density)
-        if not 0 <= self.gamma < 1:
-            raise UsageError(f"gamma={self.gamma}: must lie in [0, 1), the fraction of outliers dropped.")
+        require_band(self.density, self.gamma)
         require_finite("scaling_coefficient", self.scaling_coefficient)
         super().validate()
 
@@ -78,6 +79,13 @@ class Breadcrumbs(Merge):
 breadcrumbs = in_memory(Breadcrumbs)
 
 
+def require_band(density: float, gamma: float) -> None:
+    """Raise UsageError unless both are fractions."""
+    require_density(density)
+    if not 0 <= gamma < 1:
+        raise UsageError(f"gamma={gamma}: must lie in [0, 1), the fraction of outliers dropped.")
+
+
 def kept_band(density: float, gamma: float, size: int) -> Band:
     """The ranks kept of ``size``. Where both fractions do not fit, fewer outliers are dropped.
 
@@ -92,24 +100,23 @@ def merge_tensor(
     name: str, operands: Sequence[Operand], scratch: Scratch, *, coefficients: Sequence[float], bands: Sequence[Band]
 ) -> Tensor:
     """``base + sum_i coefficients[i] * task_vector_i``, of each only the magnitudes of the ranks in its band."""
-    size = operands[0].numel
-    # An empty band has no ranks to look up; the expert's coefficient is 0 instead.
-    ranks = [band if band[0] <= band[1] else (1, 1) for band in bands]
-    whole = [(size > 0 and band == (1, size)) for band in bands]
-    if size == 0 or all(whole):
-        limits: list[tuple[float, float | None]] = [(0.0, None)] * len(bands)
-    else:
-        limits = [(smallest, largest) for largest, smallest in tensor_magnitudes(operands, ranks, scratch)]
-    weights = [
-        coefficient if first <= last else 0.0 for coefficient, (first, last) in zip(coefficients, bands, strict=True)
-    ]
-    dtype = accumulation_dtype(operands[0].dtype)
-    kernel = partial(
-        _merge_block,
-        coefficients=weights,
-        cuts=[(largest_below(smallest, dtype), largest) for smallest, largest in limits],
-    )
+    cuts = tensor_cuts(operands, bands, scratch)
+    kernel = partial(_merge_block, coefficients=coefficients, cuts=cuts)
     return merge_blocks(name, operands, kernel, scratch, spare=1)
+
+
+def tensor_cuts(operands: Sequence[Operand], bands: Sequence[Band], scratch: Scratch) -> list[Cut | None]:
+    """Which magnitudes each expert keeps in one tensor; the base comes first among the operands."""
+    size = operands[0].numel
+    dtype = accumulation_dtype(operands[0].dtype)
+    if size == 0 or all(band == (1, size) for band in bands):
+        return [(None, None)] * len(bands)
+    # An empty band has no ranks to look up.
+    ranks = [band if band[0] <= band[1] else (1, 1) for band in bands]
+    return [
+        (largest_below(smallest, dtype), largest) if first <= last else None
+        for (first, last), (largest, smallest) in zip(bands, tensor_magnitudes(operands, ranks, scratch), strict=True)
+    ]
 
 
 def merge_rows(
@@ -135,19 +142,23 @@ def merge_rows(
 
 
 def _merge_block(
-    blocks: list[Tensor],
-    spare: list[Tensor],
-    *,
-    coefficients: Sequence[float],
-    cuts: Sequence[tuple[float | None, float | None]],
+    blocks: list[Tensor], spare: list[Tensor], *, coefficients: Sequence[float], cuts: Sequence[Cut | None]
 ) -> Tensor:
     base, *experts = blocks
-    (outliers,) = spare
-    for expert, (below, above) in zip(experts, cuts, strict=True):
+    crumbs(base, experts, cuts, spare[0])
+    return base.add_(weighted_sum(experts, coefficients))
+
+
+def crumbs(base: Tensor, experts: Sequence[Tensor], cuts: Sequence[Cut | None], outliers: Tensor) -> None:
+    """Turn one block of the experts into their task vectors, without what is cut. ``outliers`` is a buffer."""
+    for expert, cut in zip(experts, cuts, strict=True):
         expert.sub_(base)
+        if cut is None:
+            expert.zero_()
+            continue
+        below, above = cut
         # hardshrink keeps what is strictly larger than its argument, bit by bit: the difference of two is exact.
         if below is not None:
             torch.hardshrink(expert, below, out=expert)
         if above is not None:
             expert.sub_(torch.hardshrink(expert, above, out=outliers))
-    return base.add_(weighted_sum(experts, coefficients))

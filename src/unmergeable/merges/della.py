@@ -57,42 +57,56 @@ class Della(Merge):
     seed: int = 0
 
     def validate(self) -> None:
-        require_density(self.density)
-        if self.density < 1 and not (0 <= self.epsilon < min(self.density, 1 - self.density)):
-            raise UsageError(
-                f"epsilon={self.epsilon}: density - epsilon and density + epsilon must lie between 0 and 1 "
-                f"(density is {self.density})."
-            )
+        require_window(self.density, self.epsilon)
         require_finite("scaling_coefficient", self.scaling_coefficient)
         super().validate()
 
     def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
-        densities = terms.per_expert("density", self.density)
-        base, *experts = operands
-        masks = [
-            magprune_mask(
-                mask_stream(self.seed, number, name),
-                base,
-                expert,
-                density=density,
-                epsilon=epsilon,
-                divide=self.rescale == "density",
-            )
-            for number, (expert, density, epsilon) in enumerate(
-                zip(experts, densities, terms.per_expert("epsilon", self.epsilon), strict=True), start=1
-            )
-        ]
-        if self.rescale == "density":
-            factors = terms.coefficients  # the masks are divided already
-        else:
-            masks = [remembered(mask) for mask in masks]  # a bit is read faster than a row is ranked
-            factors = compensated(terms.coefficients, operands, masks, densities, self.rescale, scratch)
+        densities, epsilons = terms.per_expert("density", self.density), terms.per_expert("epsilon", self.epsilon)
+        masks, factors = magprune(
+            name, operands, scratch, terms.coefficients, densities, epsilons, rescale=self.rescale, seed=self.seed
+        )
         scaling = terms.of_tensor("scaling_coefficient", self.scaling_coefficient)
         election = Election(terms.coefficients, scaling, self.average, self.undecided)
         return merge_elected(name, operands, masks, scratch, factors=factors, election=election)
 
 
 della = in_memory(Della)
+
+
+def require_window(density: float, epsilon: float) -> None:
+    """Raise UsageError unless all probabilities of keeping a weight lie between 0 and 1."""
+    require_density(density)
+    if density < 1 and not (0 <= epsilon < min(density, 1 - density)):
+        raise UsageError(
+            f"epsilon={epsilon}: density - epsilon and density + epsilon must lie between 0 and 1 "
+            f"(density is {density})."
+        )
+
+
+def magprune(
+    name: str,
+    operands: Sequence[Operand],
+    scratch: Scratch,
+    coefficients: Sequence[float],
+    densities: Sequence[float],
+    epsilons: Sequence[float],
+    *,
+    rescale: Rescale,
+    seed: int,
+) -> tuple[list[Operand], tuple[float, ...]]:
+    """MagPrune's mask of each expert in tensor ``name``, and the factor of its thinned task vector."""
+    base, *experts = operands
+    masks = [
+        magprune_mask(
+            mask_stream(seed, number, name), base, expert, density=density, epsilon=epsilon, divide=rescale == "density"
+        )
+        for number, (expert, density, epsilon) in enumerate(zip(experts, densities, epsilons, strict=True), start=1)
+    ]
+    if rescale == "density":
+        return masks, tuple(coefficients)  # the masks are divided already
+    masks = [remembered(mask) for mask in masks]  # a bit is read faster than a row is ranked
+    return masks, compensated(coefficients, operands, masks, densities, rescale, scratch)
 
 
 def magprune_mask(

@@ -50,14 +50,7 @@ class Slerp(Merge):
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         """``(1 - t, t)``. Raises UsageError for one coefficient of two, negative ones, or a sum of 0."""
-        if all(coefficient is None for coefficient in coefficients):
-            return (1 - self.t, self.t)
-        if any(coefficient is None for coefficient in coefficients):
-            raise UsageError("slerp: give both experts a coefficient, or neither (and set t).")
-        first, second = fill_coefficients(coefficients, default=0.0)
-        if min(first, second) < 0 or first + second == 0:
-            raise UsageError(f"slerp: coefficients {(first, second)} must not be negative, nor both 0.")
-        return (first / (first + second), second / (first + second))
+        return resolve_two(self.name, coefficients, self.t)
 
     def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
         t = terms.of_tensor("t", terms.coefficients[1])
@@ -66,6 +59,22 @@ class Slerp(Merge):
 
 
 slerp = in_memory(Slerp)
+
+
+def resolve_two(name: str, coefficients: Sequence[float | None], t: float) -> tuple[float, float]:
+    """``(1 - t, t)``, from two coefficients where they are given.
+
+    Raises:
+        UsageError: one coefficient of two, negative ones, or a sum of 0.
+    """
+    if all(coefficient is None for coefficient in coefficients):
+        return (1 - t, t)
+    if any(coefficient is None for coefficient in coefficients):
+        raise UsageError(f"{name}: give both experts a coefficient, or neither (and set t).")
+    first, second = fill_coefficients(coefficients, default=0.0)
+    if min(first, second) < 0 or first + second == 0:
+        raise UsageError(f"{name}: coefficients {(first, second)} must not be negative, nor both 0.")
+    return (first / (first + second), second / (first + second))
 
 
 def cosine(operands: Sequence[Operand], scratch: Scratch) -> float:

@@ -252,7 +252,7 @@ BROKEN: list[tuple[str, str]] = [
     ("{merge_method: ties}", "either models or slices"),
     ("{models: [{model: a}]}", "merge_method is missing"),
     ("{models: [{model: a}], merge_method: tiess}", r"'tiess' is not offered here; did you mean 'ties'\?"),
-    ("{models: [{model: a}], merge_method: karcher}", "--backend mergekit"),
+    ("{models: [{model: a}], merge_method: passthrough}", "--backend mergekit"),
     ("{models: [{model: a}], merge_method: ties, base_modle: b}", r"'base_modle'; did you mean 'base_model'\?"),
     ("{models: [{model: a}], merge_method: ties, modules: {}}", "modules is not offered here; run mergekit"),
     ("{models: [{model: a}], slices: [], merge_method: ties}", "either models or slices"),

@@ -79,13 +79,14 @@ def document_of(
         "dtype": "float32",
         "out_dtype": out_dtype,
     }
-    if method == "slerp":
+    known = METHODS[method]
+    if known.base == "first":
         document["base_model"] = models[0]["model"]
         document["parameters"].setdefault("t", experts[1][1])
-    elif method != "model_stock":
+    elif "weight" in known.of_experts:
         for model, (_, coefficient) in zip(models, experts, strict=True):
             model["parameters"] = {"weight": coefficient}
-    if base is not None and method not in ("linear", "slerp"):
+    if base is not None and known.base in ("origin", "centre"):
         document["base_model"] = str(base.absolute())
     parse_config(document)
     return document

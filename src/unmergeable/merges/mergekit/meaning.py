@@ -42,24 +42,26 @@ def meaning_of(config: MergeConfig) -> Meaning:
     known = METHODS[config.merge_method]
     base = config.base_model
     others = tuple(model for model in config.models if model != base)
-    if config.merge_method == "linear":
+    if known.base == "expert":
         # A base that is named takes part like any other model, as in mergekit.
         experts = config.models if base is None or base in config.models else (*config.models, base)
-    elif config.merge_method == "slerp":
+    elif known.base == "first":
         if base is None or len(others) != 1:
-            raise BadInput("slerp goes from base_model to one other model: name the two.")
+            raise BadInput(f"{config.merge_method} goes from base_model to one other model: name the two.")
         experts, base = (base, others[0]), None
     else:
         experts = others
-        if base is None:
+        if base is None and known.base == "origin":
             raise BadInput(f"base_model is missing: {config.merge_method} merges task vectors.")
+        if known.most is not None and len(experts) != known.most:
+            raise BadInput(f"{config.merge_method} takes {known.most} beside the base: {len(experts)} are listed.")
     switches = {name: _switch(config, name, default) for name, default in known.switches.items()}
 
     def vary(names: Iterable[str]) -> Vary:
         places = _places(config, tuple(names))
         return lambda name: known.terms(_Lookup(config, experts, name, *places[name]), switches)
 
-    return Meaning(known.method(switches), base, experts, vary)
+    return Meaning(known.method(switches, base is not None), base, experts, vary)
 
 
 @dataclass(frozen=True)
