@@ -29,7 +29,7 @@ from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, scor
 from unmergeable.evaluation.search import best_starts
 from unmergeable.evaluation.selection import KEPT_SHARE, skill_to_keep
 from unmergeable.evaluation.stages import by_part, first_merges, other_merges
-from unmergeable.evaluation.threat_models import ThreatModel
+from unmergeable.evaluation.threat_models import ThreatModel, least
 from unmergeable.evaluation.tuning import Tuning, tune
 
 _ADDED = MergeEntry("task_arithmetic", "task_arithmetic", {})
@@ -77,8 +77,10 @@ class Auditor:
             for point, cell in merges.found.left.items()
         ]
         trained, failures = self._trained(searched, alone)
+        stayed = [attack for attack in [*attacks, *trained] if attack.validation.is_whole]
+        left += [attack for attack in trained if not attack.validation.is_whole]
         lines = self._connections(variants)
-        contests = [self._contest(rider, [*attacks, *trained], left, alone) for rider in self.plan.riders]
+        contests = [self._contest(rider, stayed, left, alone) for rider in self.plan.riders]
         released = [variant for variant in variants if variant.recovery is None and variant.checkpoint is not None]
         protections = Judge(self.plan, contests, alone.scores()).protections(released)
         checked = controls(protections, variants)
@@ -187,8 +189,11 @@ class Auditor:
             return list(before)
         every = [*(done.job for done in before), *jobs]
         known = dict(enumerate(done.found for done in before))
-        found = Heats(self.run, self.plan.coefficients, self.plan.doubt, every, self._own(alone), known).searched()
+        found = replace(self._heats(every, alone), known=known).searched()
         return [Searched(*pair) for pair in zip(every, found, strict=True)]
+
+    def _heats(self, jobs: Sequence[Job], alone: _Alone) -> Heats:
+        return Heats(self.run, self.plan.coefficients, self.plan.doubt, jobs, self._own(alone))
 
     def _own(self, alone: _Alone) -> dict[str, Credits]:
         """What each free-rider's own model scores on its task, by its name."""
@@ -218,7 +223,12 @@ class Auditor:
             for samples in self.plan.few_shot.samples
             for method in self.plan.few_shot.methods(samples)
         ]
-        calls: list[Call] = [(tune, (tuning, self.run.cells)) for _, tuning in wanted]
+        heats = self._heats([merges.job for merges in searched], alone)
+        found = {number: merges.found for number, merges in enumerate(searched)}
+        calls: list[Call] = [
+            (tune, (tuning, heats.rules(job, found, least([job.threat_model, ThreatModel.FEW_SHOT])), self.run.cells))
+            for job, tuning in wanted
+        ]
         attacks, failures = [], []
         for (job, tuning), tuned in zip(wanted, self.run.done("training merges", calls, "trainings"), strict=True):
             if tuned.cells is None:
@@ -226,7 +236,7 @@ class Auditor:
                 rate = float(method.learning_rates)
                 failures.append(_refusal(job, tuned.refusal, samples=method.samples, learning_rate=rate))
                 continue
-            cells = tuned.cells["validation"], tuned.cells["test"]
+            cells = tuned.cells["validation"], tuned.cells.get("test")
             attacks.append(ScoredAttack(job, tuning.point, *cells, tuning.method))
         return attacks, failures
 

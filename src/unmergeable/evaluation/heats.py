@@ -22,6 +22,7 @@ from unmergeable.evaluation.race import Rules, mean_credits
 from unmergeable.evaluation.run import Run
 from unmergeable.evaluation.search import Found, Place, glance, merit, most_points, search
 from unmergeable.evaluation.selection import BARS, skill_to_keep
+from unmergeable.evaluation.threat_models import ThreatModel
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,20 @@ class Heats:
         self._search("searching merges", [number for number in numbers if number not in found], found)
         return [found[number] for number in numbers]
 
-    def rules(self, job: Job, found: Mapping[int, Found]) -> Rules:
-        """Of the race of a job: its rivals are what was found that its attacker has as well."""
+    def rules(self, job: Job, found: Mapping[int, Found], model: ThreatModel) -> Rules:
+        """Of the race of a job, or of training after it.
+
+        Args:
+            job: whose attacks race.
+            found: by job, what their rivals are among.
+            model: of the weakest attacker who can do it; a rival is what that one has as well.
+        """
         defended, rider = (task.entry.name for task in job.group.tasks)
-        others = [number for number, other in enumerate(self.jobs) if _is_at_hand(other, job)]
+        others = [
+            number
+            for number, other in enumerate(self.jobs)
+            if other.rider == job.rider and other.owner in (None, job.owner) and model.includes(other.threat_model)
+        ]
         rivals = [cell for number in others if number in found for cell in found[number].cells.values()]
         possible = sum(most_points(self.jobs[number].group, self.grid) for number in others)
         return Rules(defended, rider, self.alone[job.rider.name], tuple(rivals), possible, self.doubt, BARS)
@@ -65,7 +76,7 @@ class Heats:
         calls: list[Call] = [
             (search, (job.group, self.grid, self._kept(job), rules, self.run.cells))
             for job in (self.jobs[number] for number in numbers)
-            for rules in [None if job.variant is None else self.rules(job, found)]
+            for rules in [None if job.variant is None else self.rules(job, found, job.threat_model)]
         ]
         if calls:
             found |= dict(zip(numbers, self.run.done(stage, calls, "merges"), strict=True))
@@ -91,10 +102,3 @@ class Heats:
 
     def _kept(self, job: Job) -> float:
         return skill_to_keep(float(self.alone[job.rider.name].mean()))
-
-
-def _is_at_hand(other: Job, job: Job) -> bool:
-    """Whether whoever can do ``job`` can do the other as well, for the same free-rider and against the same model."""
-    if other.rider != job.rider or other.owner not in (None, job.owner):
-        return False
-    return job.threat_model.includes(other.threat_model)
