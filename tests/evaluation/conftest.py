@@ -91,6 +91,7 @@ def whole_plan() -> dict[str, Any]:
         "recoveries": ["nearest_orbit"],
         "coefficients": {"defended": [0.3, 0.65, 1.0, 1.5], "rider": [0.75, 1.0], "refinements": 4},
         "connectivity": 5,
+        "seeds": [0],
         "tasks": [
             {
                 "name": f"{name}-task",

@@ -22,13 +22,16 @@ from unmergeable.attacks.distance import block_distances, relative_distance
 from unmergeable.checkpoint.disk import write_file
 from unmergeable.errors import BadInput, UnmergeableError
 from unmergeable.evaluation.names import PLANTED, PLANTED_STRUCTURE
-from unmergeable.evaluation.planted import KINDS, REWRITES, planted
+from unmergeable.evaluation.planted import KINDS, STRUCTURES, planted
 from unmergeable.network.logits import logit_gap
 from unmergeable.ops.opened import open_base, open_with_architecture
 
 SCALE_FACTOR = 0.65
 
-KINDS_OF: Mapping[str, Sequence[str]] = {PLANTED: tuple(REWRITES), PLANTED_STRUCTURE: KINDS}
+KINDS_OF: Mapping[str, Sequence[str]] = {
+    PLANTED: tuple(kind for kind in KINDS if kind not in STRUCTURES),
+    PLANTED_STRUCTURE: KINDS,
+}
 """What is planted under each name."""
 
 
