@@ -5,7 +5,9 @@ A name without a version is the newest version. What a version does never change
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from unmergeable.evaluation.plans.fields import require_named
 
@@ -35,6 +37,12 @@ ATTACKERS = {
     )
 }
 """``standard-0``: every recovery that needs no more than the release and the base, and the usual merges."""
+
+STUDENTS: tuple[Mapping[str, Any] | str, ...] = (
+    "distil",
+    {"name": "distil, from its own model", "method": "distil", "settings": {"start": "source"}},
+)
+"""What an attacker does who only runs the release, as a plan lists it: students of it, to merge with."""
 
 NEWEST = {"standard": "standard-0"}
 

@@ -76,15 +76,17 @@ class Auditor:
             for point, cell in merges.found.left.items()
         ]
         trained, failures = self._trained(searched, alone)
+        retrained, unlearnt = self._retrained(variants)
         lines = self._connections(variants)
-        contests = [self._contest(rider, [*attacks, *trained], left, alone) for rider in self.plan.riders]
+        contests = [self._contest(rider, [*attacks, *trained, *retrained], left, alone) for rider in self.plan.riders]
         released = [variant for variant in variants if variant.recovery is None and variant.checkpoint is not None]
         protections = Judge(self.plan, contests, alone.scores()).protections(released)
         checked = controls(protections, variants)
         analyses = self._analyses(variants)
         refused = [_refusal(done.job, done.found.refusal) for done in searched if done.found.refusal]
         refused = [
-            replace(refusal, reason=self._without_paths(refusal.reason, made)) for refusal in [*refused, *failures]
+            replace(refusal, reason=self._without_paths(refusal.reason, made))
+            for refusal in [*refused, *failures, *unlearnt]
         ]
         refused += [
             Refusal(
@@ -151,9 +153,15 @@ class Auditor:
                 jobs += [
                     Job(variant, rider, merge, self._group(rider, variant.checkpoint, own, merge=merge))
                     for merge in self.plan.merges
-                    if self.plan.reaches(merge.threat_model)
+                    if self._goes_together(variant, merge)
                 ]
         return jobs
+
+    def _goes_together(self, variant: Variant, merge: MergeEntry) -> bool:
+        """Whether some attacker has both; who does not merge the release itself has ordinary tools."""
+        if not variant.threat_model.merges:
+            return merge.threat_model is ThreatModel.OFF_THE_SHELF
+        return self.plan.reaches(merge.threat_model)
 
     def _kept(self, rider: ExpertEntry, alone: _Alone) -> float:
         return skill_to_keep(float(alone.rider(rider).mean()))
@@ -191,16 +199,46 @@ class Auditor:
             for samples in self.plan.few_shot.samples
             for method in self.plan.few_shot.methods(samples)
         ]
+        return self._tuned("training merges", wanted)
+
+    def _retrained(self, variants: Sequence[Variant]) -> tuple[list[ScoredAttack], list[Refusal]]:
+        """Attacks that train a free-rider's task into a release, and equally into models without the victim."""
+        if not self.plan.reaches(ThreatModel.RETRAIN):
+            return [], []
+        released = [
+            (variant, variant.checkpoint)
+            for variant in variants
+            if variant.recovery is None and variant.protection not in set(CONTROLS) - {IDENTITY}
+        ]
+        entry = self.plan.retrain
+        wanted = []
+        for rider in self.plan.riders:
+            without = [(None, self.run.checkpoint(path)) for path in (rider.path, self.plan.base)]
+            jobs = [
+                Job(variant, rider, None, self._group(rider, checkpoint))
+                for variant, checkpoint in (*without, *released)
+                if checkpoint is not None
+            ]
+            wanted += [
+                (job, Tuning(job.group, None, method, entry.own_examples))
+                for job in jobs
+                for samples in entry.samples
+                for method in entry.methods(samples)
+            ]
+        return self._tuned("training releases", wanted)
+
+    def _tuned(self, stage: str, wanted: Sequence[tuple[Job, Tuning]]) -> tuple[list[ScoredAttack], list[Refusal]]:
+        """Trainings that were done, and those that came to nothing."""
         calls: list[Call] = [(tune, (tuning, self.run.cells)) for _, tuning in wanted]
         attacks, failures = [], []
-        for (job, tuning), tuned in zip(wanted, self.run.done("training merges", calls, "trainings"), strict=True):
+        for (job, tuning), tuned in zip(wanted, self.run.done(stage, calls, "trainings") if calls else (), strict=True):
             if tuned.cells is None:
                 method = tuning.method
                 rate = float(method.learning_rates)
                 failures.append(_refusal(job, tuned.refusal, samples=method.samples, learning_rate=rate))
                 continue
             cells = tuned.cells["validation"], tuned.cells["test"]
-            attacks.append(ScoredAttack(job, tuning.point, *cells, tuning.method))
+            attacks.append(ScoredAttack(job, tuning.point, *cells, tuning.method, tuning.most_own))
         return attacks, failures
 
     def _starts(self, searched: Sequence[Searched], alone: _Alone) -> list[tuple[Job, Coefficients | None]]:
@@ -209,7 +247,7 @@ class Auditor:
         Each attacker who trains starts from the best that it has.
         """
         groups: dict[tuple[str, tuple[str, int] | None, ThreatModel], list[int]] = {}
-        for model in (model for model in ThreatModel if model.trains and self.plan.reaches(model)):
+        for model in (model for model in ThreatModel if model.trains and model.merges and self.plan.reaches(model)):
             for number, merges in enumerate(searched):
                 if model.includes(merges.job.threat_model):
                     groups.setdefault((merges.job.rider.name, merges.job.owner, model), []).append(number)
@@ -300,7 +338,7 @@ def _refusal(job: Job, reason: str, **training: Any) -> Refusal:
         seed=seed,
         recovery=None if job.variant is None else job.variant.recovery,
         rider=job.rider.name,
-        merge=job.merge.name,
+        merge=None if job.merge is None else job.merge.name,
         reason=reason,
         **training,
     )

@@ -95,4 +95,4 @@ def _is_at_hand(other: Job, job: Job) -> bool:
     """Whether whoever can do ``job`` can do the other as well, for the same free-rider and against the same model."""
     if other.rider != job.rider or other.owner not in (None, job.owner):
         return False
-    return job.threat_model.includes(other.threat_model)
+    return job.threat_model.may(other.threat_model, with_victim=other.owner is not None)
