@@ -17,7 +17,11 @@ from unmergeable.errors import BadInput
 from unmergeable.evaluation import models
 from unmergeable.evaluation.models import Variant, make_variants
 from unmergeable.evaluation.plans.audit_plan import AuditPlan, read_plan
+from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.progress import silent
+
+RELEASED = 5
+"""The expert, the shrunk one, two that are planted, and the protected one."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,19 @@ class Recovering:
         return [Path(call["data"]).name for call in self.calls if "data" in call]
 
 
+def stub_facts(expert: Path, out: Path) -> Mapping[str, Any]:
+    Recovering([])(expert, out=out)
+    return {}
+
+
 @pytest.fixture
 def recovering(monkeypatch: pytest.MonkeyPatch) -> Recovering:
     stub = Recovering([])
     monkeypatch.setattr(models.ops, "recover", stub)
     monkeypatch.setattr(models.ops, "protect", lambda expert, *, out, **given: Recovering([])(expert, out=out))
+    monkeypatch.setattr(models, "output_gap", lambda *read: {})
+    monkeypatch.setattr(models, "distance_with_key", lambda *read: 1.0)
+    monkeypatch.setattr(models, "write_planted", lambda expert, base, out, *drawn: stub_facts(expert, out))
     monkeypatch.setattr(models, "write_control", lambda expert, *, out, **given: Recovering([])(expert, out=out))
     return stub
 
@@ -75,12 +87,31 @@ def test_own_inputs_are_each_free_riders_own(
     reads(monkeypatch, "own")
     plan = planned(plan_file, document)
     variants = made(plan, tmp_path / "models")
-    assert riders(variants) == ["theirs", "other"] * 3  # of the expert, the shrunk one, and the protected one
-    assert recovering.read == ["theirs-train.npz", "mine-validation.npz"] * 3
+    assert riders(variants) == ["theirs", "other"] * RELEASED
+    assert recovering.read == ["theirs-train.npz", "mine-validation.npz"] * RELEASED
     mine = variants[1]
     assert [mine.is_had_by(rider) for rider in plan.riders] == [True, False]
     assert all(variants[0].is_had_by(rider) for rider in plan.riders)
     assert len({v.checkpoint.path for v in variants if v.checkpoint is not None}) == len(variants)
+
+
+def test_controls_of_merging_are_not_taught_from(
+    plan_file: Path, document: dict[str, Any], recovering: Recovering, tmp_path: Path
+) -> None:
+    """Who only runs a release makes students of the expert and of what is protected; one may start from its own."""
+    own = {"name": "on", "method": "distil", "settings": {"start": "source"}}
+    more = {"recoveries": ["distil", own], "threat_models": ["off_the_shelf", "black_box"]}
+    variants = made(planned(plan_file, document, **more), tmp_path / "models")
+    students = [variant for variant in variants if variant.recovery]
+    assert {student.threat_model for student in students} == {ThreatModel.BLACK_BOX}
+    assert [(student.protection, student.recovery, student.rider) for student in students] == [
+        (protection, recovery, rider)
+        for protection in ("identity", "mergelock")
+        for recovery in ("distil", "on")
+        for rider in ("theirs", "other")
+    ]
+    starts = [[path.name for path in call["sources"]] for call in recovering.calls[:4]]
+    assert starts == [[], [], ["theirs"], ["theirs"]]  # both free-riders have the same model here
 
 
 def test_the_defended_tasks_examples_are_the_same_for_all(
@@ -92,8 +123,8 @@ def test_the_defended_tasks_examples_are_the_same_for_all(
         planned(plan_file, document)
     plan = read_plan_with_data(plan_file, document)
     variants = made(plan, tmp_path / "models")
-    assert riders(variants) == [None] * 3
-    assert recovering.read == ["mine-train.npz"] * 3
+    assert riders(variants) == [None] * RELEASED
+    assert recovering.read == ["mine-train.npz"] * RELEASED
 
 
 def read_plan_with_data(plan_file: Path, document: dict[str, Any]) -> AuditPlan:

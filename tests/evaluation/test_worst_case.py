@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unmergeable.evaluation.selection import BARS, Menu, area_under, choice, pareto_front, skill_to_keep
-from unmergeable.evaluation.worst_case import area_between, contenders, worst_case, worst_cases
+from unmergeable.evaluation.worst_case import area_between, contenders, difference, worst_case, worst_cases
 
 EXAMPLES = 400
 
@@ -183,3 +183,25 @@ def test_a_part_of_a_menu() -> None:
     whole = menu((0.9, 0.4, 0.9), (0.8, 0.78, 0.8), (0.6, 0.8, 0.6))
     assert (whole.only([2, 0]).defended == whole.defended[[2, 0]]).all()
     assert worst_case(STRONG, whole.only([]), WITHOUT, RIDER, resamples=20).d_star == pytest.approx(1.0)
+
+
+def test_the_difference_of_two_menus_by_hand() -> None:
+    """The first of ``STRONG`` does not keep 95 % of the rider's skill, so the best on weights gets 0.8; a student 0.65."""
+    weights, students = STRONG.joined(WITHOUT), menu((0.7, 0.79, 0.65)).joined(WITHOUT)
+    found = difference(weights, students, RIDER, resamples=200)
+    assert (found.first, found.second) == pytest.approx((0.8, 0.65))
+    assert found.value == pytest.approx(0.15)
+    # Paired: the student is right where the weights are, and wrong on 15 % of all examples, counted with an error of
+    # sqrt(0.15 * 0.85 / 400) = 0.018; unpaired it would be sqrt((0.8 * 0.2 + 0.65 * 0.35) / 400) = 0.031.
+    assert 0.15 - 4 * 0.018 < found.low < 0.15 - 0.018
+    assert 0.15 + 0.018 < found.high < 0.15 + 4 * 0.018
+    assert found.high - found.low < 2 * 1.96 * 0.025
+    assert difference(students, weights, RIDER, resamples=200).value == pytest.approx(-0.15)
+
+
+def test_without_anything_to_gain_there_is_no_difference() -> None:
+    """Both are left with what can be had without the victim."""
+    found = difference(
+        menu((0.1, 0.8, 0.1)).joined(WITHOUT), menu((0.9, 0.1, 0.9)).joined(WITHOUT), RIDER, resamples=50
+    )
+    assert (found.value, found.low, found.high) == (0, 0, 0)

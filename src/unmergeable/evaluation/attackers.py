@@ -116,6 +116,12 @@ ATTACKERS = {
     )
 }
 
+STUDENTS: tuple[Mapping[str, Any] | str, ...] = (
+    "distil",
+    {"name": "distil, from its own model", "method": "distil", "settings": {"start": "source"}},
+)
+"""What an attacker does who only runs the release, as a plan lists it: students of it, to merge with."""
+
 NEWEST = {"standard": "standard-1", "quick": "quick-1", "full": "full-1"}
 
 DEFAULT = "standard"

@@ -77,6 +77,8 @@ class Auditor:
             for point, cell in merges.found.left.items()
         ]
         trained, failures = self._trained(searched, alone)
+        retrained, unlearnt = self._retrained(variants, searched, alone)
+        trained += retrained
         stayed = [attack for attack in [*attacks, *trained] if attack.validation.is_whole]
         left += [attack for attack in trained if not attack.validation.is_whole]
         lines = self._connections(variants)
@@ -87,7 +89,8 @@ class Auditor:
         analyses = self._analyses(variants)
         refused = [_refusal(done.job, done.found.refusal) for done in searched if done.found.refusal]
         refused = [
-            replace(refusal, reason=self._without_paths(refusal.reason, made)) for refusal in [*refused, *failures]
+            replace(refusal, reason=self._without_paths(refusal.reason, made))
+            for refusal in [*refused, *failures, *unlearnt]
         ]
         refused += [
             Refusal(
@@ -153,7 +156,8 @@ class Auditor:
             if variant.checkpoint is not None and variant.is_had_by(rider):
                 jobs += [
                     self._job(variant, rider, merge)
-                    for merge in first_merges(self.plan.attacker, variant, self._merges)
+                    for merge in first_merges(self.plan.attacker, variant, self.plan.merges)
+                    if self._goes_together(variant, merge)
                 ]
         return jobs
 
@@ -162,9 +166,11 @@ class Auditor:
         own = self.run.checkpoint(rider.path)
         return Job(variant, rider, merge, self._group(rider, variant.checkpoint, own, merge=merge))
 
-    @property
-    def _merges(self) -> list[MergeEntry]:
-        return [merge for merge in self.plan.merges if self.plan.reaches(merge.threat_model)]
+    def _goes_together(self, variant: Variant, merge: MergeEntry) -> bool:
+        """Whether some attacker has both; who does not merge the release itself has ordinary tools."""
+        if not variant.threat_model.merges:
+            return merge.threat_model is ThreatModel.OFF_THE_SHELF
+        return self.plan.reaches(merge.threat_model)
 
     def _kept(self, rider: ExpertEntry, alone: _Alone) -> float:
         return skill_to_keep(float(alone.rider(rider).mean()))
@@ -174,14 +180,18 @@ class Auditor:
         jobs = [job for rider in self.plan.riders for job in self._jobs(variants, rider)]
         searched = self._raced(jobs, [], alone)
         if self.plan.attacker.combines == "best":
-            searched = self._raced(self._following(other_merges(searched, self._merges, kept)), searched, alone)
+            searched = self._raced(self._following(other_merges(searched, self.plan.merges, kept)), searched, alone)
         if self.plan.attacker.by_part:
             searched = self._raced(self._following(by_part(searched, kept)), searched, alone)
         return searched
 
     def _following(self, wanted: Iterable[tuple[Job, MergeEntry]]) -> list[Job]:
         """Jobs of a later stage: another merge of a model that was merged before."""
-        return [self._job(job.variant, job.rider, merge) for job, merge in wanted if job.variant is not None]
+        return [
+            self._job(job.variant, job.rider, merge)
+            for job, merge in wanted
+            if job.variant is not None and self._goes_together(job.variant, merge)
+        ]
 
     def _raced(self, jobs: Sequence[Job], before: Sequence[Searched], alone: _Alone) -> list[Searched]:
         """What was found before, and then these jobs."""
@@ -223,21 +233,54 @@ class Auditor:
             for samples in self.plan.few_shot.samples
             for method in self.plan.few_shot.methods(samples)
         ]
+        return self._tuned("training merges", wanted, searched, alone)
+
+    def _retrained(
+        self, variants: Sequence[Variant], searched: Sequence[Searched], alone: _Alone
+    ) -> tuple[list[ScoredAttack], list[Refusal]]:
+        """Attacks that train a free-rider's task into a release, and equally into models without the victim."""
+        if not self.plan.reaches(ThreatModel.RETRAIN):
+            return [], []
+        released = [
+            (variant, variant.checkpoint)
+            for variant in variants
+            if variant.recovery is None and variant.protection not in set(CONTROLS) - {IDENTITY}
+        ]
+        entry = self.plan.retrain
+        wanted = []
+        for rider in self.plan.riders:
+            without = [(None, self.run.checkpoint(path)) for path in (rider.path, self.plan.base)]
+            jobs = [
+                Job(variant, rider, None, self._group(rider, checkpoint))
+                for variant, checkpoint in (*without, *released)
+                if checkpoint is not None
+            ]
+            wanted += [
+                (job, Tuning(job.group, None, method, entry.own_examples))
+                for job in jobs
+                for samples in entry.samples
+                for method in entry.methods(samples)
+            ]
+        return self._tuned("training releases", wanted, searched, alone)
+
+    def _tuned(
+        self, stage: str, wanted: Sequence[tuple[Job, Tuning]], searched: Sequence[Searched], alone: _Alone
+    ) -> tuple[list[ScoredAttack], list[Refusal]]:
+        """Trainings that were done, and those that came to nothing."""
         heats = self._heats([merges.job for merges in searched], alone)
         found = {number: merges.found for number, merges in enumerate(searched)}
         calls: list[Call] = [
-            (tune, (tuning, heats.rules(job, found, least([job.threat_model, ThreatModel.FEW_SHOT])), self.run.cells))
-            for job, tuning in wanted
+            (tune, (tuning, heats.rules(job, found, _trainer(job)), self.run.cells)) for job, tuning in wanted
         ]
         attacks, failures = [], []
-        for (job, tuning), tuned in zip(wanted, self.run.done("training merges", calls, "trainings"), strict=True):
+        for (job, tuning), tuned in zip(wanted, self.run.done(stage, calls, "trainings") if calls else (), strict=True):
             if tuned.cells is None:
                 method = tuning.method
                 rate = float(method.learning_rates)
                 failures.append(_refusal(job, tuned.refusal, samples=method.samples, learning_rate=rate))
                 continue
             cells = tuned.cells["validation"], tuned.cells.get("test")
-            attacks.append(ScoredAttack(job, tuning.point, *cells, tuning.method))
+            attacks.append(ScoredAttack(job, tuning.point, *cells, tuning.method, tuning.most_own))
         return attacks, failures
 
     def _starts(self, searched: Sequence[Searched], alone: _Alone) -> list[tuple[Job, Coefficients | None]]:
@@ -246,7 +289,7 @@ class Auditor:
         Each attacker who trains starts from the best that it has.
         """
         groups: dict[tuple[str, tuple[str, int] | None, ThreatModel], list[int]] = {}
-        for model in (model for model in ThreatModel if model.trains and self.plan.reaches(model)):
+        for model in (model for model in ThreatModel if model.trains and model.merges and self.plan.reaches(model)):
             for number, merges in enumerate(searched):
                 if model.includes(merges.job.threat_model):
                     groups.setdefault((merges.job.rider.name, merges.job.owner, model), []).append(number)
@@ -329,6 +372,11 @@ class Auditor:
         return [(score_points, (group, points, "test", self.run.cells)) for group, points in parts]
 
 
+def _trainer(job: Job) -> ThreatModel:
+    """That of the weakest attacker who can train what a job gives."""
+    return job.threat_model if job.merge is None else least([job.threat_model, ThreatModel.FEW_SHOT])
+
+
 def _refusal(job: Job, reason: str, **training: Any) -> Refusal:
     """That a merge, or the training after it, came to nothing."""
     protection, seed = job.owner or (None, None)
@@ -337,7 +385,7 @@ def _refusal(job: Job, reason: str, **training: Any) -> Refusal:
         seed=seed,
         recovery=None if job.variant is None else job.variant.recovery,
         rider=job.rider.name,
-        merge=job.merge.name,
+        merge=None if job.merge is None else job.merge.name,
         reason=reason,
         **training,
     )

@@ -106,7 +106,7 @@ def _values(protection: ProtectionResult, measure: Measure, least: ThreatModel |
     trials = [
         (model, trial)
         for model, verdicts in protection.tiers.items()
-        if least is None or model.includes(least)
+        if model.merges and (least is None or model.includes(least))
         for trial in verdicts.trials
     ]
     enough = [pair for pair in trials if not pair[1].is_denominator_small]

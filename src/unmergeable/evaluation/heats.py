@@ -66,7 +66,9 @@ class Heats:
         others = [
             number
             for number, other in enumerate(self.jobs)
-            if other.rider == job.rider and other.owner in (None, job.owner) and model.includes(other.threat_model)
+            if other.rider == job.rider
+            and other.owner in (None, job.owner)
+            and model.may(other.threat_model, with_victim=other.owner is not None)
         ]
         rivals = [cell for number in others if number in found for cell in found[number].cells.values()]
         possible = sum(most_points(self.jobs[number].group, self.grid) for number in others)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,7 +18,7 @@ from unmergeable.claims import DStar
 from unmergeable.evaluation.cells import Cell, Credits
 from unmergeable.evaluation.flags import FEWEST_EXAMPLES, STANDARD_ERRORS, Flag, is_on_edge, is_recognised
 from unmergeable.evaluation.models import Variant
-from unmergeable.evaluation.names import CONTROLS, IDENTITY
+from unmergeable.evaluation.names import BASE, CONTROLS, IDENTITY
 from unmergeable.evaluation.packing import pack
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
@@ -26,6 +26,7 @@ from unmergeable.evaluation.results import (
     AtBar,
     AttackRecord,
     CellRecord,
+    Excess,
     Front,
     Fronts,
     MatrixCell,
@@ -37,16 +38,19 @@ from unmergeable.evaluation.results import (
 from unmergeable.evaluation.scoring import Coefficients, Group
 from unmergeable.evaluation.selection import KEPT_SHARE, Menu, choice, pareto_front
 from unmergeable.evaluation.threat_models import ThreatModel, least
-from unmergeable.evaluation.worst_case import WorstCase, area_between, worst_cases
+from unmergeable.evaluation.worst_case import WorstCase, area_between, difference, worst_cases
 
 
 @dataclass(frozen=True)
 class Job:
-    """Models to merge by one method, and whose they are; ``variant`` is None where the victim is left alone."""
+    """Models to merge by one method, and whose they are.
+
+    ``variant`` is None where the victim is left alone, ``merge`` where a model is trained as it is.
+    """
 
     variant: Variant | None
     rider: ExpertEntry
-    merge: MergeEntry
+    merge: MergeEntry | None
     group: Group
 
     @property
@@ -57,6 +61,8 @@ class Job:
     @property
     def threat_model(self) -> ThreatModel:
         """That of the weakest attacker who can do it."""
+        if self.merge is None:
+            return ThreatModel.RETRAIN
         return least(step.threat_model for step in (self.variant, self.merge) if step is not None)
 
 
@@ -73,23 +79,25 @@ class ScoredAttack:
     validation: Cell
     test: Cell | None
     training: FewShot | None = None
+    own_examples: int = 0
 
     @property
     def threat_model(self) -> ThreatModel:
         """That of the weakest attacker who can do it."""
-        return least([self.job.threat_model, *([] if self.training is None else [ThreatModel.FEW_SHOT])])
+        is_trained = self.training is not None and self.job.merge is not None
+        return least([self.job.threat_model, *([ThreatModel.FEW_SHOT] if is_trained else [])])
 
     def is_open_to(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None) -> bool:
         """Whether it is on what is so owned, and an attacker with so many labelled examples may do it."""
         has_examples = self.training is None or self.training.samples == samples
-        return self.job.owner == owner and has_examples and model.includes(self.threat_model)
+        return self.job.owner == owner and has_examples and model.may(self.threat_model, with_victim=owner is not None)
 
     @property
     def recovery(self) -> str | None:
         return None if self.job.variant is None else self.job.variant.recovery
 
     @property
-    def kind(self) -> tuple[str | None, MergeEntry]:
+    def kind(self) -> tuple[str | None, MergeEntry | None]:
         """The recovery and the merge."""
         return self.recovery, self.job.merge
 
@@ -101,13 +109,31 @@ class ScoredAttack:
     def describe(self) -> AttackRecord:
         return AttackRecord(
             recovery=self.recovery,
-            merge=self.job.merge.name,
+            merge=None if self.job.merge is None else self.job.merge.name,
             coefficients=self.point,
             uses_victim=self.job.variant is not None,
+            start=self._start,
             samples=None if self.training is None else self.training.samples,
             learning_rate=None if self.training is None else float(self.training.learning_rates),
+            **self._effort,
             cpu_seconds=round(self.cpu_seconds, 3),
         )
+
+    @property
+    def _start(self) -> str | None:
+        """What a training without the victim starts from, where that is not a merge."""
+        if self.job.merge is not None or self.job.variant is not None:
+            return None
+        (model,) = self.job.group.models
+        return BASE if model == self.job.group.base else self.job.rider.name
+
+    @property
+    def _effort(self) -> dict[str, int | None]:
+        """Steps of the training, or of what taught a student, and the most examples that were read for it."""
+        if self.training is not None:
+            return {"steps": self.training.steps, "examples": self.training.samples + self.own_examples}
+        learnt = (self.job.variant.facts.get("learnt") if self.job.variant is not None else None) or {}
+        return {name: learnt.get(name) for name in ("steps", "examples")}
 
 
 Numbers = tuple[int, ...]
@@ -133,6 +159,16 @@ class Contest:
     def attacks_on(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None = None) -> Numbers:
         """What an attacker with so many labelled examples may do to a protected model; None: without the victim."""
         return tuple(number for number, attack in enumerate(self.attacks) if attack.is_open_to(owner, model, samples))
+
+    def menu_on(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None = None) -> Numbers:
+        """The same; of a release that nobody can merge, in any form, what running it gives away.
+
+        Not to merge is no score of its own: whoever holds the weights can run them too.
+        """
+        numbers = self.attacks_on(owner, model, samples)
+        if numbers or owner is None or not model.includes(ThreatModel.WHITE_BOX):
+            return numbers
+        return self.attacks_on(owner, ThreatModel.BLACK_BOX)
 
     def tried_on(
         self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None = None
@@ -187,7 +223,11 @@ class Contest:
     def is_at_edge(self, attack: ScoredAttack) -> bool:
         """Whether the search ended where it may not go further."""
         alike = (other.point for other in self.attacks if other.job == attack.job and other.training == attack.training)
-        is_searched = attack.job.variant is not None and attack.training is None and not attack.job.merge.start
+        is_searched = (
+            attack.job.variant is not None
+            and attack.training is None
+            and not (attack.job.merge and attack.job.merge.start)
+        )
         return is_searched and is_on_edge(attack.point, alike)
 
     def is_recognised(self, owner: tuple[str, int], model: ThreatModel) -> bool:
@@ -236,7 +276,12 @@ class Judge:
         return ProtectionResult(
             is_control=name in CONTROLS,
             utility=Utility(expert=expert, protected=protected, loss=expert - protected),
-            tiers={model: self._verdicts(name, seeds, model) for model in self.plan.threat_models},
+            tiers={
+                model: self._verdicts(name, seeds, model)
+                for model in self.plan.threat_models
+                if model.merges or name == IDENTITY or name not in CONTROLS
+            },
+            excess=self._excess(name, seeds),
             matrix=tuple(matrix),
             drop_ratio=_drop_ratios(matrix, expert, base),
             fronts=tuple(self._fronts(contest, name, seeds[0]) for contest in self.contests),
@@ -252,22 +297,39 @@ class Judge:
         return Verdicts(worst=worst_trial(trials), trials=trials)
 
     def _samples(self, model: ThreatModel) -> Sequence[int | None]:
+        if model is ThreatModel.RETRAIN:
+            return self.plan.retrain.samples
         return self.plan.few_shot.samples if model.trains else (None,)
+
+    def _excess(self, name: str, seeds: Sequence[int]) -> tuple[Excess, ...] | None:
+        """What the weights give beyond running the release; None where the plan does not ask for both."""
+        if not {ThreatModel.WHITE_BOX, ThreatModel.BLACK_BOX} <= {*self.plan.threat_models}:
+            return None
+        found = (_excess(contest, (name, seed)) for contest in self.contests for seed in seeds)
+        return tuple(excess for excess in found if excess is not None)
 
     def _matrix(self, name: str, seeds: Sequence[int]) -> list[MatrixCell]:
         """The best test score of each recovery with each merge, over free-riders and keys."""
-        recoveries = [entry.name for entry in self.plan.recoveries if self.plan.reaches(entry.threat_model)]
+        recoveries = [entry for entry in self.plan.recoveries if self.plan.reaches(entry.threat_model)]
         merges = [merge for merge in self.plan.merges if self.plan.reaches(merge.threat_model)]
-        return [self._matrix_cell(name, seeds, recovery, merge) for recovery in (None, *recoveries) for merge in merges]
+        strongest = self.plan.strongest
+        attackers = {entry.name: strongest if entry.threat_model.merges else entry.threat_model for entry in recoveries}
+        return [
+            self._matrix_cell(name, seeds, recovery, merge, attackers.get(recovery or "", strongest))
+            for recovery in (None, *attackers)
+            for merge in merges
+        ]
 
-    def _matrix_cell(self, name: str, seeds: Sequence[int], recovery: str | None, merge: MergeEntry) -> MatrixCell:
+    def _matrix_cell(
+        self, name: str, seeds: Sequence[int], recovery: str | None, merge: MergeEntry, attacker: ThreatModel
+    ) -> MatrixCell:
         scores, attempts = [], 0
         for contest in self.contests:
             for seed in seeds:
                 kind, owner = (recovery, merge), (name, seed)
-                on_owner = contest.attacks_on(owner, self.plan.strongest)
+                on_owner = contest.attacks_on(owner, attacker)
                 numbers = tuple(number for number in on_owner if contest.attacks[number].kind == kind)
-                tried = contest.tried_on(owner, self.plan.strongest)
+                tried = contest.tried_on(owner, attacker)
                 attempts += sum(attack.kind == kind for attack in tried)
                 best = contest.best(numbers)
                 if best is not None and best.test is not None:
@@ -291,10 +353,12 @@ class Judge:
 
 def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: int | None) -> Trial:
     unprotected, protected, without = (
-        contest.attacks_on(owner, model, samples) for owner in ((IDENTITY, 0), (name, seed), None)
+        contest.menu_on(owner, model, samples) for owner in ((IDENTITY, 0), (name, seed), None)
     )
     menus = [contest.menu.only(numbers) for numbers in (unprotected, protected, without)]
     found = {one.kept_share: one for one in worst_cases(*menus, contest.rider_alone)}
+    if not (model.merges or (unprotected and protected)):  # who did not attack was not stopped
+        found = {bar: replace(one, d_star=math.nan, low=math.nan, high=math.nan) for bar, one in found.items()}
     worst = found[KEPT_SHARE]
     tried = contest.tried_on((name, seed), model, samples)
     chosen = {
@@ -321,6 +385,24 @@ def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: 
         attacks_tried=len(tried),
         search_cpu_seconds=round(sum(attack.cpu_seconds for attack in tried), 1),
         best={label: attack.describe() for label, attack in chosen.items()},
+    )
+
+
+def _excess(contest: Contest, owner: tuple[str, int]) -> Excess | None:
+    """Best attack on weights less best attack that only runs the release; None where nobody ran it."""
+    without = contest.attacks_on(None, ThreatModel.WHITE_BOX)
+    weights, running = (contest.attacks_on(owner, model) for model in (ThreatModel.WHITE_BOX, ThreatModel.BLACK_BOX))
+    if not running:
+        return None
+    first, second = (contest.menu.only((*numbers, *without)) for numbers in (weights, running))
+    found = difference(first, second, contest.rider_alone)
+    return Excess(
+        rider=contest.rider,
+        seed=owner[1],
+        value=found.value,
+        interval=(found.low, found.high),
+        weights=found.first,
+        black_box=found.second,
     )
 
 

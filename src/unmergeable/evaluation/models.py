@@ -20,7 +20,7 @@ from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.evaluation.cells import digest_of, identity
 from unmergeable.evaluation.control_models import KINDS_OF, SCALE_FACTOR, distance_with_key, output_gap, write_planted
 from unmergeable.evaluation.methods import attack_requirements
-from unmergeable.evaluation.names import IDENTITY, NOTHING, SCALE
+from unmergeable.evaluation.names import CONTROLS, IDENTITY, NOTHING, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MethodEntry, ProtectionEntry, RecoveryEntry, TaskEntry
 from unmergeable.evaluation.scoring import Checkpoint
@@ -85,6 +85,8 @@ def make_variants(plan: AuditPlan, folder: Path, digests: Mapping[Path, str], pr
         if variant.checkpoint is None or variant.protection == NOTHING:
             continue
         for entry in recoveries:
+            if variant.protection in set(CONTROLS) - {IDENTITY} and not entry.threat_model.merges:
+                continue  # they are controls of merging
             if entry.is_of_one_rider:
                 made += [maker.recovered(variant, entry, Owned(rider, plan.task(rider.task))) for rider in plan.riders]
             else:
@@ -219,7 +221,9 @@ class ModelMaker:
         examples: dict[str, Any] = {}
         if "data" in requirements.needs:
             examples = {"data": task.train, "encoder": task.encoder, "fields": task.kind.fields}
-        read = tuple(sources) if "sources" in requirements.needs else ()
+        read: tuple[Path, ...] = ()
+        if "sources" in requirements.needs:
+            read = tuple(sources) or (() if own is None else (own.rider.path,))
 
         def make(out: Path) -> Mapping[str, Any]:
             result = ops.recover(

@@ -81,13 +81,20 @@ class _Contest:
         return cls(unpack(parts["validation"]), tuple(cell for cell, _ in found), Menu(*columns))
 
     def menu_of(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None) -> Menu:
-        """What an attacker with so many labelled examples may do to a protected model; None: without the victim."""
-        return self.menu.only(
-            [
-                number
-                for number, cell in enumerate(self.cells)
-                if model.includes(cell.tier)
-                and cell.attack.samples in (None, samples)
-                and (None if cell.protection is None else (cell.protection, cell.seed)) == owner
-            ]
-        )
+        """What an attacker with so many labelled examples may do to a protected model; None: without the victim.
+
+        As :meth:`unmergeable.evaluation.judge.Contest.menu_on` has it.
+        """
+        numbers = self._attacks_on(owner, model, samples)
+        if not numbers and owner is not None and model.includes(ThreatModel.WHITE_BOX):
+            numbers = self._attacks_on(owner, ThreatModel.BLACK_BOX, None)
+        return self.menu.only(numbers)
+
+    def _attacks_on(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None) -> list[int]:
+        return [
+            number
+            for number, cell in enumerate(self.cells)
+            if model.may(cell.tier, with_victim=owner is not None)
+            and cell.attack.samples in (None, samples)
+            and (None if cell.protection is None else (cell.protection, cell.seed)) == owner
+        ]

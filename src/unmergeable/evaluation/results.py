@@ -26,12 +26,17 @@ RESULT = "audit.json"
 
 NO_FIGURE = "–"
 
+EXCESS = "excess of weights over running it, points"
+"""The head of the column of excesses."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttackRecord(Record):
     """What was done, for somebody who wants to do it again.
 
     ``cpu_seconds``: of the recovery, of merging, training and scoring once; without the search for the coefficients.
+    ``steps`` and ``examples``: of a training, and the most examples that it read, its own task's among them; of a
+    student, those it was taught with. ``start``: what is trained without the victim, where that is no merge.
     """
 
     recovery: str | None
@@ -40,6 +45,9 @@ class AttackRecord(Record):
     uses_victim: bool
     samples: int | None = None
     learning_rate: float | None = None
+    start: str | None = field(default=None, metadata=OPTIONAL)
+    steps: int | None = field(default=None, metadata=OPTIONAL)
+    examples: int | None = field(default=None, metadata=OPTIONAL)
     cpu_seconds: float
 
 
@@ -131,15 +139,42 @@ class Fronts(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Excess(Record):
+    """What the weights of a release give beyond running it, for one free-rider and one key.
+
+    ``value`` is ``weights``, the test score of the best attack on weights without data, less ``black_box``, that of the
+    best attack that only runs the release. Anybody who can run a release has the latter, so a perfect protection has an
+    excess of at most 0. The 95 % ``interval`` is a bootstrap over examples, paired across both.
+    """
+
+    rider: str
+    seed: int
+    value: float
+    interval: tuple[float, float]
+    weights: float
+    black_box: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProtectionResult(Record):
-    """What one protection costs and is worth. ``drop_ratio``: as published, per merge without a recovery."""
+    """What one protection costs and is worth.
+
+    ``drop_ratio``: as published, per merge without a recovery. ``excess``: of weights over black-box access, for each
+    free-rider and key; None where nobody was to run the release.
+    """
 
     is_control: bool
     utility: Utility
     tiers: Mapping[ThreatModel, Verdicts]
     matrix: tuple[MatrixCell, ...]
     drop_ratio: Mapping[str, float | None] = field(default_factory=dict)
+    excess: tuple[Excess, ...] | None = field(default=None, metadata=OPTIONAL)
     fronts: tuple[Fronts, ...]
+
+    @property
+    def worst_excess(self) -> Excess | None:
+        """The largest, over free-riders and keys."""
+        return max(self.excess or (), key=lambda excess: excess.value, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,11 +329,18 @@ class AuditResult(Record):
     @property
     def table(self) -> Table:
         """D* of each protection under each threat model, to be printed."""
+        has_excess = any(protection.excess is not None for protection in self.audited.values())
         rows = tuple(
-            (name, f"{100 * protection.utility.loss:.1f}", *(star(entry.worst) for entry in protection.tiers.values()))
+            (
+                name,
+                f"{100 * protection.utility.loss:.1f}",
+                *(star(entry.worst) for entry in protection.tiers.values()),
+                *([points(protection.worst_excess)] if has_excess else []),
+            )
             for name, protection in self.audited.items()
         )
-        return Table(("protection", "points lost alone", *map(str, self.threat_models)), rows)
+        columns = ("protection", "points lost alone", *map(str, self.threat_models))
+        return Table((*columns, *([EXCESS] if has_excess else [])), rows)
 
     @property
     def _worst(self) -> dict[tuple[str, str], Trial | None]:
@@ -330,6 +372,14 @@ def star(worst: Trial | None) -> str:
         return NO_FIGURE
     low, high = worst.interval
     return f"{worst.d_star:.2f}, 95 % interval {low:.2f} to {high:.2f}"
+
+
+def points(excess: Excess | None) -> str:
+    """An excess with its interval, in points of the defended task."""
+    if excess is None:
+        return NO_FIGURE
+    low, high = (100 * value for value in excess.interval)
+    return f"{100 * excess.value:+.1f}, 95 % interval {low:+.1f} to {high:+.1f}"
 
 
 def read_audit(folder: Path) -> AuditResult:

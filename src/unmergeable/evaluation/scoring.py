@@ -185,6 +185,12 @@ def _alone(base: Path, checkpoint: Checkpoint) -> AbstractContextManager[Any]:
     return swapped(network_of(base), state_of(checkpoint))
 
 
+def network_to_train(group: Group) -> Any:
+    """The network whose weights a training changes: the base's, or a release's own where its structure is its own."""
+    is_own = group.merge is None and SECTION in open_checkpoint(group.models[0].path).config
+    return _polynomial_network(group.models[0]) if is_own else network_of(group.base.path)
+
+
 def weights_of(group: Group) -> Callable[[Coefficients | None], Mapping[str, Tensor]]:
     """Gives the weights with some coefficients; they are valid until it is asked for the next ones."""
     if group.merge is None:

@@ -44,7 +44,7 @@ def other_merges(
         kept: the score that each free-rider must keep, by its name.
     """
     recovered = [done for done in searched if done.job.variant is not None and done.job.variant.recovery is not None]
-    tried = {_key(done.job, done.job.merge) for done in recovered}
+    tried = {_key(done.job, merge) for done in recovered if (merge := done.job.merge) is not None}
     wanted: dict[Any, tuple[Job, MergeEntry]] = {}
     for group in _groups(recovered).values():
         best = max(group, key=lambda done: _best(done, kept)[0])
@@ -60,13 +60,17 @@ def by_part(searched: Sequence[Searched], kept: Mapping[str, float]) -> list[tup
     whole = [
         done
         for done in searched
-        if done.job.variant is not None and done.job.merge.method == _WHOLE and _best(done, kept)[1] is not None
+        if done.job.variant is not None
+        and done.job.merge is not None
+        and done.job.merge.method == _WHOLE
+        and _best(done, kept)[1] is not None
     ]
     wanted: dict[Any, tuple[Job, MergeEntry]] = {}
     for group in _groups(whole).values():
         best = max(group, key=lambda done: _best(done, kept)[0])
         start = _best(best, kept)[1]
         assert start is not None
+        assert best.job.merge is not None
         merge = replace(best.job.merge, name=BY_PART, start=start)
         wanted[_key(best.job, merge)] = (best.job, merge)
     return list(wanted.values())

@@ -118,6 +118,40 @@ def worst_cases(
     return tuple(_at_bar(scored, bar) for bar in bars)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How much more the best attack of one menu gets than that of another, on test examples, and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    first: float
+    second: float
+
+
+def difference(
+    first: Menu,
+    second: Menu,
+    rider_alone: Floats,
+    bar: float = KEPT_SHARE,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Difference:
+    """The best of ``first`` less the best of ``second``, with the bootstrap of :func:`worst_cases`.
+
+    Args:
+        first, second: attacks; what can be had without the victim is to be among both.
+        rider_alone, seed, resamples: as for :func:`worst_cases`.
+        bar: the share of the free-rider's skill that an attack must keep.
+    """
+    draws = _draws(first, seed, resamples)
+    scored = [_Scores.of(menu, rider_alone, draws) for menu in (first, second)]
+    ours, theirs = (scores.tests(scores.chosen(bar)) for scores in scored)
+    low, high = _interval((ours - theirs)[1:].tolist())
+    return Difference(float(ours[0] - theirs[0]), low, high, float(ours[0]), float(theirs[0]))
+
+
 def area_between(unprotected: Menu, protected: Menu, without_victim: Menu, rider_alone: Floats) -> float:
     """D* with, in place of the score at one share of kept skill, the mean of all from ``STRIP`` to 1.
 

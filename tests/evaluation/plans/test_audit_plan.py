@@ -86,7 +86,25 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("both kinds of data", lambda d: d["tasks"][0].update(data="mine-test.npz"), "either data, which is split, or"),
     ("needs data", lambda d: d.update(merges=["fisher"]), "fisher needs"),
     ("no tier", lambda d: d.update(tiers=[]), "tiers: none is left"),
-    ("nothing to learn from", lambda d: d.update(tiers=["T2"]), "unlabelled learn from examples; give train"),
+    ("nothing to learn from", lambda d: d.update(tiers=["T2"]), "retrain learn from examples; give train"),
+    ("trains on nothing", lambda d: d.update(threat_models=["retrain"]), "retrain learn from examples; give train"),
+    ("half a rehearsal", lambda d: d.update(retrain={"samples": [2.5]}), "whole numbers of at least 2"),
+    (
+        "nobody runs it",
+        lambda d: d.update(threat_models=["off_the_shelf", "black_box"]),
+        "none only runs the release, which is all that threat model black_box may do; add distil",
+    ),
+    (
+        "runs it as nobody",
+        lambda d: d.update(recoveries=["distil"], threat_models=["off_the_shelf"]),
+        "recovery distil: it only runs the release, as threat model black_box does; add that",
+    ),
+    (
+        "nothing to run it on",
+        lambda d: d.update(recoveries=["nearest_orbit", "distil"], threat_models=["white_box", "black_box"]),
+        "task theirs-task: recovery distil reads examples; give them as train",
+    ),
+    ("students alone undo nothing", lambda d: d.update(recoveries=["distil"]), "threat model white_box undoes what"),
     ("learns from the test", lambda d: d["tasks"][0].update(train="mine-test.npz"), "train must be other data"),
     ("learns without T3", lambda d: d.update(merges=["adamerging"]), "it needs data, which threat model unlabelled"),
     (
@@ -217,3 +235,21 @@ def test_the_documented_plan_is_one(tmp_path: Path) -> None:
     plan = parse_plan(yaml.safe_load(text), tmp_path)
     assert [model.code for model in plan.threat_models] == ["T0", "T1", "T2"]
     assert [entry.is_exact for entry in plan.protections] == [True, True, False, False]
+
+
+def test_a_named_attacker_runs_the_release_where_that_is_asked_for(workshop: Path, document: dict[str, Any]) -> None:
+    """Students of the base and of the free-rider's own model; a plan that lists its own recoveries has those."""
+    document["tasks"][1]["train"] = "theirs-train.npz"
+    document |= {"recoveries": "standard-0", "threat_models": ["white_box", "black_box"]}
+    plan = parse_plan(document, workshop)
+    students = [entry for entry in plan.recoveries if entry.threat_model is ThreatModel.BLACK_BOX]
+    assert [entry.name for entry in students] == ["distil", "distil, from its own model"]
+    assert [dict(entry.steps[0].settings) for entry in students] == [{}, {"start": "source"}]
+    assert plan.strongest is ThreatModel.WHITE_BOX
+    assert plan.reaches(ThreatModel.BLACK_BOX)
+    assert not plan.reaches(ThreatModel.RETRAIN)
+    document["recoveries"] = ["nearest_orbit", "distil, canonicalise"]
+    assert [entry.threat_model.code for entry in parse_plan(document, workshop).recoveries] == ["T1", "black_box"]
+    document["threat_models"] = ["white_box"]
+    document["recoveries"] = "standard-0"
+    assert all(entry.threat_model.merges for entry in parse_plan(document, workshop).recoveries)

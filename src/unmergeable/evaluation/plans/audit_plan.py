@@ -30,11 +30,12 @@ from typing import Any, TypeVar
 from unmergeable.attacks import FewShot
 from unmergeable.attacks.few_shot import parse_rates
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.attackers import DEFAULT, LISTED, Attacker, attacker_named
+from unmergeable.evaluation.attackers import DEFAULT, LISTED, STUDENTS, Attacker, attacker_named
 from unmergeable.evaluation.names import BASE, CONTROLS, GIVEN
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings, read_analysis_settings
 from unmergeable.evaluation.plans.entries import (
     ExpertEntry,
+    RecoveryEntry,
     read_expert,
     read_merge,
     read_protection,
@@ -58,6 +59,11 @@ CONNECTIVITY = 11
 LEARNING_RATES = "1e-5,3e-5,1e-4,3e-4"
 """Lower than those of few_shot alone: on a vision transformer with a head that is not trained, 1e-4 is too much."""
 
+_RATES = {"learning_rates": LEARNING_RATES}
+
+RETRAINING_STEPS = 200
+"""More than few_shot's: a whole task is learnt, and not a merge repaired."""
+
 LEARNABLE = (Classification.name, MultipleChoice.name, Generation.name, Perplexity.name)
 """Kinds of task that an attacker can train on."""
 
@@ -71,7 +77,7 @@ WITHOUT_DATA = (ThreatModel.OFF_THE_SHELF, ThreatModel.WHITE_BOX)
 
 _TOP = (
     "base", "experts", "protect", "attacker", "merges", "recoveries", "coefficients", "tiers", "threat_models",
-    "few_shot", "tasks", "seeds", "connectivity", "analyses", "doubt",
+    "few_shot", "retrain", "tasks", "seeds", "connectivity", "analyses", "doubt",
 )  # fmt: skip
 
 
@@ -93,12 +99,32 @@ class FewShotEntry:
 
     def methods(self, samples: int) -> tuple[FewShot, ...]:
         """One for each way to train and each learning rate, all different."""
-        found: dict[FewShot, None] = {}
-        for training in self.trainings:
-            settings = {"learning_rates": LEARNING_RATES, **training, **self.settings, "samples": samples}
-            whole = configure(FewShot, settings)
-            found |= {replace(whole, learning_rates=repr(rate)): None for rate in parse_rates(whole.learning_rates)}
-        return tuple(found)
+        ways = (configure(FewShot, {**_RATES, **way, **self.settings, "samples": samples}) for way in self.trainings)
+        return tuple(dict.fromkeys(method for way in ways for method in _one_for_each_rate(way)))
+
+
+@dataclass(frozen=True)
+class RetrainEntry:
+    """How an attacker trains its own task into a release: ``settings`` are of :class:`unmergeable.attacks.FewShot`.
+
+    Attributes:
+        samples: labelled examples of the defended task, shown again so that it is not forgotten; with each number the
+            attacker is another one.
+        own_examples: the most examples of its own task.
+    """
+
+    samples: tuple[int, ...] = (100,)
+    own_examples: int = 1000
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def methods(self, samples: int) -> tuple[FewShot, ...]:
+        """One for each learning rate."""
+        settings = {**_RATES, "steps": RETRAINING_STEPS, **self.settings, "samples": samples}
+        return _one_for_each_rate(configure(FewShot, settings))
+
+
+def _one_for_each_rate(method: FewShot) -> tuple[FewShot, ...]:
+    return tuple(replace(method, learning_rates=repr(rate)) for rate in parse_rates(method.learning_rates))
 
 
 @dataclass(frozen=True)
@@ -128,17 +154,19 @@ class AuditPlan(Plan):
     doubt: float
     threat_models: tuple[ThreatModel, ...]
     few_shot: FewShotEntry
+    retrain: RetrainEntry
     seeds: tuple[int, ...]
     connectivity: int
     analyses: AnalysisSettings | None
 
     @property
     def strongest(self) -> ThreatModel:
-        return least(self.threat_models)
+        """Of those who merge the release."""
+        return least(model for model in self.threat_models if model.merges)
 
     def reaches(self, model: ThreatModel) -> bool:
-        """Whether the strongest attacker has all that is had under ``model``."""
-        return self.strongest.includes(model)
+        """Whether one of the attackers has all that is had under ``model``."""
+        return any(attacker.includes(model) for attacker in (self.strongest, *self.threat_models))
 
     @property
     def victim(self) -> ExpertEntry:
@@ -176,7 +204,10 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
         protections=protect.listed("methods", partial(read_protection, folder=folder)),
         attacker=attacker,
         merges=_menu(top, "merges", read_merge, attacker),
-        recoveries=_menu(top, "recoveries", partial(read_recovery, folder=folder), attacker),
+        recoveries=(
+            *_menu(top, "recoveries", partial(read_recovery, folder=folder), attacker),
+            *_students(top, folder),
+        ),
         coefficients=Grid(
             grid.numbers("defended", DEFENDED_COEFFICIENTS),
             grid.numbers("rider", RIDER_COEFFICIENTS),
@@ -186,6 +217,7 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
         doubt=_doubt(top),
         threat_models=_threat_models(top),
         few_shot=_few_shot(top, attacker),
+        retrain=_retrain(top),
         tasks=top.listed("tasks", partial(read_task, folder=folder, base=base)),
         seeds=tuple(_seeds(top)),
         connectivity=_connectivity(top),
@@ -223,6 +255,13 @@ def _menu(top: Entry, key: str, read: Callable[[object, str], Item], attacker: A
     return top.listed(key, read, default=() if key == "recoveries" else None)
 
 
+def _students(top: Entry, folder: Path) -> tuple[RecoveryEntry, ...]:
+    """What an attacker who only runs the release does to it, where the plan lists no recoveries of its own."""
+    if isinstance(top.document("recoveries"), list) or ThreatModel.BLACK_BOX not in _threat_models(top):
+        return ()
+    return tuple(read_recovery(student, f"{top.where}, recoveries", folder) for student in STUDENTS)
+
+
 def _threat_models(top: Entry) -> tuple[ThreatModel, ...]:
     if "tiers" in top and "threat_models" in top:
         raise BadInput(f"{top.where}: tiers is the older name of threat_models; give one of them.")
@@ -239,17 +278,30 @@ def _threat_models(top: Entry) -> tuple[ThreatModel, ...]:
 def _few_shot(top: Entry, attacker: Attacker) -> FewShotEntry:
     default = FewShotEntry()
     entry = Entry(top.document("few_shot", {}), ("samples", "starts", "settings"), f"{top.where}, few_shot")
-    samples = entry.numbers("samples", default.samples)
-    if not all(number.is_integer() and number >= FEWEST_SAMPLES for number in samples):
-        raise entry.wrong("samples", f"must be whole numbers of at least {FEWEST_SAMPLES}", list(samples))
+    samples, settings = _training(entry, default.samples)
+    few_shot = FewShotEntry(samples, entry.whole("starts", default.starts), settings, attacker.trainings)
+    few_shot.methods(FEWEST_SAMPLES)
+    return few_shot
+
+
+def _retrain(top: Entry) -> RetrainEntry:
+    default = RetrainEntry()
+    entry = Entry(top.document("retrain", {}), ("samples", "own_examples", "settings"), f"{top.where}, retrain")
+    samples, settings = _training(entry, default.samples)
+    retrain = RetrainEntry(samples, entry.whole("own_examples", default.own_examples), settings)
+    retrain.methods(FEWEST_SAMPLES)
+    return retrain
+
+
+def _training(entry: Entry, samples: tuple[int, ...]) -> tuple[tuple[int, ...], Mapping[str, Any]]:
+    """Numbers of labelled examples, and settings of the training on them."""
+    numbers = entry.numbers("samples", samples)
+    if not all(number.is_integer() and number >= FEWEST_SAMPLES for number in numbers):
+        raise entry.wrong("samples", f"must be whole numbers of at least {FEWEST_SAMPLES}", list(numbers))
     settings = entry.mapping("settings")
     if "samples" in settings:
         raise BadInput(f"{entry.where}, settings: samples stands beside settings, as a list.")
-    few_shot = FewShotEntry(
-        tuple(map(int, samples)), entry.whole("starts", default.starts), settings, attacker.trainings
-    )
-    few_shot.methods(FEWEST_SAMPLES)
-    return few_shot
+    return tuple(map(int, numbers)), settings
 
 
 def _doubt(top: Entry) -> float:
@@ -299,7 +351,7 @@ def _require_consistent(plan: AuditPlan, where: str) -> None:
 
 def _require_attacks(plan: AuditPlan, where: str) -> None:
     """No verdict on an attacker who has not attacked."""
-    if plan.reaches(ThreatModel.WHITE_BOX) and not plan.recoveries:
+    if plan.reaches(ThreatModel.WHITE_BOX) and not any(entry.threat_model.merges for entry in plan.recoveries):
         raise BadInput(
             f"{where}, recoveries: there are none, and an attacker of threat model {ThreatModel.WHITE_BOX} undoes what "
             "was done; leave the entry out for the standard ones, or give `threat_models: [off_the_shelf]` to claim "
@@ -312,18 +364,31 @@ def _require_attacks(plan: AuditPlan, where: str) -> None:
                     f"{where}, {kind} {entry.name}: it needs data, which threat model unlabelled (T3) has; add it to "
                     "threat_models."
                 )
+    students = [entry.name for entry in plan.recoveries if entry.threat_model == ThreatModel.BLACK_BOX]
+    if students and not plan.reaches(ThreatModel.BLACK_BOX):
+        raise BadInput(
+            f"{where}, recovery {students[0]}: it only runs the release, as threat model black_box does; add that to "
+            "threat_models."
+        )
+    if plan.reaches(ThreatModel.BLACK_BOX) and not students:
+        raise BadInput(
+            f"{where}, recoveries: none only runs the release, which is all that threat model black_box may do; add "
+            "distil, or leave black_box out."
+        )
 
 
 def _require_examples(plan: AuditPlan, where: str) -> None:
+    trains = any(model.trains for model in plan.threat_models)
     for task in plan.tasks:
-        if plan.strongest.trains and task.kind.name not in LEARNABLE:
+        if trains and task.kind.name not in LEARNABLE:
             raise BadInput(
-                f"{where}, task {task.name}: threat models few_shot and unlabelled learn from {', '.join(LEARNABLE)}, "
-                f"not from {task.kind.name}; leave them out."
+                f"{where}, task {task.name}: threat models few_shot, unlabelled and retrain learn from "
+                f"{', '.join(LEARNABLE)}, not from {task.kind.name}; leave them out."
             )
-        if plan.strongest.trains and task.train is None:
+        if trains and task.train is None:
             raise BadInput(
-                f"{where}, task {task.name}: threat models few_shot and unlabelled learn from examples; give train."
+                f"{where}, task {task.name}: threat models few_shot, unlabelled and retrain learn from examples; give "
+                "train."
             )
         if task.train in (task.validation, task.test) and not task.is_split:
             raise BadInput(f"{where}, task {task.name}: train must be other data than validation and test.")

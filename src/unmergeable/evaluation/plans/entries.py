@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unmergeable.attacks import ATTACKS, Whose
+from unmergeable.attacks import ATTACKS, AttackRequirements, Whose
 from unmergeable.data import Part
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.methods import ON_MERGES, attack_reads, attack_requirements, merge_learns, protection_reads
+from unmergeable.evaluation.methods import ON_MERGES, attack_requirements, merge_learns, protection_reads
 from unmergeable.evaluation.plans.fields import Entry, require_named
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.merges import MERGES, AdaMerging
@@ -135,13 +135,19 @@ class RecoveryEntry:
     @property
     def threat_model(self) -> ThreatModel:
         """That of the weakest attacker who can do it."""
-        return ThreatModel.UNLABELLED if "defended" in self.examples else ThreatModel.WHITE_BOX
+        if "defended" in self.examples:
+            return ThreatModel.UNLABELLED
+        # What comes after the first step works on a student, which is the attacker's own.
+        return ThreatModel.BLACK_BOX if self._required[0].access == "answers" else ThreatModel.WHITE_BOX
 
     @property
     def examples(self) -> frozenset[Whose]:
         """Whose examples its steps read."""
-        needed = [attack_requirements(step.method, step.settings) for step in self.steps]
-        return frozenset(requirements.examples for requirements in needed if "data" in requirements.needs)
+        return frozenset(required.examples for required in self._required if "data" in required.needs)
+
+    @property
+    def _required(self) -> list[AttackRequirements]:
+        return [attack_requirements(step.method, step.settings) for step in self.steps]
 
     @property
     def is_of_one_rider(self) -> bool:
@@ -310,8 +316,10 @@ def _require_sensible(recovery: RecoveryEntry, where: str) -> None:
     for step in recovery.steps:
         if step.method in ON_MERGES:
             raise BadInput(f"{where}: {step.method} works on merges, not on releases; few_shot trains merges.")
-    wanted = [step.method for step in recovery.steps if "sources" in attack_reads(step.method, step.settings)]
-    if wanted and not recovery.sources:
+    needed = {step.method: attack_requirements(step.method, step.settings) for step in recovery.steps}
+    wanted = [method for method, required in needed.items() if "sources" in required.needs]
+    # What reads a free-rider's own examples starts from its own model.
+    if any(needed[method].examples == "defended" for method in wanted) and not recovery.sources:
         raise BadInput(f"{where}: {wanted[0]} needs sources, public fine-tunes of the base; list some.")
     if recovery.sources and not wanted:
         raise BadInput(f"{where}: none of its methods reads sources; leave them out.")

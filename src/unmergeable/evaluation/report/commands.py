@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unmergeable.evaluation.attackers import DEFAULT, attacker_named
-from unmergeable.evaluation.methods import attack_reads, has_key
+from unmergeable.evaluation.methods import attack_reads, attack_requirements, has_key
 from unmergeable.evaluation.plans.entries import joined
 from unmergeable.evaluation.report.verdict import short
 from unmergeable.evaluation.results import Trial
@@ -38,7 +38,8 @@ def attack_commands(plan: Mapping[str, Any], protection: str, trial: Trial) -> l
         steps = [] if recovery is None else _steps(recovery)
         for number, step in enumerate(steps, start=1):
             out = RECOVERED if number == len(steps) else f"{RECOVERED}-{number}"
-            commands.append(["recover", victim, *against, *_method(step), "--out", out])
+            given = _with_data(step, plan, trial.rider)
+            commands.append(["recover", victim, *against, *_method(given), "--out", out])
             victim = out
         experts.insert(0, victim)
     merge = _find([*_listed(plan, "merges"), "task_arithmetic"], best.merge)
@@ -52,6 +53,20 @@ def attack_commands(plan: Mapping[str, Any], protection: str, trial: Trial) -> l
             f"# then {best.samples} labelled examples, and its own task's, are learnt {rate} by the audit itself"
         )
     return lines
+
+
+def _with_data(step: Mapping[str, Any], plan: Mapping[str, Any], rider: str) -> Mapping[str, Any]:
+    """A recovery with the examples that it reads, and the model that it starts from where that is the free-rider's."""
+    needed = attack_requirements(step["method"], step.get("settings") or {})
+    owner = rider if needed.examples == "own" else plan["protect"]["expert"]
+    expert = next(expert for expert in plan["experts"] if expert["name"] == owner)
+    given = dict(step)
+    if "data" in needed.needs:
+        task = next((task for task in plan.get("tasks", ()) if task["name"] == expert["task"]), {})
+        given |= {name: task[key] for name, key in (("data", "train"), ("encoder", "encoder")) if key in task}
+    if "sources" in needed.needs and not step.get("sources"):
+        given["sources"] = [expert["path"]]
+    return given
 
 
 def _weighted(experts: Sequence[str], coefficients: Sequence[float] | None) -> list[str]:
@@ -88,7 +103,11 @@ def _steps(recovery: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     else:
         sources = {"sources": recovery.get("sources")}
         steps = [{**sources, **({"method": step} if isinstance(step, str) else step)} for step in recovery["steps"]]
-    return [step if "sources" in attack_reads(step["method"]) else {**step, "sources": None} for step in steps]
+    return [step if "sources" in _reads(step) else {**step, "sources": None} for step in steps]
+
+
+def _reads(step: Mapping[str, Any]) -> frozenset[str]:
+    return attack_reads(step["method"], step.get("settings") or {})
 
 
 def _method(entry: Mapping[str, Any]) -> list[str]:

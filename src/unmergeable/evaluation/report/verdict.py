@@ -7,6 +7,7 @@ from itertools import groupby
 from unmergeable import claims
 from unmergeable.claims import DStar
 from unmergeable.evaluation.flags import FLAGS
+from unmergeable.evaluation.report.access import beyond_merging
 from unmergeable.evaluation.results import AttackRecord, AuditResult, ProtectionResult, Trial, Verdicts, star
 from unmergeable.evaluation.threat_models import ThreatModel
 
@@ -29,12 +30,14 @@ def verdict(name: str, protection: ProtectionResult) -> str:
     """What one protection costs, and in one sentence whom it stops and whom it does not.
 
     Attackers next to each other who are judged alike are represented by one: the strongest of those who are stopped,
-    the weakest of those who are not. The scores at the end are those of the last who is named.
+    the weakest of those who are not. The scores at the end are those of the last who is named. Sentences about those
+    who merge nothing come after.
     """
     loss = 100 * protection.utility.loss
     cost = "costs nothing that was measured" if loss <= 0.05 else f"costs {loss:.1f} points on its own task"
     sentence, before, scores = "", "", ""
-    for judged, alike in groupby(protection.tiers.items(), key=lambda entry: judgement(entry[1])):
+    merging = [entry for entry in protection.tiers.items() if entry[0].merges]
+    for judged, alike in groupby(merging, key=lambda entry: judgement(entry[1])):
         group = list(alike)
         model, verdicts = group[-1] if judged in ("stops", "hinders") else group[0]
         if judged == CANNOT_BE_JUDGED:
@@ -46,7 +49,8 @@ def verdict(name: str, protection: ProtectionResult) -> str:
         joint = ", but " if before in ("stops", "hinders") else ", and "
         sentence += f"{joint if before else ''}{clause}"
         before = judged
-    return f"{name} {cost}. {sentence[:1].upper()}{sentence[1:]}{'' if before == CANNOT_BE_JUDGED else scores}."
+    said = [f"{sentence[:1].upper()}{sentence[1:]}{'' if before == CANNOT_BE_JUDGED else scores}."] if merging else []
+    return " ".join([f"{name} {cost}.", *said, *beyond_merging(protection)])
 
 
 def _inconclusive(verdicts: Verdicts) -> str:
@@ -97,7 +101,10 @@ def _is_mergeable(verdicts: Verdicts) -> bool:
 
 def attack(best: AttackRecord) -> str:
     """What the attacker did."""
-    done = [best.recovery, _merging(best)] if best.uses_victim else ["leave the expert alone"]
+    if best.uses_victim:
+        done = [best.recovery, _merging(best) if best.merge else "the release itself"]
+    else:
+        done = [f"leave the expert alone{f', start from {best.start}' if best.start else ''}"]
     if best.samples and best.learning_rate is not None:
         done.append(f"training on {best.samples} examples at rate {short(best.learning_rate)}")
     return ", then ".join(step for step in done if step is not None)
@@ -124,9 +131,10 @@ def summary(result: AuditResult) -> list[str]:
 
 def model_card(result: AuditResult) -> str:
     """The audit as a block of Markdown for a model card."""
-    columns = " | ".join(against(model) for model in result.threat_models)
-    rows = [f"| protection | points lost alone | {columns} |", "|---|---|" + "---|" * len(result.threat_models)]
-    rows += [f"| {' | '.join(row)} |" for row in result.table.rows]
+    table = result.table
+    heads = [*table.columns[:2], *map(against, result.threat_models), *table.columns[2 + len(result.threat_models) :]]
+    rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    rows += [f"| {' | '.join(row)} |" for row in table.rows]
     note = (
         "D* is 0 where the best attack found gets as much of the skill as from the unprotected model, 1 where it gets "
         "no more than without it. Worst case over the attacks that were tried; others may do better."
