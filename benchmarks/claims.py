@@ -83,11 +83,16 @@ def defaults_of_protections() -> Mapping[str, Mapping[str, Any]]:
     return {entry["name"]: {setting["name"]: setting["default"] for setting in entry["settings"]} for entry in listed}
 
 
-def d_star(worst: Mapping[str, Any] | None) -> list[float | None]:
-    """D* and the ends of its interval; nothing where there was too little to steal for the figures to mean anything."""
-    if worst is None or worst["is_denominator_small"]:
+def d_star(worst: Mapping[str, Any] | None) -> list[float | bool | None]:
+    """D* and the ends of its interval, and False where the release was not recognised.
+
+    Nothing where there was too little to steal for the figures to mean anything.
+    """
+    flags = () if worst is None else worst.get("flags", ())
+    if worst is None or worst["is_denominator_small"] or "uncertain_denominator" in flags:
         return [None, None, None]
-    return [None if value is None else round(value, 6) for value in (worst["d_star"], *worst["interval"])]
+    found = [None if value is None else round(value, 6) for value in (worst["d_star"], *worst["interval"])]
+    return [*found, False] if "not_recognised" in flags else found
 
 
 def leaderboard() -> str:

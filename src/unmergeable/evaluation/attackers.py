@@ -48,6 +48,7 @@ class Attacker:
 _ALONE = (
     "nearest_orbit",
     "canonicalise",
+    "lossless_pruning",
     "block_regression",
     "kabsch",
     "neuron_matching",
@@ -60,11 +61,12 @@ _ALONE = (
 
 _CHAINS = (
     "canonicalise, nearest_orbit",
+    "lossless_pruning, nearest_orbit",
     "taylor_inversion, nearest_orbit",
     "nearest_orbit, task_vector_rescale",
     "block_regression, nearest_orbit",
 )
-"""What one leaves for the next: trades for the bases, polynomials for the heads, a basis for the scale."""
+"""What one leaves for the next: trades for the bases, structure and polynomials for the heads, a basis for the scale."""
 
 _MERGES = ("task_arithmetic", "linear", "ties", "dare_linear", "dare_ties", "slerp", "tsv_m", "iso_c")
 """The short list of a red team: averages, sums, elections, random masks, a sphere, and two that look at spectra."""
@@ -92,7 +94,12 @@ ATTACKERS = {
         Attacker(
             name="quick-1",
             merges=("task_arithmetic", "ties"),
-            recoveries=("nearest_orbit", "block_regression", "taylor_inversion, nearest_orbit"),
+            recoveries=(
+                "nearest_orbit",
+                "lossless_pruning, nearest_orbit",
+                "block_regression",
+                "taylor_inversion, nearest_orbit",
+            ),
             combines="best",
             extends=True,
         ),
