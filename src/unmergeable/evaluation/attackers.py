@@ -71,7 +71,7 @@ _CHAINS = (
 _MERGES = ("task_arithmetic", "linear", "ties", "dare_linear", "dare_ties", "slerp", "tsv_m", "iso_c")
 """The short list of a red team: averages, sums, elections, random masks, a sphere, and two that look at spectra."""
 
-_TRAININGS: tuple[Mapping[str, Any], ...] = ({}, {"steps": 30}, {"low_rank": 8})
+_TRAININGS: tuple[Mapping[str, Any], ...] = ({}, {"steps": 30}, {"low_rank": 8}, {"last_layers": 2})
 
 ATTACKERS = {
     attacker.name: attacker
