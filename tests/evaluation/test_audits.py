@@ -361,7 +361,7 @@ def built(document: dict[str, Any], folder: Path, **changes: Any) -> Audit:
     tasks = [
         {**task, **{part: folder / task[part] for part in ("validation", "test", "head")}} for task in document["tasks"]
     ]
-    entries = {"coefficients": document["coefficients"]}
+    entries = {"coefficients": document["coefficients"], "seeds": [0]}
     given = {"base": folder / "base", "victim": str(folder / "mine"), "attacker": folder / "theirs", "tasks": tasks}
     return Audit(**{**given, "protections": document["protect"]["methods"], "entries": entries, **changes})
 
@@ -370,7 +370,8 @@ def test_an_audit_from_python_is_that_of_the_plan(
     small_plan: Path, document: dict[str, Any], expected: Any, tmp_path: Path
 ) -> None:
     """The experts are called by their roles; all else is the same, and the result answers by name."""
-    entries = {"coefficients": document["coefficients"], "merges": document["merges"], "recoveries": []}
+    listed = {"merges": document["merges"], "recoveries": []}
+    entries = {"coefficients": document["coefficients"], "seeds": [0], **listed}
     mine = built(document, small_plan.parent, threat_models=["off_the_shelf"], entries=entries)
     result = mine.run(tmp_path / "python", workers=1)
     assert result.passed
@@ -390,8 +391,11 @@ def test_an_audit_from_python_is_that_of_the_plan(
 
 def test_an_audit_from_python_has_the_standard_attacker(workshop: Path, document: dict[str, Any]) -> None:
     plan = built(document, workshop).plan()
-    assert [merge.name for merge in plan.merges] == list(ATTACKERS["standard-0"].merges)
-    assert [entry.name for entry in plan.recoveries] == list(ATTACKERS["standard-0"].recoveries)
+    assert plan.attacker == ATTACKERS["standard-1"]
+    assert [merge.name for merge in plan.merges] == list(ATTACKERS["standard-1"].merges)
+    assert [entry.name for entry in plan.recoveries] == list(ATTACKERS["standard-1"].recoveries)
+    older = built(document, workshop, version="standard-0").plan()
+    assert [entry.name for entry in older.recoveries] == list(ATTACKERS["standard-0"].recoveries)
     assert plan.threat_models == (ThreatModel.OFF_THE_SHELF, ThreatModel.WHITE_BOX)
     assert (plan.victim.path, plan.riders[0].path) == (workshop / "mine", workshop / "theirs")
     with pytest.raises(BadInput, match="there are none"):

@@ -66,7 +66,7 @@ _CHAINS = (
     "nearest_orbit, task_vector_rescale",
     "block_regression, nearest_orbit",
 )
-"""What one leaves for the next: trades for the bases, structure and polynomials for the heads, a basis for the scale."""
+"""What one leaves for the next: trades for bases, structure and polynomials for heads, a basis for the scale."""
 
 _MERGES = ("task_arithmetic", "linear", "ties", "dare_linear", "dare_ties", "slerp", "tsv_m", "iso_c")
 """The short list of a red team: averages, sums, elections, random masks, a sphere, and two that look at spectra."""
