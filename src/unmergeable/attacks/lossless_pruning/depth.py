@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +16,19 @@ from unmergeable.gauge.additive import head_places
 State = dict[str, Tensor]
 
 IDLE = 1e-3
-"""What a block adds, as a product of norms and relative to the median block of its kind, below which it is idle."""
+"""What a block adds, as a product of norms and relative to the median of the blocks of its kind that stay, below which
+it is idle.
+"""
 
 FLAT = 1e-2
 """Spread of a norm's gains, relative to their mean, up to which it only normalises."""
 
 
-def prune_layers(state: State, architecture: Architecture, layers: Layers, pattern: Sequence[bool]) -> State | None:
-    """The tensors with only those blocks that do something, under the names that the base's layers have.
+Blocks = Sequence[Attention | FeedForward]
+
+
+def live_blocks(state: State, architecture: Architecture, layers: Layers, pattern: Sequence[bool]) -> Blocks | None:
+    """The blocks that do something, in order.
 
     Args:
         state: neutral tensors of the release.
@@ -31,7 +36,7 @@ def prune_layers(state: State, architecture: Architecture, layers: Layers, patte
         pattern: for each block of the base's run, in order, whether it is attention.
 
     Returns:
-        None where the blocks that do something do not make up the base's layers.
+        None where they do not make up the base's layers.
     """
     blocks = blocks_in_order(architecture, layers)
     sizes = torch.tensor([_adds(state, block) for block in blocks], dtype=torch.float64)
@@ -40,14 +45,26 @@ def prune_layers(state: State, architecture: Architecture, layers: Layers, patte
     for kind in (True, False):
         own = (is_attention == kind).nonzero().flatten()
         excess = len(own) - sum(item == kind for item in pattern)
-        smallest = own[sizes[own].argsort()][: max(0, excess)]
-        if excess < 0 or bool((sizes[smallest] > IDLE * sizes[own].median()).any()):
+        order = own[sizes[own].argsort()]
+        if excess < 0 or excess == len(own):
+            return None
+        smallest, others = order[:excess], order[excess:]
+        if bool((sizes[smallest] > IDLE * sizes[others].median()).any()):
             return None
         live[smallest] = False
     chosen = [block for block, is_live in zip(blocks, live.tolist(), strict=True) if is_live]
     if [isinstance(block, Attention) for block in chosen] != list(pattern):
         return None
-    return _renamed(state, architecture, layers, chosen, len(pattern) // len(layers.blocks[0]))
+    behind = _norms_behind(architecture, chosen)
+    if behind is not None and not all(before is after or _is_flat(state[before.gain]) for before, after in behind):
+        return None
+    return chosen
+
+
+def _is_flat(gain: Tensor) -> bool:
+    """Whether a norm with this gain only normalises."""
+    mean = float(gain.double().mean())
+    return mean > 0 and float(gain.double().std()) <= FLAT * mean
 
 
 def _adds(state: State, block: Attention | FeedForward) -> float:
@@ -80,9 +97,8 @@ def _inputs(state: State, weight: str, axis: int, bias: str | None) -> Tensor:
     return torch.cat([rows, column[:, None]], dim=1)
 
 
-def _renamed(
-    state: State, architecture: Architecture, layers: Layers, chosen: Sequence[Attention | FeedForward], count: int
-) -> State | None:
+def renamed(state: State, architecture: Architecture, layers: Layers, chosen: Blocks) -> State:
+    """The tensors of the blocks ``chosen``, and all outside of layers, under the names that the base's layers have."""
     per_layer = len(layers.blocks[0])
     owners = _owners(state, architecture, layers)
     place_of: dict[str, int] = {block.name: at // per_layer for at, block in enumerate(chosen)}
@@ -90,21 +106,14 @@ def _renamed(
     for name, tensor in state.items():
         if layers.number_of(name) is None:
             result[name] = tensor
-            continue
-        owner = owners.get(name)
-        if owner in place_of:
-            result[layers.renamed(name, place_of[owner])] = tensor
-    behind = _norms_behind(architecture, chosen)
-    if behind is None:
-        return result
-    before, after = behind
-    for norm, kept in zip(before, after, strict=True):
-        if norm is kept:
-            continue
-        gain = state[norm.gain].double()
-        if float(gain.std()) > FLAT * abs(float(gain.mean())) or float(gain.mean()) <= 0:
-            return None
-    return result | _moved_norms(state, layers, chosen, before, after, place_of)
+        elif owners[name] in place_of:
+            result[layers.renamed(name, place_of[owners[name]])] = tensor
+    for index, (norm, kept) in enumerate(_norms_behind(architecture, chosen) or ()):
+        for old, new in ((kept.gain, norm.gain), (kept.bias, norm.bias)):
+            if old is not None and new is not None:
+                name = layers.renamed(new, place_of[chosen[index - 1].name]) if index else new
+                result[name] = state[old]
+    return result
 
 
 def _owners(state: State, architecture: Architecture, layers: Layers) -> dict[str, str]:
@@ -153,12 +162,9 @@ def _tensors_of(block: Attention | FeedForward) -> Iterator[str]:
             yield heads.bias
 
 
-Norms = list[Norm]
-
-
-def _norms_behind(architecture: Architecture, chosen: Sequence[Attention | FeedForward]) -> tuple[Norms, Norms] | None:
-    """Where norms stand behind blocks: behind each of ``chosen`` the one that stands there, and the one that the next
-    of them reads. None elsewhere.
+def _norms_behind(architecture: Architecture, chosen: Blocks) -> list[tuple[Norm, Norm]] | None:
+    """Where norms stand behind blocks: the one before all layers and that behind each of ``chosen``, each with the norm
+    that the next of them reads. None elsewhere.
     """
     stream = stream_of(architecture, _down(chosen[0]))
     if stream is None or not any(norm.then for norm in stream.norms):
@@ -167,27 +173,8 @@ def _norms_behind(architecture: Architecture, chosen: Sequence[Attention | FeedF
     following = {norm.then: later for norm, later in zip(stream.norms, stream.norms[1:], strict=False) if norm.then}
     before = [stream.norms[0], *(following[block.name] for block in chosen)]
     after = [*(feeding[block.name] for block in chosen), stream.norms[-1]]
-    return before, after
+    return list(zip(before, after, strict=True))
 
 
 def _down(block: Attention | FeedForward) -> str:
     return block.output.weight if isinstance(block, Attention) else block.down.weight
-
-
-def _moved_norms(
-    state: State,
-    layers: Layers,
-    chosen: Sequence[Attention | FeedForward],
-    before: Norms,
-    after: Norms,
-    place_of: Mapping[str, int],
-) -> State:
-    """Gains and biases under the names that they have in the base: each norm where the one stood that it takes over."""
-    moved: State = {}
-    for index, (norm, kept) in enumerate(zip(before, after, strict=True)):
-        for old, new in ((kept.gain, norm.gain), (kept.bias, norm.bias)):
-            if old is not None and new is not None:
-                is_inside = layers.number_of(new) is not None and index > 0
-                name = layers.renamed(new, place_of[chosen[index - 1].name]) if is_inside else new
-                moved[name] = state[old]
-    return moved

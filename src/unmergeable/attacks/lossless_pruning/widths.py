@@ -25,13 +25,17 @@ NOTHING = 1e-5
 """Size of what a unit puts out, relative to the block's median unit, that counts as nothing."""
 
 
-def prune_units(state: State, block: FeedForward, size: int) -> bool:
-    """Leave ``size`` hidden units of a block, in place; False where more than that differ and do something."""
+def prune_units(state: State, own: State, block: FeedForward, size: int) -> bool:
+    """Leave ``size`` hidden units of a block, in place; False where more than that differ and do something.
+
+    ``state`` holds neutral tensors, ``own`` the same as the release has them, of which the same units are left.
+    """
     rows = {heads.weight: _rows(state, heads, block.size) for heads in (block.gate, block.up) if heads is not None}
     up, down = rows[block.up.weight], state[block.down.weight].movedim(block.down.axis, 0).double()
     outputs = down.norm(dim=1) * up.norm(dim=1)
     kept = torch.ones(block.size, dtype=torch.bool)
-    idle = (outputs <= NOTHING * outputs.median()).nonzero().flatten().tolist()
+    usual = outputs.sort(descending=True).values[:size].median()
+    idle = (outputs <= NOTHING * usual).nonzero().flatten().tolist()
     kept[sorted(idle, key=lambda unit: float(outputs[unit]))[: block.size - size]] = False
     excess = int(kept.sum()) - size
     if excess:
@@ -48,9 +52,11 @@ def prune_units(state: State, block: FeedForward, size: int) -> bool:
         return False
     for heads in (block.gate, block.up):
         if heads is not None:
-            _keep(state, heads.weight, heads.axis, kept)
-            _keep(state, heads.bias, 0, kept)
+            for side in (state, own):
+                _keep(side, heads.weight, heads.axis, kept)
+                _keep(side, heads.bias, 0, kept)
     state[block.down.weight] = down[kept].movedim(0, block.down.axis).contiguous()
+    _keep(own, block.down.weight, block.down.axis, kept)
     return True
 
 
@@ -99,10 +105,10 @@ def _keep(state: State, name: str | None, axis: int, kept: Tensor) -> None:
         state[name] = state[name].movedim(axis, 0)[kept].movedim(0, axis).contiguous()
 
 
-def prune_heads(state: State, blocks: Sequence[Attention], groups: int, table: str | None) -> bool:
+def prune_heads(state: State, own: State, blocks: Sequence[Attention], groups: int, table: str | None) -> bool:
     """Leave ``groups`` key-value heads of each block, in place; of all blocks the same ones where they share a table.
 
-    False where more than that differ.
+    ``state`` and ``own`` as in :func:`prune_units`. False where more than that differ.
     """
     shared = [blocks] if table is not None else [[block] for block in blocks]
     for together in shared:
@@ -117,9 +123,12 @@ def prune_heads(state: State, blocks: Sequence[Attention], groups: int, table: s
         if int(kept.sum()) != groups:
             return False
         for block in together:
-            _merge_heads(state, block, merged, kept)
+            _merge_heads(state, block, merged)
+            for side in (state, own):
+                _keep_heads(side, block, kept)
     if table is not None:
-        _keep(state, table, 1, kept)
+        for side in (state, own):
+            _keep(side, table, 1, kept)
     return True
 
 
@@ -135,7 +144,7 @@ def _head_likeness(state: State, block: Attention) -> Tensor:
     return found
 
 
-def _merge_heads(state: State, block: Attention, merged: Sequence[tuple[int, int]], kept: Tensor) -> None:
+def _merge_heads(state: State, block: Attention, merged: Sequence[tuple[int, int]]) -> None:
     values = state[block.value.weight].movedim(block.value.axis, 0).double()
     rows = values[head_places(block.value, block.groups, 1, block.value_size)[:, 0]]
     places = head_places(block.output, block.groups, block.members, block.value_size)
@@ -146,6 +155,9 @@ def _merge_heads(state: State, block: Attention, merged: Sequence[tuple[int, int
         for member in range(block.members):
             output[places[first, member]] += basis.T @ output[places[second, member]]
     state[block.output.weight] = output.movedim(0, block.output.axis)
+
+
+def _keep_heads(state: State, block: Attention, kept: Tensor) -> None:
     part = block.parts[0]
     sides: tuple[tuple[Heads, int, int], ...] = (
         (part.query, block.members, part.size),

@@ -25,13 +25,14 @@ from unmergeable.architecture import Architecture, Attention, detect
 from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS, Layers, blocks_in_order, layers_of
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.in_memory import in_memory
-from unmergeable.attacks.lossless_pruning.depth import prune_layers
+from unmergeable.attacks.lossless_pruning.depth import live_blocks, renamed
 from unmergeable.attacks.lossless_pruning.widths import prune_heads, prune_units
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
 from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, Mismatch
 from unmergeable.gauge.additive import Neutral, freedoms_of
+from unmergeable.gauge.home import Home
 from unmergeable.progress import Progress, silent
 
 
@@ -142,15 +143,17 @@ class _Pruning:
     def run(self) -> PrunedSource:
         neutral = Neutral(self.release, freedoms_of(self.architecture, self.release.names))
         state = {name: neutral.tensor(name) for name in self.release.names}
+        own = {name: self.release.tensor(name) for name in self.release.names}
         config, base = dict(self.release.config), self.base.config
         kind = str(config.get("model_type"))
         for ours, theirs in self._layers:
             if len(ours) > len(theirs):
                 pattern = [isinstance(block, Attention) for block in blocks_in_order(self.base_architecture, theirs)]
-                pruned = prune_layers(state, self.architecture, ours, pattern)
-                if pruned is None:
+                chosen = live_blocks(state, self.architecture, ours, pattern)
+                if chosen is None:
                     raise self._refusal(f"layers of {ours.prefix.rstrip('.')}")
-                state, config = pruned, ours.resized(config, range(len(theirs)))
+                state, own = (renamed(side, self.architecture, ours, chosen) for side in (state, own))
+                config = ours.resized(config, range(len(theirs)))
         narrower = detect(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
         if self._sizes is not None and self._sizes[0] > self._sizes[1]:
             if kind not in WIDTHS:
@@ -159,24 +162,27 @@ class _Pruning:
                     "feed-forwards; run block_regression instead."
                 )
             for block in narrower.feed_forwards:
-                if not prune_units(state, block, self._sizes[1]):
+                if not prune_units(state, own, block, self._sizes[1]):
                     raise self._refusal(f"hidden units of {block.name}")
             config[WIDTHS[kind]] = base.get(WIDTHS[kind])
         if self._groups is not None and self._groups[0] > self._groups[1]:
             tables = {name: heads.bias_tensor for heads in narrower.shared_heads for name in heads.blocks}
             for table in sorted({tables.get(block.name, "") for block in narrower.attentions}):
-                own = [block for block in narrower.attentions if tables.get(block.name, "") == table]
-                if not prune_heads(state, own, self._groups[1], table or None):
+                together = [block for block in narrower.attentions if tables.get(block.name, "") == table]
+                if not prune_heads(state, own, together, self._groups[1], table or None):
                     raise self._refusal("heads")
             for key in filter(None, HEAD_COUNTS.get(kind, ())):
                 config[key] = base.get(key, config.get(key))
         # What the config no longer says is worked out from the rest.
         changes = {key: config.get(key) for key in (*config, *self.release.config)}
         changes = {key: value for key, value in changes.items() if self.release.config.get(key) != value}
-        tensors = {
-            name: tensor.to(torch_dtype(self.release.spec(name).dtype)).contiguous() for name, tensor in state.items()
-        }
-        return PrunedSource(self.release, tensors, changes)
+        # Constants and scales go back to where the release has them, wherever that is still there.
+        changed = PrunedSource(self.release, state, changes)
+        final = detect(changed.config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        kept = PrunedSource(self.release, own, changes)
+        home = Home(changed, freedoms_of(final, changed.names), kept, changed.tensor)
+        dtypes = {name: torch_dtype(self.release.spec(name).dtype) for name in changed.names}
+        return replace(changed, tensors={name: home.tensor(name).to(dtypes[name]) for name in changed.names})
 
     def _refusal(self, what: str) -> Mismatch:
         return Mismatch(

@@ -50,7 +50,7 @@ class BlockRegression:
     name: ClassVar[str] = "block_regression"
     summary: ClassVar[str] = "the base's layers, moved until they compute what the release's layers compute"
 
-    examples: int = 128
+    examples: int = 512
     ridge: float = 1e-2
     steps: int = 12
     seed: int = 0
