@@ -190,14 +190,7 @@ def test_what_is_said_of_all_is_what_each_audit_says() -> None:
 def test_who_was_not_recognised_stops_nobody() -> None:
     assert DStar(1.0, 1.0, 1.0).judgement == "stops"
     assert DStar(1.0, 1.0, 1.0, is_recognised=False).judgement == "is not shown to stop"
-    assert d_star({"d_star": 1.0, "interval": [1.0, 1.0], "is_denominator_small": False, "flags": ["not_recognised"]}) == [
-        1.0, 1.0, 1.0, False,
-    ]  # fmt: skip
-    assert d_star({"d_star": 1.0, "interval": [1.0, 1.0], "is_denominator_small": False}) == [1.0, 1.0, 1.0]
-    doubtful = {
-        "d_star": 1.0,
-        "interval": [1.0, 1.0],
-        "is_denominator_small": False,
-        "flags": ["uncertain_denominator"],
-    }
-    assert d_star(doubtful) == [None, None, None]
+    found = {"d_star": 1.0, "interval": [1.0, 1.0], "is_denominator_small": False}
+    assert d_star({**found, "flags": ["not_recognised"]}) == [1.0, 1.0, 1.0, False]
+    assert d_star(found) == [1.0, 1.0, 1.0]
+    assert d_star({**found, "flags": ["uncertain_denominator"]}) == [None, None, None]
