@@ -137,13 +137,6 @@ def test_without_regression_and_pruning_a_control_fails(
     assert PLANTED_STRUCTURE in failing(weak, tmp_path / "out")
 
 
-@pytest.mark.slow
-def test_block_regression_alone_undoes_structure(attacked: Path, document: dict[str, Any], tmp_path: Path) -> None:
-    """It looks at no structure, so it needs to be told of none."""
-    other = changed(attacked, document, ["nearest_orbit", "block_regression"])
-    assert PLANTED_STRUCTURE not in failing(other, tmp_path / "out")
-
-
 def test_a_grid_without_1_fails_a_control(attacked: Path, tmp_path: Path) -> None:
     """A plan that says so is refused; who had it all the same would take a shrunk expert for a protected one."""
     plan = read_plan(attacked)

@@ -17,6 +17,9 @@ from unmergeable.attacks.distance import parts
 
 Point = tuple[float, ...]
 
+BY_PART = "task_arithmetic, by part"
+"""What the merge is called."""
+
 PARTS = ("attention, early", "attention, late", "feed-forward, early", "feed-forward, late")
 
 POINTS = 16

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -38,7 +38,7 @@ from unmergeable.evaluation.results import (
 from unmergeable.evaluation.scoring import Coefficients, Group
 from unmergeable.evaluation.selection import KEPT_SHARE, Menu, choice, pareto_front
 from unmergeable.evaluation.threat_models import ThreatModel, least
-from unmergeable.evaluation.worst_case import WorstCase, area_between, difference, worst_cases
+from unmergeable.evaluation.worst_case import WorstCase, difference, judged
 
 
 @dataclass(frozen=True)
@@ -233,9 +233,7 @@ class Contest:
     def is_recognised(self, owner: tuple[str, int], model: ThreatModel) -> bool:
         """Whether one of the recoveries that an attacker has undid what was done."""
         distances = {
-            variant.recovery: variant.facts.get("distance_before")
-            for variant in self._variants((IDENTITY, 0), model)
-            if variant.recovery is not None
+            variant.recovery: variant.facts.get("distance_before") for variant in self._variants((IDENTITY, 0), model)
         }
         return any(
             is_recognised(variant.facts, distances.get(variant.recovery)) for variant in self._variants(owner, model)
@@ -355,10 +353,9 @@ def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: 
     unprotected, protected, without = (
         contest.menu_on(owner, model, samples) for owner in ((IDENTITY, 0), (name, seed), None)
     )
-    menus = [contest.menu.only(numbers) for numbers in (unprotected, protected, without)]
-    found = {one.kept_share: one for one in worst_cases(*menus, contest.rider_alone)}
-    if not (model.merges or (unprotected and protected)):  # who did not attack was not stopped
-        found = {bar: replace(one, d_star=math.nan, low=math.nan, high=math.nan) for bar, one in found.items()}
+    released, hidden, own = (contest.menu.only(numbers) for numbers in (unprotected, protected, without))
+    at_bars, area = judged(released, hidden, own, contest.rider_alone, is_merging=model.merges)
+    found = {one.kept_share: one for one in at_bars}
     worst = found[KEPT_SHARE]
     tried = contest.tried_on((name, seed), model, samples)
     chosen = {
@@ -379,7 +376,7 @@ def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: 
         bars=tuple(
             AtBar(kept_share=bar, d_star=_number(one.d_star), interval=_interval(one)) for bar, one in found.items()
         ),
-        area=_number(area_between(*menus, contest.rider_alone)),
+        area=_number(area),
         kept_on_test=contest.kept_on_test(chosen["protected"]),
         flags=tuple(_flags(contest, (name, seed), model, found, chosen)),
         attacks_tried=len(tried),

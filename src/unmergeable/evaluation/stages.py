@@ -16,14 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 from unmergeable.evaluation.attackers import Attacker
+from unmergeable.evaluation.by_part import BY_PART
 from unmergeable.evaluation.contending import Searched
 from unmergeable.evaluation.judge import Job
 from unmergeable.evaluation.models import Variant
 from unmergeable.evaluation.plans.entries import MergeEntry
 from unmergeable.evaluation.scoring import Coefficients
 from unmergeable.evaluation.search import merit
-
-BY_PART = "task_arithmetic, by part"
 
 _WHOLE = "task_arithmetic"
 

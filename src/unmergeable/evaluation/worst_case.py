@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -166,6 +166,26 @@ def area_between(unprotected: Menu, protected: Menu, without_victim: Menu, rider
         kept = rider / alone if alone > 0 else np.ones(len(rider))
         areas.append(area_under(defended, menu.test.mean(axis=1), kept, STRIP))
     return _ratio(*areas)
+
+
+def judged(
+    unprotected: Menu,
+    protected: Menu,
+    without_victim: Menu,
+    rider_alone: Floats,
+    bars: Sequence[float] = BARS,
+    *,
+    is_merging: bool = True,
+) -> tuple[tuple[WorstCase, ...], float]:
+    """What :func:`worst_cases` and :func:`area_between` say of a trial.
+
+    NaN where an attacker who does not merge did not attack one of the two: whoever did not attack was not stopped.
+    """
+    found = worst_cases(unprotected, protected, without_victim, rider_alone, bars)
+    area = area_between(unprotected, protected, without_victim, rider_alone)
+    if is_merging or (len(unprotected.defended) and len(protected.defended)):
+        return found, area
+    return tuple(replace(one, d_star=math.nan, low=math.nan, high=math.nan) for one in found), math.nan
 
 
 def contenders(
