@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from unmergeable.evaluation.by_part import PARTS, POINTS, ByPart, Point, next_by_part, spread
 from unmergeable.ops.opened import open_with_architecture
 
