@@ -31,9 +31,10 @@ from torch import Tensor
 
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.live import edits_to, is_polynomial, load, state_for, state_without_victim
+from unmergeable.checkpoint.disk_names import to_disk_names
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, DiskError, UnmergeableError, UsageError
-from unmergeable.network.disk_weights import Place, find_places, show, swapped, to_disk_names
+from unmergeable.network.disk_weights import Place, find_places, show, swapped
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import Judgement, added, fine_tune, gather_examples, judge, padding_token, select
 from unmergeable.network.low_rank import low_rank_updates

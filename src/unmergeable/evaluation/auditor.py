@@ -19,10 +19,11 @@ from unmergeable.evaluation.controls import controls
 from unmergeable.evaluation.heats import Heats
 from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack
 from unmergeable.evaluation.models import Variant, make_variants
-from unmergeable.evaluation.names import CONTROLS, IDENTITY, PLANTED_STRUCTURE, SCALE
+from unmergeable.evaluation.names import BASE, CONTROLS, IDENTITY, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.pool import Call
+from unmergeable.evaluation.preflight import asked
 from unmergeable.evaluation.results import AuditResult, Line, ModelRecord, Refusal
 from unmergeable.evaluation.run import Run
 from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, score_points
@@ -85,7 +86,7 @@ class Auditor:
         contests = [self._contest(rider, stayed, left, alone) for rider in self.plan.riders]
         released = [variant for variant in variants if variant.recovery is None and variant.checkpoint is not None]
         protections = Judge(self.plan, contests, alone.scores()).protections(released)
-        checked = controls(protections, variants)
+        checked = controls(protections, variants) if self.plan.has_expert else ()
         analyses = self._analyses(variants)
         refused = [_refusal(done.job, done.found.refusal) for done in searched if done.found.refusal]
         refused = [
@@ -105,7 +106,7 @@ class Auditor:
         ]
         return AuditResult(
             **self.run.facts(),
-            task=self.plan.victim.task,
+            task=self.plan.defended_task,
             kept_share=KEPT_SHARE,
             alone=alone.scores(),
             protections=protections,
@@ -128,17 +129,25 @@ class Auditor:
 
     def _group(self, rider: ExpertEntry, *models: Checkpoint, merge: MergeEntry | None = None) -> Group:
         """Models to merge, or one that is scored as it is, on the defended task and a free-rider's."""
-        tasks = tuple(self.run.scored(self.plan.task(name)) for name in (self.plan.victim.task, rider.task))
+        tasks = tuple(self.run.scored(self.plan.task(name)) for name in (self.plan.defended_task, rider.task))
         return Group(self.run.checkpoint(self.plan.base), models, merge, tasks)
 
+    def _released(self, variant: Variant) -> Group:
+        """What was released, to be scored as it is; what was made elsewhere knows the defended task only."""
+        assert variant.checkpoint is not None
+        if not variant.checkpoint.is_foreign:
+            return self._group(self.plan.riders[0], variant.checkpoint)
+        release = next(release for release in self.plan.releases if release.name == variant.protection)
+        task, model = asked(self.plan, release, self.run.digests, self.run.scored)
+        return Group(self.run.checkpoint(self.plan.base), (model,), None, (task,))
+
     def _alone(self, variants: Iterable[Variant]) -> _Alone:
-        first, *_ = self.plan.riders
-        models = {"base": self._group(first, self.run.checkpoint(self.plan.base))}
+        models = {BASE: self._group(self.plan.riders[0], self.run.checkpoint(self.plan.base))}
         for rider in self.plan.riders:
             models[rider.name] = self._group(rider, self.run.checkpoint(rider.path))
         for variant in variants:
             if variant.recovery is None and variant.checkpoint is not None and variant.protection != PLANTED_STRUCTURE:
-                models[variant.label] = self._group(first, variant.checkpoint)
+                models[variant.label] = self._released(variant)
         return _Alone(self._scored(models, "validation"), self._scored(models, "test"))
 
     def _scored(self, models: Mapping[str, Group], part: Part) -> dict[str, Cell]:
@@ -306,7 +315,7 @@ class Auditor:
     ) -> Contest:
         return Contest(
             rider=rider.name,
-            defended_task=self.plan.victim.task,
+            defended_task=self.plan.defended_task,
             rider_task=rider.task,
             rider_alone=alone.rider(rider),
             rider_tested=alone.test[rider.name].credits[rider.task],
@@ -322,7 +331,7 @@ class Auditor:
             self.run.checkpoint(self.plan.base),
             self.run.checkpoint(self.plan.victim.path),
             tuple((rider.name, self.run.checkpoint(rider.path)) for rider in self.plan.riders),
-            self.run.scored(self.plan.task(self.plan.victim.task)),
+            self.run.scored(self.plan.task(self.plan.defended_task)),
             self.plan.analyses,
         )
         subjects = subjects_of(variants)
@@ -354,7 +363,7 @@ class Auditor:
                 share=tuple(shares),
                 scores={
                     task: tuple(float(cell.credits[task].mean()) for cell in cells)
-                    for task in (self.plan.victim.task, rider.task)
+                    for task in (self.plan.defended_task, rider.task)
                 },
             )
             for (variant, rider), cells in zip(chosen, lines, strict=True)
@@ -364,11 +373,13 @@ class Auditor:
     def _line(self, model: Checkpoint, rider: ExpertEntry, shares: Sequence[float]) -> list[Call]:
         """Calls that score a line's ends as the models they are, and what lies between as shares of the model."""
         own = self.run.checkpoint(rider.path)
-        parts = (
-            (self._group(rider, own), [None]),
-            (self._group(rider, model, own, merge=_ADDED), [(share, 1 - share) for share in shares]),
-            (self._group(rider, model), [None]),
-        )
+        inside = [(share, 1 - share) for share in shares]
+        parts: list[tuple[Group, list[Coefficients | None]]] = [(self._group(rider, own), [None])]
+        if model.is_foreign:  # alone it is a network of its own, which need not know the free-rider's task
+            parts += [(self._group(rider, model, own, merge=_ADDED), [*inside, (1.0, 0.0)])]
+        else:
+            parts += [(self._group(rider, model, own, merge=_ADDED), [*inside])]
+            parts += [(self._group(rider, model), [None])]
         return [(score_points, (group, points, "test", self.run.cells)) for group, points in parts]
 
 

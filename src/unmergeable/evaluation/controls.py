@@ -113,10 +113,11 @@ def _students(unprotected: ProtectionResult) -> Iterator[Control]:
         for trial in verdicts.trials
     }
     gains = [
-        (trial.protected - merged[trial.rider].without_victim) / gain
+        (trial.protected - best.without_victim) / (best.unprotected - best.without_victim)
         for trial in unprotected.tiers[ThreatModel.BLACK_BOX].trials
-        if trial.rider in merged
-        and (gain := merged[trial.rider].unprotected - merged[trial.rider].without_victim) > SMALL_DENOMINATOR
+        if (best := merged.get(trial.rider)) is not None
+        and best.unprotected is not None
+        and best.unprotected - best.without_victim > SMALL_DENOMINATOR
     ]
     if gains:
         yield Control(
@@ -160,7 +161,9 @@ def _hidden(model: ThreatModel, trial: Trial) -> float | None:
 
 def _luck(model: ThreatModel, trial: Trial) -> float:
     """What two trainings end apart by luck alone, of attackers who train."""
-    return LUCK_OF_TRAINING / (trial.unprotected - trial.without_victim) if model.trains else 0.0
+    if not model.trains or trial.unprotected is None:
+        return 0.0
+    return LUCK_OF_TRAINING / (trial.unprotected - trial.without_victim)
 
 
 def _planted_key(variant: Variant, variants: Sequence[Variant]) -> Control | None:

@@ -130,7 +130,7 @@ class _Training:
     @cached_property
     def _weights(self) -> Mapping[str, Tensor]:
         network = scoring.network_to_train(self.tuning.group)
-        mixture = _mixture(_balanced(_examples(self.tuning, network)))
+        mixture = _mixture(_balanced(_examples(self.tuning)))
         try:
             weights = scoring.weights_of(self.tuning.group)(self.tuning.point)
             method = replace(self.tuning.method, samples=sum(len(batch) for batch in mixture.batches))
@@ -145,15 +145,23 @@ class _Refused(BadInput):
     """There is no such network."""
 
 
-def _examples(tuning: Tuning, network: Any) -> list[Task]:
+def _examples(tuning: Tuning) -> list[Task]:
     """Examples of the defended task, as many as the attacker has labels for, and of its own."""
-    (defended, own), samples = tuning.group.tasks, tuning.method.samples
-    return [_labelled(defended, samples, samples, tuning, network), _labelled(own, 1, tuning.most_own, tuning, network)]
+    (defended, own), samples, base = tuning.group.tasks, tuning.method.samples, tuning.group.base.path
+    return [
+        labelled_examples(defended, base, least=samples, limit=samples),
+        labelled_examples(own, base, least=1, limit=tuning.most_own),
+    ]
 
 
-def _labelled(task: ScoredTask, least: int, limit: int, tuning: Tuning, network: Any) -> Task:
-    """At most ``limit`` examples to learn a task from, and not fewer than ``least``."""
-    scorer = scoring.scorer_of(task.entry, task.digests["train"], "train", tuning.group.base.path, limit=limit)
+def labelled_examples(task: ScoredTask, base: Path, *, least: int, limit: int) -> Task:
+    """At most ``limit`` examples to learn a task from.
+
+    Raises:
+        BadInput: there are fewer than ``least``, or they cannot be read or learnt from.
+    """
+    scorer = scoring.scorer_of(task.entry, task.digests["train"], "train", base, limit=limit)
+    network = scoring.network_of(base)
     labelled = scorer.task if isinstance(scorer, ChoiceScorer) else _said(task.entry.name, _answers(scorer), network)
     count = _count(labelled)
     if count < least:

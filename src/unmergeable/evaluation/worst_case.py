@@ -26,7 +26,16 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from unmergeable.evaluation.selection import BARS, KEPT_SHARE, Floats, Menu, area_under, pareto_front, skill_to_keep
+from unmergeable.evaluation.selection import (
+    BARS,
+    KEPT_SHARE,
+    Floats,
+    Menu,
+    area_under,
+    choice,
+    pareto_front,
+    skill_to_keep,
+)
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -116,6 +125,12 @@ def worst_cases(
     draws = _draws(menus[0], seed, resamples)
     scored = [_Scores.of(menu, rider_alone, draws) for menu in menus]
     return tuple(_at_bar(scored, bar) for bar in bars)
+
+
+def selected(menu: Menu, rider_alone: Floats) -> tuple[float, int]:
+    """The test score of the attack that an attacker picks from a menu, and its number."""
+    number = choice(menu.defended.mean(axis=1), menu.rider.mean(axis=1), float(rider_alone.mean())) or 0
+    return float(menu.test[number].mean()), number
 
 
 @dataclass(frozen=True)

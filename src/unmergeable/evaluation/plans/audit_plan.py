@@ -6,22 +6,26 @@
       - {name: animals, path: expert-animals, task: animals}
     protect:
       expert: digits
-      methods: [mergelock, {name: strong, method: mergelock, settings: {condition: 1000}}]
+      methods:
+        - mergelock
+        - {name: strong, method: mergelock, settings: {condition: 1000}}
+        - {name: theirs, checkpoint: their-release}
     merges: [task_arithmetic, ties]
     recoveries: [kabsch, nearest_orbit]
     tasks:
       - {name: digits, data: digits.npz, head: digits-head.safetensors}
       - {name: animals, data: animals.npz, head: animals-head.safetensors}
 
-Every other expert is a free-rider's, each of whom attacks separately. ``attacker: standard`` takes the place of
-``merges`` and ``recoveries``: those of :mod:`unmergeable.evaluation.attackers`, which is also what a plan has that
-lists none. Paths are relative to the plan; a checkpoint may be ``hub:OWNER/NAME`` too. Everything that can be wrong
-with a plan is reported before anything is computed.
+Every other expert is a free-rider's, each of whom attacks separately. Who has somebody's release and not the expert
+writes ``task: digits`` in place of ``expert``: D* is then unknown, and what attackers get is not. ``attacker:
+standard`` takes the place of ``merges`` and ``recoveries``: those of :mod:`unmergeable.evaluation.attackers`, which is
+also what a plan has that lists none. Paths are relative to the plan; a checkpoint may be ``hub:OWNER/NAME`` too.
+Everything that can be wrong with a plan is reported before anything is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,15 +39,18 @@ from unmergeable.evaluation.names import BASE, CONTROLS, GIVEN
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings, read_analysis_settings
 from unmergeable.evaluation.plans.entries import (
     ExpertEntry,
+    ProtectionEntry,
     RecoveryEntry,
+    TaskEntry,
     read_expert,
     read_merge,
     read_protection,
     read_recovery,
     read_task,
 )
-from unmergeable.evaluation.plans.fields import Entry, read_document, require_plain, require_unique
+from unmergeable.evaluation.plans.fields import Entry, read_document, require_named, require_plain, require_unique
 from unmergeable.evaluation.plans.plan import Plan
+from unmergeable.evaluation.plans.releases import ReleaseEntry, is_release, read_release
 from unmergeable.evaluation.race import DOUBT
 from unmergeable.evaluation.threat_models import ThreatModel, least
 from unmergeable.settings import configure
@@ -142,14 +149,19 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditPlan(Plan):
-    """An audit, checked. ``analyses`` is None for an audit without.
+    """An audit, checked.
 
-    ``doubt``: the largest probability with which the race of attacks drops the attacker's choice; 0 for no race.
-    ``connectivity``: how many points of the line between two models are scored, its ends among them; 0 for none.
+    Attributes:
+        defended: name of the expert as it was before it was protected; None where nobody has it.
+        task_without_expert: the defended task, where it is not the expert that names it.
+        doubt: the largest probability with which the race of attacks drops the attacker's choice; 0 for no race.
+        connectivity: points of the line between two models that are scored, its ends among them; 0 for none.
+        analyses: None for an audit without.
     """
 
-    defended: str
+    defended: str | None
     attacker: Attacker
+    task_without_expert: str | None = None
     coefficients: Grid
     doubt: float
     threat_models: tuple[ThreatModel, ...]
@@ -169,8 +181,28 @@ class AuditPlan(Plan):
         return any(attacker.includes(model) for attacker in (self.strongest, *self.threat_models))
 
     @property
+    def has_expert(self) -> bool:
+        """Whether the unprotected expert is there, with which everything is compared."""
+        return self.defended is not None
+
+    @property
     def victim(self) -> ExpertEntry:
+        """The defended expert, which must be there."""
+        assert self.defended is not None
         return self.expert(self.defended)
+
+    @property
+    def defended_task(self) -> str:
+        return self.task_without_expert or self.victim.task
+
+    def as_released(self) -> Iterable[tuple[ProtectionEntry, ExpertEntry]]:
+        return [(entry, self.victim) for entry in self.protections]
+
+    def labelled(self, task: TaskEntry) -> int:
+        """Of the defended task as many as the attacker with most has, of its own at least one."""
+        if not self.strongest.trains:
+            return 0
+        return max(self.few_shot.samples) if task.name == self.defended_task else 1
 
     @property
     def riders(self) -> tuple[ExpertEntry, ...]:
@@ -193,15 +225,21 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
     require_plain(document, where)
     top = Entry(document, _TOP, where)
     base = top.checkpoint("base", folder)
-    protect = Entry(top.document("protect"), ("expert", "methods"), f"{where}, protect")
+    protect = Entry(top.document("protect"), ("expert", "task", "methods"), f"{where}, protect")
+    if "expert" in protect and "task" in protect:
+        raise BadInput(f"{protect.where}: give either expert, which has a task, or task where nobody has the expert.")
+    has_expert = "task" not in protect
+    methods = protect.listed("methods", partial(_read_method, folder=folder))
     known = ("defended", "rider", "refinements", "extends")
     grid = Entry(top.document("coefficients", {}), known, f"{where}, coefficients")
     attacker = _attacker(top)
     plan = AuditPlan(
         base=base,
         experts=top.listed("experts", partial(read_expert, folder=folder)),
-        defended=protect.text("expert"),
-        protections=protect.listed("methods", partial(read_protection, folder=folder)),
+        defended=protect.text("expert") if has_expert else None,
+        task_without_expert=None if has_expert else protect.text("task"),
+        protections=tuple(method for method in methods if isinstance(method, ProtectionEntry)),
+        releases=tuple(method for method in methods if isinstance(method, ReleaseEntry)),
         attacker=attacker,
         merges=_menu(top, "merges", read_merge, attacker),
         recoveries=(
@@ -224,9 +262,15 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
         analyses=read_analysis_settings(top.document("analyses"), f"{where}, analyses"),
         document=dict(document) if isinstance(document, Mapping) else {},
     )
-    plan.require_names(where, [plan.defended])
+    plan.require_names(where, [] if plan.defended is None else [plan.defended])
+    if plan.task_without_expert is not None:
+        _require_no_expert(plan, where)
     _require_consistent(plan, where)
     return plan
+
+
+def _read_method(item: object, where: str, folder: Path) -> ProtectionEntry | ReleaseEntry:
+    return read_release(item, where, folder) if is_release(item) else read_protection(item, where, folder)
 
 
 def _attacker(top: Entry) -> Attacker:
@@ -311,6 +355,13 @@ def _doubt(top: Entry) -> float:
     return float(doubt)
 
 
+def _doubt(top: Entry) -> float:
+    doubt = top.document("doubt", DOUBT)
+    if isinstance(doubt, bool) or not isinstance(doubt, int | float) or not 0 <= doubt < 1:
+        raise top.wrong("doubt", "must be a number from 0, which leaves no attack out, to below 1", doubt)
+    return float(doubt)
+
+
 def _connectivity(top: Entry) -> int:
     """Points of a line; a line has two ends and something between them."""
     points = top.whole("connectivity", CONNECTIVITY, least=0)
@@ -328,11 +379,22 @@ def _seeds(top: Entry) -> list[int]:
 
 def _require_free_names(plan: AuditPlan, where: str) -> None:
     """Raises BadInput for a name that the audit itself gives."""
-    taken = {"experts": (BASE,), "protections": CONTROLS, "recoveries": (GIVEN,)}
+    taken = {"experts": (BASE,), "protections": CONTROLS, "releases": CONTROLS, "recoveries": (GIVEN,)}
     for kind, names in taken.items():
         for entry in getattr(plan, kind):
             if entry.name in names:
                 raise BadInput(f"{where}, {kind}: {entry.name!r} is what every audit calls one of its own; rename it.")
+
+
+def _require_no_expert(plan: AuditPlan, where: str) -> None:
+    """What cannot be done without the unprotected expert is not asked for."""
+    require_named(str(plan.task_without_expert), [task.name for task in plan.tasks], "task", f"{where}, protect")
+    for entry in plan.protections:
+        raise BadInput(
+            f"{where}, protect: {entry.name} needs an expert to be applied to; name it as expert, in place of task."
+        )
+    if plan.analyses is not None:
+        raise BadInput(f"{where}, analyses: they compare with the unprotected expert; name it, or leave them out.")
 
 
 def _require_consistent(plan: AuditPlan, where: str) -> None:
@@ -341,7 +403,7 @@ def _require_consistent(plan: AuditPlan, where: str) -> None:
     if not plan.riders:
         raise BadInput(f"{where}, experts: nobody to merge with; add a free-rider's expert.")
     for rider in plan.riders:
-        if rider.task == plan.victim.task:
+        if rider.task == plan.defended_task:
             raise BadInput(f"{where}, expert {rider.name}: it has the defended task; a free-rider lacks that skill.")
     if 1.0 not in plan.coefficients.defended:
         raise BadInput(f"{where}, coefficients: defended must contain 1.0, or the expert is never used as it was made.")
@@ -357,6 +419,8 @@ def _require_attacks(plan: AuditPlan, where: str) -> None:
             "was done; leave the entry out for the standard ones, or give `threat_models: [off_the_shelf]` to claim "
             "nothing about it."
         )
+    for merge in plan.merges:
+        merge.require_experts(2, where)
     for kind, entries in (("recovery", plan.recoveries), ("merge", plan.merges)):
         for entry in entries:
             if entry.threat_model == ThreatModel.UNLABELLED and not plan.reaches(entry.threat_model):
@@ -393,9 +457,9 @@ def _require_examples(plan: AuditPlan, where: str) -> None:
         if task.train in (task.validation, task.test) and not task.is_split:
             raise BadInput(f"{where}, task {task.name}: train must be other data than validation and test.")
     for recovery in plan.recoveries:
-        read = [plan.victim] if "defended" in recovery.examples else []
-        for expert in (*read, *(plan.riders if "own" in recovery.examples else ())):
-            task = plan.task(expert.task)
+        read = [plan.defended_task] if "defended" in recovery.examples else []
+        for name in (*read, *(rider.task for rider in plan.riders if "own" in recovery.examples)):
+            task = plan.task(name)
             if task.train is None or task.is_split:
                 raise BadInput(
                     f"{where}, task {task.name}: recovery {recovery.name} reads examples; give them as train, a file "

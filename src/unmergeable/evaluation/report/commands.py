@@ -9,6 +9,7 @@ from typing import Any
 from unmergeable.evaluation.attackers import DEFAULT, attacker_named
 from unmergeable.evaluation.by_part import BY_PART, PARTS
 from unmergeable.evaluation.methods import attack_reads, attack_requirements, has_key
+from unmergeable.evaluation.names import GIVEN
 from unmergeable.evaluation.plans.entries import joined
 from unmergeable.evaluation.report.verdict import short
 from unmergeable.evaluation.results import Trial
@@ -28,9 +29,12 @@ def attack_commands(plan: Mapping[str, Any], protection: str, trial: Trial) -> l
     best, against = trial.best["protected"], ["--base", plan["base"]]
     commands, experts = [], [paths[trial.rider]]
     if best.uses_victim:
-        victim = paths[plan["protect"]["expert"]]
         protect = _find(plan["protect"]["methods"], protection)
-        if protect is not None:
+        if protect is not None and "checkpoint" in protect:
+            victim = protect["recovered" if best.recovery == GIVEN else "checkpoint"]
+        else:
+            victim = paths[plan["protect"]["expert"]]
+        if protect is not None and "method" in protect:
             key = ["--key", "release.key"] if has_key(protect["method"], protect.get("settings") or {}) else []
             seed = ["--seed", str(trial.seed)]
             commands.append(["protect", victim, *against, *_method(protect), *seed, *key, "--out", RELEASE])
@@ -95,12 +99,14 @@ def _find(entries: Sequence[Any], name: str | None) -> Mapping[str, Any] | None:
     """What a plan calls by this name; a method that goes by its own name may stand there as a text."""
     for entry in entries:
         described: Mapping[str, Any] = {"method": entry} if isinstance(entry, str) else entry
-        if (
-            described.get("name", described.get("method") or joined(step["method"] for step in _steps(described)))
-            == name
-        ):
+        if (described.get("name") or _name_of(described)) == name:
             return described
     return None
+
+
+def _name_of(entry: Mapping[str, Any]) -> str:
+    """What an entry without a name is called."""
+    return entry.get("method") or joined(step["method"] for step in _steps(entry))
 
 
 def _steps(recovery: Mapping[str, Any]) -> list[Mapping[str, Any]]:
