@@ -20,6 +20,7 @@ from safetensors.torch import save
 from unmergeable import ops
 from unmergeable.attacks.distance import block_distances, relative_distance
 from unmergeable.checkpoint.disk import write_file
+from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.errors import BadInput, UnmergeableError
 from unmergeable.evaluation.names import PLANTED, PLANTED_STRUCTURE
 from unmergeable.evaluation.planted import KINDS, STRUCTURES, planted
@@ -85,8 +86,7 @@ def output_gap(expert: Path, release: Path, base: Path, condition: float = 1.0) 
         ``output_gap`` and ``output_gap_bound``, relative; the gap is None where the two cannot be compared.
     """
     try:
-        first, _ = open_with_architecture(expert, base=base)
-        second, _ = open_with_architecture(release, base=base)
+        first, second = (open_checkpoint(checkpoint, base=base) for checkpoint in (expert, release))
         found = logit_gap(first, second, condition, is_requested=True, is_measured=True)
     except (UnmergeableError, RuntimeError, ValueError):  # outputs of other shapes, a network that cannot be built
         return {"output_gap": None, "output_gap_bound": None}

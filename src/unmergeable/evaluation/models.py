@@ -197,7 +197,8 @@ class ModelMaker:
     def foreign(self, entry: ReleaseEntry) -> Variant:
         """What somebody else released, as it is."""
         path, trusts = entry.checkpoint, entry.trust_remote_code
-        return Variant(entry.name, 0, None, Checkpoint(path, self.digests[path], True, trusts), 0.0, {})
+        facts = {} if self.victim is None else output_gap(self._expert, path, self.base)
+        return Variant(entry.name, 0, None, Checkpoint(path, self.digests[path], True, trusts), 0.0, facts)
 
     def given(self, entry: ReleaseEntry) -> list[Variant]:
         """The weights that somebody got out of it, where the plan has them."""
