@@ -75,7 +75,7 @@ def test_a_release_that_computes_the_same_has_to_be_undone(
 
 @pytest.mark.parametrize(("with_key", "passed"), [(None, False), (1.0, False), (1.17, True)])
 def test_a_planted_key_is_found_as_far_as_rounding_leaves_it(with_key: float | None, passed: bool) -> None:
-    """The light fine-tune in bfloat16: 1.16 times the expert's distance is what the key itself leaves."""
+    """A recovery at 1.16 of the expert's distance is worth nothing less where the key itself leaves 1.17."""
     variants = [
         variant(IDENTITY, "nearest_orbit", method="nearest_orbit", distance_before=0.01),
         variant("lock", has_key=True, distance_with_key=with_key),
