@@ -355,13 +355,6 @@ def _doubt(top: Entry) -> float:
     return float(doubt)
 
 
-def _doubt(top: Entry) -> float:
-    doubt = top.document("doubt", DOUBT)
-    if isinstance(doubt, bool) or not isinstance(doubt, int | float) or not 0 <= doubt < 1:
-        raise top.wrong("doubt", "must be a number from 0, which leaves no attack out, to below 1", doubt)
-    return float(doubt)
-
-
 def _connectivity(top: Entry) -> int:
     """Points of a line; a line has two ends and something between them."""
     points = top.whole("connectivity", CONNECTIVITY, least=0)
