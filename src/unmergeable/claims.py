@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -63,20 +64,24 @@ class Study:
 
 @dataclass(frozen=True)
 class DStar:
-    """D* against the strongest attack found within one threat model, and its 95 % interval; None: not known."""
+    """D* against the strongest attack found within one threat model, and its 95 % interval; None: not known.
+
+    ``is_recognised``: whether the attacker saw what was done. Where not, somebody may who looks longer.
+    """
 
     value: float | None
     low: float | None
     high: float | None
+    is_recognised: bool = True
 
     @property
     def judgement(self) -> str:
         """One of :data:`JUDGEMENTS`, from the lower end of the interval: what may be luck is not called protection."""
-        if self.value is None or self.low is None:
+        if self.value is None or self.low is None or math.isnan(self.value):
             return "cannot be judged against"
-        if self.low >= STOPS:
+        if self.low >= STOPS and self.is_recognised:
             return "stops"
-        if self.low >= HINDERS:
+        if self.low >= HINDERS and self.is_recognised:
             return "hinders"
         return "is not shown to stop" if self.value >= HINDERS else "does not stop"
 
@@ -160,6 +165,32 @@ def limits(method: str, kind: str | None = None, settings: Mapping[str, object] 
     ]
     if other:
         sentences.append(f"None of these audits had {_listed(other)}.")
+    return " ".join(sentences)
+
+
+def overall() -> str:
+    """Which protections, at their defaults, stop which attackers, a sentence for each attacker."""
+    sentences = []
+    methods = dict.fromkeys(entry.method for entry in measurements())
+    for threat_model, whom in THREAT_MODELS.items():
+        everywhere, somewhere, audited = [], [], False
+        for method in methods:
+            judged = [
+                entry.d_star[threat_model].judgement for entry in measured(method) if threat_model in entry.d_star
+            ]
+            audited = audited or bool(judged)
+            if judged and set(judged) == {"stops"}:
+                everywhere.append(method)
+            elif "stops" in judged:
+                somewhere.append(method)
+        if not audited:
+            continue
+        clauses = [f"by {_listed(everywhere)} on every model that was audited with it"] if everywhere else []
+        clauses += [f"by {_listed(somewhere)} on some models and not on others"] if somewhere else []
+        if clauses:
+            sentences.append(f"{whom[0].upper()}{whom[1:]} is stopped {_listed(clauses)}.")
+        else:
+            sentences.append(f"No audited protection stops {whom}.")
     return " ".join(sentences)
 
 

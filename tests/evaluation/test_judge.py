@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from evaluation.documents import WORST
-from unmergeable.evaluation.judge import bounded, worst_trial
+from unmergeable.evaluation.controls import bounded
+from unmergeable.evaluation.judge import worst_trial
 from unmergeable.evaluation.report.verdict import attack, judgement, verdict
 from unmergeable.evaluation.results import AttackRecord, ProtectionResult, Trial
 from unmergeable.evaluation.threat_models import ThreatModel

@@ -280,3 +280,45 @@ def test_auto_estimates_the_orbit_once(tmp_path: Path, monkeypatch: pytest.Monke
     settings = {"negligible_epsilon": True}
     unmergeable.recover(tmp_path / "protected", base=base, method="auto", settings=settings, out=tmp_path / "wide")
     assert len(calls) == 4  # the control: what inspect estimated has other settings, and cannot be used
+
+
+@pytest.mark.parametrize("method", ["gauge", "taylor_mlp"])
+def test_distil_takes_any_release_as_a_teacher(method: str, work: Path) -> None:
+    """The student has the base's structure and answers more as the expert does; or it starts from another model."""
+    inputs = answers(work / "inputs.npz", "vit", work / "rider", count=120, seed=1)
+    options: dict[str, Any] = {"data": inputs} if method == "taylor_mlp" else {"key": work / "key"}
+    unmergeable.protect(work / "expert", base=work / "base", out=work / "protected", method=method, **options)
+    settings = {"steps": 40, "learning_rate": 3e-3}
+    options = {"base": work / "base", "method": "distil", "data": inputs}
+    result = unmergeable.recover(work / "protected", out=work / "out", settings=settings, **options)
+    expert, found, base = (outputs(work / name, work / "data.npz") for name in ("expert", "out", "base"))
+    assert float((found - expert).norm()) < 0.8 * float((base - expert).norm())
+    assert read(work / "out").keys() == read(work / "base").keys()
+    assert "40 steps on 120 inputs" in "\n".join(result.lines())
+    assert result.learnt.to_json()["steps"] == 40
+    with pytest.raises(UsageError, match="reads no head; leave out --head"):
+        unmergeable.recover(work / "protected", out=work / "no", head=inputs, **options)
+    with pytest.raises(UsageError, match="distil reads no sources"):
+        unmergeable.recover(work / "protected", out=work / "no", sources=[work / "rider"], **options)
+    settings |= {"start": "source", "steps": 1, "learning_rate": 1e-9}
+    unmergeable.recover(work / "protected", out=work / "own", settings=settings, sources=[work / "rider"], **options)
+    own, rider = read(work / "own"), read(work / "rider")
+    assert all(torch.allclose(own[name], rider[name], atol=1e-6) for name in rider)
+
+
+def test_distil_gives_the_base_a_head_to_answer_with(work: Path) -> None:
+    """The release tells classes apart, its base is an encoder without: the student has the release's layout."""
+    encoder = load_network(work / "base").vit
+    encoder.save_pretrained(work / "encoder")
+    result = unmergeable.recover(
+        work / "expert",
+        base=work / "encoder",
+        method="distil",
+        data=work / "data.npz",
+        settings={"steps": 2},
+        out=work / "out",
+    )
+    found, expert = read(work / "out"), read(work / "expert")
+    assert found.keys() == expert.keys()
+    assert not any(torch.equal(found[name], expert[name]) for name in found)
+    assert result.learnt is not None

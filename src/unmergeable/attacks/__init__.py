@@ -6,11 +6,12 @@ works on state dicts or live networks: :mod:`unmergeable.attacks.in_memory` says
 
 from __future__ import annotations
 
-from unmergeable.attacks.base import Attack, AttackRequirements, Estimate, Fit, Inputs, Learnt, Recovered
+from unmergeable.attacks.base import Attack, AttackRequirements, Estimate, Fit, Inputs, Learnt, Recovered, Whose
 from unmergeable.attacks.block_regression import BlockRegression, block_regression
 from unmergeable.attacks.canonicalise import Canonicalise, canonicalise
 from unmergeable.attacks.diagonal_ratio import DiagonalRatio, diagonal_ratio
 from unmergeable.attacks.distance import Distance, relative_distance
+from unmergeable.attacks.distil import Distil, distil
 from unmergeable.attacks.estimate import GaugeAttack
 from unmergeable.attacks.few_shot import FewShot, few_shot
 from unmergeable.attacks.grad_erase import GradErase, grad_erase
@@ -35,6 +36,7 @@ __all__ = [
     "Canonicalise",
     "DiagonalRatio",
     "Distance",
+    "Distil",
     "Estimate",
     "FewShot",
     "Fit",
@@ -55,10 +57,12 @@ __all__ = [
     "TaskVectorRescale",
     "TaylorInversion",
     "Unmask",
+    "Whose",
     "block_regression",
     "canonicalise",
     "diagonal_ratio",
     "distances",
+    "distil",
     "few_shot",
     "grad_erase",
     "kabsch",
@@ -94,6 +98,7 @@ ATTACKS = Registry(
         LayerwiseRidge,
         BlockRegression,
         GradErase,
+        Distil,
     ),
 )
 """Every attack by name: these, and those of other packages."""

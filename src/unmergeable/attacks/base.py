@@ -108,6 +108,8 @@ Finding = float | int | str
 
 NOT_RECOGNISED = "not recognised: the base explains nothing of these weights in any basis that was tried"
 Structure = Literal["base", "polynomial", "any"]
+Whose = Literal["defended", "own"]
+Access = Literal["weights", "answers"]
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,16 @@ class AttackRequirements(Requirements):
 
     "base": the base's own, in a family with a symmetry map. "polynomial": also one whose feed-forwards were replaced by
     polynomials. "any": whatever the protection made of it. Of the inputs, only the base need then have a symmetry map.
+
+    ``examples``: whose it reads, where it reads data. "defended": those of the task that the release was tuned for,
+    which few attackers have. "own": any that the network takes, as those of the attacker's own task; all have some.
+
+    ``access`` to the release. "answers": it is run and never looked into.
     """
 
     structure: Structure = "base"
+    examples: Whose = "defended"
+    access: Access = "weights"
 
 
 @dataclass(frozen=True)

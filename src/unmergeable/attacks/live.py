@@ -11,11 +11,14 @@ from torch import Tensor
 
 from unmergeable.attacks.base import Inputs
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.errors import Mismatch
+from unmergeable.errors import Mismatch, first_line
 from unmergeable.network.disk_weights import find_places
 from unmergeable.network.load import load_network
 from unmergeable.network.polynomial_network import load_polynomial_network
 from unmergeable.polynomials.layout import SECTION
+
+HEAD_SPREAD = 0.02
+"""Standard deviation of a head that the base lacks and a student starts with."""
 
 
 def is_polynomial(source: TensorSource) -> bool:
@@ -57,6 +60,35 @@ def state_without_victim(network: Any, source: TensorSource, inputs: Inputs) -> 
         else:
             state[name] = torch.zeros(place.shape)
     return state
+
+
+@torch.no_grad()
+def with_a_head(network: Any, start: Any, *, seed: int) -> Any:
+    """A network of the release's class with the body of ``start`` and a head drawn at random: none of the victim's.
+
+    Raises:
+        Mismatch: the bodies are not of one structure.
+    """
+    body = getattr(network, "base_model", network)
+    try:
+        missing = body.load_state_dict(start.state_dict(), strict=False).missing_keys
+    except RuntimeError as error:
+        missing = [first_line(error)]
+    if missing:
+        raise Mismatch(
+            "the release answers by classes, and the base has neither its head nor its structure "
+            f"({missing[0]}); give a base with a head of as many classes."
+        )
+    own = {id(parameter) for parameter in body.parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        if id(parameter) in own:
+            continue
+        if parameter.dim() > 1:
+            parameter.copy_(HEAD_SPREAD * torch.randn(parameter.shape, generator=generator))
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return network
 
 
 def edits_to(weights: Mapping[str, Tensor], template: TensorSource) -> dict[str, Callable[[Tensor], Tensor]]:

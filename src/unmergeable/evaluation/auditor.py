@@ -15,10 +15,11 @@ from unmergeable.errors import BadInput
 from unmergeable.evaluation.analyses import Analyses, Surroundings, analyse, subjects_of
 from unmergeable.evaluation.cells import Cell, Credits
 from unmergeable.evaluation.contending import Searched, points_to_test
+from unmergeable.evaluation.controls import controls
 from unmergeable.evaluation.heats import Heats
-from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack, controls
+from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack
 from unmergeable.evaluation.models import Variant, make_variants
-from unmergeable.evaluation.names import BASE
+from unmergeable.evaluation.names import BASE, CONTROLS, IDENTITY, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.pool import Call
@@ -28,6 +29,7 @@ from unmergeable.evaluation.run import Run
 from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, score_points
 from unmergeable.evaluation.search import best_starts
 from unmergeable.evaluation.selection import KEPT_SHARE, skill_to_keep
+from unmergeable.evaluation.stages import by_part, first_merges, other_merges
 from unmergeable.evaluation.threat_models import ThreatModel, least
 from unmergeable.evaluation.tuning import Tuning, tune
 
@@ -35,6 +37,7 @@ _ADDED = MergeEntry("task_arithmetic", "task_arithmetic", {})
 
 _MEASURED = (
     "distance_before", "distance_after", "confidence", "measured_block_error", "condition_bound", "findings",
+    "distance_with_key", "output_gap", "output_gap_bound", "planted",
 )  # fmt: skip
 
 
@@ -75,20 +78,29 @@ class Auditor:
             for point, cell in merges.found.left.items()
         ]
         trained, failures = self._trained(searched, alone)
+        retrained, unlearnt = self._retrained(variants, searched, alone)
+        trained += retrained
         stayed = [attack for attack in [*attacks, *trained] if attack.validation.is_whole]
         left += [attack for attack in trained if not attack.validation.is_whole]
         lines = self._connections(variants)
         contests = [self._contest(rider, stayed, left, alone) for rider in self.plan.riders]
-        released = [variant for variant in variants if variant.recovery is None]
+        released = [variant for variant in variants if variant.recovery is None and variant.checkpoint is not None]
         protections = Judge(self.plan, contests, alone.scores()).protections(released)
         checked = controls(protections, variants) if self.plan.has_expert else ()
         analyses = self._analyses(variants)
         refused = [_refusal(done.job, done.found.refusal) for done in searched if done.found.refusal]
         refused = [
-            replace(refusal, reason=self._without_paths(refusal.reason, made)) for refusal in [*refused, *failures]
+            replace(refusal, reason=self._without_paths(refusal.reason, made))
+            for refusal in [*refused, *failures, *unlearnt]
         ]
         refused += [
-            Refusal(protection=variant.protection, seed=variant.seed, recovery=variant.recovery, reason=variant.refusal)
+            Refusal(
+                protection=variant.protection,
+                seed=variant.seed,
+                recovery=variant.recovery,
+                rider=variant.rider,
+                reason=variant.refusal,
+            )
             for variant in variants
             if variant.refusal
         ]
@@ -103,6 +115,7 @@ class Auditor:
             controls=checked,
             passed=all(control.passed for control in checked),
             cells=tuple(contest.cell(attack) for contest in contests for attack in (*contest.attacks, *contest.left)),
+            riders={contest.rider: contest.packed_rider for contest in contests},
             analyses=analyses,
             refused=tuple(refused),
         )
@@ -133,7 +146,7 @@ class Auditor:
         for rider in self.plan.riders:
             models[rider.name] = self._group(rider, self.run.checkpoint(rider.path))
         for variant in variants:
-            if variant.recovery is None and variant.checkpoint is not None:
+            if variant.recovery is None and variant.checkpoint is not None and variant.protection != PLANTED_STRUCTURE:
                 models[variant.label] = self._released(variant)
         return _Alone(self._scored(models, "validation"), self._scored(models, "test"))
 
@@ -146,24 +159,57 @@ class Auditor:
         return {name: outcome.cells[None] for name, outcome in zip(models, outcomes, strict=True)}
 
     def _jobs(self, variants: Sequence[Variant], rider: ExpertEntry) -> list[Job]:
-        own = self.run.checkpoint(rider.path)
-        jobs = [Job(None, rider, _ADDED, self._group(rider, own, merge=_ADDED))]
+        """The first stage of a free-rider's attacks."""
+        jobs = [Job(None, rider, _ADDED, self._group(rider, self.run.checkpoint(rider.path), merge=_ADDED))]
         for variant in variants:
-            if variant.checkpoint is not None:
+            if variant.checkpoint is not None and variant.is_had_by(rider):
                 jobs += [
-                    Job(variant, rider, merge, self._group(rider, variant.checkpoint, own, merge=merge))
-                    for merge in self.plan.merges
-                    if self.plan.reaches(merge.threat_model)
+                    self._job(variant, rider, merge)
+                    for merge in first_merges(self.plan.attacker, variant, self.plan.merges)
+                    if self._goes_together(variant, merge)
                 ]
         return jobs
+
+    def _job(self, variant: Variant, rider: ExpertEntry, merge: MergeEntry) -> Job:
+        assert variant.checkpoint is not None
+        own = self.run.checkpoint(rider.path)
+        return Job(variant, rider, merge, self._group(rider, variant.checkpoint, own, merge=merge))
+
+    def _goes_together(self, variant: Variant, merge: MergeEntry) -> bool:
+        """Whether some attacker has both; who does not merge the release itself has ordinary tools."""
+        if not variant.threat_model.merges:
+            return merge.threat_model is ThreatModel.OFF_THE_SHELF
+        return self.plan.reaches(merge.threat_model)
 
     def _kept(self, rider: ExpertEntry, alone: _Alone) -> float:
         return skill_to_keep(float(alone.rider(rider).mean()))
 
     def _searched(self, variants: Sequence[Variant], alone: _Alone) -> list[Searched]:
+        kept = {rider.name: self._kept(rider, alone) for rider in self.plan.riders}
         jobs = [job for rider in self.plan.riders for job in self._jobs(variants, rider)]
-        found = self._heats(jobs, alone).searched()
-        return [Searched(*pair) for pair in zip(jobs, found, strict=True)]
+        searched = self._raced(jobs, [], alone)
+        if self.plan.attacker.combines == "best":
+            searched = self._raced(self._following(other_merges(searched, self.plan.merges, kept)), searched, alone)
+        if self.plan.attacker.by_part:
+            searched = self._raced(self._following(by_part(searched, kept)), searched, alone)
+        return searched
+
+    def _following(self, wanted: Iterable[tuple[Job, MergeEntry]]) -> list[Job]:
+        """Jobs of a later stage: another merge of a model that was merged before."""
+        return [
+            self._job(job.variant, job.rider, merge)
+            for job, merge in wanted
+            if job.variant is not None and self._goes_together(job.variant, merge)
+        ]
+
+    def _raced(self, jobs: Sequence[Job], before: Sequence[Searched], alone: _Alone) -> list[Searched]:
+        """What was found before, and then these jobs."""
+        if not jobs:
+            return list(before)
+        every = [*(done.job for done in before), *jobs]
+        known = dict(enumerate(done.found for done in before))
+        found = replace(self._heats(every, alone), known=known).searched()
+        return [Searched(*pair) for pair in zip(every, found, strict=True)]
 
     def _heats(self, jobs: Sequence[Job], alone: _Alone) -> Heats:
         return Heats(self.run, self.plan.coefficients, self.plan.doubt, jobs, self._own(alone))
@@ -196,21 +242,54 @@ class Auditor:
             for samples in self.plan.few_shot.samples
             for method in self.plan.few_shot.methods(samples)
         ]
+        return self._tuned("training merges", wanted, searched, alone)
+
+    def _retrained(
+        self, variants: Sequence[Variant], searched: Sequence[Searched], alone: _Alone
+    ) -> tuple[list[ScoredAttack], list[Refusal]]:
+        """Attacks that train a free-rider's task into a release, and equally into models without the victim."""
+        if not self.plan.reaches(ThreatModel.RETRAIN):
+            return [], []
+        released = [
+            (variant, variant.checkpoint)
+            for variant in variants
+            if variant.recovery is None and variant.protection not in set(CONTROLS) - {IDENTITY}
+        ]
+        entry = self.plan.retrain
+        wanted = []
+        for rider in self.plan.riders:
+            without = [(None, self.run.checkpoint(path)) for path in (rider.path, self.plan.base)]
+            jobs = [
+                Job(variant, rider, None, self._group(rider, checkpoint))
+                for variant, checkpoint in (*without, *released)
+                if checkpoint is not None
+            ]
+            wanted += [
+                (job, Tuning(job.group, None, method, entry.own_examples))
+                for job in jobs
+                for samples in entry.samples
+                for method in entry.methods(samples)
+            ]
+        return self._tuned("training releases", wanted, searched, alone)
+
+    def _tuned(
+        self, stage: str, wanted: Sequence[tuple[Job, Tuning]], searched: Sequence[Searched], alone: _Alone
+    ) -> tuple[list[ScoredAttack], list[Refusal]]:
+        """Trainings that were done, and those that came to nothing."""
         heats = self._heats([merges.job for merges in searched], alone)
         found = {number: merges.found for number, merges in enumerate(searched)}
         calls: list[Call] = [
-            (tune, (tuning, heats.rules(job, found, least([job.threat_model, ThreatModel.FEW_SHOT])), self.run.cells))
-            for job, tuning in wanted
+            (tune, (tuning, heats.rules(job, found, _trainer(job)), self.run.cells)) for job, tuning in wanted
         ]
         attacks, failures = [], []
-        for (job, tuning), tuned in zip(wanted, self.run.done("training merges", calls, "trainings"), strict=True):
+        for (job, tuning), tuned in zip(wanted, self.run.done(stage, calls, "trainings") if calls else (), strict=True):
             if tuned.cells is None:
                 method = tuning.method
                 rate = float(method.learning_rates)
                 failures.append(_refusal(job, tuned.refusal, samples=method.samples, learning_rate=rate))
                 continue
             cells = tuned.cells["validation"], tuned.cells.get("test")
-            attacks.append(ScoredAttack(job, tuning.point, *cells, tuning.method))
+            attacks.append(ScoredAttack(job, tuning.point, *cells, tuning.method, tuning.most_own))
         return attacks, failures
 
     def _starts(self, searched: Sequence[Searched], alone: _Alone) -> list[tuple[Job, Coefficients | None]]:
@@ -219,7 +298,7 @@ class Auditor:
         Each attacker who trains starts from the best that it has.
         """
         groups: dict[tuple[str, tuple[str, int] | None, ThreatModel], list[int]] = {}
-        for model in (model for model in ThreatModel if model.trains and self.plan.reaches(model)):
+        for model in (model for model in ThreatModel if model.trains and model.merges and self.plan.reaches(model)):
             for number, merges in enumerate(searched):
                 if model.includes(merges.job.threat_model):
                     groups.setdefault((merges.job.rider.name, merges.job.owner, model), []).append(number)
@@ -239,6 +318,7 @@ class Auditor:
             defended_task=self.plan.defended_task,
             rider_task=rider.task,
             rider_alone=alone.rider(rider),
+            rider_tested=alone.test[rider.name].credits[rider.task],
             attacks=tuple(attack for attack in attacks if attack.job.rider == rider),
             left=tuple(attack for attack in left if attack.job.rider == rider),
         )
@@ -262,7 +342,12 @@ class Auditor:
         if not self.plan.connectivity:
             return []
         chosen = [
-            (variant, rider) for rider in self.plan.riders for variant in variants if variant.checkpoint is not None
+            (variant, rider)
+            for rider in self.plan.riders
+            for variant in variants
+            if variant.checkpoint is not None
+            and variant.is_had_by(rider)
+            and variant.protection not in set(CONTROLS) - {IDENTITY, SCALE}
         ]
         last = self.plan.connectivity - 1
         shares = [number / last for number in range(last + 1)]
@@ -298,6 +383,11 @@ class Auditor:
         return [(score_points, (group, points, "test", self.run.cells)) for group, points in parts]
 
 
+def _trainer(job: Job) -> ThreatModel:
+    """That of the weakest attacker who can train what a job gives."""
+    return job.threat_model if job.merge is None else least([job.threat_model, ThreatModel.FEW_SHOT])
+
+
 def _refusal(job: Job, reason: str, **training: Any) -> Refusal:
     """That a merge, or the training after it, came to nothing."""
     protection, seed = job.owner or (None, None)
@@ -306,7 +396,7 @@ def _refusal(job: Job, reason: str, **training: Any) -> Refusal:
         seed=seed,
         recovery=None if job.variant is None else job.variant.recovery,
         rider=job.rider.name,
-        merge=job.merge.name,
+        merge=None if job.merge is None else job.merge.name,
         reason=reason,
         **training,
     )
@@ -317,6 +407,7 @@ def _model(variant: Variant) -> ModelRecord:
         protection=variant.protection,
         seed=variant.seed,
         recovery=variant.recovery,
+        rider=variant.rider,
         cpu_seconds=variant.cpu_seconds,
         refusal=variant.refusal,
         facts={name: variant.facts[name] for name in _MEASURED if name in variant.facts},

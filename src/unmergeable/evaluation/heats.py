@@ -11,7 +11,7 @@ Jobs of one step know nothing of each other, so nothing depends on the number of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from unmergeable.evaluation.cells import Cell, Credits
@@ -21,7 +21,7 @@ from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.race import Rules, mean_credits
 from unmergeable.evaluation.run import Run
 from unmergeable.evaluation.search import Found, Place, glance, merit, most_points, search
-from unmergeable.evaluation.selection import skill_to_keep
+from unmergeable.evaluation.selection import BARS, skill_to_keep
 from unmergeable.evaluation.threat_models import ThreatModel
 
 
@@ -33,6 +33,7 @@ class Heats:
         run, grid, jobs: what is searched.
         doubt: of the races (:class:`unmergeable.evaluation.race.Rules`).
         alone: credits of each free-rider's own model on its task, by its name.
+        known: what was found of some of the jobs before, by their numbers.
     """
 
     run: Run
@@ -40,12 +41,13 @@ class Heats:
     doubt: float
     jobs: Sequence[Job]
     alone: Mapping[str, Credits]
+    known: Mapping[int, Found] = field(default_factory=dict)
 
     def searched(self) -> list[Found]:
         """What the search of each job found, in their order."""
         numbers = range(len(self.jobs))
-        found: dict[int, Found] = {}
-        first = [number for number in numbers if self.jobs[number].variant is None]
+        found = dict(self.known)
+        first = [number for number in numbers if self.jobs[number].variant is None and number not in found]
         self._search("searching without the expert", first, found)
         leading = self._leading([number for number in numbers if number not in found])
         self._search("searching the most promising merges", leading, found)
@@ -64,11 +66,13 @@ class Heats:
         others = [
             number
             for number, other in enumerate(self.jobs)
-            if other.rider == job.rider and other.owner in (None, job.owner) and model.includes(other.threat_model)
+            if other.rider == job.rider
+            and other.owner in (None, job.owner)
+            and model.may(other.threat_model, with_victim=other.owner is not None)
         ]
         rivals = [cell for number in others if number in found for cell in found[number].cells.values()]
         possible = sum(most_points(self.jobs[number].group, self.grid) for number in others)
-        return Rules(defended, rider, self.alone[job.rider.name], tuple(rivals), possible, self.doubt)
+        return Rules(defended, rider, self.alone[job.rider.name], tuple(rivals), possible, self.doubt, BARS)
 
     def _search(self, stage: str, numbers: Sequence[int], found: dict[int, Found]) -> None:
         calls: list[Call] = [

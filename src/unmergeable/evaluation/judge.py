@@ -1,4 +1,4 @@
-"""From scored attacks to verdicts: D* per protection, threat model, free-rider and key, and the controls.
+"""From scored attacks to verdicts: D* per protection, threat model, free-rider and key.
 
 The headline of a protection is its worst case: the lowest D* over free-riders and keys. Fronts, matrices and costs
 beside it say where it comes from.
@@ -7,22 +7,26 @@ beside it say where it comes from.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from unmergeable.attacks import FewShot
+from unmergeable.claims import DStar
 from unmergeable.evaluation.cells import Cell, Credits
+from unmergeable.evaluation.flags import FEWEST_EXAMPLES, STANDARD_ERRORS, Flag, is_on_edge, is_recognised
 from unmergeable.evaluation.models import Variant
-from unmergeable.evaluation.names import BASE, IDENTITY, SCALE
+from unmergeable.evaluation.names import BASE, CONTROLS, IDENTITY
+from unmergeable.evaluation.packing import pack
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.results import (
+    AtBar,
     AttackRecord,
     CellRecord,
-    Control,
+    Excess,
     Front,
     Fronts,
     MatrixCell,
@@ -32,27 +36,21 @@ from unmergeable.evaluation.results import (
     Verdicts,
 )
 from unmergeable.evaluation.scoring import Coefficients, Group
-from unmergeable.evaluation.selection import Menu, choice, pareto_front
+from unmergeable.evaluation.selection import KEPT_SHARE, Menu, choice, pareto_front
 from unmergeable.evaluation.threat_models import ThreatModel, least
-from unmergeable.evaluation.worst_case import selected, worst_case
-
-IDENTITY_BOUND, SCALE_BOUND = 0.05, 0.1
-"""The largest |D*| the controls may have: neither protects anything."""
-
-LUCK_OF_TRAINING = 0.02
-"""Share of right answers by which two trainings differ whose starts differ by a rounding."""
-
-PLANTED_BOUND = 1.02
-"""Times the unprotected expert's distance to the base: what a recovery that finds the key leaves at most."""
+from unmergeable.evaluation.worst_case import WorstCase, difference, judged, selected
 
 
 @dataclass(frozen=True)
 class Job:
-    """Models to merge by one method, and whose they are; ``variant`` is None where the victim is left alone."""
+    """Models to merge by one method, and whose they are.
+
+    ``variant`` is None where the victim is left alone, ``merge`` where a model is trained as it is.
+    """
 
     variant: Variant | None
     rider: ExpertEntry
-    merge: MergeEntry
+    merge: MergeEntry | None
     group: Group
 
     @property
@@ -63,6 +61,8 @@ class Job:
     @property
     def threat_model(self) -> ThreatModel:
         """That of the weakest attacker who can do it."""
+        if self.merge is None:
+            return ThreatModel.RETRAIN
         return least(step.threat_model for step in (self.variant, self.merge) if step is not None)
 
 
@@ -79,23 +79,25 @@ class ScoredAttack:
     validation: Cell
     test: Cell | None
     training: FewShot | None = None
+    own_examples: int = 0
 
     @property
     def threat_model(self) -> ThreatModel:
         """That of the weakest attacker who can do it."""
-        return least([self.job.threat_model, *([] if self.training is None else [ThreatModel.FEW_SHOT])])
+        is_trained = self.training is not None and self.job.merge is not None
+        return least([self.job.threat_model, *([ThreatModel.FEW_SHOT] if is_trained else [])])
 
     def is_open_to(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None) -> bool:
         """Whether it is on what is so owned, and an attacker with so many labelled examples may do it."""
         has_examples = self.training is None or self.training.samples == samples
-        return self.job.owner == owner and has_examples and model.includes(self.threat_model)
+        return self.job.owner == owner and has_examples and model.may(self.threat_model, with_victim=owner is not None)
 
     @property
     def recovery(self) -> str | None:
         return None if self.job.variant is None else self.job.variant.recovery
 
     @property
-    def kind(self) -> tuple[str | None, MergeEntry]:
+    def kind(self) -> tuple[str | None, MergeEntry | None]:
         """The recovery and the merge."""
         return self.recovery, self.job.merge
 
@@ -107,13 +109,31 @@ class ScoredAttack:
     def describe(self) -> AttackRecord:
         return AttackRecord(
             recovery=self.recovery,
-            merge=self.job.merge.name,
+            merge=None if self.job.merge is None else self.job.merge.name,
             coefficients=self.point,
             uses_victim=self.job.variant is not None,
+            start=self._start,
             samples=None if self.training is None else self.training.samples,
             learning_rate=None if self.training is None else float(self.training.learning_rates),
+            **self._effort,
             cpu_seconds=round(self.cpu_seconds, 3),
         )
+
+    @property
+    def _start(self) -> str | None:
+        """What a training without the victim starts from, where that is not a merge."""
+        if self.job.merge is not None or self.job.variant is not None:
+            return None
+        (model,) = self.job.group.models
+        return BASE if model == self.job.group.base else self.job.rider.name
+
+    @property
+    def _effort(self) -> dict[str, int | None]:
+        """Steps of the training, or of what taught a student, and the most examples that were read for it."""
+        if self.training is not None:
+            return {"steps": self.training.steps, "examples": self.training.samples + self.own_examples}
+        learnt = (self.job.variant.facts.get("learnt") if self.job.variant is not None else None) or {}
+        return {name: learnt.get(name) for name in ("steps", "examples")}
 
 
 Numbers = tuple[int, ...]
@@ -122,21 +142,33 @@ Numbers = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Contest:
-    """All attacks on behalf of one free-rider, and its own model's credits on validation examples of its task.
+    """All attacks on behalf of one free-rider, and its own model's credits on examples of its task.
 
-    ``left`` are those that left the race: they count among what was tried, and nothing is chosen from them.
+    ``rider_alone`` are those on validation examples, ``rider_tested`` those on test examples. ``left`` are attacks that
+    left the race: they count among what was tried, and nothing is chosen from them.
     """
 
     rider: str
     defended_task: str
     rider_task: str
     rider_alone: Credits
+    rider_tested: Credits
     attacks: tuple[ScoredAttack, ...]
     left: tuple[ScoredAttack, ...] = ()
 
     def attacks_on(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None = None) -> Numbers:
         """What an attacker with so many labelled examples may do to a protected model; None: without the victim."""
         return tuple(number for number, attack in enumerate(self.attacks) if attack.is_open_to(owner, model, samples))
+
+    def menu_on(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None = None) -> Numbers:
+        """The same; of a release that nobody can merge, in any form, what running it gives away.
+
+        Not to merge is no score of its own: whoever holds the weights can run them too.
+        """
+        numbers = self.attacks_on(owner, model, samples)
+        if numbers or owner is None or not model.includes(ThreatModel.WHITE_BOX):
+            return numbers
+        return self.attacks_on(owner, ThreatModel.BLACK_BOX)
 
     def tried_on(
         self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None = None
@@ -172,7 +204,47 @@ class Contest:
             attack=attack.describe(),
             met=None if attack.validation.is_whole else attack.validation.met,
             scores={part: None if cell is None else self.scores(cell) for part, cell in parts.items()},
+            credits=None if attack.test is None else {part: self._packed(cell) for part, cell in parts.items() if cell},
         )
+
+    def _packed(self, cell: Cell) -> dict[str, str]:
+        return {task: pack(cell.credits[task]) for task in (self.defended_task, self.rider_task)}
+
+    @property
+    def packed_rider(self) -> dict[str, str]:
+        """The credits of the free-rider's own model, by part, as a result keeps them."""
+        return {"validation": pack(self.rider_alone), "test": pack(self.rider_tested)}
+
+    def kept_on_test(self, attack: ScoredAttack) -> float | None:
+        """The share of the free-rider's skill that an attack keeps on test examples; None where it has none."""
+        alone = float(self.rider_tested.mean())
+        return None if attack.test is None or not alone else float(attack.test.credits[self.rider_task].mean()) / alone
+
+    def is_at_edge(self, attack: ScoredAttack) -> bool:
+        """Whether the search ended where it may not go further."""
+        alike = (other.point for other in self.attacks if other.job == attack.job and other.training == attack.training)
+        is_searched = (
+            attack.job.variant is not None
+            and attack.training is None
+            and not (attack.job.merge and attack.job.merge.start)
+        )
+        return is_searched and is_on_edge(attack.point, alike)
+
+    def is_recognised(self, owner: tuple[str, int], model: ThreatModel) -> bool:
+        """Whether one of the recoveries that an attacker has undid what was done."""
+        distances = {
+            variant.recovery: variant.facts.get("distance_before") for variant in self._variants((IDENTITY, 0), model)
+        }
+        return any(
+            is_recognised(variant.facts, distances.get(variant.recovery)) for variant in self._variants(owner, model)
+        )
+
+    def _variants(self, owner: tuple[str, int], model: ThreatModel) -> list[Variant]:
+        return [
+            attack.job.variant
+            for number in self.attacks_on(owner, model)
+            if (attack := self.attacks[number]).job.variant is not None
+        ]
 
     def scores(self, cell: Cell) -> dict[str, float]:
         return {task: float(cell.credits[task].mean()) for task in (self.defended_task, self.rider_task)}
@@ -198,12 +270,19 @@ class Judge:
         """``expert``: what the unprotected expert scores, None where nobody has it."""
         task, name, seeds = self.plan.defended_task, released[0].protection, [variant.seed for variant in released]
         base = self.alone[BASE][task]
-        protected = min(self.alone[variant.label][task] for variant in released)
+        # What is planted computes what the expert does; in another structure it is not scored alone.
+        scored = [self.alone[variant.label][task] for variant in released if variant.label in self.alone]
+        protected = min(scored) if scored or expert is None else expert
         matrix = self._matrix(name, seeds)
         return ProtectionResult(
-            is_control=name in (IDENTITY, SCALE),
+            is_control=name in CONTROLS,
             utility=Utility(expert=expert, protected=protected, loss=None if expert is None else expert - protected),
-            tiers={model: self._verdicts(name, seeds, model) for model in self.plan.threat_models},
+            tiers={
+                model: self._verdicts(name, seeds, model)
+                for model in self.plan.threat_models
+                if model.merges or name == IDENTITY or name not in CONTROLS
+            },
+            excess=self._excess(name, seeds),
             matrix=tuple(matrix),
             drop_ratio=_drop_ratios(matrix, expert, base),
             fronts=tuple(self._fronts(contest, name, seeds[0]) for contest in self.contests),
@@ -219,22 +298,39 @@ class Judge:
         return Verdicts(worst=worst_trial(trials), trials=trials)
 
     def _samples(self, model: ThreatModel) -> Sequence[int | None]:
+        if model is ThreatModel.RETRAIN:
+            return self.plan.retrain.samples
         return self.plan.few_shot.samples if model.trains else (None,)
+
+    def _excess(self, name: str, seeds: Sequence[int]) -> tuple[Excess, ...] | None:
+        """What the weights give beyond running the release; None where the plan does not ask for both."""
+        if not {ThreatModel.WHITE_BOX, ThreatModel.BLACK_BOX} <= {*self.plan.threat_models}:
+            return None
+        found = (_excess(contest, (name, seed)) for contest in self.contests for seed in seeds)
+        return tuple(excess for excess in found if excess is not None)
 
     def _matrix(self, name: str, seeds: Sequence[int]) -> list[MatrixCell]:
         """The best test score of each recovery with each merge, over free-riders and keys."""
-        recoveries = [entry.name for entry in self.plan.recoveries if self.plan.reaches(entry.threat_model)]
+        recoveries = [entry for entry in self.plan.recoveries if self.plan.reaches(entry.threat_model)]
         merges = [merge for merge in self.plan.merges if self.plan.reaches(merge.threat_model)]
-        return [self._matrix_cell(name, seeds, recovery, merge) for recovery in (None, *recoveries) for merge in merges]
+        strongest = self.plan.strongest
+        attackers = {entry.name: strongest if entry.threat_model.merges else entry.threat_model for entry in recoveries}
+        return [
+            self._matrix_cell(name, seeds, recovery, merge, attackers.get(recovery or "", strongest))
+            for recovery in (None, *attackers)
+            for merge in merges
+        ]
 
-    def _matrix_cell(self, name: str, seeds: Sequence[int], recovery: str | None, merge: MergeEntry) -> MatrixCell:
+    def _matrix_cell(
+        self, name: str, seeds: Sequence[int], recovery: str | None, merge: MergeEntry, attacker: ThreatModel
+    ) -> MatrixCell:
         scores, attempts = [], 0
         for contest in self.contests:
             for seed in seeds:
                 kind, owner = (recovery, merge), (name, seed)
-                on_owner = contest.attacks_on(owner, self.plan.strongest)
+                on_owner = contest.attacks_on(owner, attacker)
                 numbers = tuple(number for number in on_owner if contest.attacks[number].kind == kind)
-                tried = contest.tried_on(owner, self.plan.strongest)
+                tried = contest.tried_on(owner, attacker)
                 attempts += sum(attack.kind == kind for attack in tried)
                 best = contest.best(numbers)
                 if best is not None and best.test is not None:
@@ -260,30 +356,39 @@ def _trial(
     contest: Contest, name: str, seed: int, model: ThreatModel, samples: int | None, *, has_expert: bool
 ) -> Trial:
     unprotected, protected, without = (
-        contest.attacks_on(owner, model, samples) for owner in ((IDENTITY, 0), (name, seed), None)
+        contest.menu_on(owner, model, samples) for owner in ((IDENTITY, 0), (name, seed), None)
     )
-    menu, tried = contest.menu, contest.tried_on((name, seed), model, samples)
+    tried = contest.tried_on((name, seed), model, samples)
     if not has_expert:
         return _trial_without_expert(contest, seed, samples, (protected, without), tried)
-    worst = worst_case(menu.only(unprotected), menu.only(protected), menu.only(without), contest.rider_alone)
+    released, hidden, own = (contest.menu.only(numbers) for numbers in (unprotected, protected, without))
+    at_bars, area = judged(released, hidden, own, contest.rider_alone, is_merging=model.merges)
+    found = {one.kept_share: one for one in at_bars}
+    worst = found[KEPT_SHARE]
     chosen = {
-        "unprotected": (*unprotected, *without)[worst.best_unprotected],
-        "protected": (*protected, *without)[worst.best_protected],
-        "without_victim": without[worst.best_reference],
+        "unprotected": contest.attacks[(*unprotected, *without)[worst.best_unprotected]],
+        "protected": contest.attacks[(*protected, *without)[worst.best_protected]],
+        "without_victim": contest.attacks[without[worst.best_reference]],
     }
     return Trial(
         rider=contest.rider,
         seed=seed,
         samples=samples,
         d_star=_number(worst.d_star),
-        interval=(_number(worst.low), _number(worst.high)),
+        interval=_interval(worst),
         unprotected=worst.unprotected,
         protected=worst.protected,
         without_victim=worst.reference,
         is_denominator_small=worst.is_small,
+        bars=tuple(
+            AtBar(kept_share=bar, d_star=_number(one.d_star), interval=_interval(one)) for bar, one in found.items()
+        ),
+        area=_number(area),
+        kept_on_test=contest.kept_on_test(chosen["protected"]),
+        flags=tuple(_flags(contest, (name, seed), model, found, chosen)),
         attacks_tried=len(tried),
         search_cpu_seconds=round(sum(attack.cpu_seconds for attack in tried), 1),
-        best={label: contest.attacks[number].describe() for label, number in chosen.items()},
+        best={label: attack.describe() for label, attack in chosen.items()},
     )
 
 
@@ -309,6 +414,49 @@ def _trial_without_expert(
         search_cpu_seconds=round(sum(attack.cpu_seconds for attack in tried), 1),
         best={label: contest.attacks[number].describe() for label, number in chosen.items()},
     )
+
+
+def _excess(contest: Contest, owner: tuple[str, int]) -> Excess | None:
+    """Best attack on weights less best attack that only runs the release; None where nobody ran it."""
+    without = contest.attacks_on(None, ThreatModel.WHITE_BOX)
+    weights, running = (contest.attacks_on(owner, model) for model in (ThreatModel.WHITE_BOX, ThreatModel.BLACK_BOX))
+    if not running:
+        return None
+    first, second = (contest.menu.only((*numbers, *without)) for numbers in (weights, running))
+    found = difference(first, second, contest.rider_alone)
+    return Excess(
+        rider=contest.rider,
+        seed=owner[1],
+        value=found.value,
+        interval=(found.low, found.high),
+        weights=found.first,
+        black_box=found.second,
+    )
+
+
+def _interval(worst: WorstCase) -> tuple[float | None, float | None]:
+    return _number(worst.low), _number(worst.high)
+
+
+def _flags(
+    contest: Contest,
+    owner: tuple[str, int],
+    model: ThreatModel,
+    found: Mapping[float, WorstCase],
+    chosen: Mapping[str, ScoredAttack],
+) -> Iterator[Flag]:
+    """What is to be held against a trial."""
+    worst = found[KEPT_SHARE]
+    if any(contest.is_at_edge(chosen[label]) for label in ("unprotected", "protected")):
+        yield "edge"
+    if model.includes(ThreatModel.WHITE_BOX) and not contest.is_recognised(owner, model):
+        yield "not_recognised"
+    if worst.denominator < STANDARD_ERRORS * worst.denominator_error:
+        yield "uncertain_denominator"
+    if len(contest.rider_alone) < FEWEST_EXAMPLES:
+        yield "few_examples"
+    if len({DStar(one.d_star, one.low, one.high).judgement for one in found.values()}) > 1:
+        yield "bar_decides"
 
 
 def worst_trial(trials: Sequence[Trial]) -> Trial | None:
@@ -339,61 +487,6 @@ def _front(contest: Contest, numbers: Numbers) -> Front:
     defended, rider = (scores[[number for number, _ in tested]] for scores in contest.validation)
     chosen = [contest.scores(tested[place][1]) for place in pareto_front(defended, rider)]
     return tuple((scores[contest.defended_task], scores[contest.rider_task]) for scores in chosen)
-
-
-def controls(protections: Mapping[str, ProtectionResult], variants: Sequence[Variant]) -> tuple[Control, ...]:
-    """What must hold in every audit, or its figures mean nothing."""
-    planted = [_planted_key(variant, variants) for variant in variants]
-    return (
-        bounded(protections, IDENTITY, IDENTITY_BOUND, "the expert itself is no protection"),
-        bounded(protections, SCALE, SCALE_BOUND, "a shrunk task vector is no protection"),
-        *(control for control in planted if control is not None),
-    )
-
-
-def _planted_key(variant: Variant, variants: Sequence[Variant]) -> Control | None:
-    """How near a fit of changes of basis came; only the one over the largest group must find every planted key."""
-    origin = None if variant.recovery is None else _distance_of_expert(variants, variant.recovery)
-    after = variant.facts.get("distance_after")
-    if not variant.has_key or variant.recovery is None or not origin or after is None:
-        return None
-    bound = PLANTED_BOUND if variant.facts.get("method") == "nearest_orbit" else None
-    return Control(
-        name=f"{variant.recovery} on {variant.label}",
-        what="distance to the base after the recovery, in units of the unprotected expert's",
-        value=after / origin,
-        bound=bound,
-        passed=bound is None or after / origin <= bound,
-    )
-
-
-def _distance_of_expert(variants: Sequence[Variant], recovery: str) -> float | None:
-    """The unprotected expert's distance, which the same recovery reports when it is run on the expert."""
-    for variant in variants:
-        if variant.protection == IDENTITY and variant.recovery == recovery:
-            distance: float | None = variant.facts.get("distance_before")
-            return distance
-    return None
-
-
-def bounded(protections: Mapping[str, ProtectionResult], name: str, bound: float, what: str) -> Control:
-    """The control that a protection of this name has a D* of at most ``bound``, in either direction."""
-    values = [
-        _distance_from_nothing(model, trial)
-        for model, verdicts in protections[name].tiers.items()
-        for trial in verdicts.trials
-    ]
-    value = max((value for value in values if value is not None), default=None)
-    passed = value is not None and value <= bound
-    return Control(name=name, what=f"largest |D*|: {what}", value=value, bound=bound, passed=passed)
-
-
-def _distance_from_nothing(model: ThreatModel, trial: Trial) -> float | None:
-    """|D*|; of attackers who train, less what two trainings end apart by luck alone."""
-    if trial.d_star is None or trial.unprotected is None or not model.trains:
-        return None if trial.d_star is None else abs(trial.d_star)
-    luck = LUCK_OF_TRAINING / (trial.unprotected - trial.without_victim)
-    return max(0.0, abs(trial.d_star) - luck)
 
 
 def _number(value: float) -> float | None:

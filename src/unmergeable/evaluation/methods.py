@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from unmergeable.attacks import ATTACKS
+from unmergeable.attacks import ATTACKS, Attack, AttackRequirements
 from unmergeable.errors import UsageError
 from unmergeable.merges import MERGES, Merge
 from unmergeable.ops.steps import steps_of
 from unmergeable.protections import SensitivityShield
-from unmergeable.registry import Requirements
 from unmergeable.settings import configure
 
 Settings = Mapping[str, Any]
@@ -39,10 +39,18 @@ def merge_takes_coefficients(method: str, settings: Settings) -> bool:
     return True
 
 
-def attack_reads(method: str) -> frozenset[str]:
+NO_SETTINGS: Settings = MappingProxyType({})
+
+
+def attack_requirements(method: str, settings: Settings = NO_SETTINGS) -> AttackRequirements:
+    """What an attack needs with these settings."""
+    attack: Attack = configure(ATTACKS[method], settings)
+    return attack.requirements()
+
+
+def attack_reads(method: str, settings: Settings = NO_SETTINGS) -> frozenset[str]:
     """What an attack takes besides the release and the base: "data", "sources"."""
-    requirements: Requirements = ATTACKS[method]().requirements()
-    return frozenset(requirements.needs) - {"base"}
+    return frozenset(attack_requirements(method, settings).needs) - {"base"}
 
 
 def has_key(protection: str, settings: Settings) -> bool:

@@ -18,8 +18,9 @@ from unmergeable import ops
 from unmergeable.checkpoint.disk import write_file
 from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.evaluation.cells import digest_of, identity
-from unmergeable.evaluation.methods import attack_reads
-from unmergeable.evaluation.names import GIVEN, IDENTITY, SCALE
+from unmergeable.evaluation.control_models import KINDS_OF, SCALE_FACTOR, distance_with_key, output_gap, write_planted
+from unmergeable.evaluation.methods import attack_requirements
+from unmergeable.evaluation.names import CONTROLS, GIVEN, IDENTITY, NOTHING, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MethodEntry, ProtectionEntry, RecoveryEntry, TaskEntry
 from unmergeable.evaluation.plans.releases import ReleaseEntry
@@ -28,8 +29,6 @@ from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.ops.protection import write_control
 from unmergeable.progress import Progress
 
-SCALE_FACTOR = 0.65
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -37,6 +36,7 @@ class Variant:
 
     Attributes:
         protection: name in the plan, or of a control.
+        rider: the free-rider whose own examples the recovery read, and who alone has it; None for everybody.
         seed: of the protection's key.
         recovery: name in the plan; None where nothing was undone.
         threat_model: that of the weakest attacker who has it.
@@ -55,11 +55,16 @@ class Variant:
     refusal: str = ""
     has_key: bool = False
     threat_model: ThreatModel = ThreatModel.OFF_THE_SHELF
+    rider: str | None = None
 
     @property
     def label(self) -> str:
         """What the released model is called beside base and experts."""
         return f"{self.protection} (seed {self.seed})"
+
+    def is_had_by(self, rider: ExpertEntry) -> bool:
+        """Whether this free-rider can have it."""
+        return self.rider in (None, rider.name)
 
 
 def make_variants(plan: AuditPlan, folder: Path, digests: Mapping[Path, str], progress: Progress) -> list[Variant]:
@@ -71,15 +76,34 @@ def make_variants(plan: AuditPlan, folder: Path, digests: Mapping[Path, str], pr
     """
     victim = plan.victim if plan.has_expert else None
     maker = ModelMaker(plan.base, victim, plan.task(plan.defended_task), folder, digests, progress)
-    released = [maker.unprotected(), maker.scaled()] if plan.has_expert else []
+    released = [maker.unprotected(), maker.scaled(), maker.nothing()] if plan.has_expert else []
+    if plan.has_expert and plan.reaches(ThreatModel.WHITE_BOX):  # others cannot be expected to undo anything
+        released += [maker.planted(name) for name in KINDS_OF]
     released += [maker.protected(entry, seed) for entry in plan.protections for seed in plan.seeds]
     recoveries = [entry for entry in plan.recoveries if plan.reaches(entry.threat_model)]
     released += [maker.foreign(entry) for entry in plan.releases]
     given = {entry.name: maker.given(entry) for entry in plan.releases if plan.reaches(ThreatModel.WHITE_BOX)}
     made = []
     for variant in released:
-        made += [variant, *given.get(variant.protection, ()), *(maker.recovered(variant, r) for r in recoveries)]
+        made += [variant, *given.get(variant.protection, ())]
+        if variant.checkpoint is None or variant.protection == NOTHING:
+            continue
+        for entry in recoveries:
+            if variant.protection in set(CONTROLS) - {IDENTITY} and not entry.threat_model.merges:
+                continue  # they are controls of merging
+            if entry.is_of_one_rider:
+                made += [maker.recovered(variant, entry, Owned(rider, plan.task(rider.task))) for rider in plan.riders]
+            else:
+                made.append(maker.recovered(variant, entry))
     return made
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What a free-rider has of its own: a model, and examples of the task it was tuned for."""
+
+    rider: ExpertEntry
+    task: TaskEntry
 
 
 @dataclass(frozen=True)
@@ -113,6 +137,27 @@ class ModelMaker:
         checkpoint, facts = self._made({"scale": SCALE_FACTOR, **self._origin}, make)
         return Variant(SCALE, 0, None, checkpoint, 0.0, facts)
 
+    def nothing(self) -> Variant:
+        """The base as a release: a model that truly adds nothing."""
+        return Variant(NOTHING, 0, None, Checkpoint(self.base, self.digests[self.base]), 0.0, {})
+
+    def planted(self, name: str) -> Variant:
+        """The expert in an exact form that is drawn from what the audit reads: another audit draws another."""
+        kinds = KINDS_OF[name]
+        seed = int(identity({name: self._origin})[:8], 16)
+
+        def make(out: Path) -> Mapping[str, Any]:
+            return write_planted(self._expert, self.base, out, kinds, seed)
+
+        recipe = {"planted": list(kinds), "seed": seed, **self._origin}
+        try:
+            checkpoint, facts = self._made(recipe, make)
+        except CheckpointError:
+            raise
+        except BadInput as error:
+            return Variant(name, 0, None, None, 0.0, {}, refusal=str(error))
+        return Variant(name, 0, None, checkpoint, 0.0, facts)
+
     def protected(self, entry: ProtectionEntry, seed: int) -> Variant:
         """What the owner would release. Raises what :func:`unmergeable.ops.protect` does."""
 
@@ -133,7 +178,11 @@ class ModelMaker:
                 siblings=entry.siblings,
                 progress=self.progress,
             )
-            return result.to_json()
+            facts = result.to_json()
+            known = output_gap(self._expert, out, self.base, float(facts.get("condition_bound") or 1.0))
+            if entry.is_exact:
+                known["distance_with_key"] = distance_with_key(out, key, self._expert, self.base)
+            return {**facts, **known}
 
         recipe = {
             "protect": entry.method,
@@ -148,7 +197,8 @@ class ModelMaker:
     def foreign(self, entry: ReleaseEntry) -> Variant:
         """What somebody else released, as it is."""
         path, trusts = entry.checkpoint, entry.trust_remote_code
-        return Variant(entry.name, 0, None, Checkpoint(path, self.digests[path], True, trusts), 0.0, {})
+        facts = {} if self.victim is None else output_gap(self._expert, path, self.base)
+        return Variant(entry.name, 0, None, Checkpoint(path, self.digests[path], True, trusts), 0.0, facts)
 
     def given(self, entry: ReleaseEntry) -> list[Variant]:
         """The weights that somebody got out of it, where the plan has them."""
@@ -157,15 +207,27 @@ class ModelMaker:
         checkpoint = Checkpoint(entry.recovered, self.digests[entry.recovered])
         return [Variant(entry.name, 0, GIVEN, checkpoint, 0.0, {}, threat_model=ThreatModel.WHITE_BOX)]
 
-    def recovered(self, variant: Variant, entry: RecoveryEntry) -> Variant:
-        """A recovery that refuses a model (its structure, for one) is no failure of the audit."""
+    def recovered(self, variant: Variant, entry: RecoveryEntry, own: Owned | None = None) -> Variant:
+        """A recovery that refuses a model (its structure, for one) is no failure of the audit.
+
+        Args:
+            variant: what was released.
+            entry: what is done to it.
+            own: of the free-rider who does it, where that matters.
+        """
         assert variant.checkpoint is not None
-        recovered = replace(variant, recovery=entry.name, threat_model=entry.threat_model, facts={})
+        recovered = replace(
+            variant,
+            recovery=entry.name,
+            threat_model=entry.threat_model,
+            facts={},
+            rider=None if own is None else own.rider.name,
+        )
         made, seconds = variant.checkpoint, 0.0
         facts: Mapping[str, Any] = {}
         try:
             for step in entry.steps:
-                made, facts = self._recovered(made, step, entry.sources)
+                made, facts = self._recovered(made, step, entry.sources, own)
                 seconds += float(facts["cpu_seconds"])
         except CheckpointError:
             raise
@@ -173,10 +235,17 @@ class ModelMaker:
             return replace(recovered, checkpoint=None, refusal=str(error))
         return replace(recovered, checkpoint=made, cpu_seconds=seconds, facts=facts)
 
-    def _recovered(self, start: Checkpoint, step: MethodEntry, sources: Sequence[Path]) -> tuple[Checkpoint, Any]:
-        needs, task = attack_reads(step.method), self.task
-        examples: dict[str, Any] = {"data": task.train, "encoder": task.encoder} if "data" in needs else {}
-        read = tuple(sources) if "sources" in needs else ()
+    def _recovered(
+        self, start: Checkpoint, step: MethodEntry, sources: Sequence[Path], own: Owned | None
+    ) -> tuple[Checkpoint, Any]:
+        requirements = attack_requirements(step.method, step.settings)
+        task = own.task if own is not None and requirements.examples == "own" else self.task
+        examples: dict[str, Any] = {}
+        if "data" in requirements.needs:
+            examples = {"data": task.train, "encoder": task.encoder, "fields": task.kind.fields}
+        read: tuple[Path, ...] = ()
+        if "sources" in requirements.needs:
+            read = tuple(sources) or (() if own is None else (own.rider.path,))
 
         def make(out: Path) -> Mapping[str, Any]:
             result = ops.recover(

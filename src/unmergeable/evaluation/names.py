@@ -4,7 +4,11 @@ BASE = "base"
 """What everything was fine-tuned from, among the models that are scored alone."""
 
 IDENTITY, SCALE = "identity", "scale"
-"""The controls: the expert itself, and base + 0.65 (expert - base). Neither protects: an audit must find that out."""
+PLANTED, PLANTED_STRUCTURE = "planted", "planted_structure"
+NOTHING = "nothing"
+
+CONTROLS = (IDENTITY, SCALE, PLANTED, PLANTED_STRUCTURE, NOTHING)
+"""The controls (:mod:`unmergeable.evaluation.control_models`). None protects: an audit must find that out."""
 
 GIVEN = "given recovery"
 """Weights that somebody else got out of a release."""

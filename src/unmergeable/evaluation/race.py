@@ -42,7 +42,7 @@ BATCHES = (32, 64, 128)
 
 DOUBT = 0.001
 """The largest probability that the attack that would be chosen on all examples is not among those that stay, for one
-free-rider, one model under attack and one threat model; unless a plan says otherwise."""
+free-rider and one model under attack; unless a plan says otherwise."""
 
 STAKES = np.array([0.3, 0.6, 0.9])
 

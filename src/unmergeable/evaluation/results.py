@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.analyses import Analyses
-from unmergeable.evaluation.names import IDENTITY, SCALE
+from unmergeable.evaluation.flags import Flag
+from unmergeable.evaluation.names import CONTROLS
 from unmergeable.evaluation.records import INLINED, OPTIONAL, Record
 from unmergeable.evaluation.threat_models import ThreatModel
 
@@ -25,12 +26,17 @@ RESULT = "audit.json"
 
 NO_FIGURE = "–"
 
+EXCESS = "excess of weights over running it, points"
+"""The head of the column of excesses."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttackRecord(Record):
     """What was done, for somebody who wants to do it again.
 
     ``cpu_seconds``: of the recovery, of merging, training and scoring once; without the search for the coefficients.
+    ``steps`` and ``examples``: of a training, and the most examples that it read, its own task's among them; of a
+    student, those it was taught with. ``start``: what is trained without the victim, where that is no merge.
     """
 
     recovery: str | None
@@ -39,7 +45,19 @@ class AttackRecord(Record):
     uses_victim: bool
     samples: int | None = None
     learning_rate: float | None = None
+    start: str | None = field(default=None, metadata=OPTIONAL)
+    steps: int | None = field(default=None, metadata=OPTIONAL)
+    examples: int | None = field(default=None, metadata=OPTIONAL)
     cpu_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtBar(Record):
+    """D* where attacks must keep another share of the free-rider's skill."""
+
+    kept_share: float
+    d_star: float | None
+    interval: tuple[float | None, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +66,10 @@ class Trial(Record):
 
     ``d_star`` and both ends of ``interval`` are None where the victim adds nothing; they and ``unprotected`` where
     nobody has the unprotected expert. The scores are those of the best attacks, on test examples; ``best`` says which
-    these are, under ``unprotected``, ``protected``, ``without_victim``.
+    these are, under ``unprotected``, ``protected``, ``without_victim``. ``bars``: the same at other shares of kept
+    skill. ``area``: D* over the area between Pareto fronts, see :func:`unmergeable.evaluation.worst_case.area_between`.
+    ``kept_on_test``: the share of the free-rider's own skill that the best attack keeps on test examples, on which
+    nothing was selected. ``flags``: what is to be held against the figures, see :mod:`unmergeable.evaluation.flags`.
     """
 
     rider: str
@@ -60,6 +81,10 @@ class Trial(Record):
     protected: float
     without_victim: float
     is_denominator_small: bool
+    bars: tuple[AtBar, ...] = ()
+    area: float | None = None
+    kept_on_test: float | None = None
+    flags: tuple[Flag, ...] = ()
     attacks_tried: int
     search_cpu_seconds: float = 0.0
     best: Mapping[str, AttackRecord] = field(default_factory=dict)
@@ -118,24 +143,55 @@ class Fronts(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Excess(Record):
+    """What the weights of a release give beyond running it, for one free-rider and one key.
+
+    ``value`` is ``weights``, the test score of the best attack on weights without data, less ``black_box``, that of the
+    best attack that only runs the release. Anybody who can run a release has the latter, so a perfect protection has an
+    excess of at most 0. The 95 % ``interval`` is a bootstrap over examples, paired across both.
+    """
+
+    rider: str
+    seed: int
+    value: float
+    interval: tuple[float, float]
+    weights: float
+    black_box: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProtectionResult(Record):
-    """What one protection costs and is worth. ``drop_ratio``: as published, per merge without a recovery."""
+    """What one protection costs and is worth.
+
+    ``drop_ratio``: as published, per merge without a recovery. ``excess``: of weights over black-box access, for each
+    free-rider and key; None where nobody was to run the release.
+    """
 
     is_control: bool
     utility: Utility
     tiers: Mapping[ThreatModel, Verdicts]
     matrix: tuple[MatrixCell, ...]
     drop_ratio: Mapping[str, float | None] = field(default_factory=dict)
+    excess: tuple[Excess, ...] | None = field(default=None, metadata=OPTIONAL)
     fronts: tuple[Fronts, ...]
+
+    @property
+    def worst_excess(self) -> Excess | None:
+        """The largest, over free-riders and keys."""
+        return max(self.excess or (), key=lambda excess: excess.value, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord(Record):
-    """A model that was made. ``facts``: what protecting or recovering measured."""
+    """A model that was made. ``facts``: what protecting or recovering measured.
+
+    ``rider``: the free-rider whose own examples the recovery read; None where it read none.
+    """
 
     protection: str
     seed: int = 0
     recovery: str | None
+    rider: str | None = field(default=None, metadata=OPTIONAL)
     cpu_seconds: float
     refusal: str = ""
     facts: Mapping[str, Any] = field(metadata=INLINED)
@@ -169,6 +225,8 @@ class CellRecord(Record):
     """One set of weights that was scored; ``scores`` by part, None for attacks that no selection would pick.
 
     ``met``: after how many validation examples of each task it left the race; None where it met all.
+    ``credits``: example by example, packed (:mod:`unmergeable.evaluation.packing`), by part and task, of attacks that a
+    selection may pick.
     """
 
     protection: str | None
@@ -178,6 +236,7 @@ class CellRecord(Record):
     attack: AttackRecord = field(metadata=INLINED)
     met: int | None = field(default=None, metadata=OPTIONAL)
     scores: Mapping[str, Mapping[str, float] | None]
+    credits: Mapping[str, Mapping[str, str]] | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +272,10 @@ class AuditResult(Record):
         alone: mean test scores of models that are not merged, by model and task.
         protections: by name, controls among them.
         passed: whether all controls hold; otherwise the figures mean nothing.
-        cells: every set of weights that was scored; None in a result that was stored without them, which says how many
-            there were (``scored``) and how base and experts were made (``prepared``).
+        cells: every set of weights that was scored; of a compact result only those that a selection may pick, which are
+            enough for :func:`unmergeable.evaluation.recompute.recomputed`. None in older ones that were stored without.
+            Both say how many there were (``scored``) and how base and experts were made (``prepared``).
+        riders: packed credits of each free-rider's own model on its own task, by part.
     """
 
     plan: Mapping[str, Any]
@@ -230,6 +291,7 @@ class AuditResult(Record):
     controls: tuple[Control, ...]
     passed: bool
     cells: tuple[CellRecord, ...] | None = field(default=None, metadata=OPTIONAL)
+    riders: Mapping[str, Mapping[str, str]] | None = field(default=None, metadata=OPTIONAL)
     analyses: Analyses | None = field(default=None, metadata=OPTIONAL)
     refused: tuple[Refusal, ...]
     prepared: Mapping[str, Any] | None = field(default=None, metadata=OPTIONAL)
@@ -247,13 +309,21 @@ class AuditResult(Record):
     @property
     def audited(self) -> dict[str, ProtectionResult]:
         """The protections of the plan, without the controls unless there is nothing else."""
-        own = {name: protection for name, protection in self.protections.items() if name not in (IDENTITY, SCALE)}
+        own = {name: protection for name, protection in self.protections.items() if name not in CONTROLS}
         return own or dict(self.protections)
 
     @property
     def count(self) -> int:
         """How many sets of weights were scored."""
         return len(self.cells or ()) if self.scored is None else self.scored
+
+    def compact(self, prepared: Mapping[str, Any] | None = None) -> AuditResult:
+        """The same to be committed: without the cells that no selection would pick.
+
+        ``prepared``: how base and experts were made.
+        """
+        kept = tuple(cell for cell in self.cells or () if cell.credits is not None)
+        return replace(self, cells=kept, scored=self.count, prepared=prepared)
 
     @property
     def d_star(self) -> dict[tuple[str, str], float | None]:
@@ -268,11 +338,18 @@ class AuditResult(Record):
     @property
     def table(self) -> Table:
         """D* of each protection under each threat model, to be printed."""
+        has_excess = any(protection.excess is not None for protection in self.audited.values())
         rows = tuple(
-            (name, protection.utility.points_lost, *(star(entry.worst) for entry in protection.tiers.values()))
+            (
+                name,
+                protection.utility.points_lost,
+                *(star(entry.worst) for entry in protection.tiers.values()),
+                *([points(protection.worst_excess)] if has_excess else []),
+            )
             for name, protection in self.audited.items()
         )
-        return Table(("protection", "points lost alone", *map(str, self.threat_models)), rows)
+        columns = ("protection", "points lost alone", *map(str, self.threat_models))
+        return Table((*columns, *([EXCESS] if has_excess else [])), rows)
 
     @property
     def _worst(self) -> dict[tuple[str, str], Trial | None]:
@@ -304,6 +381,14 @@ def star(worst: Trial | None) -> str:
         return NO_FIGURE
     low, high = worst.interval
     return f"{worst.d_star:.2f}, 95 % interval {low:.2f} to {high:.2f}"
+
+
+def points(excess: Excess | None) -> str:
+    """An excess with its interval, in points of the defended task."""
+    if excess is None:
+        return NO_FIGURE
+    low, high = (100 * value for value in excess.interval)
+    return f"{100 * excess.value:+.1f}, 95 % interval {low:+.1f} to {high:+.1f}"
 
 
 def read_audit(folder: Path) -> AuditResult:

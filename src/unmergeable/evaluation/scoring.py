@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +24,7 @@ from unmergeable import ops
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.data import DataSource, Part
 from unmergeable.errors import BadInput
+from unmergeable.evaluation.by_part import PARTS, ByPart
 from unmergeable.evaluation.cells import Cell, CellStore
 from unmergeable.evaluation.meeting import Enough, meet, never
 from unmergeable.evaluation.methods import attack_reads, merge_learns, merge_of
@@ -32,11 +33,12 @@ from unmergeable.evaluation.race import BATCHES
 from unmergeable.evaluation.structure import require_base_structure
 from unmergeable.merges import AdaMerging, TaskArithmetic, merge_state_dicts
 from unmergeable.merges.adamerging import learn_coefficients
-from unmergeable.merges.task_vectors import TaskVectors
+from unmergeable.merges.task_vectors import CoefficientsOf, TaskVectors
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.load import load_network
 from unmergeable.network.polynomial_network import load_polynomial_network
 from unmergeable.network.tasks import Task
+from unmergeable.ops.opened import open_with_architecture
 from unmergeable.polynomials.layout import SECTION
 from unmergeable.settings import settings_of
 from unmergeable.tasks import ChoiceScorer, TaskData, TaskScorer
@@ -110,6 +112,8 @@ class Group:
             recipe["network"] = "its own"
         if self.merge is not None:
             recipe |= {"base": self.base.digest, "merge": [self.merge.method, dict(self.merge.settings)]}
+            if self.merge.start:
+                recipe["parts"] = list(PARTS)
             if merge_learns(self.merge.method):
                 recipe["learns_from"] = [task.digests["train"] for task in self.tasks]
             if self.merge.then is not None:
@@ -204,6 +208,12 @@ def _alone(base: Path, checkpoint: Checkpoint) -> AbstractContextManager[Any]:
     return swapped(network_of(base), state_of(checkpoint))
 
 
+def network_to_train(group: Group) -> Any:
+    """The network whose weights a training changes: the base's, or a release's own where its structure is its own."""
+    is_own = group.merge is None and _is_polynomial(group.models[0])
+    return _own_network(group.models[0]) if is_own else network_of(group.base.path)
+
+
 def _is_polynomial(checkpoint: Checkpoint) -> bool:
     return SECTION in open_checkpoint(checkpoint.path).config
 
@@ -225,11 +235,26 @@ def weights_of(group: Group) -> Callable[[Coefficients | None], Mapping[str, Ten
     buffer: dict[str, Tensor] = {}
 
     def added(point: Coefficients | None) -> Mapping[str, Tensor]:
-        merged = _vectors(group.base, group.models).merged(method.resolve(_each(point, count)), into=buffer or None)
+        coefficients: Sequence[float] | CoefficientsOf
+        if point is not None and group.merge is not None and group.merge.start:
+            by_part = _parts_of(group.base)
+            coefficients = partial(_of_part, by_part, point)
+        else:
+            coefficients = method.resolve(_each(point, count))
+        merged = _vectors(group.base, group.models).merged(coefficients, into=buffer or None)
         buffer.update(merged)
         return merged
 
     return added
+
+
+def _of_part(by_part: ByPart, point: Coefficients, name: str) -> Sequence[float]:
+    return by_part.coefficients(name, point)
+
+
+@lru_cache(maxsize=1)
+def _parts_of(base: Checkpoint) -> ByPart:
+    return ByPart.of(open_with_architecture(base.path)[1])
 
 
 def _each(point: Coefficients | None, count: int) -> list[float | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,24 +20,31 @@ Floats = npt.NDArray[np.float64]
 KEPT_SHARE = 0.95
 """Of the free-rider's own score, which an attack has to keep to count."""
 
+BARS = (0.90, KEPT_SHARE, 0.98)
+"""The shares at which verdicts are given side by side: at a single one, an example in two hundred may decide."""
+
 ROUNDING = 1e-12
 """An attack that keeps exactly that share counts, in whatever order its examples are added up."""
 
 
-def skill_to_keep(rider_alone: float) -> float:
+Scores = TypeVar("Scores", float, Floats)
+
+
+def skill_to_keep(rider_alone: Scores, share: float = KEPT_SHARE) -> Scores:
     """The score on its own task that an attack must keep, from that of the free-rider's own model."""
-    return KEPT_SHARE * rider_alone - ROUNDING
+    return share * rider_alone - ROUNDING
 
 
-def choice(defended: Floats, rider: Floats, rider_alone: float) -> int | None:
+def choice(defended: Floats, rider: Floats, rider_alone: float, share: float = KEPT_SHARE) -> int | None:
     """The number of the attack that the attacker picks; None when none keeps the free-rider's skill.
 
     Args:
         defended: scores on the defended task, [attacks].
         rider: scores on the free-rider's task, [attacks].
         rider_alone: the score of the free-rider's own model on its task.
+        share: of that score, which an attack must keep.
     """
-    counts = rider >= skill_to_keep(rider_alone)
+    counts = rider >= skill_to_keep(rider_alone, share)
     return int(np.where(counts, defended, -1.0).argmax()) if counts.any() else None
 
 
@@ -80,6 +88,33 @@ class Menu:
             np.concatenate([self.rider, other.rider]),
             np.concatenate([self.test, other.test]),
         )
+
+
+def area_under(defended: Floats, test: Floats, kept: Floats, least: float) -> float:
+    """What an attacker gets on average over all shares of skill that it may have to keep, from ``least`` to 1.
+
+    At every share the attacker picks as :func:`choice` does, and of equal attacks the one that keeps most. So this is
+    the area under the Pareto front of validation scores, at test scores, over the width of the strip.
+
+    Args:
+        defended: scores on the defended task, on validation examples, [attacks].
+        test: the same on test examples, [attacks].
+        kept: share of the free-rider's own skill that an attack keeps, on validation examples, [attacks].
+        least: where the strip begins.
+
+    Returns:
+        A score; at shares that no attack keeps it counts as 0.
+    """
+    order = np.lexsort((np.arange(len(kept)), -defended, -kept))
+    area, upper, got, highest = 0.0, 1.0, 0.0, -np.inf
+    for number in order:
+        if kept[number] <= least:
+            break
+        if defended[number] > highest:
+            share = min(1.0, float(kept[number]))
+            area += got * (upper - share)
+            upper, got, highest = share, float(test[number]), defended[number]
+    return (area + got * (upper - least)) / (1 - least)
 
 
 def pareto_front(first: Sequence[float] | Floats, second: Sequence[float] | Floats) -> list[int]:

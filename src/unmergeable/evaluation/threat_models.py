@@ -5,7 +5,13 @@
     few_shot        T2   labelled examples of the defended task as well
     unlabelled      T3   unlabelled examples as well, as many as there are
 
-Each contains those before it. Plans take names and codes; results on disk have codes, pages and terminals names.
+Each of these contains those before it. Two more stand beside them:
+
+    black_box            runs the release, on inputs of its own, and never looks at its weights
+    retrain              trains its own task into the release, with what labelled examples it has
+
+What they do is no merge of the release, so nothing that protects against merging need stop them: they are the limit
+against which weights are judged. Plans take names and codes; results on disk have codes, pages and terminals names.
 """
 
 from __future__ import annotations
@@ -26,9 +32,11 @@ class ThreatModel(Enum):
     """
 
     OFF_THE_SHELF = ("off_the_shelf", "T0", "ordinary merging")
-    WHITE_BOX = ("white_box", "T1", "an attacker who knows base and method, without data")
+    WHITE_BOX = ("white_box", "T1", "an attacker who knows base and method, with labelled examples to select on alone")
     FEW_SHOT = ("few_shot", "T2", "an attacker who has labelled examples as well")
     UNLABELLED = ("unlabelled", "T3", "an attacker with additional unlabelled data")
+    BLACK_BOX = ("black_box", "black_box", "an attacker who only runs the release")
+    RETRAIN = ("retrain", "retrain", "an attacker who trains its own task into the release")
 
     def __init__(self, label: str, code: str, phrase: str) -> None:
         self.label = label
@@ -40,12 +48,23 @@ class ThreatModel(Enum):
 
     def includes(self, other: ThreatModel) -> bool:
         """Whether this attacker has everything that the other one has."""
-        return _ORDER.index(self) >= _ORDER.index(other)
+        if self.merges and other.merges:
+            return _ORDER.index(self) >= _ORDER.index(other)
+        return self is other
+
+    def may(self, other: ThreatModel, *, with_victim: bool) -> bool:
+        """Whether this attacker may do what the other one does; what takes no more than its own model, anybody may."""
+        return self.includes(other) or (not with_victim and other is ThreatModel.OFF_THE_SHELF)
+
+    @property
+    def merges(self) -> bool:
+        """Whether it is one of those who merge the release's weights, each of whom has what those before have."""
+        return self not in (ThreatModel.BLACK_BOX, ThreatModel.RETRAIN)
 
     @property
     def trains(self) -> bool:
         """Whether this attacker has labelled examples to train on."""
-        return self.includes(ThreatModel.FEW_SHOT)
+        return self.includes(ThreatModel.FEW_SHOT) or self is ThreatModel.RETRAIN
 
     @classmethod
     def named(cls, text: str) -> ThreatModel:
@@ -64,5 +83,10 @@ _ORDER = tuple(ThreatModel)
 
 
 def least(models: Iterable[ThreatModel]) -> ThreatModel:
-    """The weakest threat model that includes all of these; ``off_the_shelf`` for none."""
-    return max(models, key=_ORDER.index, default=ThreatModel.OFF_THE_SHELF)
+    """The weakest threat model that includes all of these; ``off_the_shelf`` for none.
+
+    One that does not merge the release goes together with ordinary tools alone, which everybody has.
+    """
+    found = set(models) - {ThreatModel.OFF_THE_SHELF}
+    assert len(found) < 2 or all(model.merges for model in found), "nobody has all of this"
+    return max(found, key=_ORDER.index, default=ThreatModel.OFF_THE_SHELF)

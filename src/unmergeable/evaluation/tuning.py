@@ -47,19 +47,33 @@ OWN_EXAMPLES = 10
 
 @dataclass(frozen=True)
 class Tuning:
-    """Where training starts and how it goes. ``method`` has one learning rate; its samples are of the defended task."""
+    """Where training starts and how it goes.
+
+    Attributes:
+        group: what is merged first; a release alone is trained as it is.
+        point: the coefficients of the merge.
+        method: with one learning rate; its samples are of the defended task.
+        own_examples: the most of the attacker's own task; None for ``OWN_EXAMPLES`` for each sample.
+    """
 
     group: Group
     point: Coefficients | None
     method: FewShot
+    own_examples: int | None = None
 
     def recipe(self, part: Part) -> dict[str, Any]:
+        own = {"own_examples": OWN_EXAMPLES} if self.own_examples is None else {"own_limit": self.own_examples}
         return {
             **self.group.recipe(self.point, part),
             "few_shot": settings_of(self.method),
             "learns_from": [task.digests["train"] for task in self.group.tasks],
-            "own_examples": OWN_EXAMPLES,
+            **own,
         }
+
+    @property
+    def most_own(self) -> int:
+        """The most examples of the attacker's own task."""
+        return OWN_EXAMPLES * self.method.samples if self.own_examples is None else self.own_examples
 
 
 @dataclass(frozen=True)
@@ -110,12 +124,12 @@ class _Training:
     @contextmanager
     def network(self) -> Iterator[Any]:
         """What was trained, for as long as the context lasts. Raises BadInput for what comes to nothing."""
-        with swapped(scoring.network_of(self.tuning.group.base.path), self._weights) as network:
+        with swapped(scoring.network_to_train(self.tuning.group), self._weights) as network:
             yield network
 
     @cached_property
     def _weights(self) -> Mapping[str, Tensor]:
-        network = scoring.network_of(self.tuning.group.base.path)
+        network = scoring.network_to_train(self.tuning.group)
         mixture = _mixture(_balanced(_examples(self.tuning)))
         try:
             weights = scoring.weights_of(self.tuning.group)(self.tuning.point)
@@ -136,7 +150,7 @@ def _examples(tuning: Tuning) -> list[Task]:
     (defended, own), samples, base = tuning.group.tasks, tuning.method.samples, tuning.group.base.path
     return [
         labelled_examples(defended, base, least=samples, limit=samples),
-        labelled_examples(own, base, least=1, limit=OWN_EXAMPLES * samples),
+        labelled_examples(own, base, least=1, limit=tuning.most_own),
     ]
 
 

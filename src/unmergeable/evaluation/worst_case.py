@@ -20,12 +20,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
-from unmergeable.evaluation.selection import Floats, Menu, choice, pareto_front
+from unmergeable.evaluation.selection import (
+    BARS,
+    KEPT_SHARE,
+    Floats,
+    Menu,
+    area_under,
+    choice,
+    pareto_front,
+    skill_to_keep,
+)
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -33,12 +43,23 @@ CONFIDENCE = 0.95
 SMALL_DENOMINATOR = 0.05
 """Below five points between the best merge and no victim at all there was little to defend, and D* means little."""
 
+STRIP = 0.8
+"""Share of the free-rider's skill from which on the area between Pareto fronts is taken. An attacker who gives up more
+of its own skill had better use the release alone."""
+
+DIGITS = 12
+"""Scores that agree so far are equal: how a sum of credits is rounded depends on how many are added up at a time."""
+
+Counts = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class WorstCase:
     """D* and what it is made of: scores in [0, 1], on test examples, of the attack selected on validation examples.
 
     ``best_…`` is the number of the selected attack in its menu. ``is_small``: there was little to defend.
+    ``kept_share``: of the free-rider's skill, which attacks had to keep. ``denominator_error``: standard error of the
+    denominator, from the same bootstrap.
     """
 
     d_star: float
@@ -50,6 +71,8 @@ class WorstCase:
     best_unprotected: int
     best_protected: int
     best_reference: int
+    kept_share: float = KEPT_SHARE
+    denominator_error: float = math.nan
 
     @property
     def denominator(self) -> float:
@@ -70,95 +93,218 @@ def worst_case(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> WorstCase:
-    """D* of a protection, with its interval.
+    """D* of a protection at the usual share of kept skill; arguments as for :func:`worst_cases`."""
+    (found,) = worst_cases(
+        unprotected, protected, without_victim, rider_alone, (KEPT_SHARE,), seed=seed, resamples=resamples
+    )
+    return found
+
+
+def worst_cases(
+    unprotected: Menu,
+    protected: Menu,
+    without_victim: Menu,
+    rider_alone: Floats,
+    bars: Sequence[float] = BARS,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[WorstCase, ...]:
+    """D* of a protection, with its interval, at each share of skill that an attack may have to keep.
 
     Args:
         unprotected: attacks on the expert as it was.
         protected: the same menu of attacks on the protected expert.
         without_victim: what can be had without it: the free-rider's own model, or parts of it.
         rider_alone: credits of the free-rider's model on the validation examples of its task, [examples].
+        bars: the shares.
         seed: of the bootstrap.
         resamples: of the bootstrap.
     """
-    menus = (unprotected.joined(without_victim), protected.joined(without_victim), without_victim)
-    (best, best_number), (worst, worst_number), (reference, reference_number) = (
-        _selected(menu, rider_alone, _whole(menu)) for menu in menus
-    )
-    drawn = [
-        _ratio(*(_selected(menu, rider_alone, weights)[0] for menu in menus))
-        for weights in _draws(menus[0], seed, resamples)
-    ]
-    low, high = _interval([ratio for ratio in drawn if not math.isnan(ratio)])
-    return WorstCase(
-        d_star=_ratio(best, worst, reference),
-        low=low,
-        high=high,
-        unprotected=best,
-        protected=worst,
-        reference=reference,
-        best_unprotected=best_number,
-        best_protected=worst_number,
-        best_reference=reference_number,
-    )
+    menus = [unprotected.joined(without_victim), protected.joined(without_victim), without_victim]
+    draws = _draws(menus[0], seed, resamples)
+    scored = [_Scores.of(menu, rider_alone, draws) for menu in menus]
+    return tuple(_at_bar(scored, bar) for bar in bars)
 
 
 def selected(menu: Menu, rider_alone: Floats) -> tuple[float, int]:
     """The test score of the attack that an attacker picks from a menu, and its number."""
-    return _selected(menu, rider_alone, _whole(menu))
-
-
-def contenders(
-    menu: Menu, without_victim: Menu, rider_alone: Floats, *, seed: int = 0, resamples: int = RESAMPLES
-) -> list[int]:
-    """The attacks of ``menu`` that need a test: selected as it stands, or in some resample, or on the Pareto front.
-
-    With the same seed and number of resamples these are all that :func:`worst_case` ever looks at.
-    """
-    joined = menu.joined(without_victim)
-    count = len(menu.defended)
-    picked = {_select(joined, rider_alone, _whole(joined))}
-    for weights in _draws(joined, seed, resamples):
-        picked.add(_select(joined, rider_alone, weights))
-    front = pareto_front(menu.defended.mean(axis=1), menu.rider.mean(axis=1))
-    return sorted({number for number in picked if number < count} | set(front))
+    number = choice(menu.defended.mean(axis=1), menu.rider.mean(axis=1), float(rider_alone.mean())) or 0
+    return float(menu.test[number].mean()), number
 
 
 @dataclass(frozen=True)
-class _Weights:
-    """How often each example was drawn, as fractions that add up to 1."""
+class Difference:
+    """How much more the best attack of one menu gets than that of another, on test examples, and its 95 % interval."""
 
-    defended: Floats
-    rider: Floats
-    test: Floats
-
-
-def _whole(menu: Menu) -> _Weights:
-    return _Weights(*(np.full(rows.shape[1], 1 / rows.shape[1]) for rows in (menu.defended, menu.rider, menu.test)))
+    value: float
+    low: float
+    high: float
+    first: float
+    second: float
 
 
-def _draws(menu: Menu, seed: int, resamples: int) -> tuple[_Weights, ...]:
+def difference(
+    first: Menu,
+    second: Menu,
+    rider_alone: Floats,
+    bar: float = KEPT_SHARE,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Difference:
+    """The best of ``first`` less the best of ``second``, with the bootstrap of :func:`worst_cases`.
+
+    Args:
+        first, second: attacks; what can be had without the victim is to be among both.
+        rider_alone, seed, resamples: as for :func:`worst_cases`.
+        bar: the share of the free-rider's skill that an attack must keep.
+    """
+    draws = _draws(first, seed, resamples)
+    scored = [_Scores.of(menu, rider_alone, draws) for menu in (first, second)]
+    ours, theirs = (scores.tests(scores.chosen(bar)) for scores in scored)
+    low, high = _interval((ours - theirs)[1:].tolist())
+    return Difference(float(ours[0] - theirs[0]), low, high, float(ours[0]), float(theirs[0]))
+
+
+def area_between(unprotected: Menu, protected: Menu, without_victim: Menu, rider_alone: Floats) -> float:
+    """D* with, in place of the score at one share of kept skill, the mean of all from ``STRIP`` to 1.
+
+    The area between the Pareto fronts of the attacks on the unprotected expert and on the protected one, over that
+    between the first and what can be had without the victim. NaN where there is nothing between those. Arguments as for
+    :func:`worst_cases`.
+    """
+    alone = float(rider_alone.mean())
+    areas = []
+    for menu in (unprotected.joined(without_victim), protected.joined(without_victim), without_victim):
+        defended, rider = (rows.mean(axis=1) for rows in (menu.defended, menu.rider))
+        kept = rider / alone if alone > 0 else np.ones(len(rider))
+        areas.append(area_under(defended, menu.test.mean(axis=1), kept, STRIP))
+    return _ratio(*areas)
+
+
+def judged(
+    unprotected: Menu,
+    protected: Menu,
+    without_victim: Menu,
+    rider_alone: Floats,
+    bars: Sequence[float] = BARS,
+    *,
+    is_merging: bool = True,
+) -> tuple[tuple[WorstCase, ...], float]:
+    """What :func:`worst_cases` and :func:`area_between` say of a trial.
+
+    NaN where an attacker who does not merge did not attack one of the two: whoever did not attack was not stopped.
+    """
+    found = worst_cases(unprotected, protected, without_victim, rider_alone, bars)
+    area = area_between(unprotected, protected, without_victim, rider_alone)
+    if is_merging or (len(unprotected.defended) and len(protected.defended)):
+        return found, area
+    return tuple(replace(one, d_star=math.nan, low=math.nan, high=math.nan) for one in found), math.nan
+
+
+def contenders(
+    menu: Menu,
+    without_victim: Menu,
+    rider_alone: Floats,
+    bars: Sequence[float] = BARS,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> list[int]:
+    """The attacks of ``menu`` that need a test: selected as it stands, or in some resample, or on the Pareto front.
+
+    With the same seed, bars and number of resamples these are all that :func:`worst_cases` and :func:`area_between`
+    ever look at.
+    """
+    scores = _Scores.of(menu.joined(without_victim), rider_alone, _draws(menu, seed, resamples))
+    picked = {int(number) for bar in bars for number in scores.chosen(bar)}
+    front = pareto_front(menu.defended.mean(axis=1), menu.rider.mean(axis=1))
+    return sorted({number for number in picked if number < len(menu.defended)} | set(front))
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """How often each example was drawn, [draws, examples]; the first draw has each example once."""
+
+    defended: Counts
+    rider: Counts
+    test: Counts
+
+
+def _draws(menu: Menu, seed: int, resamples: int) -> _Draws:
     return _drawn((menu.defended.shape[1], menu.rider.shape[1], menu.test.shape[1]), seed, resamples)
 
 
 @lru_cache(maxsize=4)
-def _drawn(sizes: tuple[int, ...], seed: int, resamples: int) -> tuple[_Weights, ...]:
+def _drawn(sizes: tuple[int, ...], seed: int, resamples: int) -> _Draws:
     """Examples drawn with replacement. Each set of examples has its own generator: none depends on another's size."""
-    shares = []
+    counts = []
     for number, size in enumerate(sizes):
         generator = np.random.default_rng([seed, number])
-        shares.append(generator.multinomial(size, np.full(size, 1 / size), resamples) / size)
-    return tuple(_Weights(*rows) for rows in zip(*shares, strict=True))
+        drawn = generator.multinomial(size, np.full(size, 1 / size), resamples)
+        counts.append(np.concatenate([np.ones((1, size), drawn.dtype), drawn]))
+    return _Draws(*counts)
 
 
-def _select(menu: Menu, rider_alone: Floats, weights: _Weights) -> int:
-    """The attacker's choice; the first attack where none counts."""
-    chosen = choice(menu.defended @ weights.defended, menu.rider @ weights.rider, float(rider_alone @ weights.rider))
-    return chosen or 0
+def _means(credits_of: Floats, counts: Counts) -> Floats:
+    """Scores on the examples of every draw: of credits [attacks, examples] those [attacks, draws].
+
+    Credits of 0 and 1 are counted without rounding; others are rounded to where the order of adding does not show.
+    """
+    means: Floats = np.round(credits_of @ counts.T.astype(float) / counts.shape[1], DIGITS)
+    return means
 
 
-def _selected(menu: Menu, rider_alone: Floats, weights: _Weights) -> tuple[float, int]:
-    number = _select(menu, rider_alone, weights)
-    return float(menu.test[number] @ weights.test), number
+@dataclass(frozen=True)
+class _Scores:
+    """What a menu scores on validation examples in every draw, [attacks, draws]; tests only of what is picked."""
+
+    defended: Floats
+    rider: Floats
+    alone: Floats
+    menu: Menu
+    draws: _Draws
+
+    @classmethod
+    def of(cls, menu: Menu, rider_alone: Floats, draws: _Draws) -> _Scores:
+        alone = _means(rider_alone[None], draws.rider)[0]
+        return cls(_means(menu.defended, draws.defended), _means(menu.rider, draws.rider), alone, menu, draws)
+
+    def chosen(self, bar: float) -> Counts:
+        """The attacker's choice in every draw, [draws]; the first attack where none counts."""
+        counts = self.rider >= skill_to_keep(self.alone, bar)
+        numbers: Counts = np.where(counts, self.defended, -1.0).argmax(axis=0)
+        return numbers
+
+    def tests(self, chosen: Counts) -> Floats:
+        """The test scores of the choices, [draws]."""
+        numbers, places = np.unique(chosen, return_inverse=True)
+        scores: Floats = _means(self.menu.test[numbers], self.draws.test)[places, np.arange(len(chosen))]
+        return scores
+
+
+def _at_bar(scored: Sequence[_Scores], bar: float) -> WorstCase:
+    chosen = [scores.chosen(bar) for scores in scored]
+    tests = [scores.tests(numbers) for scores, numbers in zip(scored, chosen, strict=True)]
+    ratios = [_ratio(*values) for values in zip(*tests, strict=True)]
+    low, high = _interval([ratio for ratio in ratios[1:] if not math.isnan(ratio)])
+    unprotected, protected, reference = (float(values[0]) for values in tests)
+    best = [int(numbers[0]) for numbers in chosen]
+    differences = (tests[0] - tests[2])[1:]
+    return WorstCase(
+        d_star=ratios[0],
+        low=low,
+        high=high,
+        unprotected=unprotected,
+        protected=protected,
+        reference=reference,
+        best_unprotected=best[0],
+        best_protected=best[1],
+        best_reference=best[2],
+        kept_share=bar,
+        denominator_error=float(np.std(differences, ddof=1)) if len(differences) > 1 else math.nan,
+    )
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:
@@ -170,4 +316,4 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 def _ratio(unprotected: float, protected: float, reference: float) -> float:
     """NaN where the victim adds nothing even unprotected: there is no share of nothing."""
     difference = unprotected - reference
-    return (unprotected - protected) / difference if difference > 0 else math.nan
+    return float((unprotected - protected) / difference) if difference > 0 else math.nan

@@ -90,22 +90,15 @@ def fine_tune(
         BadInput: the examples have no labels, or the network does not take them.
         UnmergeableError: the loss is no longer finite.
     """
-    names = tuple(examples.inputs)
-
-    def batches() -> Iterator[Batch]:
-        for numbers in shuffled_batches(len(examples), min(batch_size, len(examples)), seed):
-            batch = select(examples, numbers)
-            yield (*batch.inputs.values(), *(() if batch.labels is None else (batch.labels,)))
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
-        labels = batch[len(names)] if len(batch) > len(names) else None
-        prediction = predict(network, EncodedBatch(dict(zip(names, batch, strict=False)), labels))
+        prediction = predict(network, encoded(examples, batch))
         entropy = functional.cross_entropy(prediction.logits.float(), prediction.require_targets())
         return entropy if penalty is None else entropy + penalty()
 
     return train(
         network,
-        batches(),
+        drawn_batches(examples, batch_size, seed),
         loss,
         schedule,
         is_trained=is_trained,
@@ -115,6 +108,23 @@ def fine_tune(
         stage=stage,
         progress=progress,
     )
+
+
+def drawn_batches(examples: EncodedBatch, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Batches for :func:`~unmergeable.network.train.train`, without end: inputs and, where there are any, labels.
+
+    Examples are drawn without replacement, in a new order each epoch; all of them at once, if they are fewer.
+    """
+    for numbers in shuffled_batches(len(examples), min(batch_size, len(examples)), seed):
+        batch = select(examples, numbers)
+        yield (*batch.inputs.values(), *(() if batch.labels is None else (batch.labels,)))
+
+
+def encoded(examples: EncodedBatch, batch: Batch) -> EncodedBatch:
+    """A batch that was drawn from ``examples``, under the names of its inputs."""
+    names = tuple(examples.inputs)
+    labels = batch[len(names)] if len(batch) > len(names) else None
+    return EncodedBatch(dict(zip(names, batch, strict=False)), labels)
 
 
 @dataclass(frozen=True)

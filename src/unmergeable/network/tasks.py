@@ -58,15 +58,15 @@ def predict(network: Any, batch: EncodedBatch) -> Prediction:
     )
 
 
-def answer(network: Any, batch: EncodedBatch) -> Any:
-    """The network's output.
+def answer(network: Any, batch: EncodedBatch, **options: bool) -> Any:
+    """The network's output; ``options`` say what else it is to put out, such as ``output_hidden_states``.
 
     Raises:
         BadInput: the network does not take these inputs: their names, their shapes, or tokens that it does not know.
     """
     inputs = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.inputs.items())
     with refusing(network, f"does not take the inputs {inputs}", "give data made for this network"):
-        return network(**batch.inputs)
+        return network(**batch.inputs, **options)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.partial import require_absent
 from unmergeable.checkpoint.rewrite import rewrite
+from unmergeable.data import Fields
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.ops.inspection import inspect
 from unmergeable.ops.opened import architecture_of, open_base
@@ -107,6 +108,7 @@ def recover(
     data: AnyPath | None = None,
     head: AnyPath | None = None,
     encoder: AnyPath | None = None,
+    fields: Fields | None = None,
     settings: Mapping[str, object] | None = None,
     allow_pickle: bool = False,
     threads: int | None = None,
@@ -127,6 +129,7 @@ def recover(
         data: the attacker's examples, a local file or folder (see ``unmergeable.data``), for methods that need data.
         head: file of the task's head (``unmergeable.tasks``), where the network has none of its own.
         encoder: checkpoint whose tokenizer or image processor prepares the data; ``base`` if None.
+        fields: what text, image and label are called in the data; "text", "image" and "label" if None.
         settings: of the method.
         allow_pickle: read checkpoints that have no safetensors files.
         threads: tensors worked on at a time; None for one per processor.
@@ -152,7 +155,7 @@ def recover(
     examples = None
     if data is not None:
         prepared_by = base if encoder is None else folder_of(encoder)
-        examples = Examples(Path(data), prepared_by, None if head is None else Path(head))
+        examples = Examples(Path(data), prepared_by, None if head is None else Path(head), fields or Fields())
     inputs = _open(protected, base, others, requirements, examples, allow_pickle=allow_pickle)
     if known is not None and attack == NearestOrbit():
         recovered = recovered_by(known, inputs.protected)

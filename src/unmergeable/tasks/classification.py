@@ -37,6 +37,10 @@ class Classification(TaskKind):
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = ("a photo of a {}.",)
 
+    @property
+    def fields(self) -> Fields:
+        return Fields(self.text, self.image, self.label)
+
     def scorer(self, data: TaskData, network: Any) -> TaskScorer:
         """Encodes the examples once and keeps them in memory.
 
@@ -44,7 +48,7 @@ class Classification(TaskKind):
             BadInput: the examples or the head cannot be read, or a label is none of the classes.
             UsageError: a head and names of classes are given.
         """
-        source = replace(data.source, fields=Fields(self.text, self.image, self.label))
+        source = replace(data.source, fields=self.fields)
         if not self.classes:
             labelled = LabelledData(source, data.encoder, data.head)
             return ChoiceScorer(labelled.task(network, data.name, batch_size=data.batch_size))

@@ -28,10 +28,14 @@ class Perplexity(TaskKind):
     text: str = "text"
     max_length: int = 512
 
+    @property
+    def fields(self) -> Fields:
+        return Fields(text=self.text)
+
     def scorer(self, data: TaskData, network: Any) -> TaskScorer:
         """Raises BadInput for a network that is no causal language model, or examples that are no texts."""
         if not is_causal_language_model(network):
             raise BadInput(f"{data.name}: {type(network).__name__} is no causal language model; perplexity needs one.")
-        source = replace(data.source, fields=Fields(text=self.text))
+        source = replace(data.source, fields=self.fields)
         encoder = Encoder(data.encoder, self.max_length)
         return ChoiceScorer(Task(data.name, list(EncodedData(source, encoder, data.batch_size))))

@@ -44,9 +44,13 @@ class Prompted(TaskKind):
         if self.max_length < 1:
             raise UsageError(f"max_length={self.max_length}: at least one token is needed.")
 
+    @property
+    def fields(self) -> Fields:
+        return Fields(text=self.prompt)
+
     def examples(self, source: DataSource) -> list[Example]:
         """The records of a source, whose content is the question. Raises BadInput for one without."""
-        found = list(replace(source, fields=Fields(text=self.prompt)))
+        found = list(replace(source, fields=self.fields))
         for example in found:
             if not isinstance(example.content, str):
                 raise BadInput(f"{example.origin}: no text under {self.prompt!r}; this kind of task asks questions.")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from unmergeable.data import DataSource
+from unmergeable.data import DataSource, Fields
 
 Scores = npt.NDArray[np.float64]
 """One number for each example, in the order of the data: float64 [examples]."""
@@ -81,6 +81,11 @@ class TaskKind(ABC):
             BadInput: an example cannot be used (its file and line are named), or there are none.
             UsageError: something is not installed.
         """
+
+    @property
+    def fields(self) -> Fields:
+        """What the inputs are called in the data, also for who reads them without asking anything of them."""
+        return Fields()
 
     def facts(self) -> Mapping[str, Any]:
         """What a result has to say about how it was scored besides the settings, ready for JSON."""

@@ -77,6 +77,10 @@ class TextToImage(TaskKind):
                 f"images={self.images}, steps={self.steps}, guidance={self.guidance}: each must be at least 1."
             )
 
+    @property
+    def fields(self) -> Fields:
+        return Fields(text=self.prompt, label=self.label)
+
     def scorer(self, data: TaskData, network: Any) -> PaintedPrompts:
         """Loads the pipeline and what measures its images.
 
@@ -85,7 +89,7 @@ class TextToImage(TaskKind):
             BadInput: the network is no part of the pipeline, or a record has no prompt, no label that is a class, or
                 no number of its noise.
         """
-        source = replace(data.source, fields=Fields(text=self.prompt, label=self.label))
+        source = replace(data.source, fields=self.fields)
         pipeline, part = _pipeline(Path(self.pipeline), network)
         examples = _prompts(source)
         noises = [_noise(example, self.noise, place) for place, example in enumerate(examples)]

@@ -83,9 +83,17 @@ class PrunedSource(DerivedSource):
 
     @cached_property
     def index(self) -> CheckpointIndex:
+        """That of no files yet: headers, and the list of shards, of the original name tensors that are gone."""
         index = self.original.index
         entries = {name: replace(index.entries[name], spec=self.spec(name)) for name in self.names}
-        return replace(index, entries=entries, side_files={**index.side_files, **self.files})
+        shards = {
+            name: replace(shard, path=None, tensors=tuple(tensor for tensor in shard.tensors if tensor in entries))
+            for name, shard in index.shards.items()
+        }
+        side_files = {**index.side_files, **self.files}
+        return replace(
+            index, entries=entries, shards=shards, side_files=side_files, weights_index_file=None, weights_index=None
+        )
 
     @property
     def names(self) -> Sequence[str]:

@@ -17,10 +17,10 @@
       - {name: animals, data: animals.npz, head: animals-head.safetensors}
 
 Every other expert is a free-rider's, each of whom attacks separately. Who has somebody's release and not the expert
-writes ``task: digits`` in place of ``expert``: D* is then unknown, and what attackers get is not. ``merges: standard``
-and ``recoveries: standard`` are the lists of :mod:`unmergeable.evaluation.attackers`. Paths are relative to the plan; a
-checkpoint may be ``hub:OWNER/NAME`` too. Everything that can be wrong with a plan is reported before anything is
-computed.
+writes ``task: digits`` in place of ``expert``: D* is then unknown, and what attackers get is not. ``attacker:
+standard`` takes the place of ``merges`` and ``recoveries``: those of :mod:`unmergeable.evaluation.attackers`, which is
+also what a plan has that lists none. Paths are relative to the plan; a checkpoint may be ``hub:OWNER/NAME`` too.
+Everything that can be wrong with a plan is reported before anything is computed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from typing import Any, TypeVar
 from unmergeable.attacks import FewShot
 from unmergeable.attacks.few_shot import parse_rates
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.attackers import attacker_named
-from unmergeable.evaluation.names import BASE, GIVEN, IDENTITY, SCALE
+from unmergeable.evaluation.attackers import DEFAULT, LISTED, STUDENTS, Attacker, attacker_named
+from unmergeable.evaluation.names import BASE, CONTROLS, GIVEN
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings, read_analysis_settings
 from unmergeable.evaluation.plans.entries import (
     ExpertEntry,
     ProtectionEntry,
+    RecoveryEntry,
     TaskEntry,
     read_expert,
     read_merge,
@@ -65,17 +66,25 @@ CONNECTIVITY = 11
 LEARNING_RATES = "1e-5,3e-5,1e-4,3e-4"
 """Lower than those of few_shot alone: on a vision transformer with a head that is not trained, 1e-4 is too much."""
 
+_RATES = {"learning_rates": LEARNING_RATES}
+
+RETRAINING_STEPS = 200
+"""More than few_shot's: a whole task is learnt, and not a merge repaired."""
+
 LEARNABLE = (Classification.name, MultipleChoice.name, Generation.name, Perplexity.name)
 """Kinds of task that an attacker can train on."""
 
 FEWEST_SAMPLES = 2
 
+SEEDS = (0, 1)
+"""Of the keys that are audited: one alone may be lucky."""
+
 WITHOUT_DATA = (ThreatModel.OFF_THE_SHELF, ThreatModel.WHITE_BOX)
 """The default threat models."""
 
 _TOP = (
-    "base", "experts", "protect", "merges", "recoveries", "coefficients", "tiers", "threat_models", "few_shot", "tasks",
-    "seeds", "connectivity", "analyses", "doubt",
+    "base", "experts", "protect", "attacker", "merges", "recoveries", "coefficients", "tiers", "threat_models",
+    "few_shot", "retrain", "tasks", "seeds", "connectivity", "analyses", "doubt",
 )  # fmt: skip
 
 
@@ -86,25 +95,56 @@ class FewShotEntry:
     Attributes:
         samples: labelled examples of the defended task; with each number the attacker is another one.
         starts: the best merges, each of which is trained.
+        settings: that hold for every training.
+        trainings: settings of each way to train, where ``settings`` leave them open.
     """
 
     samples: tuple[int, ...] = (16, 100)
     starts: int = 3
     settings: Mapping[str, Any] = field(default_factory=dict)
+    trainings: tuple[Mapping[str, Any], ...] = ({},)
+
+    def methods(self, samples: int) -> tuple[FewShot, ...]:
+        """One for each way to train and each learning rate, all different."""
+        ways = (configure(FewShot, {**_RATES, **way, **self.settings, "samples": samples}) for way in self.trainings)
+        return tuple(dict.fromkeys(method for way in ways for method in _one_for_each_rate(way)))
+
+
+@dataclass(frozen=True)
+class RetrainEntry:
+    """How an attacker trains its own task into a release: ``settings`` are of :class:`unmergeable.attacks.FewShot`.
+
+    Attributes:
+        samples: labelled examples of the defended task, shown again so that it is not forgotten; with each number the
+            attacker is another one.
+        own_examples: the most examples of its own task.
+    """
+
+    samples: tuple[int, ...] = (100,)
+    own_examples: int = 1000
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def methods(self, samples: int) -> tuple[FewShot, ...]:
         """One for each learning rate."""
-        whole = configure(FewShot, {"learning_rates": LEARNING_RATES, **self.settings, "samples": samples})
-        return tuple(replace(whole, learning_rates=repr(rate)) for rate in parse_rates(whole.learning_rates))
+        settings = {**_RATES, "steps": RETRAINING_STEPS, **self.settings, "samples": samples}
+        return _one_for_each_rate(configure(FewShot, settings))
+
+
+def _one_for_each_rate(method: FewShot) -> tuple[FewShot, ...]:
+    return tuple(replace(method, learning_rates=repr(rate)) for rate in parse_rates(method.learning_rates))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The coarse grid of the defended expert's and the free-rider's coefficient, and how many points refine it."""
+    """The coarse grid of the defended expert's and the free-rider's coefficient, and how many points refine it.
+
+    ``extends``: whether the search leaves it where the best lie on its edge.
+    """
 
     defended: tuple[float, ...] = DEFENDED_COEFFICIENTS
     rider: tuple[float, ...] = RIDER_COEFFICIENTS
     refinements: int = REFINEMENTS
+    extends: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,22 +160,25 @@ class AuditPlan(Plan):
     """
 
     defended: str | None
+    attacker: Attacker
     task_without_expert: str | None = None
     coefficients: Grid
     doubt: float
     threat_models: tuple[ThreatModel, ...]
     few_shot: FewShotEntry
+    retrain: RetrainEntry
     seeds: tuple[int, ...]
     connectivity: int
     analyses: AnalysisSettings | None
 
     @property
     def strongest(self) -> ThreatModel:
-        return least(self.threat_models)
+        """Of those who merge the release."""
+        return least(model for model in self.threat_models if model.merges)
 
     def reaches(self, model: ThreatModel) -> bool:
-        """Whether the strongest attacker has all that is had under ``model``."""
-        return self.strongest.includes(model)
+        """Whether one of the attackers has all that is had under ``model``."""
+        return any(attacker.includes(model) for attacker in (self.strongest, *self.threat_models))
 
     @property
     def has_expert(self) -> bool:
@@ -187,7 +230,9 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
         raise BadInput(f"{protect.where}: give either expert, which has a task, or task where nobody has the expert.")
     has_expert = "task" not in protect
     methods = protect.listed("methods", partial(_read_method, folder=folder))
-    grid = Entry(top.document("coefficients", {}), ("defended", "rider", "refinements"), f"{where}, coefficients")
+    known = ("defended", "rider", "refinements", "extends")
+    grid = Entry(top.document("coefficients", {}), known, f"{where}, coefficients")
+    attacker = _attacker(top)
     plan = AuditPlan(
         base=base,
         experts=top.listed("experts", partial(read_expert, folder=folder)),
@@ -195,16 +240,22 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
         task_without_expert=None if has_expert else protect.text("task"),
         protections=tuple(method for method in methods if isinstance(method, ProtectionEntry)),
         releases=tuple(method for method in methods if isinstance(method, ReleaseEntry)),
-        merges=_menu(top, "merges", read_merge),
-        recoveries=_menu(top, "recoveries", partial(read_recovery, folder=folder), is_optional=True),
+        attacker=attacker,
+        merges=_menu(top, "merges", read_merge, attacker),
+        recoveries=(
+            *_menu(top, "recoveries", partial(read_recovery, folder=folder), attacker),
+            *_students(top, folder),
+        ),
         coefficients=Grid(
             grid.numbers("defended", DEFENDED_COEFFICIENTS),
             grid.numbers("rider", RIDER_COEFFICIENTS),
             grid.whole("refinements", REFINEMENTS, least=0),
+            grid.flag("extends") if "extends" in grid else attacker.extends,
         ),
         doubt=_doubt(top),
         threat_models=_threat_models(top),
-        few_shot=_few_shot(top),
+        few_shot=_few_shot(top, attacker),
+        retrain=_retrain(top),
         tasks=top.listed("tasks", partial(read_task, folder=folder, base=base)),
         seeds=tuple(_seeds(top)),
         connectivity=_connectivity(top),
@@ -222,13 +273,37 @@ def _read_method(item: object, where: str, folder: Path) -> ProtectionEntry | Re
     return read_release(item, where, folder) if is_release(item) else read_protection(item, where, folder)
 
 
-def _menu(top: Entry, key: str, read: Callable[[object, str], Item], *, is_optional: bool = False) -> tuple[Item, ...]:
-    """A list of the plan, or the one that an attacker of this name has."""
+def _attacker(top: Entry) -> Attacker:
+    """The attacker that the plan names, or lists; the default one where it leaves something open."""
+    lists = [value for key in ("merges", "recoveries") if (value := top.document(key)) is not None]
+    named = [value for value in lists if isinstance(value, str)]
+    if "attacker" in top:
+        if lists:
+            raise BadInput(f"{top.where}: attacker stands for merges and recoveries; leave these out, or attacker.")
+        return attacker_named(top.text("attacker"), f"{top.where}, attacker")
+    if named:
+        key = "merges" if top.document("merges") == named[0] else "recoveries"
+        return attacker_named(named[0], f"{top.where}, {key}")
+    if len(lists) == 2:
+        return Attacker(LISTED, (), ())
+    return attacker_named(DEFAULT, top.where)
+
+
+def _menu(top: Entry, key: str, read: Callable[[object, str], Item], attacker: Attacker) -> tuple[Item, ...]:
+    """A list of the plan, or the one that its attacker has."""
     value = top.document(key)
-    if not isinstance(value, str):
-        return top.listed(key, read, default=() if is_optional else None)
-    methods: tuple[str, ...] = getattr(attacker_named(value, f"{top.where}, {key}"), key)
-    return tuple(read(method, f"{top.where}, {key}") for method in methods)
+    if value is None or isinstance(value, str):
+        whose = attacker if value is None else attacker_named(value, f"{top.where}, {key}")
+        methods: tuple[str, ...] = getattr(whose, key)
+        return tuple(read(method, f"{top.where}, {key}") for method in methods)
+    return top.listed(key, read, default=() if key == "recoveries" else None)
+
+
+def _students(top: Entry, folder: Path) -> tuple[RecoveryEntry, ...]:
+    """What an attacker who only runs the release does to it, where the plan lists no recoveries of its own."""
+    if isinstance(top.document("recoveries"), list) or ThreatModel.BLACK_BOX not in _threat_models(top):
+        return ()
+    return tuple(read_recovery(student, f"{top.where}, recoveries", folder) for student in STUDENTS)
 
 
 def _threat_models(top: Entry) -> tuple[ThreatModel, ...]:
@@ -244,18 +319,33 @@ def _threat_models(top: Entry) -> tuple[ThreatModel, ...]:
     return tuple(model for model in ThreatModel if model in named)
 
 
-def _few_shot(top: Entry) -> FewShotEntry:
+def _few_shot(top: Entry, attacker: Attacker) -> FewShotEntry:
     default = FewShotEntry()
     entry = Entry(top.document("few_shot", {}), ("samples", "starts", "settings"), f"{top.where}, few_shot")
-    samples = entry.numbers("samples", default.samples)
-    if not all(number.is_integer() and number >= FEWEST_SAMPLES for number in samples):
-        raise entry.wrong("samples", f"must be whole numbers of at least {FEWEST_SAMPLES}", list(samples))
+    samples, settings = _training(entry, default.samples)
+    few_shot = FewShotEntry(samples, entry.whole("starts", default.starts), settings, attacker.trainings)
+    few_shot.methods(FEWEST_SAMPLES)
+    return few_shot
+
+
+def _retrain(top: Entry) -> RetrainEntry:
+    default = RetrainEntry()
+    entry = Entry(top.document("retrain", {}), ("samples", "own_examples", "settings"), f"{top.where}, retrain")
+    samples, settings = _training(entry, default.samples)
+    retrain = RetrainEntry(samples, entry.whole("own_examples", default.own_examples), settings)
+    retrain.methods(FEWEST_SAMPLES)
+    return retrain
+
+
+def _training(entry: Entry, samples: tuple[int, ...]) -> tuple[tuple[int, ...], Mapping[str, Any]]:
+    """Numbers of labelled examples, and settings of the training on them."""
+    numbers = entry.numbers("samples", samples)
+    if not all(number.is_integer() and number >= FEWEST_SAMPLES for number in numbers):
+        raise entry.wrong("samples", f"must be whole numbers of at least {FEWEST_SAMPLES}", list(numbers))
     settings = entry.mapping("settings")
     if "samples" in settings:
         raise BadInput(f"{entry.where}, settings: samples stands beside settings, as a list.")
-    few_shot = FewShotEntry(tuple(map(int, samples)), entry.whole("starts", default.starts), settings)
-    few_shot.methods(FEWEST_SAMPLES)
-    return few_shot
+    return tuple(map(int, numbers)), settings
 
 
 def _doubt(top: Entry) -> float:
@@ -274,7 +364,7 @@ def _connectivity(top: Entry) -> int:
 
 
 def _seeds(top: Entry) -> list[int]:
-    seeds = top.document("seeds", [0])
+    seeds = top.document("seeds", list(SEEDS))
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
         raise top.wrong("seeds", "must be a list of whole numbers", seeds)
     return seeds
@@ -282,8 +372,7 @@ def _seeds(top: Entry) -> list[int]:
 
 def _require_free_names(plan: AuditPlan, where: str) -> None:
     """Raises BadInput for a name that the audit itself gives."""
-    controls = (IDENTITY, SCALE)
-    taken = {"experts": (BASE,), "protections": controls, "releases": controls, "recoveries": (GIVEN,)}
+    taken = {"experts": (BASE,), "protections": CONTROLS, "releases": CONTROLS, "recoveries": (GIVEN,)}
     for kind, names in taken.items():
         for entry in getattr(plan, kind):
             if entry.name in names:
@@ -317,10 +406,11 @@ def _require_consistent(plan: AuditPlan, where: str) -> None:
 
 def _require_attacks(plan: AuditPlan, where: str) -> None:
     """No verdict on an attacker who has not attacked."""
-    if plan.reaches(ThreatModel.WHITE_BOX) and not plan.recoveries:
+    if plan.reaches(ThreatModel.WHITE_BOX) and not any(entry.threat_model.merges for entry in plan.recoveries):
         raise BadInput(
             f"{where}, recoveries: there are none, and an attacker of threat model {ThreatModel.WHITE_BOX} undoes what "
-            "was done; add `recoveries: standard`, or `threat_models: [off_the_shelf]` to claim nothing about it."
+            "was done; leave the entry out for the standard ones, or give `threat_models: [off_the_shelf]` to claim "
+            "nothing about it."
         )
     for merge in plan.merges:
         merge.require_experts(2, where)
@@ -331,24 +421,40 @@ def _require_attacks(plan: AuditPlan, where: str) -> None:
                     f"{where}, {kind} {entry.name}: it needs data, which threat model unlabelled (T3) has; add it to "
                     "threat_models."
                 )
+    students = [entry.name for entry in plan.recoveries if entry.threat_model == ThreatModel.BLACK_BOX]
+    if students and not plan.reaches(ThreatModel.BLACK_BOX):
+        raise BadInput(
+            f"{where}, recovery {students[0]}: it only runs the release, as threat model black_box does; add that to "
+            "threat_models."
+        )
+    if plan.reaches(ThreatModel.BLACK_BOX) and not students:
+        raise BadInput(
+            f"{where}, recoveries: none only runs the release, which is all that threat model black_box may do; add "
+            "distil, or leave black_box out."
+        )
 
 
 def _require_examples(plan: AuditPlan, where: str) -> None:
+    trains = any(model.trains for model in plan.threat_models)
     for task in plan.tasks:
-        if plan.strongest.trains and task.kind.name not in LEARNABLE:
+        if trains and task.kind.name not in LEARNABLE:
             raise BadInput(
-                f"{where}, task {task.name}: threat models few_shot and unlabelled learn from {', '.join(LEARNABLE)}, "
-                f"not from {task.kind.name}; leave them out."
+                f"{where}, task {task.name}: threat models few_shot, unlabelled and retrain learn from "
+                f"{', '.join(LEARNABLE)}, not from {task.kind.name}; leave them out."
             )
-        if plan.strongest.trains and task.train is None:
+        if trains and task.train is None:
             raise BadInput(
-                f"{where}, task {task.name}: threat models few_shot and unlabelled learn from examples; give train."
+                f"{where}, task {task.name}: threat models few_shot, unlabelled and retrain learn from examples; give "
+                "train."
             )
         if task.train in (task.validation, task.test) and not task.is_split:
             raise BadInput(f"{where}, task {task.name}: train must be other data than validation and test.")
     for recovery in plan.recoveries:
-        if recovery.threat_model == ThreatModel.UNLABELLED and plan.task(plan.defended_task).is_split:
-            raise BadInput(
-                f"{where}, task {plan.defended_task}: recovery {recovery.name} reads examples; give them as train, a "
-                "file of their own."
-            )
+        read = [plan.defended_task] if "defended" in recovery.examples else []
+        for name in (*read, *(rider.task for rider in plan.riders if "own" in recovery.examples)):
+            task = plan.task(name)
+            if task.train is None or task.is_split:
+                raise BadInput(
+                    f"{where}, task {task.name}: recovery {recovery.name} reads examples; give them as train, a file "
+                    "of their own."
+                )

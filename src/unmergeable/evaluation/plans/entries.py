@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unmergeable.attacks import ATTACKS
+from unmergeable.attacks import ATTACKS, AttackRequirements, Whose
 from unmergeable.data import Part
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.evaluation.methods import (
     ON_MERGES,
-    attack_reads,
+    attack_requirements,
     merge_learns,
     merge_of,
     protection_reads,
@@ -65,10 +65,13 @@ class MergeEntry(MethodEntry):
         coefficients: of tables, one for all experts in the merge: the method's own where there is none; where there are
             several, the one that does best on validation examples is taken.
         then: an attack on the merge; None for none.
+        start: of audits, where a search begins that gives each part of the defended expert a coefficient of its own
+            (:mod:`unmergeable.evaluation.by_part`); empty for one of whole experts.
     """
 
     coefficients: tuple[float, ...] = ()
     then: MethodEntry | None = None
+    start: tuple[float, ...] = ()
 
     @property
     def threat_model(self) -> ThreatModel:
@@ -155,8 +158,24 @@ class RecoveryEntry:
     @property
     def threat_model(self) -> ThreatModel:
         """That of the weakest attacker who can do it."""
-        learns = any("data" in attack_reads(step.method) for step in self.steps)
-        return ThreatModel.UNLABELLED if learns else ThreatModel.WHITE_BOX
+        if "defended" in self.examples:
+            return ThreatModel.UNLABELLED
+        # What comes after the first step works on a student, which is the attacker's own.
+        return ThreatModel.BLACK_BOX if self._required[0].access == "answers" else ThreatModel.WHITE_BOX
+
+    @property
+    def examples(self) -> frozenset[Whose]:
+        """Whose examples its steps read."""
+        return frozenset(required.examples for required in self._required if "data" in required.needs)
+
+    @property
+    def _required(self) -> list[AttackRequirements]:
+        return [attack_requirements(step.method, step.settings) for step in self.steps]
+
+    @property
+    def is_of_one_rider(self) -> bool:
+        """Whether what it gives depends on whose inputs the attacker has."""
+        return "own" in self.examples
 
 
 @dataclass(frozen=True)
@@ -320,8 +339,10 @@ def _require_sensible(recovery: RecoveryEntry, where: str) -> None:
     for step in recovery.steps:
         if step.method in ON_MERGES:
             raise BadInput(f"{where}: {step.method} works on merges, not on releases; few_shot trains merges.")
-    wanted = [step.method for step in recovery.steps if "sources" in attack_reads(step.method)]
-    if wanted and not recovery.sources:
+    needed = {step.method: attack_requirements(step.method, step.settings) for step in recovery.steps}
+    wanted = [method for method, required in needed.items() if "sources" in required.needs]
+    # What reads a free-rider's own examples starts from its own model.
+    if any(needed[method].examples == "defended" for method in wanted) and not recovery.sources:
         raise BadInput(f"{where}: {wanted[0]} needs sources, public fine-tunes of the base; list some.")
     if recovery.sources and not wanted:
         raise BadInput(f"{where}: none of its methods reads sources; leave them out.")

@@ -45,7 +45,6 @@ from unmergeable.evaluation.plans.entries import (
 )
 from unmergeable.evaluation.plans.fields import Entry, read_document, require_named, require_plain, require_unique
 from unmergeable.evaluation.plans.plan import Plan
-from unmergeable.evaluation.threat_models import ThreatModel
 
 UNPROTECTED = "unprotected"
 """The variant that every other is compared with."""
@@ -226,7 +225,7 @@ def _require_consistent(plan: TablePlan, where: str) -> None:
             raise BadInput(f"{where}, partners: {victim} has nobody to merge with; add an expert or a group.")
         for entry in plan.protections:
             entry.given(plan.expert(victim)).require_reads(f"{where}, expert {victim}")
-    learns = [entry.name for entry in plan.recoveries if entry.threat_model == ThreatModel.UNLABELLED]
+    learns = [entry.name for entry in plan.recoveries if "defended" in entry.examples]
     learns += [merge.name for merge in plan.merges if merge.then and "data" in attack_reads(merge.then.method)]
     chooses = [merge.name for merge in plan.merges if len(merge.coefficients) > 1]
     for task in (task for task in plan.tasks if task.name not in plan.other_tasks):

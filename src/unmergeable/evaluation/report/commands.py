@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unmergeable.evaluation.attackers import attacker_named
-from unmergeable.evaluation.methods import attack_reads, has_key
+from unmergeable.evaluation.attackers import DEFAULT, attacker_named
+from unmergeable.evaluation.by_part import BY_PART, PARTS
+from unmergeable.evaluation.methods import attack_reads, attack_requirements, has_key
 from unmergeable.evaluation.names import GIVEN
 from unmergeable.evaluation.plans.entries import joined
 from unmergeable.evaluation.report.verdict import short
@@ -42,20 +43,40 @@ def attack_commands(plan: Mapping[str, Any], protection: str, trial: Trial) -> l
         steps = [] if recovery is None else _steps(recovery)
         for number, step in enumerate(steps, start=1):
             out = RECOVERED if number == len(steps) else f"{RECOVERED}-{number}"
-            commands.append(["recover", victim, *against, *_method(step), "--out", out])
+            given = _with_data(step, plan, trial.rider)
+            commands.append(["recover", victim, *against, *_method(given), "--out", out])
             victim = out
         experts.insert(0, victim)
     merge = _find([*_listed(plan, "merges"), "task_arithmetic"], best.merge)
     if merge is not None:
-        given = [text for weighted in _weighted(experts, best.coefficients) for text in ("--expert", weighted)]
-        commands.append(["merge", *against, *given, *_method(merge), "--out", MERGED])
+        models = [text for weighted in _weighted(experts, best.coefficients) for text in ("--expert", weighted)]
+        commands.append(["merge", *against, *models, *_method(merge), "--out", MERGED])
     lines = [shlex.join(["unmergeable", *command]) for command in commands]
+    if best.merge == BY_PART and best.coefficients is not None:
+        *own, rider = (f"{value:g}" for value in best.coefficients)
+        parts = ", ".join(f"{value} of {part}" for value, part in zip(own, PARTS, strict=True))
+        lines.append(f"# then {parts} and {rider} of {trial.rider} are added to the base by the audit itself")
     if best.samples and best.learning_rate is not None:
         rate = f"at a learning rate of {short(best.learning_rate)}"
         lines.append(
             f"# then {best.samples} labelled examples, and its own task's, are learnt {rate} by the audit itself"
         )
     return lines
+
+
+def _with_data(step: Mapping[str, Any], plan: Mapping[str, Any], rider: str) -> Mapping[str, Any]:
+    """A recovery with the examples that it reads, and the model that it starts from where that is the free-rider's."""
+    needed = attack_requirements(step["method"], step.get("settings") or {})
+    owner = rider if needed.examples == "own" else plan["protect"]["expert"]
+    expert = next(expert for expert in plan["experts"] if expert["name"] == owner)
+    given = dict(step)
+    if "data" in needed.needs:
+        tasks: Sequence[Mapping[str, Any]] = plan.get("tasks", ())
+        task = next((task for task in tasks if task["name"] == expert["task"]), {})
+        given |= {name: task[key] for name, key in (("data", "train"), ("encoder", "encoder")) if key in task}
+    if "sources" in needed.needs and not step.get("sources"):
+        given["sources"] = [expert["path"]]
+    return given
 
 
 def _weighted(experts: Sequence[str], coefficients: Sequence[float] | None) -> list[str]:
@@ -67,8 +88,11 @@ def _weighted(experts: Sequence[str], coefficients: Sequence[float] | None) -> l
 
 def _listed(plan: Mapping[str, Any], key: str) -> Sequence[Any]:
     """A list of the plan, or that of the attacker it names."""
-    entries = plan.get(key) or []
-    return getattr(attacker_named(entries, key), key) if isinstance(entries, str) else entries
+    entries: Sequence[Any] | None = plan.get(key)
+    if entries is not None and not isinstance(entries, str):
+        return entries
+    attacker = attacker_named(entries or plan.get("attacker", DEFAULT), key)
+    return attacker.merges if key == "merges" else attacker.recoveries
 
 
 def _find(entries: Sequence[Any], name: str | None) -> Mapping[str, Any] | None:
@@ -92,7 +116,11 @@ def _steps(recovery: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     else:
         sources = {"sources": recovery.get("sources")}
         steps = [{**sources, **({"method": step} if isinstance(step, str) else step)} for step in recovery["steps"]]
-    return [step if "sources" in attack_reads(step["method"]) else {**step, "sources": None} for step in steps]
+    return [step if "sources" in _reads(step) else {**step, "sources": None} for step in steps]
+
+
+def _reads(step: Mapping[str, Any]) -> frozenset[str]:
+    return attack_reads(step["method"], step.get("settings") or {})
 
 
 def _method(entry: Mapping[str, Any]) -> list[str]:

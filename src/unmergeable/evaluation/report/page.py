@@ -12,21 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unmergeable.checkpoint.disk import replace_file
+from unmergeable.claims import HINDERS, STOPS
+from unmergeable.evaluation.report.access import efforts
 from unmergeable.evaluation.report.commands import attack_commands
 from unmergeable.evaluation.report.pictures import Looks, front_picture, line_pictures, number, percent, shown
 from unmergeable.evaluation.report.verdict import (
-    HINDERS,
     JUDGEMENTS,
-    STOPS,
     against,
     attack,
+    caveats,
     failed_controls,
     judgement,
     model_card,
     verdict,
 )
 from unmergeable.evaluation.report.without_expert import UNKNOWN
-from unmergeable.evaluation.results import AuditResult, ProtectionResult, Refusal, read_audit, star
+from unmergeable.evaluation.results import EXCESS, AuditResult, ProtectionResult, Refusal, points, read_audit, star
+from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.page import render
 
 PAGE = "report.html"
@@ -58,10 +60,17 @@ def render_report(result: AuditResult) -> str:
         verdicts={name: verdict(name, protection) for name, protection in entries.items()},
         judgements=judgements,
         tones=TONES,
-        worst={name: _worst_tone(judged.values()) for name, judged in judgements.items()},
+        worst={
+            name: _worst_tone(said for model, said in judged.items() if model is not ThreatModel.RETRAIN)
+            for name, judged in judgements.items()
+        },
+        excesses=_excesses(result),
+        excess_head=EXCESS,
+        efforts=efforts,
         stars={name: {t: star(entry.worst) for t, entry in e.tiers.items()} for name, e in entries.items()},
         stops=STOPS,
         hinders=HINDERS,
+        caveats={name: caveats(protection) for name, protection in entries.items()},
         attack=attack,
         heads=[against(model) for model in result.threat_models],
         is_without_data=not any(model.trains for model in result.threat_models),
@@ -120,6 +129,13 @@ def _heat_maps(protections: Mapping[str, ProtectionResult]) -> list[HeatMap]:
     ]
 
 
+def _excesses(result: AuditResult) -> dict[str, str]:
+    """By protection; empty where the plan did not ask for any."""
+    if all(protection.excess is None for protection in result.protections.values()):
+        return {}
+    return {name: points(protection.worst_excess) for name, protection in result.protections.items()}
+
+
 def _worst_tone(judgements: Iterable[str]) -> str:
     """Of several judgements the worst, as the page colours it."""
     tones = {TONES[judgement] for judgement in judgements}
@@ -150,7 +166,8 @@ def _by_hand(result: AuditResult) -> dict[str, list[str]]:
     """The commands of the best attack on each protection, by the attacker who knows most."""
     commands = {}
     for name, entry in result.audited.items():
-        worst = list(entry.tiers.values())[-1].worst
+        found = [verdicts for model, verdicts in entry.tiers.items() if model.merges] or list(entry.tiers.values())
+        worst = found[-1].worst
         if worst is not None and worst.best and "protect" in result.plan:
             commands[name] = attack_commands(result.plan, name, worst)
     return {name: lines for name, lines in commands.items() if lines}

@@ -9,7 +9,7 @@ from math import isfinite
 from typing import TypeVar
 
 from unmergeable.evaluation.analyses import Analyses, LineToRider, MapPoint, ModelAnalysis, Part, Parts, PlaneOfMerges
-from unmergeable.evaluation.names import IDENTITY, SCALE
+from unmergeable.evaluation.names import CONTROLS, IDENTITY
 from unmergeable.evaluation.results import NO_FIGURE, AuditResult, Fronts, Line, Table
 from unmergeable.evaluation.selection import pareto_front
 from unmergeable.page import Chart, Series, landscape_chart, line_chart, point_chart
@@ -84,7 +84,7 @@ def line_pictures(result: AuditResult) -> list[Picture]:
     pictures = []
     for name, rider in dict.fromkeys((line.protection, line.rider) for line in lines):
         # The unprotected expert is in every picture, and has one of its own only where nothing is protected.
-        if name == SCALE or (name == IDENTITY and len(result.protections) > 2):
+        if name in CONTROLS and (name != IDENTITY or set(result.protections) - set(CONTROLS)):
             continue
         own = [line for line in lines if (line.protection, line.rider) == (name, rider)]
         first = [line for line in own if line.seed == own[0].seed]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from unmergeable import claims
+from unmergeable.claims import DStar
+from unmergeable.evaluation.flags import FLAGS
+from unmergeable.evaluation.report.access import beyond_merging
 from unmergeable.evaluation.report.without_expert import UNKNOWN, described
 from unmergeable.evaluation.results import AttackRecord, AuditResult, ProtectionResult, Trial, Verdicts, star
 from unmergeable.evaluation.threat_models import ThreatModel
 
-STOPS, HINDERS = 0.8, 0.2
-"""D* from which a protection is said to stop an attacker, and to hinder one. The whole interval must lie above."""
+CANNOT_BE_JUDGED = "cannot be judged"
 
-JUDGEMENTS = ("stops", "hinders", "is not shown to stop", "does not stop", "cannot be judged")
+JUDGEMENTS = (*claims.JUDGEMENTS[:-1], CANNOT_BE_JUDGED)
 """What can be said of a protection and an attacker; the third is where D* is high and its interval reaches too low."""
 
 _MEANING = (
@@ -21,39 +24,37 @@ _MEANING = (
 
 
 def judgement(verdicts: Verdicts) -> str:
-    """One of :data:`JUDGEMENTS`, from the lower end of the interval: what may be luck is not called protection.
+    """One of :data:`JUDGEMENTS`, as :class:`unmergeable.claims.DStar` has it.
 
-    Nor is what nobody could attack: a model that does not merge may be rewritten, or learnt from.
+    What nobody could attack is not judged: a model that does not merge may be rewritten, or learnt from.
     """
     worst = verdicts.worst
-    if worst is None or worst.d_star is None or worst.is_denominator_small or not _is_mergeable(verdicts):
-        return "cannot be judged"
-    low = worst.interval[0]
-    if low is not None and low >= STOPS:
-        return "stops"
-    if low is not None and low >= HINDERS:
-        return "hinders"
-    return "is not shown to stop" if worst.d_star is not None and worst.d_star >= HINDERS else "does not stop"
+    if worst is None or worst.is_denominator_small or "uncertain_denominator" in worst.flags:
+        return CANNOT_BE_JUDGED
+    if not _is_mergeable(verdicts):
+        return CANNOT_BE_JUDGED
+    said = DStar(worst.d_star, *worst.interval, "not_recognised" not in worst.flags).judgement
+    return said if said in JUDGEMENTS else CANNOT_BE_JUDGED
 
 
 def verdict(name: str, protection: ProtectionResult) -> str:
     """What one protection costs, and in one sentence whom it stops and whom it does not.
 
     Attackers next to each other who are judged alike are represented by one: the strongest of those who are stopped,
-    the weakest of those who are not. The scores at the end are those of the last who is named.
+    the weakest of those who are not. The scores at the end are those of the last who is named. Sentences about those
+    who merge nothing come after.
     """
     if protection.utility.loss is None:
         return described(name, protection)
     loss = 100 * protection.utility.loss
     cost = "costs nothing that was measured" if loss <= 0.05 else f"costs {loss:.1f} points on its own task"
     sentence, before, scores = "", "", ""
-    for judged, alike in groupby(protection.tiers.items(), key=lambda entry: judgement(entry[1])):
+    merging = [entry for entry in protection.tiers.items() if entry[0].merges]
+    for judged, alike in groupby(merging, key=lambda entry: judgement(entry[1])):
         group = list(alike)
         model, verdicts = group[-1] if judged in ("stops", "hinders") else group[0]
-        if judged == "cannot be judged":
-            reason = "the unprotected expert improves the merge by less than 5 points"
-            if not _is_mergeable(verdicts):
-                reason = "no merge with it is possible, and nothing else was tried"
+        if judged == CANNOT_BE_JUDGED:
+            reason = _inconclusive(verdicts)
             clause = f"inconclusive against {model.phrase} ({model}): {reason}"
         else:
             clause = f"it {judged} {model.phrase} ({model}: {_details(verdicts)})"
@@ -61,7 +62,31 @@ def verdict(name: str, protection: ProtectionResult) -> str:
         joint = ", but " if before in ("stops", "hinders") else ", and "
         sentence += f"{joint if before else ''}{clause}"
         before = judged
-    return f"{name} {cost}. {sentence[:1].upper()}{sentence[1:]}{'' if before == 'cannot be judged' else scores}."
+    said = [f"{sentence[:1].upper()}{sentence[1:]}{'' if before == CANNOT_BE_JUDGED else scores}."] if merging else []
+    return " ".join([f"{name} {cost}.", *said, *beyond_merging(protection)])
+
+
+def _inconclusive(verdicts: Verdicts) -> str:
+    worst = verdicts.worst
+    if worst is not None and not worst.is_denominator_small and _is_mergeable(verdicts):
+        return FLAGS["uncertain_denominator"]
+    if worst is not None and not _is_mergeable(verdicts):
+        return "no merge with it is possible, and nothing else was tried"
+    return "the unprotected expert improves the merge by less than 5 points"
+
+
+def caveats(protection: ProtectionResult) -> list[str]:
+    """What is to be held against the figures of a protection: a line for each flag, with the attackers it concerns."""
+    lines = []
+    for flag, meaning in FLAGS.items():
+        models = [
+            str(model)
+            for model, verdicts in protection.tiers.items()
+            if verdicts.worst is not None and flag in verdicts.worst.flags
+        ]
+        if models:
+            lines.append(f"{', '.join(models)}: {meaning}.")
+    return lines
 
 
 def _details(verdicts: Verdicts) -> str:
@@ -89,7 +114,10 @@ def _is_mergeable(verdicts: Verdicts) -> bool:
 
 def attack(best: AttackRecord) -> str:
     """What the attacker did."""
-    done = [best.recovery, _merging(best)] if best.uses_victim else ["leave the expert alone"]
+    if best.uses_victim:
+        done = [best.recovery, _merging(best) if best.merge else "the release itself"]
+    else:
+        done = [f"leave the expert alone{f', start from {best.start}' if best.start else ''}"]
     if best.samples and best.learning_rate is not None:
         done.append(f"training on {best.samples} examples at rate {short(best.learning_rate)}")
     return ", then ".join(step for step in done if step is not None)
@@ -111,14 +139,17 @@ def summary(result: AuditResult) -> list[str]:
     lines = [] if result.passed else [f"INVALID: {failed_controls(result)}. The figures below mean nothing."]
     if not result.has_expert:
         lines.append(UNKNOWN)
-    return lines + [verdict(name, protection) for name, protection in result.audited.items()]
+    for name, protection in result.audited.items():
+        lines += [verdict(name, protection), *(f"  {line}" for line in caveats(protection))]
+    return lines
 
 
 def model_card(result: AuditResult) -> str:
     """The audit as a block of Markdown for a model card."""
-    columns = " | ".join(against(model) for model in result.threat_models)
-    rows = [f"| protection | points lost alone | {columns} |", "|---|---|" + "---|" * len(result.threat_models)]
-    rows += [f"| {' | '.join(row)} |" for row in result.table.rows]
+    table = result.table
+    heads = [*table.columns[:2], *map(against, result.threat_models), *table.columns[2 + len(result.threat_models) :]]
+    rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    rows += [f"| {' | '.join(row)} |" for row in table.rows]
     note = _MEANING if result.has_expert else UNKNOWN
     invalid = [] if result.passed else ["", f"**Invalid audit:** {failed_controls(result)}."]
     return "\n".join([*rows, *invalid, "", note]) + "\n"
