@@ -34,7 +34,7 @@ STUDIES = (
 """The audits that claims rest on. The date is that of the commit."""
 
 TIERS = dict(zip(("T0", "T1", "T2", "T3"), THREAT_MODELS, strict=True))
-"""What the files of audits call the threat models."""
+"""What the files of audits call the threat models of those who merge a release."""
 
 _BLOCK = re.compile(r"(<!-- claims: (\w+)(?: (\w+))? -->\n).*?(<!-- end of claims -->)", re.DOTALL)
 
@@ -64,7 +64,7 @@ def protections_of(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "method": method,
                 "settings": distinguishing(method, entry.get("settings", {})),
                 "utility_loss": round(100 * found["utility"]["loss"], 1),
-                "d_star": {TIERS[tier]: d_star(tried["worst"]) for tier, tried in found["tiers"].items()},
+                "d_star": {TIERS[tier]: d_star(tried["worst"]) for tier, tried in found["tiers"].items() if tier in TIERS},
             }
         )
     return entries

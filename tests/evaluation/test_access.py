@@ -67,7 +67,7 @@ def test_the_excess_is_the_difference_of_the_two_best(result: AuditResult) -> No
 
 
 def test_a_release_is_better_to_train_on_than_what_is_there_without_it(result: AuditResult) -> None:
-    """With the same twenty labelled examples, steps and rate, from the release, the free-rider's model, and the base."""
+    """With the same twenty labelled examples, steps and rate from the release, the free-rider's model and the base."""
     training = worst(result, ThreatModel.RETRAIN)
     release, without = training.best["protected"], training.best["without_victim"]
     assert training.protected > training.without_victim
