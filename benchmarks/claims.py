@@ -64,7 +64,9 @@ def protections_of(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "method": method,
                 "settings": distinguishing(method, entry.get("settings", {})),
                 "utility_loss": round(100 * found["utility"]["loss"], 1),
-                "d_star": {TIERS[tier]: d_star(tried["worst"]) for tier, tried in found["tiers"].items() if tier in TIERS},
+                "d_star": {
+                    TIERS[tier]: d_star(tried["worst"]) for tier, tried in found["tiers"].items() if tier in TIERS
+                },
             }
         )
     return entries

@@ -153,15 +153,9 @@ class Auditor:
                 jobs += [
                     Job(variant, rider, merge, self._group(rider, variant.checkpoint, own, merge=merge))
                     for merge in self.plan.merges
-                    if self._goes_together(variant, merge)
+                    if self.plan.reaches(merge.threat_model)
                 ]
         return jobs
-
-    def _goes_together(self, variant: Variant, merge: MergeEntry) -> bool:
-        """Whether some attacker has both; who does not merge the release itself has ordinary tools."""
-        if not variant.threat_model.merges:
-            return merge.threat_model is ThreatModel.OFF_THE_SHELF
-        return self.plan.reaches(merge.threat_model)
 
     def _kept(self, rider: ExpertEntry, alone: _Alone) -> float:
         return skill_to_keep(float(alone.rider(rider).mean()))
