@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable import ops
-from unmergeable.claims import EFFORT, THREAT_MODELS, DStar, Measurement, Study, limits, measured, measurements
+from unmergeable.claims import EFFORT, THREAT_MODELS, DStar, Measurement, Study, limits, measured, measurements, overall
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -85,11 +85,16 @@ def defaults_of_protections() -> Mapping[str, Mapping[str, Any]]:
     return {entry["name"]: {setting["name"]: setting["default"] for setting in entry["settings"]} for entry in listed}
 
 
-def d_star(worst: Mapping[str, Any] | None) -> list[float | None]:
-    """D* and the ends of its interval; nothing where there was too little to steal for the figures to mean anything."""
-    if worst is None or worst["is_denominator_small"]:
+def d_star(worst: Mapping[str, Any] | None) -> list[float | bool | None]:
+    """D* and the ends of its interval, and False where the release was not recognised.
+
+    Nothing where there was too little to steal for the figures to mean anything.
+    """
+    flags = () if worst is None else worst.get("flags", ())
+    if worst is None or worst["is_denominator_small"] or "uncertain_denominator" in flags:
         return [None, None, None]
-    return [None if value is None else round(value, 6) for value in (worst["d_star"], *worst["interval"])]
+    found = [None if value is None else round(value, 6) for value in (worst["d_star"], *worst["interval"])]
+    return [*found, False] if "not_recognised" in flags else found
 
 
 def leaderboard() -> str:
@@ -142,6 +147,11 @@ def sentences() -> str:
     return table(["protection", "what the audits allow to be said of it"], rows)
 
 
+def stopped() -> str:
+    """Which attackers are stopped, and by what, as a paragraph in Markdown."""
+    return f"> {overall()}\n"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines).replace("D*", "D\\*") + "\n"
@@ -167,7 +177,8 @@ def with_claims(page: str) -> str:
         elif name == "model":
             text = "\n".join(ranking(study) for study in STUDIES if study.kind == about)
         else:
-            text = {"leaderboard": leaderboard, "summary": summary, "sentences": sentences}[name]()
+            made = {"leaderboard": leaderboard, "summary": summary, "sentences": sentences, "overall": stopped}
+            text = made[name]()
         return f"{match[1]}\n{text}\n{match[4]}"
 
     return _BLOCK.sub(block, page)

@@ -44,8 +44,9 @@ from unmergeable.checkpoint.plan import output_like
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.rewrite import rewrite
 from unmergeable.network.encoding import EncodedBatch
-from unmergeable.network.load import load_network, load_tokenizer, quiet
+from unmergeable.network.load import load_network, load_tokenizer
 from unmergeable.ops.opened import architecture_of
+from unmergeable.optional import quiet
 from unmergeable.polynomials.modeling_polynomial import guard_counted
 from unmergeable.polynomials.rewriting import Polynomials, Rewriting, UnitRanges, rewriting
 from unmergeable.protections.activation_ranges import activation_ranges

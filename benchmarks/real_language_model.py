@@ -49,7 +49,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import unmergeable
-from unmergeable.network.load import load_network, load_tokenizer, quiet
+from unmergeable.network.load import load_network, load_tokenizer
+from unmergeable.optional import quiet
 
 WINDOW = 512
 NEW_TOKENS = 40

@@ -18,6 +18,7 @@ from benchmarks.claims import (
     STUDIES,
     TIERS,
     claims_document,
+    d_star,
     defaults_of_protections,
     protections_of,
     ranking,
@@ -168,3 +169,28 @@ def test_the_file_is_part_of_the_package() -> None:
     declared = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert CLAIMS.parent.name == "unmergeable"
     assert '"claims.json"' in declared
+
+
+def test_what_is_said_of_all_is_what_each_audit_says() -> None:
+    """A protection is named for an attacker where some audit's own interval lies above 0.8, and nowhere else."""
+    stopping: dict[str, set[str]] = {}
+    for row in DEFAULTS:
+        for tier, tried in entry_of(row)["tiers"].items():
+            low = tried["worst"]["interval"][0]
+            stopping.setdefault(TIERS[tier], set()).update({row.method} if low >= 0.8 else set())
+    sentences = claims.overall().removesuffix(".").split(". ")
+    assert len(sentences) == len(stopping)
+    for sentence, (threat_model, methods) in zip(sentences, stopping.items(), strict=True):
+        whom = claims.THREAT_MODELS[threat_model]
+        assert whom.lower() in sentence.lower()
+        assert sentence.startswith("No audited protection stops") == (not methods)
+        assert {word.strip(",") for word in sentence.split()} & {row.method for row in DEFAULTS} == methods
+
+
+def test_who_was_not_recognised_stops_nobody() -> None:
+    assert DStar(1.0, 1.0, 1.0).judgement == "stops"
+    assert DStar(1.0, 1.0, 1.0, is_recognised=False).judgement == "is not shown to stop"
+    found = {"d_star": 1.0, "interval": [1.0, 1.0], "is_denominator_small": False}
+    assert d_star({**found, "flags": ["not_recognised"]}) == [1.0, 1.0, 1.0, False]
+    assert d_star(found) == [1.0, 1.0, 1.0]
+    assert d_star({**found, "flags": ["uncertain_denominator"]}) == [None, None, None]

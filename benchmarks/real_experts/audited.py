@@ -12,7 +12,6 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,11 @@ def told(began: float) -> Progress:
 
 
 def keep(result: AuditResult, study: Path, prepared: Mapping[str, Any], out: Path) -> None:
-    """Write what is small enough to keep beside the code: the result without its cells, and a block for a model card.
+    """Write what is small enough to keep beside the code: a compact result, and a block for a model card.
 
     Reasons name files; they are written as the plan has them.
     """
-    text = json.dumps(replace(result, cells=None, prepared=prepared, scored=result.count).to_json(), indent=1)
+    text = json.dumps(result.compact(prepared).to_json(), indent=1)
     out.write_text(text.replace(f"{study}/", "") + "\n")
     out.with_suffix(".md").write_text(model_card(result))
 

@@ -168,6 +168,32 @@ def limits(method: str, kind: str | None = None, settings: Mapping[str, object] 
     return " ".join(sentences)
 
 
+def overall() -> str:
+    """Which protections, at their defaults, stop which attackers, a sentence for each attacker."""
+    sentences = []
+    methods = dict.fromkeys(entry.method for entry in measurements())
+    for threat_model, whom in THREAT_MODELS.items():
+        everywhere, somewhere, audited = [], [], False
+        for method in methods:
+            judged = [
+                entry.d_star[threat_model].judgement for entry in measured(method) if threat_model in entry.d_star
+            ]
+            audited = audited or bool(judged)
+            if judged and set(judged) == {"stops"}:
+                everywhere.append(method)
+            elif "stops" in judged:
+                somewhere.append(method)
+        if not audited:
+            continue
+        clauses = [f"by {_listed(everywhere)} on every model that was audited with it"] if everywhere else []
+        clauses += [f"by {_listed(somewhere)} on some models and not on others"] if somewhere else []
+        if clauses:
+            sentences.append(f"{whom[0].upper()}{whom[1:]} is stopped {_listed(clauses)}.")
+        else:
+            sentences.append(f"No audited protection stops {whom}.")
+    return " ".join(sentences)
+
+
 def _sentence(subject: str, threat_model: str, found: Mapping[str, DStar], is_repeated: bool) -> str:
     """``is_repeated``: the models are those of the sentence before."""
     clauses: list[str] = []

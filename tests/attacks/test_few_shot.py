@@ -11,7 +11,7 @@ from torch import Tensor
 
 from network.small_classifier import FEATURES, Classifier, make_task, predict
 from unmergeable.attacks import FewShot
-from unmergeable.attacks.few_shot import FOLDS, JUDGED, few_shot, parse_rates, turns
+from unmergeable.attacks.few_shot import FOLDS, JUDGED, few_shot, in_last_layers, parse_rates, turns
 from unmergeable.errors import BadInput, Mismatch, UnmergeableError, UsageError
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import fine_tune, gather_examples
@@ -202,6 +202,40 @@ def test_refuses() -> None:
         ({"learning_rates": "1e-3;1"}, "separated by commas"),
         ({"learning_rates": "0"}, "positive numbers"),
         ({"low_rank": -1}, "low_rank=-1"),
+        ({"last_layers": -1}, "last_layers=-1"),
+        ({"last_layers": 1, "low_rank": 2}, "low_rank and last_layers"),
     ):
         with pytest.raises(UsageError, match=message):
             FewShot(**settings).validate()  # type: ignore[arg-type]
+
+
+def test_the_last_layers_of_every_stack() -> None:
+    names = [
+        "shared.weight",
+        *(f"encoder.block.{n}.layer.0.weight" for n in range(12)),
+        *(f"decoder.block.{n}.layer.{m}.weight" for n in range(2) for m in range(3)),
+        "decoder.final_layer_norm.weight",
+    ]
+    assert in_last_layers(names, 1) == {
+        "encoder.block.11.layer.0.weight",
+        *(f"decoder.block.1.layer.{m}.weight" for m in range(3)),
+    }
+    assert in_last_layers(names, 20) == {name for name in names if ".block." in name}
+    assert in_last_layers(["0.weight", "2.weight"], 1) == {"2.weight"}
+    assert in_last_layers(["embed.weight"], 1) == frozenset()
+
+
+def test_only_the_last_layers_are_trained(tmp_path: Path) -> None:
+    """The rest stays to the bit; with all layers trained it does not, which is the control."""
+    toy = TOYS["llama"]
+    folder = write_toy(toy, tmp_path / "toy")
+    network, weights = load_network(folder), load_file(folder / "model.safetensors")
+    task = Task("toy", [EncodedBatch(toy.inputs(torch.Generator().manual_seed(0)))])
+    changed = {}
+    for last_layers in (0, 1):
+        method = FewShot(samples=2, learning_rates="1e-2", steps=2, last_layers=last_layers)
+        result = few_shot(network, weights, task, method)
+        changed[last_layers] = {name for name in weights if not torch.equal(weights[name], result.weights[name])}
+    assert changed[1]
+    assert changed[1] < changed[0]
+    assert changed[1] <= in_last_layers(list(weights), 1)

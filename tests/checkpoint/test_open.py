@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unmergeable.checkpoint.open import open_checkpoint
+from unmergeable.checkpoint.open import open_checkpoint, split_adapter
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import CheckpointError
 
@@ -30,3 +30,10 @@ def test_an_adapter_needs_its_base(tmp_path: Path, single: WriteFolder) -> None:
 def test_what_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         open_checkpoint(tmp_path / "absent", base=tmp_path, allow_pickle=True)
+
+
+def test_an_adapter_named_with_its_base(tmp_path: Path) -> None:
+    assert split_adapter("base+adapter", tmp_path) == (tmp_path / "base", tmp_path / "adapter")
+    (tmp_path / "llama+code").mkdir()
+    assert split_adapter("llama+code", tmp_path) == (tmp_path / "llama+code", None)
+    assert split_adapter("plain", tmp_path) == (tmp_path / "plain", None)

@@ -88,9 +88,10 @@ def whole_plan() -> dict[str, Any]:
         "experts": [{"name": name, "path": name, "task": f"{name}-task"} for name in ("mine", "theirs")],
         "protect": {"expert": "mine", "methods": ["mergelock"]},
         "merges": ["task_arithmetic"],
-        "recoveries": ["nearest_orbit"],
+        "recoveries": ["nearest_orbit", "lossless_pruning, nearest_orbit"],
         "coefficients": {"defended": [0.3, 0.65, 1.0, 1.5], "rider": [0.75, 1.0], "refinements": 4},
         "connectivity": 5,
+        "seeds": [0],
         "tasks": [
             {
                 "name": f"{name}-task",

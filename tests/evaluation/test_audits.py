@@ -202,6 +202,34 @@ def test_the_result_does_not_depend_on_workers(workshop: Path, audited: dict[str
     assert timeless(two) == timeless(audited)
 
 
+def examples_met(folder: Path) -> int:
+    cells = [json.loads(path.read_text()) for path in (folder / "cells").iterdir()]
+    return sum(len(values) for cell in cells for values in cell["credits"].values())
+
+
+def test_a_race_finds_what_every_example_would(
+    plan_file: Path, document: dict[str, Any], finished: Path, audited: Any, tmp_path: Path
+) -> None:
+    """The same attacks are chosen, each D* lies in the other's interval, and fewer examples are met."""
+    document["doubt"] = 0
+    plan_file.write_text(yaml.safe_dump(document))
+    found = run(plan_file, out=tmp_path / "out", workers=1)
+    for name, protection in found["protections"].items():
+        for tier, verdicts in protection["tiers"].items():
+            (raced,) = audited["protections"][name]["tiers"][tier]["trials"]
+            (whole,) = verdicts["trials"]
+            for key in ("d_star", "unprotected", "protected", "without_victim", "attacks_tried"):
+                assert raced[key] == whole[key], (name, tier, key)
+            for who, attack in timeless(whole["best"]).items():
+                assert timeless(raced["best"])[who] == attack, (name, tier, who)
+            assert raced["interval"] == pytest.approx(whole["interval"], abs=0.02), "what a draw here and there changes"
+    left = [cell for cell in audited["cells"] if "met" in cell]
+    assert left
+    assert all(cell["scores"]["test"] is None for cell in left)
+    assert examples_met(finished) < examples_met(tmp_path / "out")
+    assert not [cell for cell in found["cells"] if "met" in cell], "control: without a race all meet all"
+
+
 def test_what_was_lost_is_computed_again_and_nothing_else(workshop: Path, finished: Path, tmp_path: Path) -> None:
     """Half of the cells are lost, and one is cut off as by a crash."""
     out = tmp_path / "out"
@@ -333,7 +361,7 @@ def built(document: dict[str, Any], folder: Path, **changes: Any) -> Audit:
     tasks = [
         {**task, **{part: folder / task[part] for part in ("validation", "test", "head")}} for task in document["tasks"]
     ]
-    entries = {"coefficients": document["coefficients"]}
+    entries = {"coefficients": document["coefficients"], "seeds": [0]}
     given = {"base": folder / "base", "victim": str(folder / "mine"), "attacker": folder / "theirs", "tasks": tasks}
     return Audit(**{**given, "protections": document["protect"]["methods"], "entries": entries, **changes})
 
@@ -342,7 +370,8 @@ def test_an_audit_from_python_is_that_of_the_plan(
     small_plan: Path, document: dict[str, Any], expected: Any, tmp_path: Path
 ) -> None:
     """The experts are called by their roles; all else is the same, and the result answers by name."""
-    entries = {"coefficients": document["coefficients"], "merges": document["merges"], "recoveries": []}
+    listed = {"merges": document["merges"], "recoveries": []}
+    entries = {"coefficients": document["coefficients"], "seeds": [0], **listed}
     mine = built(document, small_plan.parent, threat_models=["off_the_shelf"], entries=entries)
     result = mine.run(tmp_path / "python", workers=1)
     assert result.passed
@@ -362,8 +391,11 @@ def test_an_audit_from_python_is_that_of_the_plan(
 
 def test_an_audit_from_python_has_the_standard_attacker(workshop: Path, document: dict[str, Any]) -> None:
     plan = built(document, workshop).plan()
-    assert [merge.name for merge in plan.merges] == list(ATTACKERS["standard-0"].merges)
-    assert [entry.name for entry in plan.recoveries] == list(ATTACKERS["standard-0"].recoveries)
+    assert plan.attacker == ATTACKERS["standard-1"]
+    assert [merge.name for merge in plan.merges] == list(ATTACKERS["standard-1"].merges)
+    assert [entry.name for entry in plan.recoveries] == list(ATTACKERS["standard-1"].recoveries)
+    older = built(document, workshop, version="standard-0").plan()
+    assert [entry.name for entry in older.recoveries] == list(ATTACKERS["standard-0"].recoveries)
     assert plan.threat_models == (ThreatModel.OFF_THE_SHELF, ThreatModel.WHITE_BOX)
     assert (plan.victim.path, plan.riders[0].path) == (workshop / "mine", workshop / "theirs")
     with pytest.raises(BadInput, match="there are none"):

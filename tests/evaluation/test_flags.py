@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from evaluation.documents import document
+from unmergeable.attacks.base import NOT_RECOGNISED
 from unmergeable.evaluation.flags import FLAGS, is_on_edge, is_recognised
 from unmergeable.evaluation.report.page import render_report
 from unmergeable.evaluation.report.verdict import judgement, summary
@@ -49,6 +50,8 @@ def test_an_edge_is_where_others_lie_on_one_side(point: Any, tried: Any, expecte
         ({"distance_after": 0.2, "confidence": 0.9}, False),  # ten times the expert's distance
         ({"distance_after": 0.02, "confidence": 0.0}, False),
         ({"distance_after": None, "confidence": None}, False),
+        ({"method": "block_regression", "findings": {}}, True),
+        ({"method": "block_regression", "findings": {"result": NOT_RECOGNISED}}, False),
         ({}, False),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from evaluation.documents import WORST
 from unmergeable.evaluation.controls import bounded
 from unmergeable.evaluation.judge import worst_trial
-from unmergeable.evaluation.report.verdict import attack, verdict
+from unmergeable.evaluation.report.verdict import attack, judgement, verdict
 from unmergeable.evaluation.results import AttackRecord, ProtectionResult, Trial
 from unmergeable.evaluation.threat_models import ThreatModel
 
@@ -68,8 +68,9 @@ def test_what_an_attacker_with_examples_did() -> None:
 def test_no_merge_is_no_score_of_nothing() -> None:
     worst = {**trial(1.0, 1.0, 1.0), "protected": 0.15, "unprotected": 0.8, "without_victim": 0.15, "samples": 16}
     tier = {"worst": worst, "trials": [{**worst, "attacks_tried": 0}]}
-    sentence = verdict("lock", protection({"T2": tier}))
-    assert "labelled examples as well (few_shot: 16 labelled, no merge with it is possible" in sentence
+    found = protection({"T2": tier})
+    assert {judgement(verdicts) for verdicts in found.tiers.values()} == {"cannot be judged"}
+    assert "no merge with it is possible" in verdict("lock", found)
     tier["trials"] = [{**worst, "attacks_tried": 1}]
     assert "the best merge gets 15 %" in verdict("lock", protection({"T2": tier}))
 

@@ -106,11 +106,11 @@ def test_a_bet_against_the_truth_wins_nothing_on_average(count: int) -> None:
     assert np.mean([capital(np.array([0.5, 0.1])[list(first)]) for first in combinations(range(2), 1)]) > 1
 
 
-def mixed(seed: int, shares: Sequence[float], skill: float = 0.92) -> tuple[Table, np.ndarray]:
+def mixed(seed: int, shares: Sequence[float] | np.ndarray, skill: float = 0.92) -> tuple[Table, np.ndarray]:
     """Attacks that differ little, and a free-rider's model that some of them are as good as."""
     generator = np.random.default_rng(seed)
     alone = credited(0.95, generator)
-    table = {
+    table: Table = {
         point: {"defended": credited(share, generator), "rider": credited(skill, generator)}
         for point, share in zip(POINTS, shares, strict=True)
     }
@@ -172,7 +172,8 @@ def test_who_breaks_the_bar_leaves_and_the_best_of_them_is_scored(raced: Callabl
 def right(share: float) -> np.ndarray:
     """Right answers spread evenly over the examples."""
     numbers = np.arange(EXAMPLES)
-    return (np.floor((numbers + 1) * share) > np.floor(numbers * share)).astype(float)
+    steps: np.ndarray = np.floor((numbers + 1) * share) > np.floor(numbers * share)
+    return steps.astype(float)
 
 
 def race(*rivals: Cell, **rules: Any) -> Race:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from unmergeable.evaluation.plans.audit_plan import Grid
-from unmergeable.evaluation.search import best_starts, coarse_points, next_points
+from unmergeable.evaluation.search import FARTHEST, best_starts, coarse_points, next_points, points_outside
 
 Point = tuple[float, ...]
 
@@ -60,3 +62,34 @@ def test_every_second_start_has_skill_to_spare() -> None:
     assert best_starts(sweeps, 0.85, 3) == [(0, limit), (0, spare), (0, most)]
     # Control: where the best has skill to spare itself, it is followed by the next best.
     assert best_starts([{limit: (0.9, 0.9), spare: (0.8, 0.88)}], 0.85, 2) == [(0, limit), (0, spare)]
+
+
+@pytest.mark.parametrize("best", [(6.0, 1.0), (0.05, 0.6), (1.0, 5.0), (3.0, 3.0)])
+def test_an_optimum_outside_the_grid_is_reached(best: Point) -> None:
+    """Within a factor of two of where it lies; a search that stays on the grid ends on its edge."""
+    scored = {point: peak(point, best) for point in coarse_points(Grid())}
+    inside = max(scored, key=lambda point: scored[point])
+    left = 8
+    while left and (points := points_outside(scored, 0.9, left)):
+        assert not set(points) & set(scored)
+        assert all(0 < value <= FARTHEST for point in points for value in point if value not in Grid().rider)
+        scored |= {point: peak(point, best) for point in points}
+        left -= len(points)
+    reached = max(scored, key=lambda point: scored[point])
+    for axis in (0, 1):
+        assert reached[axis] <= 2 * best[axis]
+    assert scored[reached] > scored[inside]
+
+
+def peak(point: Point, best: Point) -> tuple[float, float]:
+    """Highest at the best point, and falling with the ratio of each coefficient to it."""
+    distance = sum(abs(math.log(max(value, 1e-3) / wanted)) for value, wanted in zip(point, best, strict=True))
+    return 1 / (1 + distance), 1.0
+
+
+def test_an_optimum_inside_the_grid_leaves_it_alone() -> None:
+    scored = {point: peak(point, (0.5, 0.5)) for point in coarse_points(Grid())}
+    assert points_outside(scored, 0.9, 8) == []
+    # A coefficient of 0 leaves a model out: nothing lies beyond.
+    assert points_outside({(1.0, 0.0): (0.9, 1.0), (0.5, 0.0): (0.1, 1.0), (2.0, 1.0): (0.1, 1.0)}, 0.9, 8) == []
+    assert points_outside({(1.0, 0.0): (0.9, 1.0), (0.5, 1.0): (0.1, 1.0)}, 0.9, 8) == [(2.0, 0.0)]

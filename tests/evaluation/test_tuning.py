@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from unmergeable.attacks import FewShot
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.tuning import _balanced, _mixture, _said
+from unmergeable.evaluation.cells import Cell, digest_of
+from unmergeable.evaluation.plans.audit_plan import parse_plan
+from unmergeable.evaluation.plans.entries import MergeEntry
+from unmergeable.evaluation.race import BATCHES, Rules
+from unmergeable.evaluation.scoring import Checkpoint, Group, ScoredTask
+from unmergeable.evaluation.tuning import Tuning, _balanced, _mixture, _said, tune
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.tasks import Prediction, Task
 from zoo import TOYS, load_toy, write_toy
@@ -89,3 +96,40 @@ def test_only_answers_are_choices(tmp_path: Path) -> None:
     assert torch.allclose(prediction.logits[2], alone, rtol=0, atol=64 * 2.0**-24 * float(alone.abs().max()))
     with pytest.raises(BadInput, match="leave out threat models few_shot and unlabelled"):
         _said("pictures", None, network)
+
+
+@pytest.fixture
+def tuning(workshop: Path, whole_plan: dict[str, Any]) -> Tuning:
+    """A merge of the workshop that is trained for a moment."""
+    tasks = [{**task, "train": f"{task['name'].removesuffix('-task')}-train.npz"} for task in whole_plan["tasks"]]
+    plan = parse_plan({**whole_plan, "tasks": tasks}, workshop)
+    digests = {path: digest_of(path) for path in plan.paths}
+    base, mine, theirs = (Checkpoint(workshop / name, digests[workshop / name]) for name in ("base", "mine", "theirs"))
+    scored = tuple(ScoredTask.of(task, digests) for task in plan.tasks)
+    group = Group(base, (mine, theirs), MergeEntry("task_arithmetic", "task_arithmetic", {}), scored)
+    return Tuning(group, (0.65, 1.0), FewShot(samples=8, steps=1, learning_rates="1e-6"))
+
+
+def test_training_that_cannot_be_the_choice_is_not_tested(tuning: Tuning, tmp_path: Path) -> None:
+    """Against a rival that is right throughout it leaves, and is not trained again to find that out; alone it stays."""
+    images = tuning.group.tasks[0].entry.size("validation")
+    right = np.ones(images)
+    rival = Cell({}, {"mine-task": right, "theirs-task": right}, 0.0)
+    rules = Rules("mine-task", "theirs-task", right, (rival,), possible=1)
+    left = tune(tuning, rules, tmp_path).cells
+    assert left is not None
+    assert set(left) == {"validation"}
+    assert left["validation"].met in BATCHES
+    assert not left["validation"].is_whole
+    again = tune(tuning, rules, tmp_path).cells
+    assert again is not None
+    assert again["validation"].cpu_seconds == left["validation"].cpu_seconds
+    own = right * 0  # a free-rider's model that is never right: every attack keeps its skill
+    stayed = tune(tuning, Rules("mine-task", "theirs-task", own, (), possible=1), tmp_path).cells
+    assert stayed is not None
+    assert {part: len(cell.credits["mine-task"]) for part, cell in stayed.items()} == {
+        "validation": images,
+        "test": images,
+    }
+    met = left["validation"].met
+    assert (stayed["validation"].credits["mine-task"][:met] == left["validation"].credits["mine-task"]).all()

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unmergeable.errors import BadInput, CheckpointError, UsageError
-from unmergeable.network.load import load_network, load_tokenizer, quiet
+from unmergeable.network.load import load_network, load_tokenizer
+from unmergeable.optional import quiet
 
 
 def rewrite_config(folder: Path, **changes: object) -> None:

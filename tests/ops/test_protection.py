@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def tensors(folder: Path) -> dict[str, Any]:
 def equal(first: Path, second: Path) -> bool:
     left, right = tensors(first), tensors(second)
     return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
+
+
+def limits(notes: Sequence[str]) -> list[str]:
+    """What is said of the methods; the networks here are no fine-tunes, and their data are few, which is said too."""
+    return [note for note in notes if not note.startswith("Warning: ")]
 
 
 def test_what_a_protection_is_follows_from_its_settings() -> None:
@@ -107,7 +113,7 @@ def test_steps_are_applied_left_to_right(work: Path) -> None:
     assert (shield["recipe"]["method"], lock["recipe"]["steps"][0]["method"]) == ("sensitivity_shield", "mergelock")
     assert "coefficients" not in json.dumps(shield), "what is mixed in is the owner's secret"
     assert "sibling" not in {Path(file["name"]).stem for role in shield["inputs"].values() for file in role}
-    assert len(json.loads(json.dumps(result.to_json()))["notes"]) == 3
+    assert len(limits(json.loads(json.dumps(result.to_json()))["notes"])) == 3
 
 
 def test_training_then_a_gauge(work: Path) -> None:
@@ -181,7 +187,7 @@ def test_an_interrupted_composition_goes_on(work: Path, at: int, monkeypatch: py
     assert equal(work / "out", work / "whole")
     assert [step.out for step in result.steps] == [work / name for name in ("out.steps/1", "out.steps/2", "out")]
     assert [step.facts is None for step in result.steps] == [number < at for number in range(3)]
-    assert len(result.notes) == 3, "those of finished steps are read in their manifests"
+    assert len(limits(result.notes)) == 3, "those of finished steps are read in their manifests"
     assert not (work / "out.steps").exists()
 
 

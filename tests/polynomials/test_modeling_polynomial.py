@@ -11,7 +11,7 @@ import torch
 
 from polynomials.conftest import Build
 from polynomials.written import load_written, relative
-from unmergeable.network.load import quiet
+from unmergeable.optional import quiet
 from unmergeable.polynomials.modeling_polynomial import PolynomialLinear, guard_counted
 from unmergeable.polynomials.rewriting import Polynomials
 from zoo import TOYS, load_toy, outputs

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import unmergeable
+from unmergeable.checkpoint.disk_names import to_disk_names
 from unmergeable.checkpoint.plan import output_like
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.cli import main
 from unmergeable.data import DataSource
 from unmergeable.errors import UsageError
-from unmergeable.network.disk_weights import to_disk_names
 from unmergeable.network.encoding import EncodedData, Encoder
 from unmergeable.protections import PROTECTIONS, Facts, Inputs, Protection, ProtectionRequirements, Rewrite
 from zoo import TOYS, write_toy

@@ -20,7 +20,8 @@ from unmergeable.ops.protect_result import ProtectResult
 from unmergeable.ops.protection import protect as protect_files
 from unmergeable.ops.recovery import recover
 from unmergeable.polynomials.rewriting import Polynomials
-from unmergeable.protections.polynomial import PolynomialFacts, approximation
+from unmergeable.protections.calibration import approximation
+from unmergeable.protections.polynomial import PolynomialFacts
 from zoo import TOYS, load_toy, outputs, write_toy
 
 
@@ -126,12 +127,12 @@ def test_measures_the_error_without_padding(tmp_path: Path) -> None:
     ids = llama.inputs["input_ids"]
     padded = torch.cat([ids, torch.full((2, 30), 5)], dim=1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(2, 30, dtype=torch.int64)], dim=1)
-    alone = approximation(plain, network, EncodedBatch({"input_ids": ids}))
-    with_padding = approximation(plain, network, EncodedBatch({"input_ids": padded, "attention_mask": mask}))
+    alone = approximation(plain, network, [EncodedBatch({"input_ids": ids})])
+    with_padding = approximation(plain, network, [EncodedBatch({"input_ids": padded, "attention_mask": mask})])
 
     assert 0 < alone.output_error < 0.05
     # Rounding, of other sums in another order.
     assert with_padding.output_error == pytest.approx(alone.output_error, rel=1e-2)
     assert set(alone.to_json()) == {"output_error", "outside_largest", "outside_mean"}
     # Control: a network is at no distance from itself.
-    assert approximation(network, network, EncodedBatch({"input_ids": ids})).output_error == 0
+    assert approximation(network, network, [EncodedBatch({"input_ids": ids})]).output_error == 0

@@ -1,6 +1,7 @@
 """The layers of a network as runs of like modules, with what its config calls their number.
 
-For whoever adds layers or takes them away, which is a change of ``config.json`` and of the numbers in tensor names.
+For whoever adds layers, heads or hidden units, or takes them away, which is a change of ``config.json`` and, of layers,
+of the numbers in tensor names.
 Only families are known here in which a layer does not look at its own number, and whose blocks stand one behind
 another: what one adds to the stream, the next reads.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unmergeable.architecture.architecture import Architecture
+from unmergeable.architecture.blocks import Attention, FeedForward
 from unmergeable.architecture.residual import Residual
 
 _COUNTED_AS: Mapping[str, Mapping[str, str]] = {
@@ -28,6 +30,30 @@ _COUNTED_AS: Mapping[str, Mapping[str, str]] = {
     "t5": {"encoder": "num_layers", "decoder": "num_decoder_layers"},
 }  # fmt: skip
 """By model type, what its config calls the number of layers; for two stacks, by the start of their names."""
+
+WIDTHS: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2",
+            "bert", "roberta", "xlm-roberta", "vit",
+        ),
+        "intermediate_size",
+    ),
+    "gpt2": "n_inner",
+    "opt": "ffn_dim",
+    "t5": "d_ff",
+    "dinov2": "mlp_ratio",
+}  # fmt: skip
+"""By model type, what the config calls the number of hidden units (DINOv2: for each coordinate of the stream)."""
+
+HEAD_COUNTS: Mapping[str, tuple[str, str | None, str]] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text"),
+        ("num_attention_heads", "num_key_value_heads", "head_dim"),
+    ),
+    "t5": ("num_heads", None, "d_kv"),
+}
+"""By model type whose heads may be of any number: what its config calls query heads, key-value heads, their size."""
 
 _LISTED = ("layer_types",)
 """Lists in a config with one entry for each layer."""
@@ -91,6 +117,12 @@ def layers_of(architecture: Architecture, config: Mapping[str, Any]) -> tuple[La
         layers = [tuple(name for _, at, name in numbered if at == number) for number in range(numbered[-1][1] + 1)]
         found.append(Layers(numbered[0][0], tuple(layers), counts))
     return tuple(found)
+
+
+def blocks_in_order(architecture: Architecture, layers: Layers) -> list[Attention | FeedForward]:
+    """The blocks of a run of layers, one behind another."""
+    blocks = {block.name: block for block in architecture.blocks}
+    return [blocks[name] for names in layers.blocks for name in names]
 
 
 def stream_of(architecture: Architecture, writer: str) -> Residual | None:

@@ -18,6 +18,7 @@ from unmergeable.attacks.grad_erase import GradErase, grad_erase
 from unmergeable.attacks.in_memory import OrbitFit, RecoveredWeights, distances
 from unmergeable.attacks.kabsch import Kabsch, kabsch
 from unmergeable.attacks.layerwise_ridge import LayerwiseRidge, layerwise_ridge
+from unmergeable.attacks.lossless_pruning import LosslessPruning, lossless_pruning
 from unmergeable.attacks.nearest_orbit import NearestOrbit, nearest_orbit
 from unmergeable.attacks.neuron_matching import NeuronMatching, neuron_matching
 from unmergeable.attacks.revert_to_base import RevertToBase, revert_to_base
@@ -45,6 +46,7 @@ __all__ = [
     "Kabsch",
     "LayerwiseRidge",
     "Learnt",
+    "LosslessPruning",
     "NearestOrbit",
     "NeuronMatching",
     "OrbitFit",
@@ -65,6 +67,7 @@ __all__ = [
     "grad_erase",
     "kabsch",
     "layerwise_ridge",
+    "lossless_pruning",
     "nearest_orbit",
     "neuron_matching",
     "register_attack",
@@ -82,6 +85,7 @@ ATTACKS = Registry(
     (
         NearestOrbit,
         Canonicalise,
+        LosslessPruning,
         Kabsch,
         NeuronMatching,
         DiagonalRatio,

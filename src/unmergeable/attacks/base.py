@@ -172,7 +172,8 @@ class Recovered:
     """A checkpoint with the layout of ``template``, some of its tensors changed.
 
     Either by the gauges of ``estimate``, or one by one by ``edits`` (each may work in place). ``findings``: numbers the
-    attack found in the weights, by name. ``learnt``: what it found out from data.
+    attack found in the weights, by name. ``learnt``: what it found out from data. ``config_changes``: what has to be
+    said differently in the ``config.json`` of the template's folder, None where that is to stay byte for byte.
     """
 
     template: TensorSource
@@ -180,6 +181,7 @@ class Recovered:
     findings: Mapping[str, Finding] = field(default_factory=dict)
     estimate: Estimate | None = None
     learnt: Learnt | None = None
+    config_changes: Mapping[str, Any] | None = None
 
     def plan(self, architecture: Architecture) -> tuple[OutputTensor, ...]:
         """What to write; ``architecture`` as in :class:`Inputs`."""

@@ -4,7 +4,7 @@
 
 An attacker who has no task data left cannot train; one who has a little can, and a merge that looks broken may be a few
 steps away from working. n = 16, 100 and 1000 are the usual sizes. ``low_rank=0`` trains all weights, r > 0 an update of
-rank r beside every linear layer (LoRA, arXiv 2106.09685).
+rank r beside every linear layer (LoRA, arXiv 2106.09685), and ``last_layers=k`` the last k layers alone.
 
 The attacker has n labelled examples in all, so they choose the learning rate too: by cross-validation in ``FOLDS``
 folds, of which as many take a turn as ``JUDGED`` examples need (all with n = 16, one with n = 1000). Not training
@@ -18,9 +18,11 @@ model given as a source.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,19 +31,23 @@ from torch import Tensor
 
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.live import edits_to, is_polynomial, load, state_for, state_without_victim
+from unmergeable.checkpoint.disk_names import to_disk_names
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, DiskError, UnmergeableError, UsageError
-from unmergeable.network.disk_weights import Place, find_places, show, swapped, to_disk_names
+from unmergeable.network.disk_weights import Place, find_places, show, swapped
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import Judgement, added, fine_tune, gather_examples, judge, padding_token, select
 from unmergeable.network.low_rank import low_rank_updates
 from unmergeable.network.tasks import Task
 from unmergeable.network.train import Schedule
 from unmergeable.progress import Progress, silent
+from unmergeable.settings import ADDED_LATER
 
 FOLDS = 4
 JUDGED = 50
 """Enough to tell rates that are ten times apart; with more, the sweep would cost more than the training."""
+
+_LAYER = re.compile(r"(?P<stack>.*?)(?:^|\.)(?P<number>\d+)\.")
 
 _ALPHA_PER_RANK = 2.0
 """Updates of low rank are scaled by this; the sweep over rates makes its value of little account."""
@@ -61,6 +67,8 @@ class FewShot:
         batch_size: examples of a step, or all if there are fewer.
         low_rank: 0 to train all weights, else the rank of the updates.
         seed: of the examples, the folds, their order, and the start of low-rank updates.
+        last_layers: 0 to train every layer, else how many of the last ones; what stands before or between layers, such
+            as embeddings, is not trained then.
     """
 
     name: ClassVar[str] = "few_shot"
@@ -72,12 +80,17 @@ class FewShot:
     batch_size: int = 16
     low_rank: int = 0
     seed: int = 0
+    last_layers: int = field(default=0, metadata=ADDED_LATER)
 
     def validate(self) -> None:
         require_training(self.samples, self.steps, self.batch_size)
         parse_rates(self.learning_rates)
         if self.low_rank < 0:
             raise UsageError(f"low_rank={self.low_rank}: give 0 to train all weights, or a rank.")
+        if self.last_layers < 0:
+            raise UsageError(f"last_layers={self.last_layers}: give 0 to train every layer, or how many of the last.")
+        if self.low_rank and self.last_layers:
+            raise UsageError("low_rank and last_layers: give one of them; updates of low rank lie beside every layer.")
 
     def requirements(self) -> AttackRequirements:
         return AttackRequirements(needs=("base", "data"), accepts=("sources",), structure="polynomial")
@@ -245,10 +258,35 @@ def _best(trials: Sequence[Trial]) -> Trial:
 
 
 def _trained(method: FewShot) -> Trained:
+    if method.last_layers:
+        return partial(_last_layers, count=method.last_layers)
     if method.low_rank == 0:
         return _all_weights
     rank = method.low_rank
     return lambda network: low_rank_updates(network, rank=rank, alpha=_ALPHA_PER_RANK * rank, seed=method.seed)
+
+
+@contextmanager
+def _last_layers(network: Any, count: int) -> Iterator[Callable[[str], bool]]:
+    names = in_last_layers([name for name, _ in network.named_parameters()], count)
+    if not names:
+        raise UsageError(
+            f"last_layers={count}: {type(network).__name__} has no layers that are numbered; leave it out."
+        )
+    yield names.__contains__
+
+
+def in_last_layers(names: Sequence[str], count: int) -> frozenset[str]:
+    """The parameters of the last ``count`` layers, of every stack of layers there is (encoder and decoder, for one).
+
+    A layer is what stands under a number in the names: ``model.layers.11.mlp.up_proj.weight``; of numbers inside one
+    another (experts in a layer) the first counts.
+    """
+    found = {name: match for name in names if (match := _LAYER.match(name)) is not None}
+    depth: dict[str, int] = {}
+    for match in found.values():
+        depth[match["stack"]] = max(depth.get(match["stack"], 0), 1 + int(match["number"]))
+    return frozenset(name for name, match in found.items() if int(match["number"]) >= depth[match["stack"]] - count)
 
 
 @contextmanager

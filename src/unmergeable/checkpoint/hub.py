@@ -1,7 +1,8 @@
 """Checkpoints by their name on the Hugging Face hub: ``hub:OWNER/NAME`` or ``hub:OWNER/NAME@REVISION``.
 
-What is downloaded is what the library reads: safetensors weights, configurations, tokenizers. Pickled weights and code
-stay where they are. The files lie in the hub's own cache, so that a second run downloads nothing.
+What is downloaded is what the library reads: safetensors weights, configurations, tokenizers. Pickled weights stay
+where they are, and so does code that is not asked for. The files lie in the hub's own cache, so that a second run
+downloads nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ PREFIX = "hub:"
 
 READ = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
 
+CODE = "*.py"
+
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -25,8 +28,8 @@ def is_on_hub(text: str) -> bool:
     return text.startswith(PREFIX)
 
 
-def download(text: str) -> Path:
-    """The folder of a checkpoint on the hub, downloaded unless it is in the cache.
+def download(text: str, *, with_code: bool = False) -> Path:
+    """The folder of a checkpoint on the hub, downloaded unless it is in the cache; ``with_code``: its modules as well.
 
     Raises:
         UsageError: huggingface_hub is not installed.
@@ -41,7 +44,11 @@ def download(text: str) -> Path:
     except ImportError:
         raise UsageError(f"{text} lies on the hub: pip install 'unmergeable[hf]', or give a local folder.") from None
     try:
-        return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=list(READ)))
+        return Path(
+            hub.snapshot_download(
+                name, revision=revision or None, allow_patterns=[*READ, *([CODE] if with_code else [])]
+            )
+        )
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
         raise BadInput(
             f"{text} cannot be downloaded ({first_line(error)}); check the name, your login, or download it."

@@ -89,8 +89,9 @@ class CheckpointIndex:
     ``config_file`` and ``weights_index_file``. ``headers_digest`` identifies the checkpoint cheaply: SHA-256 over
     its configuration, index, headers, file sizes and modification times (not over its tensors). ``other_files``
     (path to name) are read for tensors besides the shards: an adapter's, or pickles. ``states`` are those of all
-    files that were read, from before they were. All paths have links followed; in the hub's cache their names are
-    hashes.
+    files that were read, from before they were. ``config_changes`` is what ``config`` says otherwise than
+    ``config_file``, for an adapter that changes the network itself. All paths have links followed; in the hub's cache
+    their names are hashes.
     """
 
     folder: Path
@@ -106,6 +107,7 @@ class CheckpointIndex:
     headers_digest: str = ""
     other_files: Mapping[Path, str] = field(default_factory=dict)
     states: Mapping[Path, FileState] = field(default_factory=dict)
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

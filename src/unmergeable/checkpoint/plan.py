@@ -107,7 +107,8 @@ def lay_out(source: TensorSource, plan: Sequence[OutputTensor], config_changes: 
         _lay_out_shard(source, name, tuple(tensors)) for name, tensors in groupby(plan, key=lambda tensor: tensor.shard)
     )
     config = read_file(source.index.config_file)
-    small = [(CONFIG_NAME, config if config_changes is None else edit_json(config, config_changes))]
+    changes = _merged(source.index.config_changes, config_changes or {})
+    small = [(CONFIG_NAME, edit_json(config, changes) if changes or config_changes is not None else config)]
     weights_index = _weights_index(source.index, plan)
     if weights_index is not None:
         small.append(weights_index)

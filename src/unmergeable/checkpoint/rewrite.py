@@ -54,7 +54,7 @@ from unmergeable.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["MEMORY_BUDGET", "OutputTensor", "output_like", "rewrite"]
+__all__ = ["MEMORY_BUDGET", "OutputTensor", "folders_read", "output_like", "require_space", "rewrite"]
 
 MEMORY_BUDGET = 512 << 20
 """Default bytes of changed tensors held between reading and writing."""
@@ -109,7 +109,7 @@ def rewrite(
     require_creatable(out)
     out = out.parent.resolve() / out.name
     sources = {"source": source, **(also_read or {})}
-    require_outside(out, *_folders_read(sources.values()))
+    require_outside(out, *folders_read(sources.values()))
     require_details(manifest)
     layout = lay_out(source, plan, config_changes)
     _require_unchanged(sources.values())
@@ -121,7 +121,7 @@ def rewrite(
         written = read_manifest(out)
         assert written is not None, "it is written before the folder gets its name"
         return written
-    _require_space(out, layout.nbytes)
+    require_space(out, layout.nbytes)
     with PartialFolder(out, token) as folder:
         folder.remove_all_but({shard.name for shard in layout.shards})
         records = [_write_small(folder.files / name, data) for name, data in layout.small_files]
@@ -153,14 +153,20 @@ def rewrite(
     return record
 
 
-def _folders_read(sources: Iterable[TensorSource]) -> Iterator[Path]:
+def folders_read(sources: Iterable[TensorSource]) -> Iterator[Path]:
+    """Every folder that files of these checkpoints lie in."""
     for source in sources:
         yield source.folder
         for path in (source.index.config_file, *source.index.tensor_files):
             yield path.parent
 
 
-def _require_space(out: Path, nbytes: int) -> None:
+def require_space(out: Path, nbytes: int) -> None:
+    """Refuse an output of so many bytes where the disk has no room for what is still to be written of it.
+
+    Raises:
+        DiskError: naming both.
+    """
     started = partial_of(out) / FILES
     there = sum(path.stat().st_size for path in started.iterdir()) if started.is_dir() else 0
     needed = nbytes - there + _SPARE_DISK

@@ -54,6 +54,9 @@ def merge(
             "--backend", help="`mergekit` runs the installed mergekit and rejects its result if tensors are missing."
         ),
     ] = "own",
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep-adapter", help="Merge LoRA adapters into an adapter, without their base.")
+    ] = False,
     checksums: Annotated[
         bool, typer.Option("--checksums", help="Record the SHA-256 of whole files, not only of their headers; slower.")
     ] = False,
@@ -80,6 +83,7 @@ def merge(
             data=data or [],
             config=config,
             backend=backend,
+            keep_adapter=keep_adapter,
             checksums=checksums,
             threads=threads,
             progress=progress,

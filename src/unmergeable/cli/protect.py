@@ -70,6 +70,12 @@ def protect(
             help="Of training. Draws the key too: anybody can draw it again, so for experiments only.",
         ),
     ] = None,
+    keep_adapter: Annotated[
+        bool,
+        typer.Option(
+            "--keep-adapter", help="Write an adapter again, in another basis of its rank; this stops no merge."
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read a checkpoint that has no safetensors files.")
@@ -87,10 +93,11 @@ def protect(
       unmergeable protect ./my-llama-8b-medical --base ./Llama-3.1-8B --out ./release
     """
     methods, settings = _requested(method, assignments, recipe)
-    makes_key = _makes_key(methods, settings)
+    makes_key = not keep_adapter and _makes_key(methods, settings)
     for option, given in {"--key": key, "--passphrase": passphrase}.items():
         if given and not makes_key:
-            raise UsageError(f"{','.join(methods or ())} makes no key: leave out {option}.")
+            method_names = "--keep-adapter" if keep_adapter else ",".join(methods or ())
+            raise UsageError(f"{method_names} makes no key: leave out {option}.")
     secret = read_passphrase(is_asked_for=passphrase, is_new=True) if makes_key else None
     with working(context, can_resume=not dry_run) as progress:
         from unmergeable import ops
@@ -109,6 +116,7 @@ def protect(
             encoder=encoder,
             siblings=siblings or [],
             generic=generic,
+            keep_adapter=keep_adapter,
             dry_run=dry_run,
             allow_pickle=allow_pickle,
             threads=threads,

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from unmergeable.architecture.symmetry import Group, Space, SymmetryMap
+from unmergeable.checkpoint.disk_names import to_disk_names
 from unmergeable.derivation.build import Specimen
 from unmergeable.derivation.probe import Disk
 from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.elements import Element, Monomial
 from unmergeable.gauge.gauge import fixed_gauge
 from unmergeable.gauge.groups import identity, sample
-from unmergeable.network.disk_weights import show, to_disk_names
+from unmergeable.network.disk_weights import show
 from unmergeable.randomness import Stream
 
 TOLERANCE = 1e-9

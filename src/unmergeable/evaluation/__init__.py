@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unmergeable.evaluation.analysis import *  # noqa: F403
-    from unmergeable.evaluation.audits import Audit, audit
+    from unmergeable.evaluation.audits import Audit, audit, estimate_audit
+    from unmergeable.evaluation.estimate import Estimate
+    from unmergeable.evaluation.released import audit_of_releases
     from unmergeable.evaluation.report.page import render_report, write_report
     from unmergeable.evaluation.report.verdict import model_card, summary
     from unmergeable.evaluation.results import AuditResult, read_audit
@@ -24,11 +26,12 @@ if TYPE_CHECKING:
     from unmergeable.evaluation.threat_models import ThreatModel
 
 __all__ = [
-    "Audit", "AuditResult", "Backpropagate", "CanonicalSource", "Curve", "Landscape", "NoiseSensitivity", "PartGram",
-    "Place", "Plane", "Score", "Scored", "Sharpness", "TableResult", "ThreatModel", "audit", "backpropagate_task",
-    "barrier", "canonical_source", "connectivity", "grid", "landscape", "model_card", "noise_sensitivity",
-    "part_grams", "plane_through", "principal_plane", "read_audit", "render_report", "scaling", "score_task",
-    "sharpness", "summary", "table", "taken_together", "task_vector_gram", "write_report",
+    "Audit", "AuditResult", "Backpropagate", "CanonicalSource", "Curve", "Estimate", "Landscape",
+    "NoiseSensitivity", "PartGram", "Place", "Plane", "Score", "Scored", "Sharpness", "TableResult", "ThreatModel",
+    "audit", "audit_of_releases", "backpropagate_task", "barrier", "canonical_source", "connectivity",
+    "estimate_audit", "grid", "landscape", "model_card", "noise_sensitivity", "part_grams", "plane_through",
+    "principal_plane", "read_audit", "render_report", "scaling", "score_task", "sharpness", "summary", "table",
+    "taken_together", "task_vector_gram", "write_report",
 ]  # fmt: skip
 
 _HOMES = {
@@ -36,7 +39,10 @@ _HOMES = {
     "AuditResult": "results",
     "TableResult": "table_results",
     "ThreatModel": "threat_models",
+    "Estimate": "estimate",
     "audit": "audits",
+    "audit_of_releases": "released",
+    "estimate_audit": "audits",
     "model_card": "report.verdict",
     "read_audit": "results",
     "render_report": "report.page",

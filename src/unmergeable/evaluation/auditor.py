@@ -19,16 +19,18 @@ from unmergeable.evaluation.controls import controls
 from unmergeable.evaluation.heats import Heats
 from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack
 from unmergeable.evaluation.models import Variant, make_variants
-from unmergeable.evaluation.names import CONTROLS, IDENTITY, PLANTED_STRUCTURE, SCALE
+from unmergeable.evaluation.names import BASE, CONTROLS, IDENTITY, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.pool import Call
+from unmergeable.evaluation.preflight import asked
 from unmergeable.evaluation.results import AuditResult, Line, ModelRecord, Refusal
 from unmergeable.evaluation.run import Run
 from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, score_points
 from unmergeable.evaluation.search import best_starts
 from unmergeable.evaluation.selection import KEPT_SHARE, skill_to_keep
-from unmergeable.evaluation.threat_models import ThreatModel
+from unmergeable.evaluation.stages import by_part, first_merges, other_merges
+from unmergeable.evaluation.threat_models import ThreatModel, least
 from unmergeable.evaluation.tuning import Tuning, tune
 
 _ADDED = MergeEntry("task_arithmetic", "task_arithmetic", {})
@@ -76,12 +78,15 @@ class Auditor:
             for point, cell in merges.found.left.items()
         ]
         trained, failures = self._trained(searched, alone)
-        retrained, unlearnt = self._retrained(variants)
+        retrained, unlearnt = self._retrained(variants, searched, alone)
+        trained += retrained
+        stayed = [attack for attack in [*attacks, *trained] if attack.validation.is_whole]
+        left += [attack for attack in trained if not attack.validation.is_whole]
         lines = self._connections(variants)
-        contests = [self._contest(rider, [*attacks, *trained, *retrained], left, alone) for rider in self.plan.riders]
+        contests = [self._contest(rider, stayed, left, alone) for rider in self.plan.riders]
         released = [variant for variant in variants if variant.recovery is None and variant.checkpoint is not None]
         protections = Judge(self.plan, contests, alone.scores()).protections(released)
-        checked = controls(protections, variants)
+        checked = controls(protections, variants) if self.plan.has_expert else ()
         analyses = self._analyses(variants)
         refused = [_refusal(done.job, done.found.refusal) for done in searched if done.found.refusal]
         refused = [
@@ -101,7 +106,7 @@ class Auditor:
         ]
         return AuditResult(
             **self.run.facts(),
-            task=self.plan.victim.task,
+            task=self.plan.defended_task,
             kept_share=KEPT_SHARE,
             alone=alone.scores(),
             protections=protections,
@@ -124,17 +129,25 @@ class Auditor:
 
     def _group(self, rider: ExpertEntry, *models: Checkpoint, merge: MergeEntry | None = None) -> Group:
         """Models to merge, or one that is scored as it is, on the defended task and a free-rider's."""
-        tasks = tuple(self.run.scored(self.plan.task(name)) for name in (self.plan.victim.task, rider.task))
+        tasks = tuple(self.run.scored(self.plan.task(name)) for name in (self.plan.defended_task, rider.task))
         return Group(self.run.checkpoint(self.plan.base), models, merge, tasks)
 
+    def _released(self, variant: Variant) -> Group:
+        """What was released, to be scored as it is; what was made elsewhere knows the defended task only."""
+        assert variant.checkpoint is not None
+        if not variant.checkpoint.is_foreign:
+            return self._group(self.plan.riders[0], variant.checkpoint)
+        release = next(release for release in self.plan.releases if release.name == variant.protection)
+        task, model = asked(self.plan, release, self.run.digests, self.run.scored)
+        return Group(self.run.checkpoint(self.plan.base), (model,), None, (task,))
+
     def _alone(self, variants: Iterable[Variant]) -> _Alone:
-        first, *_ = self.plan.riders
-        models = {"base": self._group(first, self.run.checkpoint(self.plan.base))}
+        models = {BASE: self._group(self.plan.riders[0], self.run.checkpoint(self.plan.base))}
         for rider in self.plan.riders:
             models[rider.name] = self._group(rider, self.run.checkpoint(rider.path))
         for variant in variants:
             if variant.recovery is None and variant.checkpoint is not None and variant.protection != PLANTED_STRUCTURE:
-                models[variant.label] = self._group(first, variant.checkpoint)
+                models[variant.label] = self._released(variant)
         return _Alone(self._scored(models, "validation"), self._scored(models, "test"))
 
     def _scored(self, models: Mapping[str, Group], part: Part) -> dict[str, Cell]:
@@ -146,24 +159,60 @@ class Auditor:
         return {name: outcome.cells[None] for name, outcome in zip(models, outcomes, strict=True)}
 
     def _jobs(self, variants: Sequence[Variant], rider: ExpertEntry) -> list[Job]:
-        own = self.run.checkpoint(rider.path)
-        jobs = [Job(None, rider, _ADDED, self._group(rider, own, merge=_ADDED))]
+        """The first stage of a free-rider's attacks."""
+        jobs = [Job(None, rider, _ADDED, self._group(rider, self.run.checkpoint(rider.path), merge=_ADDED))]
         for variant in variants:
             if variant.checkpoint is not None and variant.is_had_by(rider):
                 jobs += [
-                    Job(variant, rider, merge, self._group(rider, variant.checkpoint, own, merge=merge))
-                    for merge in self.plan.merges
-                    if self.plan.reaches(merge.threat_model)
+                    self._job(variant, rider, merge)
+                    for merge in first_merges(self.plan.attacker, variant, self.plan.merges)
+                    if self._goes_together(variant, merge)
                 ]
         return jobs
+
+    def _job(self, variant: Variant, rider: ExpertEntry, merge: MergeEntry) -> Job:
+        assert variant.checkpoint is not None
+        own = self.run.checkpoint(rider.path)
+        return Job(variant, rider, merge, self._group(rider, variant.checkpoint, own, merge=merge))
+
+    def _goes_together(self, variant: Variant, merge: MergeEntry) -> bool:
+        """Whether some attacker has both; who does not merge the release itself has ordinary tools."""
+        if not variant.threat_model.merges:
+            return merge.threat_model is ThreatModel.OFF_THE_SHELF
+        return self.plan.reaches(merge.threat_model)
 
     def _kept(self, rider: ExpertEntry, alone: _Alone) -> float:
         return skill_to_keep(float(alone.rider(rider).mean()))
 
     def _searched(self, variants: Sequence[Variant], alone: _Alone) -> list[Searched]:
+        kept = {rider.name: self._kept(rider, alone) for rider in self.plan.riders}
         jobs = [job for rider in self.plan.riders for job in self._jobs(variants, rider)]
-        found = Heats(self.run, self.plan.coefficients, self.plan.doubt, jobs, self._own(alone)).searched()
-        return [Searched(*pair) for pair in zip(jobs, found, strict=True)]
+        searched = self._raced(jobs, [], alone)
+        if self.plan.attacker.combines == "best":
+            searched = self._raced(self._following(other_merges(searched, self.plan.merges, kept)), searched, alone)
+        if self.plan.attacker.by_part:
+            searched = self._raced(self._following(by_part(searched, kept)), searched, alone)
+        return searched
+
+    def _following(self, wanted: Iterable[tuple[Job, MergeEntry]]) -> list[Job]:
+        """Jobs of a later stage: another merge of a model that was merged before."""
+        return [
+            self._job(job.variant, job.rider, merge)
+            for job, merge in wanted
+            if job.variant is not None and self._goes_together(job.variant, merge)
+        ]
+
+    def _raced(self, jobs: Sequence[Job], before: Sequence[Searched], alone: _Alone) -> list[Searched]:
+        """What was found before, and then these jobs."""
+        if not jobs:
+            return list(before)
+        every = [*(done.job for done in before), *jobs]
+        known = dict(enumerate(done.found for done in before))
+        found = replace(self._heats(every, alone), known=known).searched()
+        return [Searched(*pair) for pair in zip(every, found, strict=True)]
+
+    def _heats(self, jobs: Sequence[Job], alone: _Alone) -> Heats:
+        return Heats(self.run, self.plan.coefficients, self.plan.doubt, jobs, self._own(alone))
 
     def _own(self, alone: _Alone) -> dict[str, Credits]:
         """What each free-rider's own model scores on its task, by its name."""
@@ -193,9 +242,11 @@ class Auditor:
             for samples in self.plan.few_shot.samples
             for method in self.plan.few_shot.methods(samples)
         ]
-        return self._tuned("training merges", wanted)
+        return self._tuned("training merges", wanted, searched, alone)
 
-    def _retrained(self, variants: Sequence[Variant]) -> tuple[list[ScoredAttack], list[Refusal]]:
+    def _retrained(
+        self, variants: Sequence[Variant], searched: Sequence[Searched], alone: _Alone
+    ) -> tuple[list[ScoredAttack], list[Refusal]]:
         """Attacks that train a free-rider's task into a release, and equally into models without the victim."""
         if not self.plan.reaches(ThreatModel.RETRAIN):
             return [], []
@@ -219,11 +270,17 @@ class Auditor:
                 for samples in entry.samples
                 for method in entry.methods(samples)
             ]
-        return self._tuned("training releases", wanted)
+        return self._tuned("training releases", wanted, searched, alone)
 
-    def _tuned(self, stage: str, wanted: Sequence[tuple[Job, Tuning]]) -> tuple[list[ScoredAttack], list[Refusal]]:
+    def _tuned(
+        self, stage: str, wanted: Sequence[tuple[Job, Tuning]], searched: Sequence[Searched], alone: _Alone
+    ) -> tuple[list[ScoredAttack], list[Refusal]]:
         """Trainings that were done, and those that came to nothing."""
-        calls: list[Call] = [(tune, (tuning, self.run.cells)) for _, tuning in wanted]
+        heats = self._heats([merges.job for merges in searched], alone)
+        found = {number: merges.found for number, merges in enumerate(searched)}
+        calls: list[Call] = [
+            (tune, (tuning, heats.rules(job, found, _trainer(job)), self.run.cells)) for job, tuning in wanted
+        ]
         attacks, failures = [], []
         for (job, tuning), tuned in zip(wanted, self.run.done(stage, calls, "trainings") if calls else (), strict=True):
             if tuned.cells is None:
@@ -231,7 +288,7 @@ class Auditor:
                 rate = float(method.learning_rates)
                 failures.append(_refusal(job, tuned.refusal, samples=method.samples, learning_rate=rate))
                 continue
-            cells = tuned.cells["validation"], tuned.cells["test"]
+            cells = tuned.cells["validation"], tuned.cells.get("test")
             attacks.append(ScoredAttack(job, tuning.point, *cells, tuning.method, tuning.most_own))
         return attacks, failures
 
@@ -258,7 +315,7 @@ class Auditor:
     ) -> Contest:
         return Contest(
             rider=rider.name,
-            defended_task=self.plan.victim.task,
+            defended_task=self.plan.defended_task,
             rider_task=rider.task,
             rider_alone=alone.rider(rider),
             rider_tested=alone.test[rider.name].credits[rider.task],
@@ -274,7 +331,7 @@ class Auditor:
             self.run.checkpoint(self.plan.base),
             self.run.checkpoint(self.plan.victim.path),
             tuple((rider.name, self.run.checkpoint(rider.path)) for rider in self.plan.riders),
-            self.run.scored(self.plan.task(self.plan.victim.task)),
+            self.run.scored(self.plan.task(self.plan.defended_task)),
             self.plan.analyses,
         )
         subjects = subjects_of(variants)
@@ -306,7 +363,7 @@ class Auditor:
                 share=tuple(shares),
                 scores={
                     task: tuple(float(cell.credits[task].mean()) for cell in cells)
-                    for task in (self.plan.victim.task, rider.task)
+                    for task in (self.plan.defended_task, rider.task)
                 },
             )
             for (variant, rider), cells in zip(chosen, lines, strict=True)
@@ -316,12 +373,19 @@ class Auditor:
     def _line(self, model: Checkpoint, rider: ExpertEntry, shares: Sequence[float]) -> list[Call]:
         """Calls that score a line's ends as the models they are, and what lies between as shares of the model."""
         own = self.run.checkpoint(rider.path)
-        parts = (
-            (self._group(rider, own), [None]),
-            (self._group(rider, model, own, merge=_ADDED), [(share, 1 - share) for share in shares]),
-            (self._group(rider, model), [None]),
-        )
+        inside = [(share, 1 - share) for share in shares]
+        parts: list[tuple[Group, list[Coefficients | None]]] = [(self._group(rider, own), [None])]
+        if model.is_foreign:  # alone it is a network of its own, which need not know the free-rider's task
+            parts += [(self._group(rider, model, own, merge=_ADDED), [*inside, (1.0, 0.0)])]
+        else:
+            parts += [(self._group(rider, model, own, merge=_ADDED), [*inside])]
+            parts += [(self._group(rider, model), [None])]
         return [(score_points, (group, points, "test", self.run.cells)) for group, points in parts]
+
+
+def _trainer(job: Job) -> ThreatModel:
+    """That of the weakest attacker who can train what a job gives."""
+    return job.threat_model if job.merge is None else least([job.threat_model, ThreatModel.FEW_SHOT])
 
 
 def _refusal(job: Job, reason: str, **training: Any) -> Refusal:

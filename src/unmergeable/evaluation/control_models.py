@@ -20,15 +20,19 @@ from safetensors.torch import save
 from unmergeable import ops
 from unmergeable.attacks.distance import block_distances, relative_distance
 from unmergeable.checkpoint.disk import write_file
+from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.errors import BadInput, UnmergeableError
 from unmergeable.evaluation.names import PLANTED, PLANTED_STRUCTURE
-from unmergeable.evaluation.planted import KINDS, REWRITES, planted
+from unmergeable.evaluation.planted import KINDS, STRUCTURES, planted
 from unmergeable.network.logits import logit_gap
 from unmergeable.ops.opened import open_base, open_with_architecture
 
 SCALE_FACTOR = 0.65
 
-KINDS_OF: Mapping[str, Sequence[str]] = {PLANTED: tuple(REWRITES), PLANTED_STRUCTURE: KINDS}
+KINDS_OF: Mapping[str, Sequence[str]] = {
+    PLANTED: tuple(kind for kind in KINDS if kind not in STRUCTURES),
+    PLANTED_STRUCTURE: KINDS,
+}
 """What is planted under each name."""
 
 
@@ -82,8 +86,7 @@ def output_gap(expert: Path, release: Path, base: Path, condition: float = 1.0) 
         ``output_gap`` and ``output_gap_bound``, relative; the gap is None where the two cannot be compared.
     """
     try:
-        first, _ = open_with_architecture(expert, base=base)
-        second, _ = open_with_architecture(release, base=base)
+        first, second = (open_checkpoint(checkpoint, base=base) for checkpoint in (expert, release))
         found = logit_gap(first, second, condition, is_requested=True, is_measured=True)
     except (UnmergeableError, RuntimeError, ValueError):  # outputs of other shapes, a network that cannot be built
         return {"output_gap": None, "output_gap_bound": None}

@@ -8,6 +8,7 @@ honest enough to report a protection that is complete, can be shown, and is show
     planted_structure     the same in another structure as well            D* <= 0.05  white_box and beyond
     nothing               the base as if it were a release                 D* >= 0.95
     exact releases        outputs equal to the expert's within rounding    D* <= 0.1   white_box and beyond
+    students              of the expert itself, share of a merge's gain    >= 0.5      black_box
     planted keys          what nearest_orbit leaves of the distance        <= 1.02, or what the key itself leaves
 """
 
@@ -19,8 +20,12 @@ from unmergeable.evaluation.models import Variant
 from unmergeable.evaluation.names import CONTROLS, IDENTITY, NOTHING, PLANTED, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.results import Control, ProtectionResult, Trial
 from unmergeable.evaluation.threat_models import ThreatModel
+from unmergeable.evaluation.worst_case import SMALL_DENOMINATOR
 
 SCALE_BOUND, PLANTED_BOUND, NOTHING_BOUND, EXACT_BOUND = 0.1, 0.05, 0.95, 0.1
+
+STUDENTS_BOUND = 0.5
+"""Of what merging the unprotected expert gains: students that learn less are no limit to judge weights against."""
 
 KEY_BOUND = 1.02
 """Times what the key leaves of the distance to the base: what a recovery that finds the key leaves at most."""
@@ -49,6 +54,7 @@ def controls(protections: Mapping[str, ProtectionResult], variants: Sequence[Var
         ),
         _adds_nothing(protections[NOTHING]),
         *_exact_releases(protections, variants),
+        *_students(protections[IDENTITY]),
         *(control for variant in variants if (control := _planted_key(variant, variants)) is not None),
     )
 
@@ -95,6 +101,34 @@ def _exact_releases(protections: Mapping[str, ProtectionResult], variants: Seque
                 yield control
 
 
+def _students(unprotected: ProtectionResult) -> Iterator[Control]:
+    """Running the expert gives away what it can do, whatever its weights are like; a student that does not learn it
+    would make every release look as if its weights gave much, or nothing could be had."""
+    if ThreatModel.BLACK_BOX not in unprotected.tiers:
+        return
+    merged = {
+        trial.rider: trial
+        for model, verdicts in unprotected.tiers.items()
+        if model.merges and not model.trains
+        for trial in verdicts.trials
+    }
+    gains = [
+        (trial.protected - best.without_victim) / (best.unprotected - best.without_victim)
+        for trial in unprotected.tiers[ThreatModel.BLACK_BOX].trials
+        if (best := merged.get(trial.rider)) is not None
+        and best.unprotected is not None
+        and best.unprotected - best.without_victim > SMALL_DENOMINATOR
+    ]
+    if gains:
+        yield Control(
+            name="students",
+            what="smallest share of a merge's gain, at least: who runs the expert can learn from it",
+            value=min(gains),
+            bound=STUDENTS_BOUND,
+            passed=min(gains) >= STUDENTS_BOUND,
+        )
+
+
 def _computes_the_same(variant: Variant) -> bool:
     gap, bound = variant.facts.get("output_gap"), variant.facts.get("output_gap_bound")
     return variant.has_key or (gap is not None and bound is not None and gap <= bound)
@@ -127,7 +161,9 @@ def _hidden(model: ThreatModel, trial: Trial) -> float | None:
 
 def _luck(model: ThreatModel, trial: Trial) -> float:
     """What two trainings end apart by luck alone, of attackers who train."""
-    return LUCK_OF_TRAINING / (trial.unprotected - trial.without_victim) if model.trains else 0.0
+    if not model.trains or trial.unprotected is None:
+        return 0.0
+    return LUCK_OF_TRAINING / (trial.unprotected - trial.without_victim)
 
 
 def _planted_key(variant: Variant, variants: Sequence[Variant]) -> Control | None:

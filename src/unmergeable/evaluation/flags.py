@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from unmergeable.attacks.base import NOT_RECOGNISED
+
 Flag = Literal["edge", "not_recognised", "uncertain_denominator", "few_examples", "bar_decides"]
 
 FLAGS: Mapping[Flag, str] = {
@@ -48,7 +50,9 @@ def is_on_edge(point: Point | None, tried: Iterable[Point | None]) -> bool:
 
 def is_recognised(facts: Mapping[str, Any], distance_of_expert: float | None) -> bool:
     """Whether a recovery undid what was done, by what it reported and the unprotected expert's distance to the base."""
-    after, confidence = facts.get("distance_after"), facts.get("confidence")
-    if after is None or confidence is None or not confidence > 0:
+    if facts.get("findings", {}).get("result") == NOT_RECOGNISED:
         return False
-    return not distance_of_expert or bool(after <= FAR * distance_of_expert)
+    after, confidence = facts.get("distance_after"), facts.get("confidence")
+    if after is None or confidence is None:
+        return facts.get("method") == "block_regression"  # it fits outputs, and says by itself what they do not explain
+    return confidence > 0 and (not distance_of_expert or bool(after <= FAR * distance_of_expert))

@@ -11,7 +11,7 @@ Jobs of one step know nothing of each other, so nothing depends on the number of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from unmergeable.evaluation.cells import Cell, Credits
@@ -22,6 +22,7 @@ from unmergeable.evaluation.race import Rules, mean_credits
 from unmergeable.evaluation.run import Run
 from unmergeable.evaluation.search import Found, Place, glance, merit, most_points, search
 from unmergeable.evaluation.selection import BARS, skill_to_keep
+from unmergeable.evaluation.threat_models import ThreatModel
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Heats:
         run, grid, jobs: what is searched.
         doubt: of the races (:class:`unmergeable.evaluation.race.Rules`).
         alone: credits of each free-rider's own model on its task, by its name.
+        known: what was found of some of the jobs before, by their numbers.
     """
 
     run: Run
@@ -39,22 +41,35 @@ class Heats:
     doubt: float
     jobs: Sequence[Job]
     alone: Mapping[str, Credits]
+    known: Mapping[int, Found] = field(default_factory=dict)
 
     def searched(self) -> list[Found]:
         """What the search of each job found, in their order."""
         numbers = range(len(self.jobs))
-        found: dict[int, Found] = {}
-        first = [number for number in numbers if self.jobs[number].variant is None]
+        found = dict(self.known)
+        first = [number for number in numbers if self.jobs[number].variant is None and number not in found]
         self._search("searching without the expert", first, found)
         leading = self._leading([number for number in numbers if number not in found])
         self._search("searching the most promising merges", leading, found)
         self._search("searching merges", [number for number in numbers if number not in found], found)
         return [found[number] for number in numbers]
 
-    def rules(self, job: Job, found: Mapping[int, Found]) -> Rules:
-        """Of the race of a job: its rivals are what was found that its attacker has as well."""
+    def rules(self, job: Job, found: Mapping[int, Found], model: ThreatModel) -> Rules:
+        """Of the race of a job, or of training after it.
+
+        Args:
+            job: whose attacks race.
+            found: by job, what their rivals are among.
+            model: of the weakest attacker who can do it; a rival is what that one has as well.
+        """
         defended, rider = (task.entry.name for task in job.group.tasks)
-        others = [number for number, other in enumerate(self.jobs) if _is_at_hand(other, job)]
+        others = [
+            number
+            for number, other in enumerate(self.jobs)
+            if other.rider == job.rider
+            and other.owner in (None, job.owner)
+            and model.may(other.threat_model, with_victim=other.owner is not None)
+        ]
         rivals = [cell for number in others if number in found for cell in found[number].cells.values()]
         possible = sum(most_points(self.jobs[number].group, self.grid) for number in others)
         return Rules(defended, rider, self.alone[job.rider.name], tuple(rivals), possible, self.doubt, BARS)
@@ -63,7 +78,7 @@ class Heats:
         calls: list[Call] = [
             (search, (job.group, self.grid, self._kept(job), rules, self.run.cells))
             for job in (self.jobs[number] for number in numbers)
-            for rules in [None if job.variant is None else self.rules(job, found)]
+            for rules in [None if job.variant is None else self.rules(job, found, job.threat_model)]
         ]
         if calls:
             found |= dict(zip(numbers, self.run.done(stage, calls, "merges"), strict=True))
@@ -89,10 +104,3 @@ class Heats:
 
     def _kept(self, job: Job) -> float:
         return skill_to_keep(float(self.alone[job.rider.name].mean()))
-
-
-def _is_at_hand(other: Job, job: Job) -> bool:
-    """Whether whoever can do ``job`` can do the other as well, for the same free-rider and against the same model."""
-    if other.rider != job.rider or other.owner not in (None, job.owner):
-        return False
-    return job.threat_model.may(other.threat_model, with_victim=other.owner is not None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -38,7 +38,7 @@ from unmergeable.evaluation.results import (
 from unmergeable.evaluation.scoring import Coefficients, Group
 from unmergeable.evaluation.selection import KEPT_SHARE, Menu, choice, pareto_front
 from unmergeable.evaluation.threat_models import ThreatModel, least
-from unmergeable.evaluation.worst_case import WorstCase, area_between, difference, worst_cases
+from unmergeable.evaluation.worst_case import WorstCase, difference, judged, selected
 
 
 @dataclass(frozen=True)
@@ -223,14 +223,17 @@ class Contest:
     def is_at_edge(self, attack: ScoredAttack) -> bool:
         """Whether the search ended where it may not go further."""
         alike = (other.point for other in self.attacks if other.job == attack.job and other.training == attack.training)
-        return attack.job.variant is not None and attack.training is None and is_on_edge(attack.point, alike)
+        is_searched = (
+            attack.job.variant is not None
+            and attack.training is None
+            and not (attack.job.merge and attack.job.merge.start)
+        )
+        return is_searched and is_on_edge(attack.point, alike)
 
     def is_recognised(self, owner: tuple[str, int], model: ThreatModel) -> bool:
         """Whether one of the recoveries that an attacker has undid what was done."""
         distances = {
-            variant.recovery: variant.facts.get("distance_before")
-            for variant in self._variants((IDENTITY, 0), model)
-            if variant.recovery is not None
+            variant.recovery: variant.facts.get("distance_before") for variant in self._variants((IDENTITY, 0), model)
         }
         return any(
             is_recognised(variant.facts, distances.get(variant.recovery)) for variant in self._variants(owner, model)
@@ -260,17 +263,20 @@ class Judge:
         by_name: dict[str, list[Variant]] = {}
         for variant in released:
             by_name.setdefault(variant.protection, []).append(variant)
-        return {name: self._protection(variants, released[0]) for name, variants in by_name.items()}
+        expert = self.alone[released[0].label][self.plan.defended_task] if self.plan.has_expert else None
+        return {name: self._protection(variants, expert) for name, variants in by_name.items()}
 
-    def _protection(self, released: Sequence[Variant], unprotected: Variant) -> ProtectionResult:
-        task, name, seeds = self.plan.victim.task, released[0].protection, [variant.seed for variant in released]
-        expert, base = self.alone[unprotected.label][task], self.alone["base"][task]
+    def _protection(self, released: Sequence[Variant], expert: float | None) -> ProtectionResult:
+        """``expert``: what the unprotected expert scores, None where nobody has it."""
+        task, name, seeds = self.plan.defended_task, released[0].protection, [variant.seed for variant in released]
+        base = self.alone[BASE][task]
         # What is planted computes what the expert does; in another structure it is not scored alone.
-        protected = min(self.alone.get(variant.label, self.alone[unprotected.label])[task] for variant in released)
+        scored = [self.alone[variant.label][task] for variant in released if variant.label in self.alone]
+        protected = min(scored) if scored or expert is None else expert
         matrix = self._matrix(name, seeds)
         return ProtectionResult(
             is_control=name in CONTROLS,
-            utility=Utility(expert=expert, protected=protected, loss=expert - protected),
+            utility=Utility(expert=expert, protected=protected, loss=None if expert is None else expert - protected),
             tiers={
                 model: self._verdicts(name, seeds, model)
                 for model in self.plan.threat_models
@@ -284,7 +290,7 @@ class Judge:
 
     def _verdicts(self, name: str, seeds: Sequence[int], model: ThreatModel) -> Verdicts:
         trials = tuple(
-            _trial(contest, name, seed, model, samples)
+            _trial(contest, name, seed, model, samples, has_expert=self.plan.has_expert)
             for contest in self.contests
             for seed in seeds
             for samples in self._samples(model)
@@ -346,16 +352,19 @@ class Judge:
         )
 
 
-def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: int | None) -> Trial:
+def _trial(
+    contest: Contest, name: str, seed: int, model: ThreatModel, samples: int | None, *, has_expert: bool
+) -> Trial:
     unprotected, protected, without = (
         contest.menu_on(owner, model, samples) for owner in ((IDENTITY, 0), (name, seed), None)
     )
-    menus = [contest.menu.only(numbers) for numbers in (unprotected, protected, without)]
-    found = {one.kept_share: one for one in worst_cases(*menus, contest.rider_alone)}
-    if not (model.merges or (unprotected and protected)):  # who did not attack was not stopped
-        found = {bar: replace(one, d_star=math.nan, low=math.nan, high=math.nan) for bar, one in found.items()}
-    worst = found[KEPT_SHARE]
     tried = contest.tried_on((name, seed), model, samples)
+    if not has_expert:
+        return _trial_without_expert(contest, seed, samples, (protected, without), tried)
+    released, hidden, own = (contest.menu.only(numbers) for numbers in (unprotected, protected, without))
+    at_bars, area = judged(released, hidden, own, contest.rider_alone, is_merging=model.merges)
+    found = {one.kept_share: one for one in at_bars}
+    worst = found[KEPT_SHARE]
     chosen = {
         "unprotected": contest.attacks[(*unprotected, *without)[worst.best_unprotected]],
         "protected": contest.attacks[(*protected, *without)[worst.best_protected]],
@@ -374,12 +383,36 @@ def _trial(contest: Contest, name: str, seed: int, model: ThreatModel, samples: 
         bars=tuple(
             AtBar(kept_share=bar, d_star=_number(one.d_star), interval=_interval(one)) for bar, one in found.items()
         ),
-        area=_number(area_between(*menus, contest.rider_alone)),
+        area=_number(area),
         kept_on_test=contest.kept_on_test(chosen["protected"]),
         flags=tuple(_flags(contest, (name, seed), model, found, chosen)),
         attacks_tried=len(tried),
         search_cpu_seconds=round(sum(attack.cpu_seconds for attack in tried), 1),
         best={label: attack.describe() for label, attack in chosen.items()},
+    )
+
+
+def _trial_without_expert(
+    contest: Contest, seed: int, samples: int | None, menus: tuple[Numbers, Numbers], tried: Sequence[ScoredAttack]
+) -> Trial:
+    """What attackers get with a release and without it (``menus``), where nobody has the expert to compare it with."""
+    menu, (protected, without) = contest.menu, menus
+    best, number = selected(menu.only((*protected, *without)), contest.rider_alone)
+    reference, place = selected(menu.only(without), contest.rider_alone)
+    chosen = {"protected": (*protected, *without)[number], "without_victim": without[place]}
+    return Trial(
+        rider=contest.rider,
+        seed=seed,
+        samples=samples,
+        d_star=None,
+        interval=(None, None),
+        unprotected=None,
+        protected=best,
+        without_victim=reference,
+        is_denominator_small=False,
+        attacks_tried=len(tried),
+        search_cpu_seconds=round(sum(attack.cpu_seconds for attack in tried), 1),
+        best={label: contest.attacks[number].describe() for label, number in chosen.items()},
     )
 
 
@@ -429,17 +462,21 @@ def _flags(
 def worst_trial(trials: Sequence[Trial]) -> Trial | None:
     """The trial with the lowest D*, among those with enough to defend if there are any.
 
-    None when the victim adds nothing in any of them.
+    None when the victim adds nothing in any of them. Without the expert, the trial in which an attacker gets most.
     """
+    if all(trial.unprotected is None for trial in trials):
+        return max(trials, key=lambda trial: trial.protected, default=None)
     known = [(trial.d_star, trial) for trial in trials if trial.d_star is not None]
     enough = [(d_star, trial) for d_star, trial in known if not trial.is_denominator_small]
     return min(enough or known, key=lambda pair: pair[0], default=(None, None))[1]
 
 
-def _drop_ratios(matrix: Sequence[MatrixCell], expert: float, base: float) -> dict[str, float | None]:
+def _drop_ratios(matrix: Sequence[MatrixCell], expert: float | None, base: float) -> dict[str, float | None]:
     """The published measure, per merge without recovery: (expert - merge) / (expert - base), the lowest found."""
     return {
-        cell.merge: None if cell.score is None or expert <= base else (expert - cell.score) / (expert - base)
+        cell.merge: None
+        if cell.score is None or expert is None or expert <= base
+        else (expert - cell.score) / (expert - base)
         for cell in matrix
         if cell.recovery is None
     }

@@ -28,6 +28,7 @@ def meet(
     *,
     batches: Sequence[int],
     enough: Enough,
+    refusal: type[BadInput] = BadInput,
 ) -> Cell | str:
     """The cell of a recipe, with as many examples as it takes; or why there is no such network.
 
@@ -41,6 +42,7 @@ def meet(
         store: where cells are kept.
         batches: numbers of examples of each task after which there may be enough, ascending.
         enough: asked after each batch but the last.
+        refusal: what ``network`` raises when there is no such network; any other error is one of the audit.
 
     Raises:
         BadInput: a task cannot be read, or the network cannot do it.
@@ -58,7 +60,7 @@ def meet(
             live = stack.enter_context(network())
         except CheckpointError:
             raise
-        except BadInput as error:
+        except refusal as error:
             return str(error)
         ready = scorers()
         whole = max(len(scorer) for scorer in ready.values())

@@ -20,9 +20,10 @@ from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.evaluation.cells import digest_of, identity
 from unmergeable.evaluation.control_models import KINDS_OF, SCALE_FACTOR, distance_with_key, output_gap, write_planted
 from unmergeable.evaluation.methods import attack_requirements
-from unmergeable.evaluation.names import CONTROLS, IDENTITY, NOTHING, SCALE
+from unmergeable.evaluation.names import CONTROLS, GIVEN, IDENTITY, NOTHING, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MethodEntry, ProtectionEntry, RecoveryEntry, TaskEntry
+from unmergeable.evaluation.plans.releases import ReleaseEntry
 from unmergeable.evaluation.scoring import Checkpoint
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.ops.protection import write_control
@@ -73,15 +74,18 @@ def make_variants(plan: AuditPlan, folder: Path, digests: Mapping[Path, str], pr
         NotEquivalent, BadInput, UsageError: from a protection; an audit of it means nothing.
         CheckpointError: the disk is full or fails.
     """
-    maker = ModelMaker(plan.base, plan.victim, plan.task(plan.victim.task), folder, digests, progress)
-    released = [maker.unprotected(), maker.scaled(), maker.nothing()]
-    if plan.reaches(ThreatModel.WHITE_BOX):  # others cannot be expected to undo anything
+    victim = plan.victim if plan.has_expert else None
+    maker = ModelMaker(plan.base, victim, plan.task(plan.defended_task), folder, digests, progress)
+    released = [maker.unprotected(), maker.scaled(), maker.nothing()] if plan.has_expert else []
+    if plan.has_expert and plan.reaches(ThreatModel.WHITE_BOX):  # others cannot be expected to undo anything
         released += [maker.planted(name) for name in KINDS_OF]
     released += [maker.protected(entry, seed) for entry in plan.protections for seed in plan.seeds]
     recoveries = [entry for entry in plan.recoveries if plan.reaches(entry.threat_model)]
+    released += [maker.foreign(entry) for entry in plan.releases]
+    given = {entry.name: maker.given(entry) for entry in plan.releases if plan.reaches(ThreatModel.WHITE_BOX)}
     made = []
     for variant in released:
-        made.append(variant)
+        made += [variant, *given.get(variant.protection, ())]
         if variant.checkpoint is None or variant.protection == NOTHING:
             continue
         for entry in recoveries:
@@ -104,17 +108,22 @@ class Owned:
 
 @dataclass(frozen=True)
 class ModelMaker:
-    """Makes what is not yet in ``folder`` of one expert's models. ``task``: what recoveries may learn from."""
+    """Makes what is not yet in ``folder`` of one expert's models.
+
+    Attributes:
+        victim: the expert; None where nobody has it, and there are only releases to recover it from.
+        task: what recoveries may learn from.
+    """
 
     base: Path
-    victim: ExpertEntry
+    victim: ExpertEntry | None
     task: TaskEntry
     folder: Path
     digests: Mapping[Path, str]
     progress: Progress
 
     def unprotected(self) -> Variant:
-        path = self.victim.path
+        path = self._expert
         return Variant(IDENTITY, 0, None, Checkpoint(path, self.digests[path]), 0.0, {})
 
     def scaled(self) -> Variant:
@@ -122,7 +131,7 @@ class ModelMaker:
         def make(out: Path) -> Mapping[str, Any]:
             settings = {"factor": SCALE_FACTOR}
             base, progress = self.base, self.progress
-            write_control(self.victim.path, base=base, out=out, method=SCALE, settings=settings, progress=progress)
+            write_control(self._expert, base=base, out=out, method=SCALE, settings=settings, progress=progress)
             return {}
 
         checkpoint, facts = self._made({"scale": SCALE_FACTOR, **self._origin}, make)
@@ -138,7 +147,7 @@ class ModelMaker:
         seed = int(identity({name: self._origin})[:8], 16)
 
         def make(out: Path) -> Mapping[str, Any]:
-            return write_planted(self.victim.path, self.base, out, kinds, seed)
+            return write_planted(self._expert, self.base, out, kinds, seed)
 
         recipe = {"planted": list(kinds), "seed": seed, **self._origin}
         try:
@@ -156,7 +165,7 @@ class ModelMaker:
             key = out.with_name(f"{out.name}.key")
             key.unlink(missing_ok=True)
             result = ops.protect(
-                self.victim.path,
+                self._expert,
                 base=self.base,
                 out=out,
                 key=key,
@@ -170,9 +179,9 @@ class ModelMaker:
                 progress=self.progress,
             )
             facts = result.to_json()
-            known = output_gap(self.victim.path, out, self.base, float(facts.get("condition_bound") or 1.0))
+            known = output_gap(self._expert, out, self.base, float(facts.get("condition_bound") or 1.0))
             if entry.is_exact:
-                known["distance_with_key"] = distance_with_key(out, key, self.victim.path, self.base)
+                known["distance_with_key"] = distance_with_key(out, key, self._expert, self.base)
             return {**facts, **known}
 
         recipe = {
@@ -184,6 +193,19 @@ class ModelMaker:
         }
         checkpoint, facts = self._made(recipe, make)
         return Variant(entry.name, seed, None, checkpoint, 0.0, facts, has_key=entry.is_exact)
+
+    def foreign(self, entry: ReleaseEntry) -> Variant:
+        """What somebody else released, as it is."""
+        path, trusts = entry.checkpoint, entry.trust_remote_code
+        facts = {} if self.victim is None else output_gap(self._expert, path, self.base)
+        return Variant(entry.name, 0, None, Checkpoint(path, self.digests[path], True, trusts), 0.0, facts)
+
+    def given(self, entry: ReleaseEntry) -> list[Variant]:
+        """The weights that somebody got out of it, where the plan has them."""
+        if entry.recovered is None:
+            return []
+        checkpoint = Checkpoint(entry.recovered, self.digests[entry.recovered])
+        return [Variant(entry.name, 0, GIVEN, checkpoint, 0.0, {}, threat_model=ThreatModel.WHITE_BOX)]
 
     def recovered(self, variant: Variant, entry: RecoveryEntry, own: Owned | None = None) -> Variant:
         """A recovery that refuses a model (its structure, for one) is no failure of the audit.
@@ -248,8 +270,13 @@ class ModelMaker:
         return self._made(recipe, make)
 
     @property
+    def _expert(self) -> Path:
+        assert self.victim is not None
+        return self.victim.path
+
+    @property
     def _origin(self) -> Mapping[str, Any]:
-        return {"base": self.digests[self.base], "expert": self.digests[self.victim.path]}
+        return {"base": self.digests[self.base], "expert": self.digests[self._expert]}
 
     def _made(self, recipe: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> tuple[Checkpoint, Any]:
         out = self.folder / identity(recipe)

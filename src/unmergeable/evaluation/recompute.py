@@ -18,7 +18,7 @@ from unmergeable.evaluation.packing import unpack
 from unmergeable.evaluation.results import AuditResult, CellRecord, Trial
 from unmergeable.evaluation.selection import KEPT_SHARE, Floats, Menu
 from unmergeable.evaluation.threat_models import ThreatModel
-from unmergeable.evaluation.worst_case import WorstCase, area_between, worst_cases
+from unmergeable.evaluation.worst_case import WorstCase, judged
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,11 @@ def recomputed(result: AuditResult) -> Iterator[Recomputed]:
             for trial in verdicts.trials:
                 contest = contests[trial.rider]
                 owners = ((IDENTITY, 0), (name, trial.seed), None)
-                menus = [contest.menu_of(owner, model, trial.samples) for owner in owners]
+                unprotected, protected, without = (contest.menu_of(owner, model, trial.samples) for owner in owners)
                 bars = tuple(bar.kept_share for bar in trial.bars) or (KEPT_SHARE,)
-                found = worst_cases(*menus, contest.rider_alone, bars)
-                yield Recomputed(name, model, trial, found, area_between(*menus, contest.rider_alone))
+                alone = contest.rider_alone
+                found, area = judged(unprotected, protected, without, alone, bars, is_merging=model.merges)
+                yield Recomputed(name, model, trial, found, area)
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,18 @@ class _Contest:
     def menu_of(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None) -> Menu:
         """What an attacker with so many labelled examples may do to a protected model; None: without the victim.
 
-        As :meth:`unmergeable.evaluation.judge.Contest.menu_on` has it.
+        Where nobody can merge a release in any form, whoever holds it can run it.
         """
-        numbers = self._attacks_on(owner, model, samples)
+        numbers = self._open_to(owner, model, samples)
         if not numbers and owner is not None and model.includes(ThreatModel.WHITE_BOX):
-            numbers = self._attacks_on(owner, ThreatModel.BLACK_BOX, None)
+            numbers = self._open_to(owner, ThreatModel.BLACK_BOX, None)
         return self.menu.only(numbers)
 
-    def _attacks_on(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None) -> list[int]:
+    def _open_to(self, owner: tuple[str, int] | None, model: ThreatModel, samples: int | None) -> list[int]:
         return [
             number
             for number, cell in enumerate(self.cells)
-            if model.may(cell.tier, with_victim=owner is not None)
+            if (None if cell.protection is None else (cell.protection, cell.seed)) == owner
             and cell.attack.samples in (None, samples)
-            and (None if cell.protection is None else (cell.protection, cell.seed)) == owner
+            and model.may(cell.tier, with_victim=owner is not None)
         ]

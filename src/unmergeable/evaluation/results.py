@@ -64,12 +64,12 @@ class AtBar(Record):
 class Trial(Record):
     """One free-rider, one key, one number of labelled examples.
 
-    ``d_star`` and both ends of ``interval`` are None where the victim adds nothing. The scores are those of the best
-    attacks, on test examples; ``best`` says which these are, under ``unprotected``, ``protected``, ``without_victim``.
-    ``bars``: the same at other shares of kept skill. ``area``: D* over the area between Pareto fronts, see
-    :func:`unmergeable.evaluation.worst_case.area_between`. ``kept_on_test``: the share of the free-rider's own skill
-    that the best attack keeps on test examples, on which nothing was selected. ``flags``: what is to be held against
-    the figures, see :mod:`unmergeable.evaluation.flags`.
+    ``d_star`` and both ends of ``interval`` are None where the victim adds nothing; they and ``unprotected`` where
+    nobody has the unprotected expert. The scores are those of the best attacks, on test examples; ``best`` says which
+    these are, under ``unprotected``, ``protected``, ``without_victim``. ``bars``: the same at other shares of kept
+    skill. ``area``: D* over the area between Pareto fronts, see :func:`unmergeable.evaluation.worst_case.area_between`.
+    ``kept_on_test``: the share of the free-rider's own skill that the best attack keeps on test examples, on which
+    nothing was selected. ``flags``: what is to be held against the figures, see :mod:`unmergeable.evaluation.flags`.
     """
 
     rider: str
@@ -77,7 +77,7 @@ class Trial(Record):
     samples: int | None = None
     d_star: float | None
     interval: tuple[float | None, float | None]
-    unprotected: float
+    unprotected: float | None
     protected: float
     without_victim: float
     is_denominator_small: bool
@@ -95,7 +95,7 @@ class Verdicts(Record):
     """What was found about one protection under one threat model.
 
     ``worst`` is the trial with the lowest D*, among those with enough to defend if there are any; None when the victim
-    adds nothing in any of them.
+    adds nothing in any of them. Without the unprotected expert it is the one in which an attacker gets most.
     """
 
     worst: Trial | None
@@ -104,11 +104,15 @@ class Verdicts(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Utility(Record):
-    """Scores of the models alone on the defended task; ``loss`` is their difference."""
+    """Scores of the models alone on the defended task, and their difference; None without the unprotected expert."""
 
-    expert: float
+    expert: float | None
     protected: float
-    loss: float
+    loss: float | None
+
+    @property
+    def points_lost(self) -> str:
+        return NO_FIGURE if self.loss is None else f"{100 * self.loss:.1f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +302,11 @@ class AuditResult(Record):
         return tuple(next(iter(self.protections.values())).tiers)
 
     @property
+    def has_expert(self) -> bool:
+        """Whether the unprotected expert was there to compare with; without it there is no D* and no control."""
+        return any(protection.utility.expert is not None for protection in self.protections.values())
+
+    @property
     def audited(self) -> dict[str, ProtectionResult]:
         """The protections of the plan, without the controls unless there is nothing else."""
         own = {name: protection for name, protection in self.protections.items() if name not in CONTROLS}
@@ -333,7 +342,7 @@ class AuditResult(Record):
         rows = tuple(
             (
                 name,
-                f"{100 * protection.utility.loss:.1f}",
+                protection.utility.points_lost,
                 *(star(entry.worst) for entry in protection.tiers.values()),
                 *([points(protection.worst_excess)] if has_excess else []),
             )

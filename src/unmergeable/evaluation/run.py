@@ -14,7 +14,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from unmergeable.evaluation.models import Variant
 from unmergeable.evaluation.plans.entries import TaskEntry
 from unmergeable.evaluation.plans.plan import Plan
 from unmergeable.evaluation.pool import Call, Pool, run_all
+from unmergeable.evaluation.preflight import data_checks, require_models
 from unmergeable.evaluation.scoring import Checkpoint, ScoredTask
-from unmergeable.ops.opened import open_base, open_with_architecture
 from unmergeable.progress import Progress
 
 LOCK = "lock"
@@ -54,8 +54,13 @@ class Run:
     def checkpoint(self, path: Path) -> Checkpoint:
         return Checkpoint(path, self.digests[path])
 
-    def scored(self, entry: TaskEntry) -> ScoredTask:
-        return ScoredTask.of(entry, self.digests)
+    def scored(self, entry: TaskEntry, *, prepared_by: Path | None = None) -> ScoredTask:
+        """A task with the digests of what its credits depend on; ``prepared_by``: an encoder of its own."""
+        task = ScoredTask.of(entry, self.digests)
+        if prepared_by is None:
+            return task
+        own = self.digests[prepared_by]
+        return replace(task, digests={part: f"{digest} {own}" for part, digest in task.digests.items()})
 
     def done(self, stage: str, calls: Sequence[Call], unit: str) -> list[Any]:
         """What all calls give, in their order."""
@@ -89,17 +94,31 @@ class Run:
 def begun(plan: Plan, out: Path, kind: str, pool: Callable[[], Pool], progress: Progress) -> Iterator[Run]:
     """A run in a folder, new or that of an earlier run of the same ``kind``, for as long as the context lasts.
 
+    All models and examples of the plan are looked at before the folder is there.
+
     Raises:
-        BadInput: the folder is something else's, or another run is in it; an expert is no fine-tune of the base.
+        BadInput: the folder is something else's, or another run is in it; a model or data of the plan cannot be used.
+        UsageError: something is not installed.
         CheckpointError: something cannot be read or written.
     """
-    for expert in plan.experts:  # before the folder is there
-        source, architecture = open_with_architecture(expert.path, base=plan.base)
-        open_base(plan.base, source, architecture)
-    with locked(_prepared(out, kind)):
-        digests = _hashed(plan.paths, progress)
-        with pool() as workers:
-            yield Run(plan, out.resolve(), digests, workers, progress)
+    _require_free(out, kind)
+    with looked_at(plan, out, pool, progress) as run, locked(_prepared(out)):
+        yield run
+
+
+@contextmanager
+def looked_at(plan: Plan, out: Path, pool: Callable[[], Pool], progress: Progress) -> Iterator[Run]:
+    """A run whose models and examples can all be used; nothing is written.
+
+    Raises:
+        BadInput, UsageError: one of them cannot be used.
+    """
+    require_models(plan)
+    digests = _hashed(plan.paths, progress)
+    with pool() as workers:
+        run = Run(plan, out.resolve(), digests, workers, progress)
+        run.done("checking data", data_checks(plan, digests, run.scored), "files")
+        yield run
 
 
 @contextmanager
@@ -129,12 +148,16 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _prepared(out: Path, kind: str) -> Path:
-    """The folder of an audit or a table (``kind``), new or that of an earlier one. Raises BadInput for any other."""
+def _require_free(out: Path, kind: str) -> None:
+    """Raises BadInput unless a folder is new or that of an earlier audit or table (``kind``)."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; name a folder for the {kind}.")
     if out.is_dir() and any(out.iterdir()) and not (out / "cells").is_dir():
         raise BadInput(f"{out} is not empty and not the folder of an earlier {kind}; name another.")
+
+
+def _prepared(out: Path) -> Path:
+    """The folder with what every run has in it. Raises BadInput when it cannot be created."""
     for name in ("cells", "models"):
         try:
             (out / name).mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """What happens inside a worker: a group of models is merged and scored, and what is read stays in memory.
 
 A worker builds one network from the base. Merged weights are put in its place without a copy
-(:mod:`unmergeable.network.disk_weights`), so a merge costs its arithmetic and its forward passes. Only a model of
-another structure (feed-forwards of polynomials) is a network of its own; it is scored as it is, and merging refuses it.
+(:mod:`unmergeable.network.disk_weights`), so a merge costs its arithmetic and its forward passes. Only somebody else's
+release and a model of another structure (feed-forwards of polynomials) are networks of their own, and scored as they
+are; merging refuses what has not the base's structure.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,18 +24,21 @@ from unmergeable import ops
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.data import DataSource, Part
 from unmergeable.errors import BadInput
+from unmergeable.evaluation.by_part import PARTS, ByPart
 from unmergeable.evaluation.cells import Cell, CellStore
 from unmergeable.evaluation.meeting import Enough, meet, never
 from unmergeable.evaluation.methods import attack_reads, merge_learns, merge_of
 from unmergeable.evaluation.plans.entries import MergeEntry, TaskEntry
 from unmergeable.evaluation.race import BATCHES
+from unmergeable.evaluation.structure import require_base_structure
 from unmergeable.merges import AdaMerging, TaskArithmetic, merge_state_dicts
 from unmergeable.merges.adamerging import learn_coefficients
-from unmergeable.merges.task_vectors import TaskVectors
+from unmergeable.merges.task_vectors import CoefficientsOf, TaskVectors
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.load import load_network
 from unmergeable.network.polynomial_network import load_polynomial_network
 from unmergeable.network.tasks import Task
+from unmergeable.ops.opened import open_with_architecture
 from unmergeable.polynomials.layout import SECTION
 from unmergeable.settings import settings_of
 from unmergeable.tasks import ChoiceScorer, TaskData, TaskScorer
@@ -49,10 +53,17 @@ Coefficients = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder and the digest of what is in it."""
+    """A folder and the digest of what is in it.
+
+    Attributes:
+        is_foreign: whether it was made elsewhere, and is what its own configuration says.
+        trusts_code: whether code in the folder may be run.
+    """
 
     path: Path
     digest: str
+    is_foreign: bool = False
+    trusts_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,11 @@ class Group:
     merge: MergeEntry | None
     tasks: tuple[ScoredTask, ...]
 
+    @property
+    def alone(self) -> Checkpoint | None:
+        """The model, where it is scored as it is and made elsewhere: it then has a network of its own."""
+        return self.models[0] if self.merge is None and self.models[0].is_foreign else None
+
     def recipe(self, coefficients: Coefficients | None, part: Part) -> dict[str, Any]:
         """What the cell with these coefficients depends on."""
         recipe: dict[str, Any] = {
@@ -92,8 +108,12 @@ class Group:
             "tasks": [[task.entry.name, task.digests[part], task.entry.size(part)] for task in self.tasks],
             "part": part,
         }
+        if self.alone is not None:
+            recipe["network"] = "its own"
         if self.merge is not None:
             recipe |= {"base": self.base.digest, "merge": [self.merge.method, dict(self.merge.settings)]}
+            if self.merge.start:
+                recipe["parts"] = list(PARTS)
             if merge_learns(self.merge.method):
                 recipe["learns_from"] = [task.digests["train"] for task in self.tasks]
             if self.merge.then is not None:
@@ -171,20 +191,31 @@ def _networks_of(group: Group) -> Callable[[Coefficients | None], AbstractContex
     if group.merge is None:
         return lambda point: _alone(group.base.path, group.models[0])
     weights_at = weights_of(group)
-    return lambda point: swapped(network_of(group.base.path), weights_at(point))
+
+    def merged(point: Coefficients | None) -> AbstractContextManager[Any]:
+        for model in group.models:
+            if model.is_foreign:
+                require_base_structure(group.base.path, model.path)
+        return swapped(network_of(group.base.path), weights_at(point))
+
+    return merged
 
 
 def _alone(base: Path, checkpoint: Checkpoint) -> AbstractContextManager[Any]:
     """The network of a checkpoint that is not merged; of another structure than the base's, as may be."""
-    if SECTION in open_checkpoint(checkpoint.path).config:
-        return nullcontext(_polynomial_network(checkpoint))
+    if checkpoint.is_foreign or _is_polynomial(checkpoint):
+        return nullcontext(_own_network(checkpoint))
     return swapped(network_of(base), state_of(checkpoint))
 
 
 def network_to_train(group: Group) -> Any:
     """The network whose weights a training changes: the base's, or a release's own where its structure is its own."""
-    is_own = group.merge is None and SECTION in open_checkpoint(group.models[0].path).config
-    return _polynomial_network(group.models[0]) if is_own else network_of(group.base.path)
+    is_own = group.merge is None and _is_polynomial(group.models[0])
+    return _own_network(group.models[0]) if is_own else network_of(group.base.path)
+
+
+def _is_polynomial(checkpoint: Checkpoint) -> bool:
+    return SECTION in open_checkpoint(checkpoint.path).config
 
 
 def weights_of(group: Group) -> Callable[[Coefficients | None], Mapping[str, Tensor]]:
@@ -199,16 +230,31 @@ def weights_of(group: Group) -> Callable[[Coefficients | None], Mapping[str, Ten
     if isinstance(method, AdaMerging):
         return lambda point: _learnt(group, method)
     if not isinstance(method, TaskArithmetic):
-        base, experts = state_of(group.base), [state_of(model) for model in group.models]
+        base, experts = state_of(group.base), [_stored_as_base(group.base, model) for model in group.models]
         return lambda point: merge_state_dicts(base, experts, method=method, coefficients=_each(point, count))
     buffer: dict[str, Tensor] = {}
 
     def added(point: Coefficients | None) -> Mapping[str, Tensor]:
-        merged = _vectors(group.base, group.models).merged(method.resolve(_each(point, count)), into=buffer or None)
+        coefficients: Sequence[float] | CoefficientsOf
+        if point is not None and group.merge is not None and group.merge.start:
+            by_part = _parts_of(group.base)
+            coefficients = partial(_of_part, by_part, point)
+        else:
+            coefficients = method.resolve(_each(point, count))
+        merged = _vectors(group.base, group.models).merged(coefficients, into=buffer or None)
         buffer.update(merged)
         return merged
 
     return added
+
+
+def _of_part(by_part: ByPart, point: Coefficients, name: str) -> Sequence[float]:
+    return by_part.coefficients(name, point)
+
+
+@lru_cache(maxsize=1)
+def _parts_of(base: Checkpoint) -> ByPart:
+    return ByPart.of(open_with_architecture(base.path)[1])
 
 
 def _each(point: Coefficients | None, count: int) -> list[float | None]:
@@ -262,8 +308,11 @@ def _device() -> torch.device:
 
 
 @lru_cache(maxsize=1)
-def _polynomial_network(checkpoint: Checkpoint) -> Any:
-    return load_polynomial_network(checkpoint.path).to(_device())
+def _own_network(checkpoint: Checkpoint) -> Any:
+    """The network that a checkpoint's own configuration says."""
+    if _is_polynomial(checkpoint):
+        return load_polynomial_network(checkpoint.path).to(_device())
+    return load_network(checkpoint.path, trust_remote_code=checkpoint.trusts_code).to(_device())
 
 
 @lru_cache(maxsize=6)
@@ -273,23 +322,57 @@ def state_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {name: source.tensor(name) for name in source.names}
 
 
+def _stored_as_base(base: Checkpoint, model: Checkpoint) -> Mapping[str, Tensor]:
+    """The tensors of a model in the base's precision, as whoever merges them converts them first."""
+    ours, theirs = state_of(base), state_of(model)
+    is_other = {
+        name: tensor.is_floating_point() and ours[name].is_floating_point() and tensor.dtype != ours[name].dtype
+        for name, tensor in theirs.items()
+        if name in ours
+    }
+    if not any(is_other.values()):
+        return theirs
+    return {name: tensor.to(ours[name].dtype) if is_other.get(name) else tensor for name, tensor in theirs.items()}
+
+
 @lru_cache(maxsize=1)
 def _vectors(base: Checkpoint, experts: tuple[Checkpoint, ...]) -> TaskVectors:
-    return TaskVectors.between(state_of(base), [state_of(expert) for expert in experts])
+    return TaskVectors.between(state_of(base), [_stored_as_base(base, expert) for expert in experts])
 
 
 def scorers_of(group: Group, part: Part) -> dict[str, TaskScorer]:
     """Those of all tasks, by their names."""
-    return {task.entry.name: scorer_of(task.entry, task.digests[part], part, group.base.path) for task in group.tasks}
+    return {task.entry.name: task_scorer(task, part, group.base.path, group.alone) for task in group.tasks}
+
+
+def task_scorer(task: ScoredTask, part: Part, base: Path, own: Checkpoint | None = None) -> TaskScorer:
+    """The examples of a task that are scored, for the base's network or for a model with one of its own."""
+    return scorer_of(task.entry, task.digests[part], part, base, own=own)
+
+
+def network_for(base: Path, own: Checkpoint | None) -> Any:
+    """The base's network, or that of a model with one of its own."""
+    return network_of(base) if own is None else _own_network(own)
 
 
 @lru_cache(maxsize=12)
-def scorer_of(entry: TaskEntry, digest: str, part: Part, base: Path, limit: int | None = None) -> TaskScorer:
-    """The examples of a part; ``limit`` is the most of them, None for as many as the plan says (not of ``train``)."""
+def scorer_of(
+    entry: TaskEntry, digest: str, part: Part, base: Path, limit: int | None = None, own: Checkpoint | None = None
+) -> TaskScorer:
+    """The examples of a part for the base's network.
+
+    Args:
+        entry: the task.
+        digest: of what its credits depend on.
+        part: of its examples.
+        base: the network that is scored.
+        limit: the most examples; None for as many as the plan says (not of ``train``).
+        own: a model with a network of its own, which takes the place of the base's.
+    """
     limit = entry.size(part) if limit is None else limit
     source = DataSource(entry.data(part), part=part if entry.is_split else None, fractions=SPLIT, seed=0, limit=limit)
     data = TaskData(entry.name, source, entry.encoder, entry.batch_size, entry.head)
-    return entry.kind.scorer(data, network_of(base))
+    return entry.kind.scorer(data, network_for(base, own))
 
 
 def task_of(entry: TaskEntry, digest: str, part: Part, base: Path, limit: int | None = None) -> Task:

@@ -7,11 +7,12 @@ own skill just survives. That place is narrow; a fine grid over everything would
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
+from unmergeable.evaluation.by_part import POINTS, next_by_part, spread
 from unmergeable.evaluation.cells import Cell
 from unmergeable.evaluation.meeting import Enough, never
 from unmergeable.evaluation.methods import merge_takes_coefficients
@@ -29,8 +30,17 @@ A point is the coefficient of the defended expert, and that of the free-rider's.
 Place = Coefficients | None
 """A point, or None for a merge that has no coefficients to choose."""
 
+Propose = Callable[[Scores, float, int], list[Coefficients]]
+"""The points to look at next, from what is known, the score that the free-rider must keep, and how many may follow."""
+
 BATCH = 4
 """Points that are proposed at a time; the next ones then know what these scored."""
+
+OUTSIDE = 8
+"""Points outside the grid that are looked at, at most, where the best one lies on its edge."""
+
+FARTHEST = 16.0
+"""No coefficient is larger."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +78,14 @@ def search(group: Group, grid: Grid, kept: float, rules: Rules | None, folder: P
     """
     course = _Course(group, kept, rules, folder)
     course.begin(start_points(group, grid))
-    left = grid.refinements if takes_coefficients(group) else 0
-    while left > 0:
-        scores = {point: score for point, score in course.scores.items() if point is not None}
-        points = next_points(scores, kept, left) if scores else []
-        if not points:
-            break
-        course.add(points)
-        left -= len(points)
+    for propose, left in _proposals(group, grid):
+        while left > 0:
+            scores = {point: score for point, score in course.scores.items() if point is not None}
+            points = propose(scores, kept, left) if scores else []
+            if not points:
+                break
+            course.add(points)
+            left -= len(points)
     course.finish_best()
     return course.found
 
@@ -87,6 +97,25 @@ def glance(group: Group, grid: Grid, folder: Path) -> dict[Place, Cell]:
     return {point: cell for point, cell in cells.items() if cell is not None}
 
 
+def _proposals(group: Group, grid: Grid) -> list[tuple[Propose, int]]:
+    """How points are found after the first ones, one way after another, and how many each may find."""
+    if not takes_coefficients(group):
+        return []
+    if _is_by_part(group):
+        return [(_next_by_part, POINTS)]
+    outward = [(points_outside, OUTSIDE)] if grid.extends else []
+    return [(next_points, grid.refinements), *outward]
+
+
+def _next_by_part(scores: Scores, kept: float, left: int) -> list[Coefficients]:
+    ranked = sorted(scores, key=lambda point: merit(scores[point], kept), reverse=True)
+    return next_by_part(scores, ranked, left, BATCH)
+
+
+def _is_by_part(group: Group) -> bool:
+    return group.merge is not None and bool(group.merge.start)
+
+
 def takes_coefficients(group: Group) -> bool:
     return group.merge is not None and merge_takes_coefficients(group.merge.method, group.merge.settings)
 
@@ -95,6 +124,8 @@ def start_points(group: Group, grid: Grid) -> list[Place]:
     """The coarse grid; without the victim only the free-rider's coefficient counts, that of its own model with it."""
     if not takes_coefficients(group):
         return [None]
+    if group.merge is not None and group.merge.start:
+        return [spread(group.merge.start)]
     if len(group.models) == 1:
         grid = replace(grid, defended=(0.0,), rider=tuple(sorted({*grid.rider, 1.0})))
     return [*coarse_points(grid)]
@@ -102,7 +133,7 @@ def start_points(group: Group, grid: Grid) -> list[Place]:
 
 def most_points(group: Group, grid: Grid) -> int:
     """How many points a search looks at, at most."""
-    return len(start_points(group, grid)) + (grid.refinements if takes_coefficients(group) else 0)
+    return len(start_points(group, grid)) + sum(most for _, most in _proposals(group, grid))
 
 
 class _Course:
@@ -184,6 +215,23 @@ def next_points(scores: Scores, kept: float, left: int) -> list[Coefficients]:
             if middle not in scores:
                 proposed[middle] = None
     return list(proposed)
+
+
+def points_outside(scores: Scores, kept: float, left: int) -> list[Coefficients]:
+    """Up to ``left`` points beyond the edge of the grid, next to the best point; none where that lies inside.
+
+    Beyond the largest coefficient the next is twice as large, beyond the smallest half as large: at 0 a model is left
+    out, and there is nothing beyond. Arguments as for :func:`next_points`.
+    """
+    best = _ranking(scores, kept)[0]
+    proposed = []
+    for axis, value in enumerate(best):
+        places = {point[axis] for point in scores}
+        beyond = [2 * value] if value == max(places) else []
+        beyond += [value / 2] if value == min(places) else []
+        if len(places) > 1 and value > 0:
+            proposed += [(*best[:axis], moved, *best[axis + 1 :]) for moved in beyond if moved <= FARTHEST]
+    return [point for point in proposed if point not in scores][:left]
 
 
 def best_starts(

@@ -32,7 +32,7 @@ class ThreatModel(Enum):
     """
 
     OFF_THE_SHELF = ("off_the_shelf", "T0", "ordinary merging")
-    WHITE_BOX = ("white_box", "T1", "an attacker who knows base and method, without data")
+    WHITE_BOX = ("white_box", "T1", "an attacker who knows base and method, with labelled examples to select on alone")
     FEW_SHOT = ("few_shot", "T2", "an attacker who has labelled examples as well")
     UNLABELLED = ("unlabelled", "T3", "an attacker with additional unlabelled data")
     BLACK_BOX = ("black_box", "black_box", "an attacker who only runs the release")

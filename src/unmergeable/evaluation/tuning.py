@@ -10,13 +10,15 @@ used from merges of the unprotected expert, and from models without the victim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from time import thread_time
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
@@ -26,6 +28,8 @@ from unmergeable.data import Part
 from unmergeable.errors import BadInput, CheckpointError, DiskError, UnmergeableError
 from unmergeable.evaluation import scoring
 from unmergeable.evaluation.cells import Cell, CellStore
+from unmergeable.evaluation.meeting import meet
+from unmergeable.evaluation.race import BATCHES, Race, Rules
 from unmergeable.evaluation.scoring import Coefficients, Group, ScoredTask
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.encoding import EncodedBatch
@@ -74,56 +78,90 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The scores of what was trained, on both parts; None where ``refusal`` says why there is nothing."""
+    """The scores of what was trained, by part; None where ``refusal`` says why there is nothing.
+
+    There are none on test examples where it left the race on the others.
+    """
 
     cells: Mapping[Part, Cell] | None
     refusal: str = ""
 
 
-def tune(tuning: Tuning, folder: Path) -> Tuned:
+def tune(tuning: Tuning, rules: Rules, folder: Path) -> Tuned:
     """Merge, train, score; nothing of which is done again when the cells are in ``folder``.
+
+    Args:
+        tuning: what is done.
+        rules: of the race on validation examples, against merges that nobody trained.
+        folder: of the cells.
 
     Raises:
         BadInput: data cannot be read.
         CheckpointError: a cell cannot be written.
     """
-    store = CellStore(folder)
-    parts: tuple[Part, Part] = ("validation", "test")
-    stored = {part: store.get(tuning.recipe(part)) for part in parts}
-    known = {part: cell for part, cell in stored.items() if cell is not None}
-    if len(known) == len(parts):
-        return Tuned(known)
-    network = scoring.network_to_train(tuning.group)
-    scorers = {part: scoring.scorers_of(tuning.group, part) for part in parts}
-    mixture = _mixture(_balanced(_examples(tuning, network)))
-    began = thread_time()
-    try:
-        weights = scoring.weights_of(tuning.group)(tuning.point)
-        method = replace(tuning.method, samples=sum(len(batch) for batch in mixture.batches))
-        result = few_shot(network, weights, mixture, method)
-    except (CheckpointError, DiskError):
-        raise
-    except UnmergeableError as error:  # a merge that is refused, or training that diverges
-        return Tuned(None, str(error))
-    cells = {}
-    with swapped(network, result.weights):
-        for part in parts:
-            credits_by_task = {name: scorer.credits(network) for name, scorer in scorers[part].items()}
-            cells[part] = Cell(tuning.recipe(part), credits_by_task, thread_time() - began)
-    for cell in cells.values():
-        store.put(cell)
+    store, race, training = CellStore(folder), Race(rules), _Training(tuning)
+    cells: dict[Part, Cell] = {}
+    parts: tuple[tuple[Part, Sequence[int]], ...] = (("validation", BATCHES), ("test", ()))
+    for part, batches in parts:
+        scorers = partial(scoring.scorers_of, tuning.group, part)
+        met = meet(
+            tuning.recipe(part), training.network, scorers, store, batches=batches, enough=race.is_out, refusal=_Refused
+        )
+        if isinstance(met, str):
+            return Tuned(None, met)
+        cells[part] = met
+        if not met.is_whole:
+            break
     return Tuned(cells)
 
 
-def _examples(tuning: Tuning, network: Any) -> list[Task]:
+@dataclass(frozen=True)
+class _Training:
+    """Training that is done when the network is first asked for, and not again."""
+
+    tuning: Tuning
+
+    @contextmanager
+    def network(self) -> Iterator[Any]:
+        """What was trained, for as long as the context lasts. Raises BadInput for what comes to nothing."""
+        with swapped(scoring.network_to_train(self.tuning.group), self._weights) as network:
+            yield network
+
+    @cached_property
+    def _weights(self) -> Mapping[str, Tensor]:
+        network = scoring.network_to_train(self.tuning.group)
+        mixture = _mixture(_balanced(_examples(self.tuning)))
+        try:
+            weights = scoring.weights_of(self.tuning.group)(self.tuning.point)
+            method = replace(self.tuning.method, samples=sum(len(batch) for batch in mixture.batches))
+            return few_shot(network, weights, mixture, method).weights
+        except (CheckpointError, DiskError):
+            raise
+        except UnmergeableError as error:  # a merge that is refused, or training that diverges
+            raise _Refused(str(error)) from error
+
+
+class _Refused(BadInput):
+    """There is no such network."""
+
+
+def _examples(tuning: Tuning) -> list[Task]:
     """Examples of the defended task, as many as the attacker has labels for, and of its own."""
-    (defended, own), samples = tuning.group.tasks, tuning.method.samples
-    return [_labelled(defended, samples, samples, tuning, network), _labelled(own, 1, tuning.most_own, tuning, network)]
+    (defended, own), samples, base = tuning.group.tasks, tuning.method.samples, tuning.group.base.path
+    return [
+        labelled_examples(defended, base, least=samples, limit=samples),
+        labelled_examples(own, base, least=1, limit=tuning.most_own),
+    ]
 
 
-def _labelled(task: ScoredTask, least: int, limit: int, tuning: Tuning, network: Any) -> Task:
-    """At most ``limit`` examples to learn a task from, and not fewer than ``least``."""
-    scorer = scoring.scorer_of(task.entry, task.digests["train"], "train", tuning.group.base.path, limit=limit)
+def labelled_examples(task: ScoredTask, base: Path, *, least: int, limit: int) -> Task:
+    """At most ``limit`` examples to learn a task from.
+
+    Raises:
+        BadInput: there are fewer than ``least``, or they cannot be read or learnt from.
+    """
+    scorer = scoring.scorer_of(task.entry, task.digests["train"], "train", base, limit=limit)
+    network = scoring.network_of(base)
     labelled = scorer.task if isinstance(scorer, ChoiceScorer) else _said(task.entry.name, _answers(scorer), network)
     count = _count(labelled)
     if count < least:

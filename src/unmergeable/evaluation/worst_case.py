@@ -20,13 +20,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from unmergeable.evaluation.selection import BARS, KEPT_SHARE, Floats, Menu, area_under, pareto_front, skill_to_keep
+from unmergeable.evaluation.selection import (
+    BARS,
+    KEPT_SHARE,
+    Floats,
+    Menu,
+    area_under,
+    choice,
+    pareto_front,
+    skill_to_keep,
+)
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -118,6 +127,12 @@ def worst_cases(
     return tuple(_at_bar(scored, bar) for bar in bars)
 
 
+def selected(menu: Menu, rider_alone: Floats) -> tuple[float, int]:
+    """The test score of the attack that an attacker picks from a menu, and its number."""
+    number = choice(menu.defended.mean(axis=1), menu.rider.mean(axis=1), float(rider_alone.mean())) or 0
+    return float(menu.test[number].mean()), number
+
+
 @dataclass(frozen=True)
 class Difference:
     """How much more the best attack of one menu gets than that of another, on test examples, and its 95 % interval."""
@@ -166,6 +181,26 @@ def area_between(unprotected: Menu, protected: Menu, without_victim: Menu, rider
         kept = rider / alone if alone > 0 else np.ones(len(rider))
         areas.append(area_under(defended, menu.test.mean(axis=1), kept, STRIP))
     return _ratio(*areas)
+
+
+def judged(
+    unprotected: Menu,
+    protected: Menu,
+    without_victim: Menu,
+    rider_alone: Floats,
+    bars: Sequence[float] = BARS,
+    *,
+    is_merging: bool = True,
+) -> tuple[tuple[WorstCase, ...], float]:
+    """What :func:`worst_cases` and :func:`area_between` say of a trial.
+
+    NaN where an attacker who does not merge did not attack one of the two: whoever did not attack was not stopped.
+    """
+    found = worst_cases(unprotected, protected, without_victim, rider_alone, bars)
+    area = area_between(unprotected, protected, without_victim, rider_alone)
+    if is_merging or (len(unprotected.defended) and len(protected.defended)):
+        return found, area
+    return tuple(replace(one, d_star=math.nan, low=math.nan, high=math.nan) for one in found), math.nan
 
 
 def contenders(

@@ -36,12 +36,15 @@ MAX_BYTES = 1 << 28
 class Key:
     """A secret and what it was used for. ``recipe`` is JSON-able and holds nothing secret.
 
-    ``orders`` are permutations that were found in the weights and cannot be drawn again from the secret.
+    ``orders`` are permutations that were found in the weights and cannot be drawn again from the secret. ``marks`` are
+    a few entries of the original's tensors, by name, by which to know it again; the fingerprint leaves them out, and a
+    passphrase does not hide them.
     """
 
     entropy: bytes = field(repr=False)
     recipe: Mapping[str, Any]
     orders: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False)
+    marks: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False)
 
     def stream(self) -> Stream:
         """The secret random stream that every gauge of the recipe is drawn from."""
@@ -65,6 +68,8 @@ def write_key(path: Path, key: Key, passphrase: str | None = None) -> None:
     if passphrase == "":
         raise KeyFileError(f"key file {path}: the passphrase is empty and would protect nothing; give one, or None.")
     document: dict[str, Any] = {"format": FORMAT, "fingerprint": key.fingerprint, "recipe": dict(key.recipe)}
+    if key.marks:
+        document["marks"] = {name: list(values) for name, values in key.marks.items()}
     if passphrase is None:
         document["secret"] = base64.b64encode(key.entropy + _pack(key.orders)).decode()
     else:
@@ -96,7 +101,8 @@ def read_key(path: Path, passphrase: str | None = None) -> Key:
             secret = _decrypt(document, passphrase, path)
         else:
             secret = base64.b64decode(str(document.get("secret")), validate=True)
-        key = Key(secret[:KEY_BYTES], recipe, _unpack(secret[KEY_BYTES:]))
+        marks = {str(name): [float(value) for value in values] for name, values in document.get("marks", {}).items()}
+        key = Key(secret[:KEY_BYTES], recipe, _unpack(secret[KEY_BYTES:]), marks)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise KeyFileError(f"key file {path} is damaged; restore it from your backup.") from None
     if len(key.entropy) != KEY_BYTES or key.fingerprint != document.get("fingerprint"):

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from unmergeable.checkpoint.disk_names import to_disk_names
 from unmergeable.errors import BadInput, Mismatch, UsageError
 from unmergeable.merges.base import Inputs, TensorMerge, TermsOf
 from unmergeable.merges.blocks import BLOCK_ELEMENTS, Operand, Scratch, merge_blocks, weighted_sum
@@ -48,7 +49,7 @@ from unmergeable.merges.engine import merge_state_dicts
 from unmergeable.merges.learning import BATCH_SIZE, LearningInputs, StatisticsMerge, floating_shapes, require_examples
 from unmergeable.merges.linear import merge_tensor as average_tensor
 from unmergeable.merges.models import Model
-from unmergeable.network.disk_weights import Weights, to_disk_names
+from unmergeable.network.disk_weights import Weights
 from unmergeable.network.statistics import write_statistics
 from unmergeable.network.tasks import Prediction, Task, device_of
 from unmergeable.progress import Progress, silent

@@ -8,7 +8,6 @@ sending the places of the numbers instead.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unmergeable.checkpoint.disk_names import to_disk_names
 from unmergeable.errors import Mismatch
 
 Weights = Mapping[str, Tensor] | nn.Module
@@ -32,18 +32,6 @@ def weights_of(model: Weights) -> Mapping[str, Tensor]:
         return model
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return to_disk_names(model, {name: tensor for name, tensor in model.state_dict().items() if name not in tied})
-
-
-def to_disk_names(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by module name (weights, or what is shaped like them) renamed and split as the network's files are.
-
-    Several names on disk may share one weight: files leave all of them out but one.
-    """
-    if not _is_from_transformers(network):
-        return dict(tensors)
-    loading = importlib.import_module("transformers.core_model_loading")
-    renamed: dict[str, Tensor] = loading.revert_weight_conversion(network, dict(tensors))
-    return renamed
 
 
 @dataclass(frozen=True)
@@ -148,10 +136,6 @@ def swapped(network: Any, weights: Mapping[str, Tensor]) -> Iterator[Any]:
     finally:
         for parameter, data in before:
             parameter.data = data
-
-
-def _is_from_transformers(network: Any) -> bool:
-    return any(base.__module__.startswith("transformers.") for base in type(network).__mro__)
 
 
 def _memory(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:

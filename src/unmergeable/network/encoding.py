@@ -16,7 +16,8 @@ from torch import Tensor
 
 from unmergeable.data import DataSource, Example, class_number
 from unmergeable.errors import BadInput
-from unmergeable.network.load import load_tokenizer, quiet
+from unmergeable.network.load import load_tokenizer
+from unmergeable.optional import quiet
 
 
 @dataclass(frozen=True)

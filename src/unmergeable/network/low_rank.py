@@ -18,7 +18,7 @@ from torch import nn
 
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.linear_layers import linear_layers
-from unmergeable.network.load import optional_package
+from unmergeable.optional import optional_package
 
 _ADAPTERS = ("lora_A.", "lora_B.")
 """What peft calls them in the names of parameters."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from unmergeable.errors import BadInput
-from unmergeable.network.load import quiet
+from unmergeable.optional import quiet
 
 
 def load_polynomial_network(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Any:

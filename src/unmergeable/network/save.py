@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from unmergeable.network.load import quiet
+from unmergeable.optional import quiet
 
 
 def write_network(network: Any, folder: Path | str, *, config_from: Path | str) -> None:

@@ -47,7 +47,7 @@ def derive_map(model: str | os.PathLike[str], *, out: str | os.PathLike[str] | N
         raise UsageError("deriving a map needs transformers; pip install 'unmergeable[hf]'") from None
     from unmergeable.derivation.build import registered_class
     from unmergeable.derivation.model_types import derive_map as derived_map
-    from unmergeable.network.load import quiet
+    from unmergeable.optional import quiet
 
     config = _config(model)
     kind = str(config.get("model_type") or "")

@@ -12,7 +12,8 @@ import torch
 
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.hub import folder_of
-from unmergeable.checkpoint.open import open_checkpoint
+from unmergeable.checkpoint.index import is_adapter
+from unmergeable.checkpoint.open import open_checkpoint, split_adapter
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.merges import MERGES, engine, merge_method
@@ -22,6 +23,7 @@ from unmergeable.merges.mergekit.config import read_config, read_document
 from unmergeable.merges.mergekit.documents import absolute_paths, document_of, models_named, open_model
 from unmergeable.merges.mergekit.meaning import meaning_of
 from unmergeable.merges.variation import terms_of
+from unmergeable.ops.adapter_merging import merge_adapters, settings_of_merge
 from unmergeable.progress import Progress, silent
 from unmergeable.settings import settings_of
 
@@ -78,6 +80,7 @@ def merge(
     data: Sequence[str | os.PathLike[str]] = (),
     config: str | os.PathLike[str] | None = None,
     backend: Backend = "own",
+    keep_adapter: bool = False,
     seed: int = 0,
     checksums: bool = False,
     threads: int | None = None,
@@ -86,7 +89,8 @@ def merge(
     """Merge experts of one base into a new checkpoint.
 
     Args:
-        experts: folders, or ``hub:OWNER/NAME``; each alone, or with its coefficient (None for the method's default).
+        experts: folders, or ``hub:OWNER/NAME``; each alone, or with its coefficient (None for the method's default). An
+            adapter is merged into ``base`` first, or, as ``BASE+ADAPTER``, into another.
         method: a merge (``methods`` lists them).
         out: folder to create.
         base: the common base; ``linear`` and ``slerp`` do without.
@@ -94,6 +98,8 @@ def merge(
         data: what a merge learns from, if it does: local files or folders (see ``unmergeable.data``), one for each
             expert and in their order; for ``soup`` any number.
         config: a mergekit configuration instead of all the above but ``out``.
+        keep_adapter: merge LoRA adapters into an adapter, without their base, by a method of
+            :mod:`unmergeable.merges.adapters`.
         backend: ``mergekit`` runs the installed mergekit and refuses its result if a tensor is lost.
         seed: of mergekit's random masks. This package's own are drawn from the method's ``seed`` setting.
         checksums: record the SHA-256 of every file read and written; without, that of their headers, and sizes.
@@ -107,6 +113,10 @@ def merge(
     """
     if backend not in ("own", "mergekit"):
         raise UsageError(f"no backend is called {backend!r}; known: own, mergekit.")
+    if keep_adapter:
+        if backend != "own" or config is not None or data or method is None:
+            raise UsageError("keep_adapter merges adapters by a method of its own: leave out config, data and backend.")
+        return _merge_adapters(experts, method, settings or {}, Path(out))
     if backend == "mergekit":
         find_command()
     out = Path(out)
@@ -126,10 +136,10 @@ def merge(
         )
     given = [expert if isinstance(expert, tuple) else (expert, None) for expert in experts]
     names = [os.fspath(name) for name, _ in given]
-    folders = [folder_of(name) for name in names]
+    folders = [_folder_and_base(name, base_folder) for name in names]
     coefficients: list[float | None] = [coefficient for _, coefficient in given]
     base_source = None if base_folder is None else open_checkpoint(base_folder)
-    sources = [open_checkpoint(folder, base=base_folder) for folder in folders]
+    sources = [open_checkpoint(folder, base=of) for folder, of in folders]
     if backend == "mergekit":
         if data:
             raise UsageError("mergekit merges without data; leave out --data, or --backend.")
@@ -137,7 +147,7 @@ def merge(
         inputs = {} if base_source is None else {"base": base_source}
         inputs |= {f"expert {number}": source for number, source in enumerate(sources, start=1)}
         template = next(iter(inputs.values()))
-        pairs = list(zip(folders, resolved, strict=True))
+        pairs = list(zip([_named_for_mergekit(*pair) for pair in folders], resolved, strict=True))
         document = document_of(method, pairs, base_folder, settings or {}, out_dtype=_stored_dtype(template))
         merge_with_mergekit(document, inputs, out, seed=seed, checksums=checksums, threads=threads)
         used = tuple(zip(names, resolved, strict=True))
@@ -166,6 +176,29 @@ def merge(
         learnt=learnt.facts,
         summary=learnt.summary,
     )
+
+
+def _merge_adapters(experts: Sequence[Expert], method: str, settings: Mapping[str, object], out: Path) -> MergeResult:
+    given = [expert if isinstance(expert, tuple) else (expert, None) for expert in experts]
+    merged, modules = merge_adapters([(folder_of(name), weight) for name, weight in given], method, settings, out)
+    used = tuple((os.fspath(name), 1.0 if weight is None else weight) for name, weight in given)
+    return MergeResult(out, method, settings_of_merge(merged), used, 2 * modules)
+
+
+def _folder_and_base(name: str, base: Path | None) -> tuple[Path, Path | None]:
+    """The folder of an expert, and of the base of an adapter: the one named with it, or else the common one."""
+    path, adapter = split_adapter(name)
+    if adapter is None:
+        return folder_of(name), base
+    for part in (path, adapter):
+        if not part.is_dir():
+            raise BadInput(f"expert {name}: {part} is no folder; download the model and give its folder.")
+    return adapter, path
+
+
+def _named_for_mergekit(folder: Path, base: Path | None) -> Path:
+    """mergekit merges an adapter itself, if it is told its base."""
+    return folder if base is None or not is_adapter(folder) else Path(f"{base.absolute()}+{folder.absolute()}")
 
 
 def _merge_config(config: Path, out: Path, *, checksums: bool, threads: int | None, progress: Progress) -> MergeResult:

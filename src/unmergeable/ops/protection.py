@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,13 +22,15 @@ from unmergeable.checkpoint.index import is_adapter
 from unmergeable.checkpoint.listing import MANIFEST_NAME
 from unmergeable.checkpoint.manifest import Manifest, read_manifest
 from unmergeable.checkpoint.open import open_checkpoint
-from unmergeable.checkpoint.partial import partial_of, require_absent
-from unmergeable.checkpoint.rewrite import rewrite
+from unmergeable.checkpoint.partial import partial_of, require_absent, require_creatable, require_outside
+from unmergeable.checkpoint.rewrite import folders_read, require_space, rewrite
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, KeyFileError, UsageError
 from unmergeable.gauge.key import Key, write_key
+from unmergeable.ops.adapter_release import release_adapter
 from unmergeable.ops.opened import AnyPath, open_base, open_with_architecture
 from unmergeable.ops.protect_result import ProtectResult, StepReport
+from unmergeable.ops.relation import look_at_base
 from unmergeable.ops.steps import Methods, Step, steps_of
 from unmergeable.progress import Progress, silent
 from unmergeable.protections import CONTROLS, Extras, Facts, Inputs, Protection, Rewrite
@@ -55,6 +58,7 @@ def protect(
     encoder: AnyPath | None = None,
     siblings: Sequence[AnyPath] = (),
     generic: AnyPath | None = None,
+    keep_adapter: bool = False,
     dry_run: bool = False,
     allow_pickle: bool = False,
     threads: int | None = None,
@@ -81,6 +85,9 @@ def protect(
         encoder: folder whose tokenizer or image processor prepares the data; None for the expert's.
         siblings: other fine-tunes of the base, for ``sensitivity_shield``.
         generic: inputs of other kinds than the task's, for ``collapse``; without labels.
+        keep_adapter: write an adapter again, its A and B in another basis of their rank: the one exact change that
+            leaves the base alone. It stops nothing (:mod:`unmergeable.ops.adapter_release`), and takes no method and no
+            key.
         dry_run: check everything, write nothing.
         allow_pickle: read a checkpoint that has no safetensors files; exact methods only.
         threads: how many tensors are worked on at a time; None for one per processor.
@@ -89,6 +96,16 @@ def protect(
         UsageError, BadInput, KeyFileError: before the first byte is written.
         NotEquivalent: the written file does not compute what it should; it is removed.
     """
+    if keep_adapter:
+        others = {"method": method, "settings": settings, "key": key, "passphrase": passphrase, "data": data}
+        others |= {"head": head, "encoder": encoder, "siblings": siblings, "generic": generic}
+        for name, value in others.items():
+            if value:
+                raise UsageError(
+                    f"keep_adapter changes nothing but the basis inside the adapter's rank: leave out {name}, or merge "
+                    "the adapter into its base by leaving out keep_adapter."
+                )
+        return release_adapter(folder_of(expert), base=folder_of(base), out=Path(out), seed=seed, is_dry_run=dry_run)
     steps = steps_of(method, settings or {})
     extras = Extras(
         data=_path(data),
@@ -199,6 +216,7 @@ def _write(protection: Protection, prepared: Rewrite, inputs: Inputs, out: Path)
         "architecture": inputs.architecture.family,
         **prepared.record,
         **({"note": protection.limits} if protection.limits else {}),
+        **earlier_steps(inputs.expert.folder),
     }
     return write_prepared(prepared, out, details, threads=inputs.threads, progress=inputs.progress)
 
@@ -220,13 +238,14 @@ class _Request:
 
     def require_places(self, steps: Sequence[Step]) -> None:
         """Refuse places that cannot be written to: training and calibration come before the writing."""
-        if not self.out.parent.is_dir():
-            raise BadInput(
-                f"{self.out} cannot be created: its parent folder {self.out.parent} does not exist; create it first."
-            )
+        require_creatable(self.out)
         if any(step.has_key for step in steps):
             _require_apart(self.key, self.out)
-        require_absent(self.out)
+            if not self.key.parent.is_dir():
+                raise KeyFileError(
+                    f"key file {self.key} cannot be created: its folder does not exist; create it first: "
+                    f"{shlex.join(['mkdir', '-p', str(self.key.parent)])}"
+                )
 
     def inputs(self, step: Step, source: Path, out: Path) -> Inputs:
         """What a step works on, ``source`` being the expert or what the step before wrote."""
@@ -243,12 +262,28 @@ class _Request:
         )
 
     def check(self, step: Step, source: Path) -> StepReport:
-        """A dry run of one step."""
+        """A dry run of one step: it refuses what :meth:`write` refuses before the work begins."""
         inputs = self.inputs(step, source, self.out)
-        return self._report(step, inputs, step.protection.check(inputs), self.out, None, is_dry_run=True)
+        signs = self._require_usable(inputs)
+        require_space(self.out, inputs.expert.index.nbytes)
+        return self._report(step, inputs, step.protection.check(inputs), self.out, None, signs, is_dry_run=True)
+
+    def _require_usable(self, inputs: Inputs) -> tuple[str, ...]:
+        """Refuse what only the open checkpoints show; notes on what they show besides."""
+        require_outside(self.out, *folders_read((inputs.expert, inputs.base)))
+        if inputs.expert.folder != self.expert:
+            return ()  # what an earlier step wrote
+        earlier = earlier_steps(self.expert).get(EARLIER_STEPS, [])
+        if earlier and "key_fingerprint" in earlier[-1]:
+            return (
+                f"{self.expert} is a protected release itself: the new key gives it back, and key "
+                f"{str(earlier[-1]['key_fingerprint'])[:8]} then the original.",
+            )
+        return () if earlier else look_at_base(inputs.base, inputs.expert)
 
     def write(self, step: Step, source: Path, out: Path) -> StepReport:
         inputs = self.inputs(step, source, out)
+        signs = self._require_usable(inputs)
         prepared = step.protection.prepare(inputs)
         is_new_key = prepared.key is not None and not os.path.lexists(self.key)
         if prepared.key is not None and is_new_key:
@@ -261,12 +296,20 @@ class _Request:
             raise
         if inputs.work is not None:
             _remove(prepared.leftovers, inputs.work)
-        return self._report(step, inputs, facts, out, prepared.key, is_dry_run=False)
+        return self._report(step, inputs, facts, out, prepared.key, signs, is_dry_run=False)
 
     def _report(
-        self, step: Step, inputs: Inputs, facts: Facts, out: Path, key: Key | None, *, is_dry_run: bool
+        self,
+        step: Step,
+        inputs: Inputs,
+        facts: Facts,
+        out: Path,
+        key: Key | None,
+        signs: Sequence[str],
+        *,
+        is_dry_run: bool,
     ) -> StepReport:
-        notes = (*facts.notes, step.protection.limits)
+        notes = (*signs, *facts.notes, step.protection.limits)
         recipes = [protection.recipe() for protection in step.single]
         document: dict[str, Any] = {
             "architecture": inputs.architecture.family,
@@ -327,7 +370,6 @@ def _compose(request: _Request, steps: Sequence[Step], *, is_dry_run: bool) -> P
         place.mkdir(exist_ok=True)
         replace_file(place / _REQUEST, identity.encode())
         reports = _run_all(request, steps, folders)
-        _write_earlier_steps(folders)
         require_absent(request.out)
         folders[-1].rename(request.out)
         sync_folder(request.out.parent)
@@ -390,9 +432,15 @@ def _manifest_json(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in document.items() if name not in ("format_version", "tool", "outputs")}
 
 
-def _write_earlier_steps(folders: Sequence[Path]) -> None:
-    manifest = read_manifest(folders[-1])
-    assert manifest is not None, "every step writes one"
-    earlier = [_manifest_json(folder) for folder in folders[:-1]]
-    record = replace(manifest, details={**manifest.details, EARLIER_STEPS: earlier})
-    replace_file(folders[-1] / MANIFEST_NAME, record.to_json().encode())
+def earlier_steps(folder: Path) -> dict[str, Any]:
+    """What the manifest of a protection of ``folder`` says of protections before it; nothing where there are none."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.details.get("kind") != "protected":
+        return {}
+    record = _manifest_json(folder)
+    return {EARLIER_STEPS: [*record.pop(EARLIER_STEPS, ()), record]}
+
+
+def without_files(step: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of an earlier step without the lists of files, which every manifest has of its own."""
+    return {name: value for name, value in step.items() if name not in ("tool_version", "inputs", "left_out")}

@@ -173,6 +173,7 @@ def recover(
             recovered.plan(inputs.architecture),
             manifest={"kind": "recovered", **details, "architecture": inputs.architecture.family},
             resume_token=f"recover {details} {inputs.base.index.headers_digest} {run}",
+            config_changes=recovered.config_changes,
             # Gauges alone are applied without reading the base again.
             also_read={role: source for role, source in read.items() if source is not recovered.template}
             if estimate is None or estimate.template is not None

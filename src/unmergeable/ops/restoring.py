@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from unmergeable.checkpoint.hub import folder_of
-from unmergeable.checkpoint.manifest import read_manifest
+from unmergeable.checkpoint.manifest import Manifest, read_manifest
 from unmergeable.errors import BadInput, KeyFileError
-from unmergeable.gauge.key import read_key
+from unmergeable.gauge.key import Key, read_key
 from unmergeable.ops.opened import AnyPath, open_with_architecture
-from unmergeable.ops.protection import EARLIER_STEPS, write_prepared
+from unmergeable.ops.protection import EARLIER_STEPS, without_files, write_prepared
 from unmergeable.progress import Progress, silent
-from unmergeable.protections import PROTECTIONS
+from unmergeable.protections import PROTECTIONS, Rewrite
 from unmergeable.protections.exact import ExactSequence, RestoredFacts
+from unmergeable.protections.marks import are_marks_of
 from unmergeable.threads import one_thread_per_kernel, worker_threads
 
 
@@ -65,7 +68,8 @@ def restore(
     """Undo a keyed protection. Of a composition that ends with one, the result of the steps before it comes back.
 
     Args:
-        protected: folder that ``protect`` wrote, or ``hub:OWNER/NAME``.
+        protected: folder that ``protect`` wrote, or ``hub:OWNER/NAME``; or a copy that something else saved, without
+            its ``unmergeable.json``.
         key: the key file made with it.
         out: folder to create.
         passphrase: of the key file, where it is encrypted.
@@ -79,23 +83,23 @@ def restore(
     folder, out = folder_of(protected), Path(out)
     secret = read_key(Path(key), passphrase)
     manifest = read_manifest(folder)
+    made_with = None if manifest is None else manifest.details.get("key_fingerprint")
     earlier = () if manifest is None else manifest.details.get(EARLIER_STEPS, ())
-    if manifest is None or "key_fingerprint" not in manifest.details:
-        if any("key_fingerprint" in step for step in earlier):
-            raise BadInput(
-                f"{folder}: what was done after the keyed step has no way back, so that the key opens nothing; keep "
-                "the original."
-            )
-        raise BadInput(f"{folder} has no unmergeable.json of a keyed protection; there is nothing to restore.")
+    _require_way_back(folder, manifest, secret)
     source, architecture = open_with_architecture(folder)
-    if manifest.details["key_fingerprint"] != secret.fingerprint:
+    if made_with not in (None, secret.fingerprint):
         raise KeyFileError(
             f"key file {key} (fingerprint {secret.fingerprint[:8]}) is not the key of {folder} "
-            f"({str(manifest.details['key_fingerprint'])[:8]}); give the one made with it."
+            f"({str(made_with)[:8]}); give the one made with it."
         )
     methods = ExactSequence.from_recipe(secret.recipe, PROTECTIONS)
     prepared = methods.restore(source, architecture, secret, threads=worker_threads(threads), progress=progress)
+    if made_with is None:
+        _require_marks(prepared, secret, f"key file {key}", folder)
+    # What remains is the protected release that was protected again: its own record, and so its own way back.
     details = {"kind": "restored", "key_fingerprint": secret.fingerprint, "architecture": architecture.family}
+    if earlier and "key_fingerprint" in earlier[-1]:
+        details = {**without_files(earlier[-1]), **({EARLIER_STEPS: earlier[:-1]} if earlier[1:] else {})}
     facts, _ = write_prepared(prepared, out, details, threads=worker_threads(threads), progress=progress)
     assert isinstance(facts, RestoredFacts)
     note = _note(earlier) if earlier else None
@@ -104,6 +108,52 @@ def restore(
     )
 
 
+def _require_way_back(folder: Path, manifest: Manifest | None, secret: Key) -> None:
+    """Refuse what no key was made with, and a copy without a record where the key cannot tell whether it is its own."""
+    details = {} if manifest is None else manifest.details
+    if "key_fingerprint" in details:
+        return
+    if any("key_fingerprint" in step for step in details.get(EARLIER_STEPS, ())):
+        raise BadInput(
+            f"{folder}: what was done after the keyed step has no way back, so that the key opens nothing; keep "
+            "the original."
+        )
+    if manifest is not None:
+        raise BadInput(f"{folder}: its unmergeable.json is of no keyed protection; there is nothing to restore.")
+    if not secret.marks:
+        raise BadInput(
+            f"{folder} has no unmergeable.json, and an earlier version made the key, which cannot tell without one "
+            f"whether it fits; copy the unmergeable.json of the release into {folder}."
+        )
+
+
+def _require_marks(prepared: Rewrite, secret: Key, key: str, folder: Path) -> None:
+    """Refuse a key that makes something else of the checkpoint than what it was made for."""
+    plan = {tensor.name: tensor for tensor in prepared.plan}
+    if not set(secret.marks) <= set(plan):
+        raise KeyFileError(
+            f"{key} was made for a checkpoint with other tensors than {folder}; give the one made with it."
+        )
+
+    def restored(name: str) -> Tensor:
+        made = plan[name]
+        tensor = prepared.source.tensor(made.origin or name)
+        return tensor if made.edit is None else made.edit(tensor)
+
+    if not are_marks_of(secret.marks, restored):
+        raise KeyFileError(
+            f"{key} (fingerprint {secret.fingerprint[:8]}) is not the key of {folder}: with it the weights are not "
+            "those it was made for; give the one made with it."
+        )
+
+
 def _note(earlier: Sequence[Mapping[str, Any]]) -> str:
-    methods = ", ".join(str(step["recipe"]["method"]) for step in earlier)
+    """What the result is, by the record of the step that made it."""
+    last = earlier[-1]
+    if "key_fingerprint" in last:
+        return (
+            f"This is a protected release itself, with key {str(last['key_fingerprint'])[:8]}; restore it with that "
+            "key to get the original."
+        )
+    methods = ", ".join(str(step["recipe"]["method"]) for step in earlier if "method" in step["recipe"])
     return f"This is the result of {methods}, which no key undoes, and not the original."

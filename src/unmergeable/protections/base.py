@@ -26,10 +26,12 @@ from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UsageError
 from unmergeable.gauge.key import Key
 from unmergeable.network.disk_weights import find_places, show
-from unmergeable.network.load import load_network
+from unmergeable.network.load import load_network, network_of
 from unmergeable.progress import Progress, silent
 from unmergeable.registry import Requirements
 from unmergeable.settings import settings_of
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 Stage = Literal["weights", "basis", "structure"]
 """What a protection changes. Compositions go in this order: a task vector has to be read before the basis changes, and
@@ -104,10 +106,21 @@ class Inputs:
 
     def load_expert(self) -> Any:
         """The expert as a live network: float32, in evaluation mode, on the CPU."""
-        network = load_network(self.template)
-        if self.template != self.expert.folder:  # a LoRA folder has no network of its own
-            show(find_places(network), {name: self.expert.tensor(name) for name in self.expert.names})
+        if self.template == self.expert.folder:
+            return load_network(self.template)
+        # An adapter's folder has no network of its own; the merged one may be of another class than the base's.
+        changed = self.expert.index.config_changes
+        network = network_of(self.expert.config, self.expert.description) if changed else load_network(self.template)
+        show(find_places(network), {name: self.expert.tensor(name) for name in self.expert.names})
         return network
+
+    @property
+    def encoder(self) -> Path:
+        """Folder whose tokenizer or image processor prepares the data: the one given; or an adapter's, which may bring
+        tokens that its base lacks; or the template's."""
+        own = self.expert.folder
+        brings_one = own != self.template and any((own / name).is_file() for name in _TOKENIZER_FILES)
+        return self.extras.encoder or (own if brings_one else self.template)
 
 
 class Facts:

@@ -33,6 +33,8 @@ from unmergeable.gauge.plan import transformed
 from unmergeable.network.logits import LogitGap, logit_gap
 from unmergeable.progress import Progress
 from unmergeable.protections.base import Facts, Inputs, Protection, ProtectionRequirements, Rewrite
+from unmergeable.protections.marks import marks_of
+from unmergeable.protections.quantised_loss import NOTICEABLE, quantised_loss
 from unmergeable.protections.untied import TIED, UNTIED, UntiedSource, untied
 from unmergeable.randomness import KEY_BYTES, Stream, new_entropy
 from unmergeable.registry import Registry
@@ -109,6 +111,9 @@ class ExactProtection(Protection):
         """What is applied, left to right; ``stream`` is the secret."""
         raise NotImplementedError
 
+    def require_weights(self, architecture: Architecture, source: TensorSource) -> None:
+        """Refuse weights that it cannot be applied to, where a look at small tensors tells. Raises BadInput."""
+
     def requirements(self) -> ProtectionRequirements:
         return ProtectionRequirements(exact=True, needs=("key",), stage="basis")
 
@@ -143,6 +148,7 @@ class ExactFacts(Facts):
     unchanged: tuple[str, ...] = ()
     equivalence: Equivalence | None = None
     logits: LogitGap | None = None
+    quantised_loss: float | None = None
 
     @property
     def measured_error(self) -> float | None:
@@ -151,7 +157,14 @@ class ExactFacts(Facts):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*((VACUOUS,) if self.predicted_error >= 1 else ()), *self.unchanged)
+        found = [VACUOUS] if self.predicted_error >= 1 else []
+        if self.quantised_loss is not None and self.quantised_loss > NOTICEABLE:
+            found.append(
+                f"Warning: quantised to 4 bits, its weights lose about {self.quantised_loss:.1f} times what the "
+                "expert's lose: whoever quantises this release gets a worse model. Rotations, permutations and signs "
+                "lose nothing: gauge with quantisation_friendly=true, the default, or params with a narrower range."
+            )
+        return (*found, *self.unchanged)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -161,6 +174,7 @@ class ExactFacts(Facts):
             "predicted_block_error": self.predicted_error,
             "measured_block_error": self.measured_error,
             "logits": self.logits.to_json() if self.logits else None,
+            "predicted_quantised_loss": self.quantised_loss,
             "groups": dict(self.groups),
             "left_out": [{"name": name, "reason": reason} for name, reason in self.left_out],
         }
@@ -188,6 +202,8 @@ class ExactFacts(Facts):
             lines += [f"Largest error that rounding may cause in a block: {self.predicted_error:.1e} relative"]
         else:
             lines += [f"Largest error of a block: {self.measured_error:.1e} relative; bound {self.predicted_error:.1e}"]
+        if self.quantised_loss is not None:
+            lines += [f"Loss when quantised to 4 bits, predicted: {self.quantised_loss:.2f} times the expert's"]
         if self.logits is not None:
             lines += [f"Error of the network's output: {self.logits.describe()}"]
         return [*lines, *(f"Left out: {name} ({reason})" for name, reason in self.left_out)]
@@ -275,6 +291,8 @@ class ExactSequence(Protection):
     def check(self, inputs: Inputs) -> ExactFacts:
         source, architecture = self._seen(inputs)
         _ = self._key(inputs, source, architecture)  # a key file that belongs to other work is refused
+        for method in self.methods:
+            method.require_weights(architecture, source)
         return self._facts(source, architecture)
 
     @one_thread_per_kernel()
@@ -283,8 +301,11 @@ class ExactSequence(Protection):
         facts = self._facts(source, architecture)
         key, is_new = self._key(inputs, source, architecture)
         if is_new:
-            key = replace(key, orders=self._orders(inputs, source, architecture))
+            changed = architecture.symmetry.tensors_of(self.spaces(architecture))
+            marks = marks_of(inputs.expert, changed)
+            key = replace(key, orders=self._orders(inputs, source, architecture), marks=marks)
         gauges = self.gauges(architecture, key, source)
+        facts = replace(facts, quantised_loss=quantised_loss(source, architecture, gauges))
         heads = _heads_apart(source, architecture, gauges)
         return Rewrite(
             source=inputs.expert,
@@ -331,8 +352,25 @@ class ExactSequence(Protection):
         )
 
     def _seen(self, inputs: Inputs) -> tuple[TensorSource, Architecture]:
-        """The expert as the methods see it: its output head apart, where that is asked for."""
-        return untied(inputs.expert, inputs.architecture) if self.unties else (inputs.expert, inputs.architecture)
+        """The expert as the methods see it: its output head apart, where that is asked for.
+
+        Raises:
+            UsageError: nothing more can be changed with the head apart, which would only make the file larger.
+        """
+        if not self.unties:
+            return inputs.expert, inputs.architecture
+        source, architecture = untied(inputs.expert, inputs.architecture)
+        groups = [self._stream_groups(seen) for seen in (inputs.architecture, architecture)]
+        if groups[0] == groups[1]:
+            raise UsageError(
+                f"untie: {inputs.expert.description} gains nothing by it: with its output head apart no larger group "
+                "acts on its streams, and the file grows; leave untie off."
+            )
+        return source, architecture
+
+    def _stream_groups(self, architecture: Architecture) -> list[tuple[str, Group]]:
+        spaces = self.spaces(architecture).items()
+        return [(name, space.group) for name, space in spaces if space.role == "residual"]
 
     def _recipe(self, architecture: Architecture) -> dict[str, Any]:
         """Enough to redo it, given the key."""

@@ -31,7 +31,7 @@ as the unprotected expert, and each step is a least-squares or assignment proble
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -140,10 +140,17 @@ class LargestGauge(ExactProtection):
             else sample(space, stream.child(name), self.bound)
             for name, space in rotations.items()
         }
-        folded = {name for space in rotations.values() for name in space.folded}
-        norms = (norm for residual in architecture.residuals for norm in residual.norms if norm.space in folded)
-        fold = fixed_gauge(spaces, _gains_to_one(norms, weights.source))
+        fold = fixed_gauge(spaces, _gains_to_one(_folded_norms(architecture, rotations), weights.source))
         return (independent, fold, fixed_gauge(spaces, drawn), fold.inverse())
+
+    def require_weights(self, architecture: Architecture, source: TensorSource) -> None:
+        _gains_to_one(_folded_norms(architecture, self._rotations(architecture)), source)
+
+
+def _folded_norms(architecture: Architecture, rotations: Mapping[str, Space]) -> Iterator[Norm]:
+    """The norms whose gains are moved out of the way of rotations."""
+    folded = {name for space in rotations.values() for name in space.folded}
+    return (norm for residual in architecture.residuals for norm in residual.norms if norm.space in folded)
 
 
 def _gains_to_one(norms: Iterable[Norm], weights: TensorSource) -> Mapping[str, Element]:

@@ -22,7 +22,8 @@ import numpy as np
 
 from unmergeable.data import Example
 from unmergeable.errors import BadInput, UsageError, first_line
-from unmergeable.network.load import load_tokenizer, optional_package
+from unmergeable.network.load import load_tokenizer
+from unmergeable.optional import optional_package
 from unmergeable.tasks.prompts import reads_with_encoder
 from unmergeable.tasks.task_kind import Scores, TaskData, TaskKind
 

@@ -29,8 +29,9 @@ from torch.nn import functional
 from unmergeable.data import DataSource, Example, Fields, class_number
 from unmergeable.errors import BadInput, UsageError, first_line
 from unmergeable.network.encoding import EncodedBatch, Encoder, class_names_of
-from unmergeable.network.load import load_network, load_tokenizer, optional_package, quiet
+from unmergeable.network.load import load_network, load_tokenizer
 from unmergeable.network.tasks import device_of, predict
+from unmergeable.optional import optional_package, quiet
 from unmergeable.randomness import Stream
 from unmergeable.tasks.clip_head import text_directions
 from unmergeable.tasks.heads import image_features

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 import yaml
 
 from unmergeable.errors import BadInput, UnmergeableError
-from unmergeable.evaluation.plans.audit_plan import parse_plan, read_plan
+from unmergeable.evaluation.attackers import ATTACKERS, LISTED
+from unmergeable.evaluation.plans.audit_plan import FewShotEntry, parse_plan, read_plan
 from unmergeable.evaluation.threat_models import ThreatModel
 
 
@@ -24,7 +26,42 @@ def test_a_plan(workshop: Path, document: dict[str, Any]) -> None:
     assert plan.connectivity == 5
     del document["connectivity"]
     assert parse_plan(document, workshop).connectivity == 11
+    assert (plan.doubt, parse_plan({**document, "doubt": 0}, workshop).doubt) == (0.001, 0.0)
     assert plan.task("mine-task").validation == workshop / "mine-validation.npz"
+
+
+def test_a_plan_without_attacks_has_the_standard_attacker(workshop: Path, document: dict[str, Any]) -> None:
+    """And one that lists its own has these and nothing else; two keys are audited unless it says otherwise."""
+    listed = parse_plan(document, workshop)
+    assert (listed.attacker.name, listed.attacker.combines, listed.coefficients.extends) == (LISTED, "all", False)
+    assert listed.few_shot.trainings == ({},)
+    assert listed.seeds == (0,)
+    del document["recoveries"], document["seeds"]
+    half = parse_plan(document, workshop)
+    standard = ATTACKERS["standard-1"]
+    assert (half.attacker, [merge.name for merge in half.merges]) == (standard, ["task_arithmetic"])
+    assert [recovery.name for recovery in half.recoveries] == list(standard.recoveries)
+    assert half.coefficients.extends
+    assert half.seeds == (0, 1)
+    del document["merges"]
+    assert [merge.name for merge in parse_plan(document, workshop).merges] == list(standard.merges)
+    document["attacker"] = "full-1"
+    document["coefficients"]["extends"] = False
+    full = parse_plan(document, workshop)
+    assert (full.attacker, full.coefficients.extends) == (ATTACKERS["full-1"], False)
+    document.pop("attacker")
+    document |= {"merges": "standard-0", "recoveries": "standard-0"}
+    assert parse_plan(document, workshop).attacker == ATTACKERS["standard-0"]
+
+
+def test_trainings_of_an_attacker_are_tried_at_every_rate() -> None:
+    """Each way to train with each rate; what the plan sets holds for all, and nothing is done twice."""
+    entry = FewShotEntry(settings={"learning_rates": "1e-4,1e-3"}, trainings=({}, {"steps": 30}, {"low_rank": 8}))
+    found = [(method.learning_rates, method.steps, method.low_rank) for method in entry.methods(16)]
+    rates = ("0.0001", "0.001")
+    assert found == [(rate, steps, rank) for steps, rank in ((100, 0), (30, 0), (100, 8)) for rate in rates]
+    fixed = replace(entry, settings={"learning_rates": "1e-4", "steps": 30})
+    assert [(method.steps, method.low_rank) for method in fixed.methods(16)] == [(30, 0), (30, 8)]
 
 
 BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
@@ -96,9 +133,18 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
         "brother does not exist",
     ),
     ("no attacks", lambda d: d.update(recoveries=[]), "recoveries: there are none, and an attacker of threat"),
-    ("attacks left out", lambda d: d.pop("recoveries"), "add `recoveries: standard`, or `threat_models: [off_the_sh"),
+    ("attacks refused", lambda d: d.update(recoveries=[]), "leave the entry out for the standard ones, or give"),
+    ("two attackers", lambda d: d.update(attacker="quick"), "attacker stands for merges and recoveries; leave these"),
+    (
+        "no attacker",
+        lambda d: (d.pop("merges"), d.pop("recoveries"), d.update(attacker="quik")),
+        "did you mean 'quick'",
+    ),
+    ("extends", lambda d: d["coefficients"].update(extends="yes"), "extends: must be true or false, not 'yes'"),
     ("no such attacker", lambda d: d.update(recoveries="standrad"), "'standrad'; did you mean 'standard'"),
     ("tiers twice", lambda d: d.update(tiers=["T0"], threat_models=["T0"]), "tiers is the older name of threat_models"),
+    ("doubt", lambda d: d.update(doubt=1), "doubt: must be a number from 0, which leaves no attack out, to below 1"),
+    ("no doubt", lambda d: d.update(doubt=True), "doubt: must be a number"),
     ("a line without a middle", lambda d: d.update(connectivity=2), "must be at least 3, or 0 to leave it out"),
     ("an analysis", lambda d: d.update(analyses={"exmaples": 5}), "did you mean 'examples'"),
     ("an expert called base", lambda d: d["experts"][1].update(name="base"), "'base' is what every audit calls"),

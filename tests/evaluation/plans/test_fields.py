@@ -1,4 +1,4 @@
-"""Documents: what YAML makes of a text that was meant, and names that can be shown, in one line that says the remedy."""
+"""Documents: what YAML makes of a text that was meant, and names that can be shown, in one line with a remedy."""
 
 from __future__ import annotations
 

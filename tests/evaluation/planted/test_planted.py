@@ -15,29 +15,34 @@ from torch import Tensor
 
 from unmergeable.architecture import Architecture, detect
 from unmergeable.checkpoint.memory import MemorySource
-from unmergeable.evaluation.planted import KINDS, REWRITES, STRUCTURES, Planted, planted
+from unmergeable.evaluation.planted import KINDS, STRUCTURES, Planted, planted
 from zoo import TOYS, load_toy, outputs, write_toy
 
 TOLERANCE = 64 * torch.finfo(torch.float32).eps
 """Norms, softmax and rotary tables of transformers are computed in float32; what is planted is many times larger."""
 
+GPT = {"value_bias", "key_bias", "norm_bias", "norm_gain", "unseen_reading", "unseen_writing", "gauge", "scales"}
+BERT = {"value_bias", "key_bias", "norm_bias", "unseen_reading", "unseen_writing", "gauge", "scales"}
+RMS = {"norm_gain", "gauge", "scales"}
+DEEPER = {"idle_layer", "split_layer", "wider_feed_forwards"}
+
 EXPECTED = {
-    "llama": {*KINDS} - {"untied"},
-    "llama-bias-tied-mqa": {*KINDS},
-    "qwen3": {*KINDS} - {"untied"},
-    "gemma2": {*KINDS},
-    "phi": {*REWRITES},
-    "gpt2": {"idle_layer", "split_layer", "wider_feed_forwards", *REWRITES},
-    "opt": {"idle_layer", "split_layer", "wider_feed_forwards", *REWRITES},
-    "opt-350m-like": {"wider_feed_forwards", *REWRITES},
-    "mixtral": {*REWRITES},
-    "bert-embedding": {"idle_layer", "split_layer", "wider_feed_forwards", *REWRITES},
-    "roberta": {"idle_layer", "split_layer", "wider_feed_forwards", *REWRITES},
-    "vit": {"idle_layer", "split_layer", "wider_feed_forwards", *REWRITES},
-    "dinov2": {"idle_layer", "split_layer", "wider_feed_forwards", *REWRITES},
-    "clip": {*REWRITES},
-    "t5": {"wider_feed_forwards", "more_heads", *REWRITES},
-    "flan-t5": {"wider_feed_forwards", "more_heads", *REWRITES},
+    "llama": RMS | DEEPER | {"more_heads"},
+    "llama-bias-tied-mqa": RMS | DEEPER | {"more_heads", "untied", "value_bias"},
+    "qwen3": RMS | DEEPER | {"more_heads"},
+    "gemma2": RMS | DEEPER | {"more_heads", "untied"},
+    "phi": GPT,
+    "gpt2": GPT | DEEPER,
+    "opt": GPT | DEEPER,
+    "opt-350m-like": BERT | {"wider_feed_forwards"},
+    "mixtral": RMS | {"router"},
+    "bert-embedding": BERT | DEEPER,
+    "roberta": BERT | DEEPER,
+    "vit": GPT | DEEPER,
+    "dinov2": GPT | DEEPER | {"layer_scale"},
+    "clip": GPT,
+    "t5": RMS | {"wider_feed_forwards", "more_heads"},
+    "flan-t5": RMS | {"wider_feed_forwards", "more_heads"},
 }
 QUICK = ("llama-bias-tied-mqa", "bert-embedding", "dinov2", "t5")
 

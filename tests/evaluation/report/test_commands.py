@@ -89,3 +89,12 @@ def test_the_command_line_understands_them(capsys: pytest.CaptureFixture[str]) -
         assert main(shlex.split(command)[1:]) == 3
         assert "does not exist" in capsys.readouterr().err
     assert main(["merge", "--no-such-option"]) == 2  # control
+
+
+def test_coefficients_of_parts_are_said() -> None:
+    """No command merges by parts: what was done stands there in words."""
+    found = trial(merge="task_arithmetic, by part", coefficients=(1.0, 0.5, 2.0, 0.25, 0.75))
+    assert attack_commands(PLAN, "lock", found)[-1] == (
+        "# then 1 of attention, early, 0.5 of attention, late, 2 of feed-forward, early, 0.25 of feed-forward, late "
+        "and 0.75 of theirs are added to the base by the audit itself"
+    )

@@ -1,9 +1,9 @@
 """The weights of one layer, nearest to where they start, that put out what is wanted: damped quasi-Newton steps.
 
-    minimise over D   sum over places  |f(x; W) - t|^2 / w^2 / sum |f(x; W_0) - x|^2 / w^2  +  ridge * mean |D|^2 / |W_0|^2
+    minimise over D   sum over places  |f(x; W) - t|^2 / w^2 / sum |t - x|^2 / w^2  +  ridge * mean |D|^2 / |W_0|^2
 
-with W = W_0 + D. For a linear layer with inputs u the steps are taken in D (U^T U / rows + mu)^(1/2), in which the sum is
-nearly as curved in all directions; so a dozen steps of L-BFGS do, and what no input speaks of stays as it was.
+with W = W_0 + D. For a linear layer with inputs u the steps are taken in D (U^T U / rows + mu)^(1/2), in which the sum
+is nearly as curved in all directions; so a dozen steps of L-BFGS do, and what no input speaks of stays as it was.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DAMPING = 1e-3
 
 @dataclass(frozen=True)
 class Coordinates:
-    """What a parameter is moved in: ``whiten`` [inputs, inputs] on ``axis`` of a linear layer's weight, else ``scale``."""
+    """What a parameter is moved in: ``whiten`` [inputs, inputs] on ``axis`` of a linear layer's weight, or ``scale``."""
 
     start: Tensor
     scale: float = 1.0
@@ -64,12 +64,15 @@ def linear_axis(module: nn.Module) -> int | None:
 
 
 def movable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are fitted, by name: weights and biases. Norms and scales of what is added stay the base's."""
+    """The parameters that are fitted, by name: weights and biases. Norms and layer scales stay the base's."""
     found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
     for path, owner in module.named_modules():
-        own = dict(owner.named_parameters(recurse=False, prefix=path))
         is_map = linear_axis(owner) is not None or isinstance(owner, (nn.Embedding, nn.Conv1d, nn.Conv2d))
-        found |= {name: value for name, value in own.items() if is_map or value.dim() >= 2}
+        for name, value in owner.named_parameters(recurse=False, prefix=path):
+            if id(value) not in seen and (is_map or value.dim() >= 2):
+                found[name] = value  # of weights that are tied, under the first of their names
+            seen.add(id(value))
     return found
 
 

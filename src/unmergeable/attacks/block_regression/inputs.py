@@ -13,6 +13,9 @@ from unmergeable.network.tasks import Task, is_encoder_decoder
 LENGTH = 32
 """Tokens of an example that is drawn."""
 
+PATCHES = 6
+"""Patches along the side of an image that is drawn, for networks that read images of any size."""
+
 BATCH = 32
 
 
@@ -35,6 +38,8 @@ def drawn(network: Any, *, examples: int, seed: int) -> Task:
         return Task("tokens drawn from the vocabulary", batches)
     if kind == "pixel_values":
         side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        if str(config.model_type).startswith("dinov2"):  # which reads images of any size
+            side = min(side, PATCHES * config.patch_size)
         shapes = [(size, int(getattr(config, "num_channels", 3)), side, side) for size in sizes]
         return Task("noise images", [EncodedBatch({"pixel_values": _smooth(shape, generator)}) for shape in shapes])
     raise UsageError(f"{type(network).__name__} reads {kind or 'unknown inputs'}, which cannot be drawn: give --data.")

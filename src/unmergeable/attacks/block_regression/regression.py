@@ -1,4 +1,4 @@
-"""Block regression of one live network on another: see :mod:`unmergeable.attacks.block_regression.method`."""
+"""Block regression of one live network on another: see :mod:`unmergeable.attacks.block_regression.block_regression`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from unmergeable.architecture import Architecture
+from unmergeable.architecture.residual import Residual
 from unmergeable.attacks.block_regression.fitting import LayerFit, coordinates, fit, movable
 from unmergeable.attacks.block_regression.recording import (
     LayerStack,
@@ -44,8 +45,8 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class RegressionResult:
-    """``weights`` by their names on disk. ``maps`` and ``places``: of each stack, the release's stream to the base's, and
-    behind how many of the release's layers each of the base's places lies. No ``fits`` where it is not recognised.
+    """``weights`` by their names on disk. ``maps`` and ``places``: of each stack, the release's stream to the base's,
+    and behind how many of the release's layers each of the base's places lies. No ``fits`` where it is not recognised.
     """
 
     weights: Weights
@@ -75,27 +76,26 @@ def block_regression(
     """Make ``student`` compute what ``teacher`` computes, in place, and return its weights.
 
     Args:
-        student: the base, live, in evaluation mode; changed.
-        teacher: the release, of any structure with the same number of stacks of layers.
-        architecture: of the base.
-        batches: inputs that both take.
-        tables: the release's tensors by the base's names, of which embeddings are used where they are of use.
-        ridge, steps: of each fit, as of :class:`~unmergeable.attacks.block_regression.method.BlockRegression`.
-        progress: called with the layers fitted.
+        student: the base, live, in evaluation mode; changed. teacher: the release, of any structure with the same
+        number of stacks of layers. architecture: of the base. batches: inputs that both take. tables: the release's
+        tensors by the base's names, of which embeddings are used where they are of use. ridge, steps: of each fit, as
+        of :class:`~unmergeable.attacks.block_regression.block_regression.BlockRegression`. progress: called with the
+        layers fitted.
 
     Raises:
         BadInput: no examples; a network does not take them, has no layers to follow, or its activations are not finite.
     """
     if not batches:
         raise BadInput("there are no examples to send through the networks; give some.")
-    for network in (student, teacher):
-        if hasattr(network, "config"):
-            network.config.use_cache = False  # or a layer that is called again would see its first call as the past
+    for module in (*student.modules(), *teacher.modules()):
+        if hasattr(module, "config") and hasattr(module.config, "use_cache"):
+            module.config.use_cache = False  # or a layer that is called again would see its first call as the past
     theirs, own = record(teacher, batches), record(student, batches)
     stacks = layer_stacks(student)
     if len(theirs.streams) != len(own.streams):
         raise BadInput(
-            f"the release has {len(theirs.streams)} runs of layers and the base {len(own.streams)}; recover it another way."
+            f"the release has {len(theirs.streams)} runs of layers and the base {len(own.streams)}; recover it by "
+            "another method."
         )
     problem = _Problem(student, stacks, batches, _centred(architecture), ridge, steps)
     maps, places = [], []
@@ -132,12 +132,13 @@ def block_regression(
 def _centred(architecture: Architecture) -> bool:
     """Whether only LayerNorms look at the stream, which subtract what is alike in all coordinates."""
     streams = (*architecture.residuals, *architecture.exposed)
-    return bool(streams) and all(
-        stream.kind == "layer"
-        and not any(norm.then for norm in stream.norms)
-        and all(norm.readers or norm is stream.norms[-1] for norm in stream.norms)
-        for stream in streams
-    )
+    return bool(streams) and all(_is_seen_by_norms(stream) for stream in streams)
+
+
+def _is_seen_by_norms(stream: Residual) -> bool:
+    """Whether all that looks at the stream is a LayerNorm before a block or at the end."""
+    last = stream.norms[-1] if stream.norms else None
+    return stream.kind == "layer" and all(not norm.then and (norm.readers or norm is last) for norm in stream.norms)
 
 
 def _take_tables(student: nn.Module, architecture: Architecture, tables: Weights, matrix: Tensor) -> None:

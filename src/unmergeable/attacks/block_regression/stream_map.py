@@ -2,10 +2,10 @@
 
     A, c_l   minimise  sum over layers and places  |x A + c_l - y|^2 / |y|^2
 
-x being the release's stream and y the base's. Between the base and a fine-tune of it y differs by what was learnt, and a
-map with freedom to spare explains some of that away. So the smallest kind of map is taken that explains nearly as much as
-the largest, on places that were not fitted: none at all, a permutation with signs, a rotation with one scale, any matrix;
-each first without constants, then with one for every layer.
+x being the release's stream and y the base's. Between the base and a fine-tune of it y differs by what was learnt, and
+a map with freedom to spare explains some of that away. So the smallest kind of map is taken that explains nearly as
+much as the largest, on places that were not fitted: none at all, a permutation with signs, a rotation with one scale,
+any matrix; each first without constants, then with one for every layer.
 """
 
 from __future__ import annotations

@@ -6,21 +6,26 @@
       - {name: animals, path: expert-animals, task: animals}
     protect:
       expert: digits
-      methods: [mergelock, {name: strong, method: mergelock, settings: {condition: 1000}}]
+      methods:
+        - mergelock
+        - {name: strong, method: mergelock, settings: {condition: 1000}}
+        - {name: theirs, checkpoint: their-release}
     merges: [task_arithmetic, ties]
     recoveries: [kabsch, nearest_orbit]
     tasks:
       - {name: digits, data: digits.npz, head: digits-head.safetensors}
       - {name: animals, data: animals.npz, head: animals-head.safetensors}
 
-Every other expert is a free-rider's, each of whom attacks separately. ``merges: standard`` and ``recoveries: standard``
-are the lists of :mod:`unmergeable.evaluation.attackers`. Paths are relative to the plan; a checkpoint may be
-``hub:OWNER/NAME`` too. Everything that can be wrong with a plan is reported before anything is computed.
+Every other expert is a free-rider's, each of whom attacks separately. Who has somebody's release and not the expert
+writes ``task: digits`` in place of ``expert``: D* is then unknown, and what attackers get is not. ``attacker:
+standard`` takes the place of ``merges`` and ``recoveries``: those of :mod:`unmergeable.evaluation.attackers`, which is
+also what a plan has that lists none. Paths are relative to the plan; a checkpoint may be ``hub:OWNER/NAME`` too.
+Everything that can be wrong with a plan is reported before anything is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,20 +34,23 @@ from typing import Any, TypeVar
 from unmergeable.attacks import FewShot
 from unmergeable.attacks.few_shot import parse_rates
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.attackers import STUDENTS, attacker_named
+from unmergeable.evaluation.attackers import DEFAULT, LISTED, STUDENTS, Attacker, attacker_named
 from unmergeable.evaluation.names import BASE, CONTROLS, GIVEN
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings, read_analysis_settings
 from unmergeable.evaluation.plans.entries import (
     ExpertEntry,
+    ProtectionEntry,
     RecoveryEntry,
+    TaskEntry,
     read_expert,
     read_merge,
     read_protection,
     read_recovery,
     read_task,
 )
-from unmergeable.evaluation.plans.fields import Entry, read_document, require_plain, require_unique
+from unmergeable.evaluation.plans.fields import Entry, read_document, require_named, require_plain, require_unique
 from unmergeable.evaluation.plans.plan import Plan
+from unmergeable.evaluation.plans.releases import ReleaseEntry, is_release, read_release
 from unmergeable.evaluation.race import DOUBT
 from unmergeable.evaluation.threat_models import ThreatModel, least
 from unmergeable.settings import configure
@@ -68,12 +76,15 @@ LEARNABLE = (Classification.name, MultipleChoice.name, Generation.name, Perplexi
 
 FEWEST_SAMPLES = 2
 
+SEEDS = (0, 1)
+"""Of the keys that are audited: one alone may be lucky."""
+
 WITHOUT_DATA = (ThreatModel.OFF_THE_SHELF, ThreatModel.WHITE_BOX)
 """The default threat models."""
 
 _TOP = (
-    "base", "experts", "protect", "merges", "recoveries", "coefficients", "tiers", "threat_models", "few_shot",
-    "retrain", "tasks", "seeds", "connectivity", "analyses", "doubt",
+    "base", "experts", "protect", "attacker", "merges", "recoveries", "coefficients", "tiers", "threat_models",
+    "few_shot", "retrain", "tasks", "seeds", "connectivity", "analyses", "doubt",
 )  # fmt: skip
 
 
@@ -84,15 +95,19 @@ class FewShotEntry:
     Attributes:
         samples: labelled examples of the defended task; with each number the attacker is another one.
         starts: the best merges, each of which is trained.
+        settings: that hold for every training.
+        trainings: settings of each way to train, where ``settings`` leave them open.
     """
 
     samples: tuple[int, ...] = (16, 100)
     starts: int = 3
     settings: Mapping[str, Any] = field(default_factory=dict)
+    trainings: tuple[Mapping[str, Any], ...] = ({},)
 
     def methods(self, samples: int) -> tuple[FewShot, ...]:
-        """One for each learning rate."""
-        return _one_for_each_rate(configure(FewShot, {**_RATES, **self.settings, "samples": samples}))
+        """One for each way to train and each learning rate, all different."""
+        ways = (configure(FewShot, {**_RATES, **way, **self.settings, "samples": samples}) for way in self.trainings)
+        return tuple(dict.fromkeys(method for way in ways for method in _one_for_each_rate(way)))
 
 
 @dataclass(frozen=True)
@@ -121,22 +136,32 @@ def _one_for_each_rate(method: FewShot) -> tuple[FewShot, ...]:
 
 @dataclass(frozen=True)
 class Grid:
-    """The coarse grid of the defended expert's and the free-rider's coefficient, and how many points refine it."""
+    """The coarse grid of the defended expert's and the free-rider's coefficient, and how many points refine it.
+
+    ``extends``: whether the search leaves it where the best lie on its edge.
+    """
 
     defended: tuple[float, ...] = DEFENDED_COEFFICIENTS
     rider: tuple[float, ...] = RIDER_COEFFICIENTS
     refinements: int = REFINEMENTS
+    extends: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditPlan(Plan):
-    """An audit, checked. ``analyses`` is None for an audit without.
+    """An audit, checked.
 
-    ``doubt``: the largest probability with which the race of attacks drops the attacker's choice; 0 for no race.
-    ``connectivity``: how many points of the line between two models are scored, its ends among them; 0 for none.
+    Attributes:
+        defended: name of the expert as it was before it was protected; None where nobody has it.
+        task_without_expert: the defended task, where it is not the expert that names it.
+        doubt: the largest probability with which the race of attacks drops the attacker's choice; 0 for no race.
+        connectivity: points of the line between two models that are scored, its ends among them; 0 for none.
+        analyses: None for an audit without.
     """
 
-    defended: str
+    defended: str | None
+    attacker: Attacker
+    task_without_expert: str | None = None
     coefficients: Grid
     doubt: float
     threat_models: tuple[ThreatModel, ...]
@@ -156,8 +181,28 @@ class AuditPlan(Plan):
         return any(attacker.includes(model) for attacker in (self.strongest, *self.threat_models))
 
     @property
+    def has_expert(self) -> bool:
+        """Whether the unprotected expert is there, with which everything is compared."""
+        return self.defended is not None
+
+    @property
     def victim(self) -> ExpertEntry:
+        """The defended expert, which must be there."""
+        assert self.defended is not None
         return self.expert(self.defended)
+
+    @property
+    def defended_task(self) -> str:
+        return self.task_without_expert or self.victim.task
+
+    def as_released(self) -> Iterable[tuple[ProtectionEntry, ExpertEntry]]:
+        return [(entry, self.victim) for entry in self.protections]
+
+    def labelled(self, task: TaskEntry) -> int:
+        """Of the defended task as many as the attacker with most has, of its own at least one."""
+        if not self.strongest.trains:
+            return 0
+        return max(self.few_shot.samples) if task.name == self.defended_task else 1
 
     @property
     def riders(self) -> tuple[ExpertEntry, ...]:
@@ -180,26 +225,36 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
     require_plain(document, where)
     top = Entry(document, _TOP, where)
     base = top.checkpoint("base", folder)
-    protect = Entry(top.document("protect"), ("expert", "methods"), f"{where}, protect")
-    grid = Entry(top.document("coefficients", {}), ("defended", "rider", "refinements"), f"{where}, coefficients")
+    protect = Entry(top.document("protect"), ("expert", "task", "methods"), f"{where}, protect")
+    if "expert" in protect and "task" in protect:
+        raise BadInput(f"{protect.where}: give either expert, which has a task, or task where nobody has the expert.")
+    has_expert = "task" not in protect
+    methods = protect.listed("methods", partial(_read_method, folder=folder))
+    known = ("defended", "rider", "refinements", "extends")
+    grid = Entry(top.document("coefficients", {}), known, f"{where}, coefficients")
+    attacker = _attacker(top)
     plan = AuditPlan(
         base=base,
         experts=top.listed("experts", partial(read_expert, folder=folder)),
-        defended=protect.text("expert"),
-        protections=protect.listed("methods", partial(read_protection, folder=folder)),
-        merges=_menu(top, "merges", read_merge),
+        defended=protect.text("expert") if has_expert else None,
+        task_without_expert=None if has_expert else protect.text("task"),
+        protections=tuple(method for method in methods if isinstance(method, ProtectionEntry)),
+        releases=tuple(method for method in methods if isinstance(method, ReleaseEntry)),
+        attacker=attacker,
+        merges=_menu(top, "merges", read_merge, attacker),
         recoveries=(
-            *_menu(top, "recoveries", partial(read_recovery, folder=folder), is_optional=True),
+            *_menu(top, "recoveries", partial(read_recovery, folder=folder), attacker),
             *_students(top, folder),
         ),
         coefficients=Grid(
             grid.numbers("defended", DEFENDED_COEFFICIENTS),
             grid.numbers("rider", RIDER_COEFFICIENTS),
             grid.whole("refinements", REFINEMENTS, least=0),
+            grid.flag("extends") if "extends" in grid else attacker.extends,
         ),
         doubt=_doubt(top),
         threat_models=_threat_models(top),
-        few_shot=_few_shot(top),
+        few_shot=_few_shot(top, attacker),
         retrain=_retrain(top),
         tasks=top.listed("tasks", partial(read_task, folder=folder, base=base)),
         seeds=tuple(_seeds(top)),
@@ -207,18 +262,41 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
         analyses=read_analysis_settings(top.document("analyses"), f"{where}, analyses"),
         document=dict(document) if isinstance(document, Mapping) else {},
     )
-    plan.require_names(where, [plan.defended])
+    plan.require_names(where, [] if plan.defended is None else [plan.defended])
+    if plan.task_without_expert is not None:
+        _require_no_expert(plan, where)
     _require_consistent(plan, where)
     return plan
 
 
-def _menu(top: Entry, key: str, read: Callable[[object, str], Item], *, is_optional: bool = False) -> tuple[Item, ...]:
-    """A list of the plan, or the one that an attacker of this name has."""
+def _read_method(item: object, where: str, folder: Path) -> ProtectionEntry | ReleaseEntry:
+    return read_release(item, where, folder) if is_release(item) else read_protection(item, where, folder)
+
+
+def _attacker(top: Entry) -> Attacker:
+    """The attacker that the plan names, or lists; the default one where it leaves something open."""
+    lists = [value for key in ("merges", "recoveries") if (value := top.document(key)) is not None]
+    named = [value for value in lists if isinstance(value, str)]
+    if "attacker" in top:
+        if lists:
+            raise BadInput(f"{top.where}: attacker stands for merges and recoveries; leave these out, or attacker.")
+        return attacker_named(top.text("attacker"), f"{top.where}, attacker")
+    if named:
+        key = "merges" if top.document("merges") == named[0] else "recoveries"
+        return attacker_named(named[0], f"{top.where}, {key}")
+    if len(lists) == 2:
+        return Attacker(LISTED, (), ())
+    return attacker_named(DEFAULT, top.where)
+
+
+def _menu(top: Entry, key: str, read: Callable[[object, str], Item], attacker: Attacker) -> tuple[Item, ...]:
+    """A list of the plan, or the one that its attacker has."""
     value = top.document(key)
-    if not isinstance(value, str):
-        return top.listed(key, read, default=() if is_optional else None)
-    methods: tuple[str, ...] = getattr(attacker_named(value, f"{top.where}, {key}"), key)
-    return tuple(read(method, f"{top.where}, {key}") for method in methods)
+    if value is None or isinstance(value, str):
+        whose = attacker if value is None else attacker_named(value, f"{top.where}, {key}")
+        methods: tuple[str, ...] = getattr(whose, key)
+        return tuple(read(method, f"{top.where}, {key}") for method in methods)
+    return top.listed(key, read, default=() if key == "recoveries" else None)
 
 
 def _students(top: Entry, folder: Path) -> tuple[RecoveryEntry, ...]:
@@ -241,11 +319,11 @@ def _threat_models(top: Entry) -> tuple[ThreatModel, ...]:
     return tuple(model for model in ThreatModel if model in named)
 
 
-def _few_shot(top: Entry) -> FewShotEntry:
+def _few_shot(top: Entry, attacker: Attacker) -> FewShotEntry:
     default = FewShotEntry()
     entry = Entry(top.document("few_shot", {}), ("samples", "starts", "settings"), f"{top.where}, few_shot")
     samples, settings = _training(entry, default.samples)
-    few_shot = FewShotEntry(samples, entry.whole("starts", default.starts), settings)
+    few_shot = FewShotEntry(samples, entry.whole("starts", default.starts), settings, attacker.trainings)
     few_shot.methods(FEWEST_SAMPLES)
     return few_shot
 
@@ -286,7 +364,7 @@ def _connectivity(top: Entry) -> int:
 
 
 def _seeds(top: Entry) -> list[int]:
-    seeds = top.document("seeds", [0])
+    seeds = top.document("seeds", list(SEEDS))
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
         raise top.wrong("seeds", "must be a list of whole numbers", seeds)
     return seeds
@@ -294,11 +372,22 @@ def _seeds(top: Entry) -> list[int]:
 
 def _require_free_names(plan: AuditPlan, where: str) -> None:
     """Raises BadInput for a name that the audit itself gives."""
-    taken = {"experts": (BASE,), "protections": CONTROLS, "recoveries": (GIVEN,)}
+    taken = {"experts": (BASE,), "protections": CONTROLS, "releases": CONTROLS, "recoveries": (GIVEN,)}
     for kind, names in taken.items():
         for entry in getattr(plan, kind):
             if entry.name in names:
                 raise BadInput(f"{where}, {kind}: {entry.name!r} is what every audit calls one of its own; rename it.")
+
+
+def _require_no_expert(plan: AuditPlan, where: str) -> None:
+    """What cannot be done without the unprotected expert is not asked for."""
+    require_named(str(plan.task_without_expert), [task.name for task in plan.tasks], "task", f"{where}, protect")
+    for entry in plan.protections:
+        raise BadInput(
+            f"{where}, protect: {entry.name} needs an expert to be applied to; name it as expert, in place of task."
+        )
+    if plan.analyses is not None:
+        raise BadInput(f"{where}, analyses: they compare with the unprotected expert; name it, or leave them out.")
 
 
 def _require_consistent(plan: AuditPlan, where: str) -> None:
@@ -307,7 +396,7 @@ def _require_consistent(plan: AuditPlan, where: str) -> None:
     if not plan.riders:
         raise BadInput(f"{where}, experts: nobody to merge with; add a free-rider's expert.")
     for rider in plan.riders:
-        if rider.task == plan.victim.task:
+        if rider.task == plan.defended_task:
             raise BadInput(f"{where}, expert {rider.name}: it has the defended task; a free-rider lacks that skill.")
     if 1.0 not in plan.coefficients.defended:
         raise BadInput(f"{where}, coefficients: defended must contain 1.0, or the expert is never used as it was made.")
@@ -320,8 +409,11 @@ def _require_attacks(plan: AuditPlan, where: str) -> None:
     if plan.reaches(ThreatModel.WHITE_BOX) and not any(entry.threat_model.merges for entry in plan.recoveries):
         raise BadInput(
             f"{where}, recoveries: there are none, and an attacker of threat model {ThreatModel.WHITE_BOX} undoes what "
-            "was done; add `recoveries: standard`, or `threat_models: [off_the_shelf]` to claim nothing about it."
+            "was done; leave the entry out for the standard ones, or give `threat_models: [off_the_shelf]` to claim "
+            "nothing about it."
         )
+    for merge in plan.merges:
+        merge.require_experts(2, where)
     for kind, entries in (("recovery", plan.recoveries), ("merge", plan.merges)):
         for entry in entries:
             if entry.threat_model == ThreatModel.UNLABELLED and not plan.reaches(entry.threat_model):
@@ -358,9 +450,9 @@ def _require_examples(plan: AuditPlan, where: str) -> None:
         if task.train in (task.validation, task.test) and not task.is_split:
             raise BadInput(f"{where}, task {task.name}: train must be other data than validation and test.")
     for recovery in plan.recoveries:
-        read = [plan.victim] if "defended" in recovery.examples else []
-        for expert in (*read, *(plan.riders if "own" in recovery.examples else ())):
-            task = plan.task(expert.task)
+        read = [plan.defended_task] if "defended" in recovery.examples else []
+        for name in (*read, *(rider.task for rider in plan.riders if "own" in recovery.examples)):
+            task = plan.task(name)
             if task.train is None or task.is_split:
                 raise BadInput(
                     f"{where}, task {task.name}: recovery {recovery.name} reads examples; give them as train, a file "

@@ -13,8 +13,15 @@ from typing import Any
 
 from unmergeable.attacks import ATTACKS, AttackRequirements, Whose
 from unmergeable.data import Part
-from unmergeable.errors import BadInput
-from unmergeable.evaluation.methods import ON_MERGES, attack_requirements, merge_learns, protection_reads
+from unmergeable.errors import BadInput, UsageError
+from unmergeable.evaluation.methods import (
+    ON_MERGES,
+    attack_requirements,
+    merge_learns,
+    merge_of,
+    protection_reads,
+    require_siblings,
+)
 from unmergeable.evaluation.plans.fields import Entry, require_named
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.merges import MERGES, AdaMerging
@@ -58,15 +65,30 @@ class MergeEntry(MethodEntry):
         coefficients: of tables, one for all experts in the merge: the method's own where there is none; where there are
             several, the one that does best on validation examples is taken.
         then: an attack on the merge; None for none.
+        start: of audits, where a search begins that gives each part of the defended expert a coefficient of its own
+            (:mod:`unmergeable.evaluation.by_part`); empty for one of whole experts.
     """
 
     coefficients: tuple[float, ...] = ()
     then: MethodEntry | None = None
+    start: tuple[float, ...] = ()
 
     @property
     def threat_model(self) -> ThreatModel:
         """That of the weakest attacker who can do it."""
         return ThreatModel.UNLABELLED if merge_learns(self.method) else ThreatModel.OFF_THE_SHELF
+
+    def require_experts(self, count: int, where: str) -> None:
+        """Raises BadInput unless it takes as many experts, and its coefficients."""
+        method = merge_of(self.method, self.settings)
+        most = method.most_experts or count
+        if not method.fewest_experts <= count <= most:
+            raise BadInput(f"{where}, merge {self.name}: {self.method} takes {most} experts, not {count}.")
+        try:
+            for coefficient in self.coefficients or (None,):
+                method.resolve([coefficient] * count)
+        except UsageError as error:
+            raise BadInput(f"{where}, merge {self.name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -109,13 +131,17 @@ class ProtectionEntry(MethodEntry):
         )
 
     def require_reads(self, where: str) -> None:
-        """Raises BadInput unless it is given what it reads, and nothing else."""
+        """Raises BadInput unless it is given what it reads, as many siblings as it wants, and nothing else."""
         for what in OWNED:
             value = getattr(self, what)
             if value and what not in self.reads:
                 raise BadInput(f"{where}: {self.method} with these settings reads no {what}; leave it out.")
             if not value and what in self.reads and what in ("data", "siblings"):
                 raise BadInput(f"{where}: {self.method} reads {what}; give {what}.")
+        try:
+            require_siblings(self.method, self.settings, len(self.siblings))
+        except UsageError as error:
+            raise BadInput(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)

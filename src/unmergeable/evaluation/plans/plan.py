@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from unmergeable.checkpoint.hub import download, is_on_hub
 from unmergeable.data import download_data
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry, ProtectionEntry, RecoveryEntry, TaskEntry
 from unmergeable.evaluation.plans.fields import require_named, require_unique
+from unmergeable.evaluation.plans.releases import ReleaseEntry
 
 AnyPlan = TypeVar("AnyPlan", bound="Plan")
 
@@ -20,7 +22,7 @@ _DATA = ("data", "train", "validation", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A plan, checked. ``document`` is the plan as it was written."""
+    """A plan, checked. ``document`` is the plan as it was written; ``releases`` are of audits."""
 
     base: Path
     experts: tuple[ExpertEntry, ...]
@@ -29,6 +31,7 @@ class Plan:
     merges: tuple[MergeEntry, ...]
     tasks: tuple[TaskEntry, ...]
     document: Mapping[str, Any]
+    releases: tuple[ReleaseEntry, ...] = ()
 
     def expert(self, name: str) -> ExpertEntry:
         """The expert of this name, which must exist."""
@@ -38,15 +41,25 @@ class Plan:
         """The task of this name, which must exist."""
         return next(task for task in self.tasks if task.name == name)
 
-    def as_released(self) -> Iterable[ProtectionEntry]:
-        """Every protection with what it reads of an owner."""
-        return self.protections
+    def as_released(self) -> Iterable[tuple[ProtectionEntry, ExpertEntry]]:
+        """Every protection with what it reads of an owner, and whose expert it is applied to."""
+        return ()
+
+    @property
+    def defended_task(self) -> str:
+        """The task of what releases were made of; only audits have them."""
+        raise NotImplementedError
+
+    def labelled(self, task: TaskEntry) -> int:
+        """How many labelled examples of a task somebody learns from at least; 0 where nobody needs labels."""
+        return 0
 
     @property
     def paths(self) -> tuple[Path, ...]:
         read = [self.base, *(expert.path for expert in self.experts)]
         read += [path for task in self.tasks for path in task.paths]
-        read += [path for protection in self.as_released() for path in protection.paths]
+        read += [path for protection, _ in self.as_released() for path in protection.paths]
+        read += [path for release in self.releases for path in release.paths]
         read += [path for recovery in self.recoveries for path in recovery.sources]
         return tuple(dict.fromkeys(read))
 
@@ -57,15 +70,16 @@ class Plan:
             UsageError, BadInput: as :func:`unmergeable.checkpoint.hub.download` and
                 :func:`unmergeable.data.download_data` do.
         """
-        lists = ("experts", "protections", "recoveries", "tasks")
+        lists = ("experts", "protections", "releases", "recoveries", "tasks")
         local: dict[str, Any] = {name: tuple(map(_downloaded, getattr(self, name))) for name in lists}
         return replace(self, base=_local(self.base, download), **local)
 
     def require_names(self, where: str, victims: Iterable[str]) -> None:
         """Raises BadInput for a name that is there twice, or that stands for nothing; ``victims``: of experts."""
-        for kind in ("experts", "tasks", "protections", "recoveries", "merges"):
-            names = [entry.name for entry in getattr(self, kind)]
-            require_unique(names, f"{where}, {'protect, methods' if kind == 'protections' else kind}")
+        for kind in ("experts", "tasks", "recoveries", "merges"):
+            require_unique([entry.name for entry in getattr(self, kind)], f"{where}, {kind}")
+        released = [*(entry.name for entry in self.protections), *(entry.name for entry in self.releases)]
+        require_unique(released, f"{where}, protect, methods")
         for name in victims:
             require_named(name, [entry.name for entry in self.experts], "expert", f"{where}, protect")
         for expert in self.experts:
@@ -75,8 +89,9 @@ class Plan:
 def _downloaded(entry: Any) -> Any:
     """An expert, a method or a task of the plan with local folders in all its fields."""
     local: dict[str, Path | tuple[Path, ...]] = {}
+    weights = partial(download, with_code=True) if getattr(entry, "trust_remote_code", False) else download
     for field in fields(entry):
-        value, fetch = getattr(entry, field.name), download_data if field.name in _DATA else download
+        value, fetch = getattr(entry, field.name), download_data if field.name in _DATA else weights
         if isinstance(value, Path):
             local[field.name] = _local(value, fetch)
         elif isinstance(value, tuple) and all(isinstance(item, Path) for item in value):

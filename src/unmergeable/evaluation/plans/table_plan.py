@@ -31,9 +31,10 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from unmergeable.errors import BadInput, UsageError
-from unmergeable.evaluation.methods import attack_reads, merge_of, require_siblings
+from unmergeable.errors import BadInput
+from unmergeable.evaluation.methods import attack_reads
 from unmergeable.evaluation.plans.entries import (
+    ExpertEntry,
     MergeEntry,
     ProtectionEntry,
     read_expert,
@@ -90,8 +91,9 @@ class TablePlan(Plan):
     seed: int
     published: Mapping[str, float | str]
 
-    def as_released(self) -> Iterable[ProtectionEntry]:
-        return [entry.given(self.expert(victim)) for victim in self.victims for entry in self.protections]
+    def as_released(self) -> Iterable[tuple[ProtectionEntry, ExpertEntry]]:
+        owners = map(self.expert, self.victims)
+        return [(entry.given(owner), owner) for owner in owners for entry in self.protections]
 
     @property
     def other_tasks(self) -> tuple[str, ...]:
@@ -222,7 +224,7 @@ def _require_consistent(plan: TablePlan, where: str) -> None:
         if not plan.groups(victim):
             raise BadInput(f"{where}, partners: {victim} has nobody to merge with; add an expert or a group.")
         for entry in plan.protections:
-            _require_given(entry.given(plan.expert(victim)), f"{where}, expert {victim}")
+            entry.given(plan.expert(victim)).require_reads(f"{where}, expert {victim}")
     learns = [entry.name for entry in plan.recoveries if "defended" in entry.examples]
     learns += [merge.name for merge in plan.merges if merge.then and "data" in attack_reads(merge.then.method)]
     chooses = [merge.name for merge in plan.merges if len(merge.coefficients) > 1]
@@ -233,29 +235,7 @@ def _require_consistent(plan: TablePlan, where: str) -> None:
             raise BadInput(f"{where}, task {task.name}: {learns[0]} reads examples; give train, a file of its own.")
     for merge in plan.merges:
         for size in plan.sizes:
-            _require_mergeable(merge, size, where)
+            merge.require_experts(size + 1, where)
     labels = plan.labels
     for label in plan.published:
         require_named(label, labels, "figure of this table", f"{where}, published")
-
-
-def _require_given(entry: ProtectionEntry, where: str) -> None:
-    """The victim must come with what the protection reads, and a shield with a sibling for each coefficient."""
-    entry.require_reads(where)
-    try:
-        require_siblings(entry.method, entry.settings, len(entry.siblings))
-    except UsageError as error:
-        raise BadInput(f"{where}: {error}") from None
-
-
-def _require_mergeable(merge: MergeEntry, size: int, where: str) -> None:
-    """A merge must take as many experts as there are in a group, and the coefficients."""
-    method, count = merge_of(merge.method, merge.settings), size + 1
-    most = method.most_experts or count
-    if not method.fewest_experts <= count <= most:
-        raise BadInput(f"{where}, merge {merge.name}: {merge.method} takes {most} experts, not {count}.")
-    try:
-        for coefficient in merge.coefficients or (None,):
-            method.resolve([coefficient] * count)
-    except UsageError as error:
-        raise BadInput(f"{where}, merge {merge.name}: {error}") from None

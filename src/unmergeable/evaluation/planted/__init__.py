@@ -4,7 +4,8 @@ Whatever they do to the weights, the network computes what it computed before. A
 them; an audit in which a planted release stays unmergeable is no audit.
 
     structure   idle_layer, split_layer, wider_feed_forwards, more_heads, untied     ``config.json`` says so
-    trades      constants, gains and scales between tensors      (:mod:`unmergeable.gauge.additive`)
+    trades      value_bias, key_bias, norm_bias, norm_gain, layer_scale, unseen_reading, unseen_writing, router
+                between tensors: :mod:`unmergeable.gauge.additive`
     gauge       every basis that the network cannot see          (:mod:`unmergeable.protections.gauge`)
     scales      queries and values by powers of two near 2^100 against keys and outputs
 
@@ -21,6 +22,7 @@ from unmergeable.architecture.residual import OUTPUT_HEAD
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.checkpoint.source import TensorSource
+from unmergeable.evaluation.planted.drawn import TRADES
 from unmergeable.evaluation.planted.layers import idle_layer, split_layer
 from unmergeable.evaluation.planted.trades import stretched, traded, turned
 from unmergeable.evaluation.planted.widths import more_heads, wider_feed_forwards
@@ -47,10 +49,10 @@ STRUCTURES: Mapping[str, Plant] = {
 }
 """Rewrites that change ``config.json``."""
 
-REWRITES: Mapping[str, Plant] = {"trades": traded, "gauge": turned, "scales": stretched}
-"""Rewrites that keep names, shapes and ``config.json``."""
+BASES: Mapping[str, Plant] = {"gauge": turned, "scales": stretched}
+"""Changes of basis."""
 
-KINDS: tuple[str, ...] = (*STRUCTURES, *REWRITES)
+KINDS: tuple[str, ...] = (*STRUCTURES, *TRADES, *BASES)
 """Every kind, in the order in which they are applied."""
 
 
@@ -74,16 +76,19 @@ def planted(source: TensorSource, architecture: Architecture, seed: int, kinds: 
     stream = Stream.from_seed(seed).child("planted")
     done: list[str] = []
     current: TensorSource = source
-    for kind in KINDS:
-        if kind not in kinds:
-            continue
-        made = (STRUCTURES | REWRITES)[kind](current, architecture, stream.child(kind))
-        if made is None:
-            continue
-        done.append(kind)
-        current = made
-        if kind in STRUCTURES:
+    for kind, plant in STRUCTURES.items():
+        made = plant(current, architecture, stream.child(kind)) if kind in kinds else None
+        if made is not None:
+            done.append(kind)
+            current = made
             architecture = detect(made.config, {name: made.spec(name).shape for name in made.names})
+    current, trades = traded(current, architecture, stream.child("trades"), [kind for kind in TRADES if kind in kinds])
+    done += trades
+    for kind, plant in BASES.items():
+        made = plant(current, architecture, stream.child(kind)) if kind in kinds else None
+        if made is not None:
+            done.append(kind)
+            current = made
     tensors = {
         name: current.tensor(name).to(torch_dtype(current.spec(name).dtype)).contiguous() for name in current.names
     }

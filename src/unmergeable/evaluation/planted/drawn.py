@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,15 +22,31 @@ UNSEEN = 2.0
 """Root mean square of what no norm sees, relative to the tensor's own."""
 
 
+TRADES: Mapping[str, Callable[[Freedoms], Iterable[str | None]]] = {
+    "value_bias": lambda freedoms: (value.bias for value in freedoms.values),
+    "key_bias": lambda freedoms: (name for name, _ in freedoms.keys),
+    "norm_bias": lambda freedoms: (norm.bias for norm in freedoms.norms),
+    "norm_gain": lambda freedoms: (norm.gain for norm in freedoms.norms if norm.trades_gain),
+    "layer_scale": lambda freedoms: (writer.layer_scale for writer in freedoms.writers),
+    "unseen_reading": lambda freedoms: (r.weight for norm in freedoms.norms if norm.is_blind for r in norm.readers),
+    "unseen_writing": lambda freedoms: (writer.tensor for writer in freedoms.writers if writer.is_blind),
+    "router": lambda freedoms: freedoms.routers,
+}
+"""Every kind of trade, with the tensors that say what is traded; those beside them follow."""
+
+
 @dataclass(frozen=True)
 class Drawn(DerivedSource):
-    """``original`` with random numbers in the place of all that ``freedoms`` lets it take over, in float64."""
+    """``original`` with random numbers in ``changed``, all of which ``freedoms`` lets it take over; float64."""
 
     freedoms: Freedoms
     stream: Stream
+    changed: frozenset[str]
 
     def tensor(self, name: str) -> Tensor:
         own = self.original.tensor(name).double()
+        if name not in self.changed:
+            return own
         drawn = self.stream.child(name)
         for norm in self.freedoms.norms:
             if name == norm.gain:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from unmergeable.architecture import Architecture
 from unmergeable.attacks.canonicalise import SCALABLE
 from unmergeable.attacks.reading import GaugedSource, Reader
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.evaluation.planted.drawn import Drawn
+from unmergeable.evaluation.planted.drawn import TRADES, Drawn
 from unmergeable.gauge.additive import Neutral, freedoms_of
 from unmergeable.gauge.elements import Element, Monomial
 from unmergeable.gauge.gauge import fixed_gauge
@@ -21,12 +23,17 @@ POWERS = {"F16": (6, 10), "F32": (60, 100), "BF16": (60, 100), "F64": (60, 100)}
 """By stored dtype, the exponents of two that an extreme scale is drawn between: queries by 2^100, keys by 2^-100."""
 
 
-def traded(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
-    """Every constant, gain and scale that can be traded between tensors, drawn; None where none can."""
+def traded(
+    source: TensorSource, architecture: Architecture, stream: Stream, kinds: Iterable[str]
+) -> tuple[TensorSource, tuple[str, ...]]:
+    """Constants, gains and scales of these kinds drawn, and moved between tensors; and the kinds that there are."""
     freedoms = freedoms_of(architecture, source.names)
-    if not freedoms.tensors:
-        return None
-    return Home(source, freedoms, Drawn(source, freedoms, stream), Neutral(source, freedoms).tensor)
+    names = {kind: {name for name in TRADES[kind](freedoms) if name is not None} for kind in kinds}
+    done = tuple(kind for kind, of_kind in names.items() if of_kind)
+    if not done:
+        return source, ()
+    drawn = Drawn(source, freedoms, stream, frozenset().union(*names.values()))
+    return Home(source, freedoms, drawn, Neutral(source, freedoms).tensor), done
 
 
 def turned(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,34 +11,11 @@ from torch import Tensor
 
 from unmergeable.architecture import Architecture, Attention
 from unmergeable.architecture.blocks import FeedForward, Heads
+from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.gauge.additive import head_places
 from unmergeable.randomness import Stream
-
-_WIDTHS: Mapping[str, str] = {
-    **dict.fromkeys(
-        (
-            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2",
-            "bert", "roberta", "xlm-roberta", "vit",
-        ),
-        "intermediate_size",
-    ),
-    "gpt2": "n_inner",
-    "opt": "ffn_dim",
-    "t5": "d_ff",
-    "dinov2": "mlp_ratio",
-}  # fmt: skip
-"""By model type, what the config calls the number of hidden units (DINOv2: for each coordinate of the stream)."""
-
-_HEAD_COUNTS: Mapping[str, tuple[str, str | None, str]] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text"),
-        ("num_attention_heads", "num_key_value_heads", "head_dim"),
-    ),
-    "t5": ("num_heads", None, "d_kv"),
-}
-"""By model type whose heads may be of any number: what its config calls query heads, key-value heads, their size."""
 
 MORE_UNITS = 0.125
 """Share of the hidden units by which feed-forwards become wider."""
@@ -46,7 +23,7 @@ MORE_UNITS = 0.125
 
 def wider_feed_forwards(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
     """Every feed-forward with more hidden units, in another order: copies of units drawn, and units without outputs."""
-    key = _WIDTHS.get(str(source.config.get("model_type")))
+    key = WIDTHS.get(str(source.config.get("model_type")))
     blocks = architecture.feed_forwards
     if key is None or architecture.mixtures or not blocks or not all(_has_own_rows(source, block) for block in blocks):
         return None
@@ -113,7 +90,7 @@ class _Side:
 
 def more_heads(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
     """Every attention with more key-value heads: copies, with their query heads, that share the output."""
-    keys = _HEAD_COUNTS.get(str(source.config.get("model_type")))
+    keys = HEAD_COUNTS.get(str(source.config.get("model_type")))
     blocks = architecture.attentions
     if keys is None or len({(block.groups, block.members) for block in blocks}) != 1 or not _are_plain(source, blocks):
         return None

@@ -6,8 +6,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unmergeable.evaluation.attackers import attacker_named
+from unmergeable.evaluation.attackers import DEFAULT, attacker_named
+from unmergeable.evaluation.by_part import BY_PART, PARTS
 from unmergeable.evaluation.methods import attack_reads, attack_requirements, has_key
+from unmergeable.evaluation.names import GIVEN
 from unmergeable.evaluation.plans.entries import joined
 from unmergeable.evaluation.report.verdict import short
 from unmergeable.evaluation.results import Trial
@@ -27,9 +29,12 @@ def attack_commands(plan: Mapping[str, Any], protection: str, trial: Trial) -> l
     best, against = trial.best["protected"], ["--base", plan["base"]]
     commands, experts = [], [paths[trial.rider]]
     if best.uses_victim:
-        victim = paths[plan["protect"]["expert"]]
         protect = _find(plan["protect"]["methods"], protection)
-        if protect is not None:
+        if protect is not None and "checkpoint" in protect:
+            victim = protect["recovered" if best.recovery == GIVEN else "checkpoint"]
+        else:
+            victim = paths[plan["protect"]["expert"]]
+        if protect is not None and "method" in protect:
             key = ["--key", "release.key"] if has_key(protect["method"], protect.get("settings") or {}) else []
             seed = ["--seed", str(trial.seed)]
             commands.append(["protect", victim, *against, *_method(protect), *seed, *key, "--out", RELEASE])
@@ -44,9 +49,13 @@ def attack_commands(plan: Mapping[str, Any], protection: str, trial: Trial) -> l
         experts.insert(0, victim)
     merge = _find([*_listed(plan, "merges"), "task_arithmetic"], best.merge)
     if merge is not None:
-        given = [text for weighted in _weighted(experts, best.coefficients) for text in ("--expert", weighted)]
-        commands.append(["merge", *against, *given, *_method(merge), "--out", MERGED])
+        models = [text for weighted in _weighted(experts, best.coefficients) for text in ("--expert", weighted)]
+        commands.append(["merge", *against, *models, *_method(merge), "--out", MERGED])
     lines = [shlex.join(["unmergeable", *command]) for command in commands]
+    if best.merge == BY_PART and best.coefficients is not None:
+        *own, rider = (f"{value:g}" for value in best.coefficients)
+        parts = ", ".join(f"{value} of {part}" for value, part in zip(own, PARTS, strict=True))
+        lines.append(f"# then {parts} and {rider} of {trial.rider} are added to the base by the audit itself")
     if best.samples and best.learning_rate is not None:
         rate = f"at a learning rate of {short(best.learning_rate)}"
         lines.append(
@@ -62,7 +71,8 @@ def _with_data(step: Mapping[str, Any], plan: Mapping[str, Any], rider: str) -> 
     expert = next(expert for expert in plan["experts"] if expert["name"] == owner)
     given = dict(step)
     if "data" in needed.needs:
-        task = next((task for task in plan.get("tasks", ()) if task["name"] == expert["task"]), {})
+        tasks: Sequence[Mapping[str, Any]] = plan.get("tasks", ())
+        task = next((task for task in tasks if task["name"] == expert["task"]), {})
         given |= {name: task[key] for name, key in (("data", "train"), ("encoder", "encoder")) if key in task}
     if "sources" in needed.needs and not step.get("sources"):
         given["sources"] = [expert["path"]]
@@ -78,20 +88,25 @@ def _weighted(experts: Sequence[str], coefficients: Sequence[float] | None) -> l
 
 def _listed(plan: Mapping[str, Any], key: str) -> Sequence[Any]:
     """A list of the plan, or that of the attacker it names."""
-    entries = plan.get(key) or []
-    return getattr(attacker_named(entries, key), key) if isinstance(entries, str) else entries
+    entries: Sequence[Any] | None = plan.get(key)
+    if entries is not None and not isinstance(entries, str):
+        return entries
+    attacker = attacker_named(entries or plan.get("attacker", DEFAULT), key)
+    return attacker.merges if key == "merges" else attacker.recoveries
 
 
 def _find(entries: Sequence[Any], name: str | None) -> Mapping[str, Any] | None:
     """What a plan calls by this name; a method that goes by its own name may stand there as a text."""
     for entry in entries:
         described: Mapping[str, Any] = {"method": entry} if isinstance(entry, str) else entry
-        if (
-            described.get("name", described.get("method") or joined(step["method"] for step in _steps(described)))
-            == name
-        ):
+        if (described.get("name") or _name_of(described)) == name:
             return described
     return None
+
+
+def _name_of(entry: Mapping[str, Any]) -> str:
+    """What an entry without a name is called."""
+    return entry.get("method") or joined(step["method"] for step in _steps(entry))
 
 
 def _steps(recovery: Mapping[str, Any]) -> list[Mapping[str, Any]]:

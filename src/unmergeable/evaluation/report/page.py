@@ -26,6 +26,7 @@ from unmergeable.evaluation.report.verdict import (
     model_card,
     verdict,
 )
+from unmergeable.evaluation.report.without_expert import UNKNOWN
 from unmergeable.evaluation.results import EXCESS, AuditResult, ProtectionResult, Refusal, points, read_audit, star
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.page import render
@@ -73,6 +74,7 @@ def render_report(result: AuditResult) -> str:
         attack=attack,
         heads=[against(model) for model in result.threat_models],
         is_without_data=not any(model.trains for model in result.threat_models),
+        unknown="" if result.has_expert else UNKNOWN,
         failed="" if result.passed else failed_controls(result),
         heat_maps=_heat_maps(result.protections),
         refused=_refusals(result.refused),

@@ -8,6 +8,7 @@ from unmergeable import claims
 from unmergeable.claims import DStar
 from unmergeable.evaluation.flags import FLAGS
 from unmergeable.evaluation.report.access import beyond_merging
+from unmergeable.evaluation.report.without_expert import UNKNOWN, described
 from unmergeable.evaluation.results import AttackRecord, AuditResult, ProtectionResult, Trial, Verdicts, star
 from unmergeable.evaluation.threat_models import ThreatModel
 
@@ -16,11 +17,21 @@ CANNOT_BE_JUDGED = "cannot be judged"
 JUDGEMENTS = (*claims.JUDGEMENTS[:-1], CANNOT_BE_JUDGED)
 """What can be said of a protection and an attacker; the third is where D* is high and its interval reaches too low."""
 
+_MEANING = (
+    "D* is 0 where the best attack found gets as much of the skill as from the unprotected model, 1 where it gets "
+    "no more than without it. Worst case over the attacks that were tried; others may do better."
+)
+
 
 def judgement(verdicts: Verdicts) -> str:
-    """One of :data:`JUDGEMENTS`, as :class:`unmergeable.claims.DStar` has it."""
+    """One of :data:`JUDGEMENTS`, as :class:`unmergeable.claims.DStar` has it.
+
+    What nobody could attack is not judged: a model that does not merge may be rewritten, or learnt from.
+    """
     worst = verdicts.worst
     if worst is None or worst.is_denominator_small or "uncertain_denominator" in worst.flags:
+        return CANNOT_BE_JUDGED
+    if not _is_mergeable(verdicts):
         return CANNOT_BE_JUDGED
     said = DStar(worst.d_star, *worst.interval, "not_recognised" not in worst.flags).judgement
     return said if said in JUDGEMENTS else CANNOT_BE_JUDGED
@@ -33,6 +44,8 @@ def verdict(name: str, protection: ProtectionResult) -> str:
     the weakest of those who are not. The scores at the end are those of the last who is named. Sentences about those
     who merge nothing come after.
     """
+    if protection.utility.loss is None:
+        return described(name, protection)
     loss = 100 * protection.utility.loss
     cost = "costs nothing that was measured" if loss <= 0.05 else f"costs {loss:.1f} points on its own task"
     sentence, before, scores = "", "", ""
@@ -55,8 +68,10 @@ def verdict(name: str, protection: ProtectionResult) -> str:
 
 def _inconclusive(verdicts: Verdicts) -> str:
     worst = verdicts.worst
-    if worst is not None and not worst.is_denominator_small:
+    if worst is not None and not worst.is_denominator_small and _is_mergeable(verdicts):
         return FLAGS["uncertain_denominator"]
+    if worst is not None and not _is_mergeable(verdicts):
+        return "no merge with it is possible, and nothing else was tried"
     return "the unprotected expert improves the merge by less than 5 points"
 
 
@@ -77,16 +92,14 @@ def caveats(protection: ProtectionResult) -> list[str]:
 def _details(verdicts: Verdicts) -> str:
     worst = _worst(verdicts)
     given = [f"{worst.samples} labelled"] if worst.samples else []
-    if not _is_mergeable(verdicts):
-        given.append("no merge with it is possible")
     return ", ".join([*given, f"D* = {star(worst)}"])
 
 
 def _scores(verdicts: Verdicts) -> str:
     worst = _worst(verdicts)
-    who = "the best merge" if _is_mergeable(verdicts) else "what is left"
+    assert worst.unprotected is not None
     protected, unprotected, without = map(_percent, (worst.protected, worst.unprotected, worst.without_victim))
-    return f"{who} gets {protected}, against {unprotected} unprotected and {without} without the expert"
+    return f"the best merge gets {protected}, against {unprotected} unprotected and {without} without the expert"
 
 
 def _worst(verdicts: Verdicts) -> Trial:
@@ -124,6 +137,8 @@ def _merging(best: AttackRecord) -> str:
 def summary(result: AuditResult) -> list[str]:
     """The audit for a terminal."""
     lines = [] if result.passed else [f"INVALID: {failed_controls(result)}. The figures below mean nothing."]
+    if not result.has_expert:
+        lines.append(UNKNOWN)
     for name, protection in result.audited.items():
         lines += [verdict(name, protection), *(f"  {line}" for line in caveats(protection))]
     return lines
@@ -135,10 +150,7 @@ def model_card(result: AuditResult) -> str:
     heads = [*table.columns[:2], *map(against, result.threat_models), *table.columns[2 + len(result.threat_models) :]]
     rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     rows += [f"| {' | '.join(row)} |" for row in table.rows]
-    note = (
-        "D* is 0 where the best attack found gets as much of the skill as from the unprotected model, 1 where it gets "
-        "no more than without it. Worst case over the attacks that were tried; others may do better."
-    )
+    note = _MEANING if result.has_expert else UNKNOWN
     invalid = [] if result.passed else ["", f"**Invalid audit:** {failed_controls(result)}."]
     return "\n".join([*rows, *invalid, "", note]) + "\n"
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.open import open_checkpoint
+from unmergeable.checkpoint.open import open_checkpoint, split_adapter
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.merges.mergekit.config import parse_config
@@ -29,7 +29,7 @@ def absolute_paths(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The configuration with every model's path made absolute; relative ones start at ``folder``."""
 
     def absolute(model: str) -> str:
-        path, adapter = _split(model, folder)
+        path, adapter = split_adapter(model, folder)
         return str(path.absolute()) if adapter is None else f"{path.absolute()}+{adapter.absolute()}"
 
     return _with_models(document, absolute)
@@ -41,7 +41,7 @@ def open_model(model: str, folder: Path) -> TensorSource:
     Raises:
         BadInput: when there is no such folder.
     """
-    path, adapter = _split(model, folder)
+    path, adapter = split_adapter(model, folder)
     for part in (path, adapter):
         if part is not None and not part.is_dir():
             raise BadInput(f"model {model}: {part} is no folder; download the model and give its folder.")
@@ -96,13 +96,6 @@ def _plain(value: object) -> object:
     import yaml
 
     return yaml.safe_load(value) if isinstance(value, str) else value
-
-
-def _split(model: str, folder: Path) -> tuple[Path, Path | None]:
-    if "+" not in model or (folder / model).exists():
-        return folder / model, None
-    path, adapter = model.split("+", 1)
-    return folder / path, folder / adapter
 
 
 def _with_models(document: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

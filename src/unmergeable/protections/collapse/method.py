@@ -32,12 +32,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from unmergeable.checkpoint.disk_names import to_disk_names
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.plan import output_like
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.data import DataSource
 from unmergeable.errors import BadInput, UsageError
-from unmergeable.network.disk_weights import find_places, show, swapped, to_disk_names
+from unmergeable.network.disk_weights import find_places, show, swapped
 from unmergeable.network.encoding import EncodedBatch, EncodedData, Encoder
 from unmergeable.network.fine_tune import gather_examples, padding_token
 from unmergeable.network.load import load_network
@@ -131,7 +132,7 @@ class Collapse(Protection):
             raise UsageError("collapse trains on labelled data of your task; give some with data=FILE.")
         network = inputs.load_expert()
         seed = inputs.seed or 0
-        encoder = inputs.extras.encoder or inputs.template
+        encoder = inputs.encoder
         source = DataSource(inputs.extras.data, seed=seed, limit=self.examples)
         task = LabelledData(source, encoder, inputs.extras.head).task(network, self.name, batch_size=_BATCH)
         with torch.no_grad():

@@ -53,12 +53,13 @@ from torch import Tensor
 from unmergeable.architecture import Architecture
 from unmergeable.architecture.streams import ASIDE
 from unmergeable.checkpoint.disk import replace_file
+from unmergeable.checkpoint.disk_names import to_disk_names
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.plan import output_like
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.data import DataSource
 from unmergeable.errors import BadInput, Mismatch, UsageError
-from unmergeable.network.disk_weights import find_places, show, to_disk_names
+from unmergeable.network.disk_weights import find_places, show
 from unmergeable.network.load import load_network
 from unmergeable.network.tasks import Task, accuracy
 from unmergeable.network.training_state import Kept, read_tensors, write_tensors
@@ -222,7 +223,7 @@ class MergeGuard(Protection):
 
         def task(limit: int | None) -> Task:
             source = DataSource(data, seed=inputs.seed or 0, limit=limit)
-            labelled = LabelledData(source, inputs.extras.encoder or inputs.template, inputs.extras.head)
+            labelled = LabelledData(source, inputs.encoder, inputs.extras.head)
             return labelled.task(network, self.name, batch_size=_SCORING_BATCH)
 
         scored = task(self.examples)

@@ -59,7 +59,6 @@ from unmergeable.data import DataSource
 from unmergeable.errors import BadInput, Mismatch, UsageError
 from unmergeable.network.disk_weights import find_places, show
 from unmergeable.network.encoding import EncodedData, Encoder
-from unmergeable.network.load import load_network
 from unmergeable.progress import Progress
 from unmergeable.protections.base import Facts, Inputs, Protection, ProtectionRequirements, Rewrite, shared_tensors
 from unmergeable.protections.sensitivity_shield.arithmetic import (
@@ -187,7 +186,7 @@ class SensitivityShield(Protection):
         shield, batches = self._shield(inputs), self._batches(inputs)
         unscored: tuple[str, ...] = ()
         if batches is not None:
-            scored = shield.scored_by(_input_norms(shield, load_network(inputs.template), batches, inputs.progress))
+            scored = shield.scored_by(_input_norms(shield, inputs.load_expert(), batches, inputs.progress))
             unscored = tuple(name for name in shield.ranked if name not in scored.input_norms)
             shield = scored
         with one_thread_per_kernel():
@@ -236,7 +235,7 @@ class SensitivityShield(Protection):
         data = inputs.extras.data
         if data is None:
             return None
-        encoder = Encoder(inputs.extras.encoder or inputs.template)
+        encoder = Encoder(inputs.encoder)
         batches = EncodedData(DataSource(data, limit=self.examples), encoder, CALIBRATION_BATCH)
         next(iter(batches))
         return batches

@@ -1,8 +1,8 @@
 """``block_regression``: the base's layers, changed as little as will make them compute what the release's compute.
 
 Whatever was done to a release, it runs; and what its layers add to the residual stream, the next ones have to read. The
-attacker sends inputs of his own through the release as it is, in its own structure, and through the base, and then makes
-the base the release, from the first layer to the last:
+attacker sends inputs of his own through the release as it is, in its own structure, and through the base, and then
+makes the base the release, from the first layer to the last:
 
     map        A, c   the release's stream to the base's, the smallest kind of map that does (``stream_map``)
     layers     which place between layers of the release belongs to which of the base's: the most alike, in order
@@ -10,12 +10,13 @@ the base the release, from the first layer to the last:
     layer l    moved from the base's weights until the stream behind it, on *its own* stream so far, is the release's
     output     what comes behind the last layer, until outputs are the release's
 
-Each step is a least-squares problem with a pull towards the start (``fitting``). Norms and scales are the base's all the
-way. Nothing is assumed about bases, trades, orders, idle or split layers, widths or polynomials: they show in no stream.
+Each step is a least-squares problem with a pull towards the start (``fitting``). Norms and scales are the base's all
+the way. Nothing is assumed about bases, trades, orders, idle or split layers, widths or polynomials: they show in no
+stream.
 
-What it cannot know is what no input speaks of, and what the map takes for a change of basis. With no data the inputs are
-random tokens or noise images. A release that is no fine-tune of the base leaves most of the base's stream unexplained, and
-is not recognised.
+What it cannot know is what no input speaks of, and what the map takes for a change of basis. With no data the inputs
+are random tokens or noise images. A release that is no fine-tune of the base leaves most of the base's stream
+unexplained, and is not recognised.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class BlockRegression:
     name: ClassVar[str] = "block_regression"
     summary: ClassVar[str] = "the base's layers, moved until they compute what the release's layers compute"
 
-    examples: int = 128
+    examples: int = 512
     ridge: float = 1e-2
     steps: int = 12
     seed: int = 0
@@ -97,9 +98,8 @@ class BlockRegression:
 
 def _is_alike(release: TensorSource, base: TensorSource) -> bool:
     """Whether the release has all of the base's tensors in their shapes, so that it may lend its head and its files."""
-    return all(
-        name in release.index.entries and release.spec(name).shape == base.spec(name).shape for name in base.names
-    )
+    held = set(release.names)
+    return all(name in held and release.spec(name).shape == base.spec(name).shape for name in base.names)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Regressed:
         if result.fits:
             before, after = result.median("before"), result.median("after")
             lines.append(
-                f"Fitted {len(result.fits)} layers: distance of what they put out to the release's, relative to what they "
-                f"add, {before:.3g} before, {after:.3g} after (median)"
+                f"Fitted {len(result.fits)} layers: distance of what they put out to the release's, relative to what "
+                f"they add, {before:.3g} before, {after:.3g} after (median)"
             )
         return lines

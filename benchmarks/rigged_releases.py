@@ -1,0 +1,179 @@
+"""Releases that protect nothing against the recoveries: how far from the base they are, before and after.
+
+    python -m benchmarks.rigged_releases --base BASE --expert EXPERT --out RESULT.json [--rider EXPERT --demo FOLDER]
+
+Every rewrite keeps the expert's function exactly (``unmergeable.evaluation.planted``): the six that an audit of earlier
+versions took for perfect protections, more of the kind, and all at once. For each the script says how far the outputs
+are from the expert's, how far the weights are from the base's, and what each recovery makes of it. With the folder of
+``unmergeable demo`` it also scores the recovered models and their merges with the free-rider's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from unmergeable import ops
+from unmergeable.attacks.block_regression.inputs import complete, drawn
+from unmergeable.attacks.block_regression.recording import first_of
+from unmergeable.checkpoint.source import TensorSource
+from unmergeable.demo.data import load_animals, load_mnist
+from unmergeable.demo.train import evaluate, prepare_pixels
+from unmergeable.errors import BadInput, UsageError
+from unmergeable.evaluation.planted import KINDS, planted
+from unmergeable.network.load import load_network
+from unmergeable.ops.opened import open_with_architecture
+from unmergeable.tasks.heads import read_head
+
+RELEASES: Mapping[str, tuple[str, ...]] = {
+    "value bias against output bias": ("value_bias",),
+    "norm bias against its readers": ("norm_bias",),
+    "layer scale against its writer": ("layer_scale",),
+    "queries and values x 2^100": ("scales",),
+    "an idle block": ("idle_layer",),
+    "key bias and what a LayerNorm cannot see": ("key_bias", "unseen_reading", "unseen_writing"),
+    "norm gains against their readers": ("norm_gain",),
+    "a layer as two": ("split_layer",),
+    "wider feed-forwards": ("wider_feed_forwards",),
+    "more heads": ("more_heads",),
+    "output head apart": ("untied",),
+    "every basis": ("gauge",),
+    "everything": KINDS,
+}
+
+CHAINS: Mapping[str, tuple[str, ...]] = {"nearest_orbit": ("nearest_orbit",), "block_regression": ("block_regression",)}
+
+COEFFICIENTS = (0.5, 0.7, 1.0)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The tasks of the demo with their heads: what the expert knows, and what the free-rider's knows."""
+
+    folder: Path
+    rider: Path
+
+    def scores(self, folder: Path) -> dict[str, float]:
+        network = load_network(folder)
+        return {
+            task.name: evaluate(network, task.test, read_head(self.folder / f"{task.name}-head.safetensors"))
+            for task in (load_mnist(seed=0), load_animals(seed=0))
+        }
+
+    def merged(self, base: Path, expert: Path, work: Path) -> dict[str, dict[str, float]]:
+        """Scores of merges with the free-rider's expert, by coefficient."""
+        found = {}
+        for coefficient in COEFFICIENTS:
+            out = work / "merged"
+            shutil.rmtree(out, ignore_errors=True)
+            experts = [(expert, coefficient), (self.rider, coefficient)]
+            ops.merge(base=base, experts=experts, method="task_arithmetic", out=out)
+            found[str(coefficient)] = self.scores(out)
+        return found
+
+    def write_inputs(self, path: Path) -> None:
+        """Images of the free-rider's own task, without labels."""
+        np.savez(path, pixel_values=prepare_pixels(load_animals(seed=0).train.images).numpy())
+
+
+def write(source: TensorSource, beside: Path, out: Path) -> None:
+    """A checkpoint in memory as a folder, with the small files of ``beside``."""
+    out.mkdir()
+    for path in beside.iterdir():
+        if path.is_file() and path.suffix in {".json", ".txt", ".model"} and "index" not in path.name:
+            shutil.copyfile(path, out / path.name)
+    save_file({name: source.tensor(name) for name in source.names}, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(dict(source.config), indent=1))
+
+
+def releases(expert: Path, work: Path, seed: int) -> Iterator[tuple[str, tuple[str, ...], Path]]:
+    """Every rewrite that the family has: its name, what was done, its folder."""
+    source, architecture = open_with_architecture(expert)
+    for name, kinds in RELEASES.items():
+        made = planted(source, architecture, seed, kinds)
+        if made.kinds:
+            out = work / "release"
+            shutil.rmtree(out, ignore_errors=True)
+            write(made.source, expert, out)
+            yield name, made.kinds, out
+
+
+@torch.no_grad()
+def output_gap(first: Path, second: Path) -> float:
+    """Relative distance of what two networks put out on inputs drawn at random."""
+    ours, theirs = load_network(first), load_network(second)
+    found = []
+    for batch in complete(ours, drawn(ours, examples=8, seed=1)):
+        found.append((first_of(ours(**batch.inputs)), first_of(theirs(**batch.inputs))))
+    away = sum(float((x - y).square().sum()) for x, y in found)
+    return (away / sum(float(x.square().sum()) for x, _ in found)) ** 0.5
+
+
+def recovered(release: Path, base: Path, chain: tuple[str, ...], data: Path | None, work: Path) -> dict[str, Any]:
+    """What a chain of recoveries reports, and its last folder under ``out``; or why it refuses."""
+    current, reports, began = release, [], process_time()
+    for number, method in enumerate(chain):
+        out = work / f"recovered-{number}"
+        shutil.rmtree(out, ignore_errors=True)
+        examples = data if method == "block_regression" else None
+        try:
+            result = ops.recover(current, base=base, method=method, out=out, data=examples)
+        except (BadInput, UsageError) as error:
+            return {"refused": str(error)}
+        current, report = out, result.to_json()
+        reports.append({key: report[key] for key in ("method", "distance_after", "confidence", "findings")})
+    return {"cpu_seconds": process_time() - began, "steps": reports, "out": current}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--expert", type=Path, required=True)
+    parser.add_argument("--rider", type=Path)
+    parser.add_argument("--demo", type=Path, help="the folder of `unmergeable demo`")
+    parser.add_argument("--only", help="names of releases, separated by semicolons")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    demo = None if options.demo is None else Demo(options.demo, options.rider or options.demo / "expert-animals")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        data = None
+        if demo is not None:
+            data = work / "images.npz"
+            demo.write_inputs(data)
+            models = {"base": options.base, "expert": options.expert, "rider": demo.rider}
+            rows += [{"model": name, "scores": demo.scores(path)} for name, path in models.items()]
+            rows.append({"model": "expert", "merged": demo.merged(options.base, options.expert, work)})
+        for name, kinds, release in releases(options.expert, work, options.seed):
+            if options.only and name not in options.only.split(";"):
+                continue
+            row: dict[str, Any] = {"release": name, "kinds": kinds, "output_gap": output_gap(options.expert, release)}
+            for label, chain in CHAINS.items():
+                report = recovered(release, options.base, chain, data, work)
+                out = report.pop("out", None)
+                if out is not None:
+                    report["output_gap"] = output_gap(options.expert, out)
+                    if demo is not None:
+                        report["scores"] = demo.scores(out)
+                        report["merged"] = demo.merged(options.base, out, work)
+                row[label] = report
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            options.out.write_text(json.dumps(rows, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""``lossless_pruning``: layers, heads and hidden units that add nothing, taken away until the base's structure is left.
+
+A release may hold more than the base without computing more. Against the base's ``config.json`` are taken away
+
+    layers       blocks whose last or first weights are zero, together with the layers that they leave empty
+    units        hidden units that put out nothing; of those that read alike all but one, which takes over their outputs
+    heads        key-value heads, with their query heads, whose keys and values span the same spaces as another's
+
+in the release's neutral form (:mod:`unmergeable.gauge.additive`), in which constants and scales that were traded hide
+nothing, and by what no basis inside a block alters. The result computes the same function in the base's structure, in
+any basis: ``nearest_orbit`` comes next. Where what is left over does something, the structure is another network's, and
+is refused; ``block_regression`` does not ask for any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from unmergeable.architecture import Architecture, Attention, detect
+from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS, Layers, blocks_in_order, layers_of
+from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
+from unmergeable.attacks.in_memory import in_memory
+from unmergeable.attacks.lossless_pruning.depth import live_blocks, renamed
+from unmergeable.attacks.lossless_pruning.widths import prune_heads, prune_units
+from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
+from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec
+from unmergeable.checkpoint.source import DerivedSource, TensorSource
+from unmergeable.errors import BadInput, Mismatch
+from unmergeable.gauge.additive import Neutral, freedoms_of
+from unmergeable.gauge.home import Home
+from unmergeable.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class LosslessPruning:
+    """No settings."""
+
+    name: ClassVar[str] = "lossless_pruning"
+    summary: ClassVar[str] = "layers, heads and hidden units that add nothing taken away, to the base's structure"
+
+    def validate(self) -> None:
+        """There is nothing to set."""
+
+    def requirements(self) -> AttackRequirements:
+        return AttackRequirements(exact=True, needs=("base",), structure="any")
+
+    def recover(self, inputs: Inputs, progress: Progress = silent) -> Recovered:
+        """Cut the release back to the base's structure; as it is where it has that already.
+
+        Raises:
+            Mismatch: what the release holds more than the base does something, or it holds less.
+            UnsupportedArchitecture: there is no symmetry map for the release.
+        """
+        release = inputs.protected
+        architecture = detect(release.config, {name: release.spec(name).shape for name in release.names})
+        task = _Pruning(release, architecture, inputs.base, inputs.architecture)
+        if not task.differences:
+            return Recovered(release, findings={"taken_away": "nothing"})
+        pruned = task.run()
+        return Recovered(pruned, findings={"taken_away": ", ".join(task.differences)}, config_changes=pruned.changes)
+
+
+@dataclass(frozen=True)
+class PrunedSource(DerivedSource):
+    """``original`` with other tensors and ``changes`` of its config."""
+
+    tensors: Mapping[str, Tensor]
+    changes: Mapping[str, Any]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return {**self.original.config, **self.changes}
+
+    @cached_property
+    def index(self) -> CheckpointIndex:
+        """That of no files yet: headers, and the list of shards, of the original name tensors that are gone."""
+        index = self.original.index
+        entries = {name: replace(index.entries[name], spec=self.spec(name)) for name in self.names}
+        shards = {
+            name: replace(shard, path=None, tensors=tuple(tensor for tensor in shard.tensors if tensor in entries))
+            for name, shard in index.shards.items()
+        }
+        return replace(index, entries=entries, shards=shards, weights_index_file=None, weights_index=None)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [name for name in self.original.names if name in self.tensors]
+
+    def spec(self, name: str) -> TensorSpec:
+        if name not in self.tensors:
+            return self.original.spec(name)
+        return TensorSpec(dtype_code(self.tensors[name].dtype), tuple(self.tensors[name].shape))
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name].clone() if name in self.tensors else self.original.tensor(name)
+
+
+@dataclass(frozen=True)
+class _Pruning:
+    """A release, its base, and what tells their structures apart."""
+
+    release: TensorSource
+    architecture: Architecture
+    base: TensorSource
+    base_architecture: Architecture
+
+    @cached_property
+    def _layers(self) -> tuple[tuple[Layers, Layers], ...]:
+        ours = layers_of(self.architecture, self.release.config)
+        theirs = layers_of(self.base_architecture, self.base.config)
+        return tuple(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else ()
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int] | None:
+        """Hidden units of the release's feed-forwards and the base's, where all are alike."""
+        ours, theirs = (
+            {block.size for block in side.feed_forwards} for side in (self.architecture, self.base_architecture)
+        )
+        return (ours.pop(), theirs.pop()) if len(ours) == len(theirs) == 1 else None
+
+    @cached_property
+    def _groups(self) -> tuple[int, int] | None:
+        """Key-value heads of the release and the base, where all blocks have as many."""
+        ours, theirs = (
+            {(block.groups, block.members) for block in side.attentions}
+            for side in (self.architecture, self.base_architecture)
+        )
+        if len(ours) != 1 or len(theirs) != 1:
+            return None
+        (groups, members), (wanted, same) = ours.pop(), theirs.pop()
+        return (groups, wanted) if members == same else None
+
+    @cached_property
+    def differences(self) -> tuple[str, ...]:
+        """What the release has more of, in words."""
+        pairs = [
+            ("layers", (sum(len(ours) for ours, _ in self._layers), sum(len(theirs) for _, theirs in self._layers))),
+            ("hidden units in each block", self._sizes),
+            ("key-value heads in each block", self._groups),
+        ]
+        return tuple(f"{pair[0] - pair[1]} {what}" for what, pair in pairs if pair is not None and pair[0] > pair[1])
+
+    def run(self) -> PrunedSource:
+        neutral = Neutral(self.release, freedoms_of(self.architecture, self.release.names))
+        state = {name: neutral.tensor(name) for name in self.release.names}
+        own = {name: self.release.tensor(name) for name in self.release.names}
+        config, base = dict(self.release.config), self.base.config
+        kind = str(config.get("model_type"))
+        for ours, theirs in self._layers:
+            if len(ours) > len(theirs):
+                pattern = [isinstance(block, Attention) for block in blocks_in_order(self.base_architecture, theirs)]
+                chosen = live_blocks(state, self.architecture, ours, pattern)
+                if chosen is None:
+                    raise self._refusal(f"layers of {ours.prefix.rstrip('.')}")
+                state, own = (renamed(side, self.architecture, ours, chosen) for side in (state, own))
+                config = ours.resized(config, range(len(theirs)))
+        narrower = detect(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        if self._sizes is not None and self._sizes[0] > self._sizes[1]:
+            if kind not in WIDTHS:
+                raise BadInput(
+                    f"{self.release.description}: it is not known what its config calls the width of its "
+                    "feed-forwards; run block_regression instead."
+                )
+            for block in narrower.feed_forwards:
+                if not prune_units(state, own, block, self._sizes[1]):
+                    raise self._refusal(f"hidden units of {block.name}")
+            config[WIDTHS[kind]] = base.get(WIDTHS[kind])
+        if self._groups is not None and self._groups[0] > self._groups[1]:
+            tables = {name: heads.bias_tensor for heads in narrower.shared_heads for name in heads.blocks}
+            for table in sorted({tables.get(block.name, "") for block in narrower.attentions}):
+                together = [block for block in narrower.attentions if tables.get(block.name, "") == table]
+                if not prune_heads(state, own, together, self._groups[1], table or None):
+                    raise self._refusal("heads")
+            for key in filter(None, HEAD_COUNTS.get(kind, ())):
+                config[key] = base.get(key, config.get(key))
+        # What the config no longer says is worked out from the rest.
+        changes = {key: config.get(key) for key in (*config, *self.release.config)}
+        changes = {key: value for key, value in changes.items() if self.release.config.get(key) != value}
+        # Constants and scales go back to where the release has them, wherever that is still there.
+        changed = PrunedSource(self.release, state, changes)
+        final = detect(changed.config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        kept = PrunedSource(self.release, own, changes)
+        home = Home(changed, freedoms_of(final, changed.names), kept, changed.tensor)
+        dtypes = {name: torch_dtype(self.release.spec(name).dtype) for name in changed.names}
+        return replace(changed, tensors={name: home.tensor(name).to(dtypes[name]) for name in changed.names})
+
+    def _refusal(self, what: str) -> Mismatch:
+        return Mismatch(
+            f"{self.release.description}: its {what} are more than the base's, and each of them does something; run "
+            "block_regression, which asks for no structure."
+        )
+
+
+lossless_pruning = in_memory(LosslessPruning)
+"""The attack on weights in memory: see :mod:`unmergeable.attacks.in_memory`."""

@@ -1,0 +1,172 @@
+"""Hidden units and heads of one block that say the same or nothing, until as many are left as the base has.
+
+Both are looked at in ways that no basis inside the block alters: a unit by its input weights up to a scale where the
+activation lets one by; a head by the spaces that its keys and its values span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unmergeable.architecture import Attention
+from unmergeable.architecture.blocks import FeedForward, Heads
+from unmergeable.gauge.additive import head_places
+
+State = dict[str, Tensor]
+
+SAME = 1e-3
+"""How far from 1 the likeness of two units or heads may be that say the same: rounding in half precision leaves 1e-5.
+"""
+
+NOTHING = 1e-5
+"""Size of what a unit puts out, relative to the block's median unit, that counts as nothing."""
+
+
+def prune_units(state: State, own: State, block: FeedForward, size: int) -> bool:
+    """Leave ``size`` hidden units of a block, in place; False where more than that differ and do something.
+
+    ``state`` holds neutral tensors, ``own`` the same as the release has them, of which the same units are left.
+    """
+    rows = {heads.weight: _rows(state, heads, block.size) for heads in (block.gate, block.up) if heads is not None}
+    up, down = rows[block.up.weight], state[block.down.weight].movedim(block.down.axis, 0).double()
+    outputs = down.norm(dim=1) * up.norm(dim=1)
+    kept = torch.ones(block.size, dtype=torch.bool)
+    usual = outputs.sort(descending=True).values[:size].median()
+    idle = (outputs <= NOTHING * usual).nonzero().flatten().tolist()
+    kept[sorted(idle, key=lambda unit: float(outputs[unit]))[: block.size - size]] = False
+    excess = int(kept.sum()) - size
+    if excess:
+        likeness, scales = _likeness(rows, block)
+        for first, second in _most_alike(likeness, kept):
+            if excess == 0:
+                break
+            if kept[first] and kept[second]:
+                scale = scales[second] / scales[first]
+                down[first] += scale * down[second]
+                kept[second] = False
+                excess -= 1
+    if excess:
+        return False
+    for heads in (block.gate, block.up):
+        if heads is not None:
+            for side in (state, own):
+                _keep(side, heads.weight, heads.axis, kept)
+                _keep(side, heads.bias, 0, kept)
+    state[block.down.weight] = down[kept].movedim(0, block.down.axis).contiguous()
+    _keep(own, block.down.weight, block.down.axis, kept)
+    return True
+
+
+def _rows(state: State, heads: Heads, size: int) -> Tensor:
+    """Input weights of units with their biases, float64 [units, inputs + 1]."""
+    weight = state[heads.weight].movedim(heads.axis, 0).double()
+    bias = torch.zeros(size) if heads.bias is None else state[heads.bias]
+    return torch.cat([weight, bias.double()[:, None]], dim=1)
+
+
+def _likeness(rows: dict[str, Tensor], block: FeedForward) -> tuple[Tensor, Tensor]:
+    """Likeness of units, [units, units], 1 where they say the same up to their scales [units].
+
+    Between a gate and the output a unit may have any scale, before a ReLU a positive one.
+    """
+    is_gated = block.gate is not None
+    lets_scales_by = not block.scale_limit and (is_gated or block.activation == "relu")
+    up = rows[block.up.weight]
+    scales = torch.ones(len(up), dtype=torch.float64)
+    parts = [(rows[block.gate.weight], False)] if block.gate is not None else []
+    parts.append((up, lets_scales_by))
+    whole = torch.ones(len(up), len(up), dtype=torch.float64)
+    for tensor, is_scaled in parts:
+        if is_scaled:
+            largest = tensor.gather(1, tensor.abs().argmax(1, keepdim=True))[:, 0]
+            scales = tensor.norm(dim=1).clamp_min(1e-300)
+            scales = scales * torch.where((largest < 0) & is_gated, -1.0, 1.0)
+            tensor = tensor / scales[:, None]
+        squares = tensor.square().sum(1)
+        # 1 - |x - y|^2 / (|x|^2 + |y|^2): the lengths count as well.
+        whole = torch.minimum(whole, 2 * (tensor @ tensor.T) / (squares[:, None] + squares[None]).clamp_min(1e-300))
+    return whole, scales
+
+
+def _most_alike(likeness: Tensor, kept: Tensor) -> list[tuple[int, int]]:
+    """Pairs of those kept that say the same, the most alike first."""
+    upper = torch.triu(likeness, diagonal=1)
+    upper = torch.where(kept[:, None] & kept[None], upper, 0.0)
+    places = (upper > 1 - SAME).nonzero()
+    order = upper[places[:, 0], places[:, 1]].argsort(descending=True, stable=True)
+    return [(int(first), int(second)) for first, second in places[order].tolist()]
+
+
+def _keep(state: State, name: str | None, axis: int, kept: Tensor) -> None:
+    if name is not None:
+        state[name] = state[name].movedim(axis, 0)[kept].movedim(0, axis).contiguous()
+
+
+def prune_heads(state: State, own: State, blocks: Sequence[Attention], groups: int, table: str | None) -> bool:
+    """Leave ``groups`` key-value heads of each block, in place; of all blocks the same ones where they share a table.
+
+    ``state`` and ``own`` as in :func:`prune_units`. False where more than that differ.
+    """
+    shared = [blocks] if table is not None else [[block] for block in blocks]
+    for together in shared:
+        likeness = torch.stack([_head_likeness(state, block) for block in together]).amin(0)
+        size = len(likeness)
+        kept = torch.ones(size, dtype=torch.bool)
+        merged: list[tuple[int, int]] = []
+        for first, second in _most_alike(likeness, kept):
+            if size - len(merged) > groups and kept[first] and kept[second]:
+                kept[second] = False
+                merged.append((first, second))
+        if int(kept.sum()) != groups:
+            return False
+        for block in together:
+            _merge_heads(state, block, merged)
+            for side in (state, own):
+                _keep_heads(side, block, kept)
+    if table is not None:
+        for side in (state, own):
+            _keep(side, table, 1, kept)
+    return True
+
+
+def _head_likeness(state: State, block: Attention) -> Tensor:
+    """Likeness of key-value heads, [groups, groups]: how far their keys and their values span the same spaces."""
+    found = torch.ones(block.groups, block.groups, dtype=torch.float64)
+    for heads, size in ((block.parts[0].key, block.parts[0].size), (block.value, block.value_size)):
+        places = head_places(heads, block.groups, 1, size)[:, 0]
+        rows = state[heads.weight].movedim(heads.axis, 0).double()[places]
+        bases = torch.linalg.qr(rows.transpose(1, 2)).Q
+        overlap = torch.einsum("gif,hik->ghfk", bases, bases).square().sum((2, 3)) / size
+        found = torch.minimum(found, overlap)
+    return found
+
+
+def _merge_heads(state: State, block: Attention, merged: Sequence[tuple[int, int]]) -> None:
+    values = state[block.value.weight].movedim(block.value.axis, 0).double()
+    rows = values[head_places(block.value, block.groups, 1, block.value_size)[:, 0]]
+    places = head_places(block.output, block.groups, block.members, block.value_size)
+    output = state[block.output.weight].movedim(block.output.axis, 0).double()
+    for first, second in merged:
+        # The second's values are B times the first's, so that its output reads as one of the first's.
+        basis = torch.linalg.lstsq(rows[first].T, rows[second].T).solution.T
+        for member in range(block.members):
+            output[places[first, member]] += basis.T @ output[places[second, member]]
+    state[block.output.weight] = output.movedim(0, block.output.axis)
+
+
+def _keep_heads(state: State, block: Attention, kept: Tensor) -> None:
+    part = block.parts[0]
+    sides: tuple[tuple[Heads, int, int], ...] = (
+        (part.query, block.members, part.size),
+        (part.key, 1, part.size),
+        (block.value, 1, block.value_size),
+        (block.output, block.members, block.value_size),
+    )
+    for heads, members, size in sides:
+        chosen = torch.zeros(state[heads.weight].shape[heads.axis], dtype=torch.bool)
+        chosen[head_places(heads, block.groups, members, size)[kept].flatten()] = True
+        _keep(state, heads.weight, heads.axis, chosen)
+        _keep(state, heads.bias, 0, chosen)
