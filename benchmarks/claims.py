@@ -34,7 +34,7 @@ STUDIES = (
 """The audits that claims rest on. The date is that of the commit."""
 
 TIERS = dict(zip(("T0", "T1", "T2", "T3"), THREAT_MODELS, strict=True))
-"""What the files of audits call the threat models."""
+"""What the files of audits call the threat models of those who merge a release."""
 
 _BLOCK = re.compile(r"(<!-- claims: (\w+)(?: (\w+))? -->\n).*?(<!-- end of claims -->)", re.DOTALL)
 

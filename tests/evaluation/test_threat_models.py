@@ -34,6 +34,7 @@ def test_those_who_merge_nothing_stand_beside_them() -> None:
         assert not any(other.includes(model) for other in ThreatModel if other is not model)
         # a merge of a student takes ordinary tools, which everybody has
         assert least([model, ThreatModel.OFF_THE_SHELF]) is model
+        assert least([model, ThreatModel.UNLABELLED]) is ThreatModel.UNLABELLED
     assert [model.trains for model in BESIDE] == [False, True]
 
 

@@ -186,7 +186,7 @@ def test_a_part_of_a_menu() -> None:
 
 
 def test_the_difference_of_two_menus_by_hand() -> None:
-    """The first of ``STRONG`` does not keep 95 % of the rider's skill, so the best on weights gets 0.8; a student 0.65."""
+    """The first of ``STRONG`` does not keep 95 % of the rider's skill: the best on weights gets 0.8, a student 0.65."""
     weights, students = STRONG.joined(WITHOUT), menu((0.7, 0.79, 0.65)).joined(WITHOUT)
     found = difference(weights, students, RIDER, resamples=200)
     assert (found.first, found.second) == pytest.approx((0.8, 0.65))

@@ -51,7 +51,7 @@ def recover(
     What a method reads beside the base is what its attacker holds. With --source: public fine-tunes of the base
     (source_subtraction), the release inside a merge (unmask, grad_erase), or a model without the victim to compare with
     (few_shot; default BASE). With --data: examples (few_shot, layerwise_ridge, grad_erase; block_regression draws
-    inputs without).
+    inputs without), or inputs to run the release on (distil, which never looks at its weights).
 
     Example:
       unmergeable recover ./release --base ./Llama-3.1-8B --method nearest_orbit --out ./recovered

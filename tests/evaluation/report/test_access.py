@@ -34,8 +34,8 @@ def audited(excess: float = 0.03) -> AuditResult:
         tiers = {"black_box": running, "retrain": training}
         found["protections"][name]["tiers"] |= {tier: {"worst": t, "trials": [t]} for tier, t in tiers.items()}
     found["protections"]["lock"]["excess"] = [
-        {"rider": "theirs", "seed": 0, "value": excess, "interval": [excess - 0.02, excess + 0.02], "weights": 0.8 + excess,
-         "black_box": 0.8},
+        {"rider": "theirs", "seed": 0, "value": excess, "interval": [excess - 0.02, excess + 0.02],
+         "weights": 0.8 + excess, "black_box": 0.8},
     ]  # fmt: skip
     return AuditResult.from_json(found)
 
@@ -55,8 +55,8 @@ def test_the_sentence_says_what_it_costs_and_what_it_is() -> None:
     assert "It stops ordinary merging" in sentence
     assert (
         "Whoever only runs it (black_box) gets 80 % by a student of its answers, against 15 % without the expert "
-        "(240 steps on at most 640 examples, 23.0 CPU seconds). Its weights give 3.0 points more than that (95 % interval "
-        "1.0 to 5.0)." in sentence
+        "(240 steps on at most 640 examples, 23.0 CPU seconds). Its weights give 3.0 points more than that (95 % "
+        "interval 1.0 to 5.0)." in sentence
     )
     assert "is no merge and probably cannot be stopped: that gets 85 % (200 steps on at most 1100 examples" in sentence
     assert "the same training without the expert from theirs 60 % (200 steps" in sentence
