@@ -339,3 +339,30 @@ def test_every_family_is_described_in_one_line() -> None:
 def test_values_are_free_in_every_family() -> None:
     for name in TOYS:
         assert kinds_of(toy_checkpoint(name), "value_output") == {"general_linear"}
+
+
+BESIDE: dict[str, tuple[str, Shapes]] = {
+    "layers that predict further tokens": ("deepseek_v3", {"model.layers.2.eh_proj.weight": (48, 96)}),
+    "the value head of reinforcement learning": (
+        "llama",
+        {"v_head.summary.weight": (1, 48), "v_head.summary.bias": (1,)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "more"), BESIDE.values(), ids=BESIDE)
+def test_what_is_trained_beside_the_network_is_carried_and_its_stream_left_alone(family: str, more: Shapes) -> None:
+    """It reads the stream; layers inside keep their symmetries."""
+    toy = toy_checkpoint(family)
+    alone = detect(toy.config, toy.shapes)
+    beside = detect(toy.config, toy.shapes | more)
+    assert alone.symmetry.select("residual", folding=True)
+    assert not beside.symmetry.select("residual", folding=True)
+    assert next(iter(more)) in beside.missing["residual"]
+    assert beside.symmetry.select(*BODY).keys() == alone.symmetry.select(*BODY).keys()
+    assert not set(more) & set(beside.symmetry.legs)
+
+
+def test_layers_that_the_config_counts_are_no_extra_ones() -> None:
+    toy = toy_checkpoint("deepseek_v3")
+    assert "has no place" in refusal(toy.config, toy.shapes | {"model.layers.1.eh_proj.weight": (48, 96)})

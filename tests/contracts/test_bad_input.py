@@ -93,6 +93,17 @@ def only_a_pickle(workshop: Workshop) -> None:
     workshop.weights.unlink()
 
 
+def not_a_number(workshop: Workshop) -> None:
+    workshop.edit_tensors(lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].view(-1)[7:8].fill_(torch.nan))
+
+
+def infinite_base(workshop: Workshop) -> None:
+    file = workshop.base / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = torch.inf
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def unclaimed_tensor(workshop: Workshop) -> None:
     workshop.edit_tensors(lambda tensors: tensors.update({"model.layers.0.self_attn.gate.weight": torch.ones(3)}))
 
@@ -130,6 +141,8 @@ SPOILED = {
     truncated_shard: ("model.safetensors", "bytes"),
     index_outside_the_folder: ("../x.safetensors",),
     only_a_pickle: ("pytorch_model.bin", "--allow-pickle"),
+    not_a_number: ("model.layers.1.mlp.down_proj.weight: expert", "NaN"),
+    infinite_base: ("model.norm.weight: base", "infinity"),
     unclaimed_tensor: ("model.layers.0.self_attn.gate.weight",),
     missing_tensor: ("model.layers.1.self_attn.v_proj.weight", "missing"),
     wrong_head_count: ("k_proj", "config.json"),

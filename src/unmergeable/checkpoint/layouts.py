@@ -139,8 +139,8 @@ def _single_file(listing: Listing) -> str | None:
     files = listing.names(Kind.WEIGHTS)
     if len(files) != 1 or files[0].startswith(_STEMS):
         return None
+    load = f"UNet2DConditionModel.from_single_file({str(listing.folder / files[0])!r})"
     return (
-        f"{listing.folder} has {files[0]} and no {CONFIG_NAME}: convert a diffusion pipeline in one file with "
-        "diffusers, in Python (from diffusers import DiffusionPipeline; DiffusionPipeline.from_single_file("
-        f"{str(listing.folder / files[0])!r}).save_pretrained('converted')), and pass its part converted/unet."
+        f"{listing.folder} has {files[0]} and no {CONFIG_NAME}: of a diffusion pipeline in one file, convert the UNet in "
+        f"Python (from diffusers import UNet2DConditionModel; {load}.save_pretrained('unet')) and pass unet."
     )
