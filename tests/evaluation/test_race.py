@@ -36,9 +36,9 @@ def credited(share: float, generator: np.random.Generator) -> np.ndarray:
 
 
 class Scored:
-    """Credits that are known, in place of a network; counts the examples that were met."""
+    """Credits that are known, in place of a network; counts merges, and the examples that were met."""
 
-    met = 0
+    met = merged = 0
     refusal = ""
 
     def __init__(self, table: Table, *_: Any) -> None:
@@ -47,6 +47,7 @@ class Scored:
 
     def cell(self, point: Any, enough: Callable[[Cell], bool] = never) -> Cell:
         whole = cell(self._table[point]["defended"], self._table[point]["rider"])
+        Scored.merged += not enough(whole.first(self._met[point])) if self._met[point] else 1
         for end in BATCHES:
             if enough(whole.first(end)):
                 break
@@ -74,7 +75,9 @@ def raced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Found, int]]:
     """What a search finds in a table of credits, and how many examples it took."""
     monkeypatch.setattr(searching, "takes_coefficients", lambda group: True)
 
-    def run(table: Table, alone: np.ndarray, doubt: float) -> tuple[Found, int]:
+    def run(table: Table, alone: np.ndarray, doubt: float, is_cheap: bool = True) -> tuple[Found, int]:
+        monkeypatch.setattr(searching, "merges_cheaply", lambda group: is_cheap)
+        Scored.merged = 0
         monkeypatch.setattr(searching, "Scoring", lambda *_: Scored(table))
         Scored.met = 0
         rules = Rules("defended", "rider", alone, (), len(table), doubt)
@@ -159,6 +162,18 @@ def test_the_hopeless_leave_after_one_batch(raced: Callable[..., tuple[Found, in
     found, examples = raced(table, alone, 0)
     assert not found.left
     assert examples == EXAMPLES * len(POINTS)
+
+
+def test_what_is_dear_is_merged_once(raced: Callable[..., tuple[Found, int]]) -> None:
+    """The control, where merging is cheap: those that go on after the first batch are merged again."""
+    table, alone = mixed(0, np.linspace(0.2, 0.8, len(POINTS)))
+    cheap, _ = raced(table, alone, 0.001)
+    assert Scored.merged > len(POINTS)
+    dear, _ = raced(table, alone, 0.001, is_cheap=False)
+    assert Scored.merged == len(POINTS)
+    best = chosen(table, alone)
+    assert best in cheap.cells
+    assert best in dear.cells
 
 
 def test_who_breaks_the_bar_leaves_and_the_best_of_them_is_scored(raced: Callable[..., tuple[Found, int]]) -> None:

@@ -1,7 +1,7 @@
 """In which order the merges of an audit race, so that each knows the best that its attacker has otherwise.
 
     1. without the victim: few, and at every attacker's hand; all of them meet every example
-    2. a first look at every merge of every model: one batch of examples
+    2. a first look at the merges of every model, where merging is cheap: one batch of examples
     3. of each model, each free-rider and each threat model the merge that then looks best
     4. all others, with those as rivals
 
@@ -20,7 +20,7 @@ from unmergeable.evaluation.plans.audit_plan import Grid
 from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.race import Rules, mean_credits
 from unmergeable.evaluation.run import Run
-from unmergeable.evaluation.search import Found, Place, glance, merit, most_points, search
+from unmergeable.evaluation.search import Found, Place, glance, merges_cheaply, merit, most_points, search
 from unmergeable.evaluation.selection import BARS, skill_to_keep
 from unmergeable.evaluation.threat_models import ThreatModel
 
@@ -89,7 +89,13 @@ class Heats:
         for number in numbers:
             job = self.jobs[number]
             groups.setdefault((job.rider.name, job.owner, job.threat_model), []).append(number)
-        looked_at = [number for group in groups.values() if len(group) > 1 for number in group]
+        looked_at = [
+            number
+            for group in groups.values()
+            if len(group) > 1
+            for number in group
+            if merges_cheaply(self.jobs[number].group)
+        ]
         calls: list[Call] = [(glance, (self.jobs[number].group, self.grid, self.run.cells)) for number in looked_at]
         seen = dict(
             zip(looked_at, self.run.done("a first look at merges", calls, "merges") if calls else (), strict=True)

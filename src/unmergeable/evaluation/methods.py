@@ -8,7 +8,7 @@ from typing import Any
 
 from unmergeable.attacks import ATTACKS, Attack, AttackRequirements
 from unmergeable.errors import UsageError
-from unmergeable.merges import MERGES, Merge
+from unmergeable.merges import MERGES, Merge, TaskArithmetic
 from unmergeable.ops.steps import steps_of
 from unmergeable.protections import SensitivityShield
 from unmergeable.settings import configure
@@ -26,6 +26,11 @@ def merge_of(method: str, settings: Settings) -> Merge:
 
 def merge_learns(method: str) -> bool:
     return MERGES.require(method)().needs_data  # type: ignore[no-any-return]
+
+
+def is_sum(method: str) -> bool:
+    """Whether a merge adds up task vectors and does nothing else."""
+    return issubclass(MERGES.require(method), TaskArithmetic)
 
 
 def merge_takes_coefficients(method: str, settings: Settings) -> bool:

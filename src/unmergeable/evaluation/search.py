@@ -15,7 +15,7 @@ from pathlib import Path
 from unmergeable.evaluation.by_part import POINTS, next_by_part, spread
 from unmergeable.evaluation.cells import Cell
 from unmergeable.evaluation.meeting import Enough, never
-from unmergeable.evaluation.methods import merge_takes_coefficients
+from unmergeable.evaluation.methods import is_sum, merge_takes_coefficients
 from unmergeable.evaluation.plans.audit_plan import Grid
 from unmergeable.evaluation.race import Race, Rules, mean_credits
 from unmergeable.evaluation.scoring import Coefficients, Group, Scoring
@@ -63,8 +63,9 @@ class Found:
 def search(group: Group, grid: Grid, kept: float, rules: Rules | None, folder: Path) -> Found:
     """Score the coarse grid on validation examples, and refine it where the best attacks are.
 
-    All points of the grid meet a first batch; then the best go on, each until it has met all or is out of the race, so
-    that no weights are merged more than twice. A point of the refinement is merged once.
+    Where merging is cheap all points of the grid meet a first batch, and then the best go on first, each until it has
+    met all or is out of the race: no weights are merged more than twice. Otherwise, and in the refinement, one is
+    scored after the other, and merged once.
 
     Args:
         group: the victim and the free-rider's model, or that one alone.
@@ -116,6 +117,12 @@ def _is_by_part(group: Group) -> bool:
     return group.merge is not None and bool(group.merge.start)
 
 
+def merges_cheaply(group: Group) -> bool:
+    """Whether weights are added up from what is in memory: that costs less than a batch of examples."""
+    merge = group.merge
+    return merge is not None and merge.then is None and is_sum(merge.method)
+
+
 def takes_coefficients(group: Group) -> bool:
     return group.merge is not None and merge_takes_coefficients(group.merge.method, group.merge.settings)
 
@@ -143,12 +150,13 @@ class _Course:
         self._scoring = Scoring(group, "validation", folder)
         self._tasks = tuple(task.entry.name for task in group.tasks)
         self._kept = kept
+        self._looks_first = merges_cheaply(group)
         self._race = None if rules is None else Race(rules)
         self._cells: dict[Place, Cell] = {}
 
     def begin(self, points: Sequence[Place]) -> None:
-        """Let all of these meet a first batch, and then the best of them first what it takes."""
-        if self._race is None or len(points) == 1:
+        """Let each of these meet what it takes, the best after a first batch before the others if merging is cheap."""
+        if self._race is None or not self._looks_first or len(points) == 1:
             self.add(points)
             return
         for point in points:

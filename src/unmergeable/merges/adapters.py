@@ -144,7 +144,8 @@ def _basis(matrix: Tensor) -> Tensor:
     """Orthonormal columns that span those of ``matrix``."""
     u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
     rank = int((s > s[0] * max(matrix.shape) * torch.finfo(s.dtype).eps).sum()) if len(s) else 0
-    return u[:, : max(1, rank)]
+    spanning: Tensor = u[:, : max(1, rank)]
+    return spanning
 
 
 def _largest(tensor: Tensor, density: float) -> Tensor:
