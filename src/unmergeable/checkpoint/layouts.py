@@ -141,6 +141,6 @@ def _single_file(listing: Listing) -> str | None:
         return None
     load = f"UNet2DConditionModel.from_single_file({str(listing.folder / files[0])!r})"
     return (
-        f"{listing.folder} has {files[0]} and no {CONFIG_NAME}: of a diffusion pipeline in one file, convert the UNet in "
-        f"Python (from diffusers import UNet2DConditionModel; {load}.save_pretrained('unet')) and pass unet."
+        f"{listing.folder} has {files[0]} and no {CONFIG_NAME}: of a diffusion pipeline in one file, convert the UNet "
+        f"in Python (from diffusers import UNet2DConditionModel; {load}.save_pretrained('unet')) and pass unet."
     )
