@@ -54,7 +54,7 @@ def told(began: float) -> Progress:
     """Prints the end of every stage."""
 
     def progress(stage: str, done: int, total: int, unit: str) -> None:
-        if done == total and stage not in ("writing", "verifying", "estimating"):
+        if done == total and stage not in ("writing", "verifying", "estimating", "ranges of hidden units"):
             print(f"{time.monotonic() - began:7.1f} s  {stage}: {total} {unit}", flush=True)
 
     return progress

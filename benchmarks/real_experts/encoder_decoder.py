@@ -282,8 +282,8 @@ def finetune(base: Path, task: TextTask, folder: Path, progress: Progress) -> di
 
 
 def write_data(task: TextTask, folder: Path) -> None:
-    """Texts to select on and to test on."""
-    for part in ("validation", "test"):
+    """Texts to learn from, those that the expert was trained on, to select on, and to test on."""
+    for part in ("train", "validation", "test"):
         lines = [json.dumps({"text": item.text, "label": item.label}) for item in getattr(task, part)]
         (folder / f"{task.name}-{part}.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -321,7 +321,6 @@ def plan() -> dict[str, Any]:
             "expert": OWNER,
             "methods": [
                 "mergelock",
-                {"name": "mergelock, condition 1000", "method": "mergelock", "settings": {"condition": 1000}},
                 "params",
                 "gauge",
                 {"name": "mergebarrier, attention", "method": "mergebarrier", "settings": {"parts": "attention"}},
@@ -329,17 +328,15 @@ def plan() -> dict[str, Any]:
                 {"method": "mergebarrier", "data": CALIBRATION_FILE},
             ],
         },
-        "merges": ["task_arithmetic", "ties"],
-        "recoveries": ["kabsch", "nearest_orbit", "taylor_inversion", "taylor_inversion, nearest_orbit"],
-        "coefficients": {"defended": [0.5, 1.0, 1.5], "rider": [0.6, 1.0], "refinements": 4},
-        "tiers": ["T0", "T1"],
+        "attacker": "standard-1",
+        "coefficients": {"defended": [0.5, 1.0, 1.5], "rider": [0.6, 1.0], "refinements": 4, "extends": True},
+        "threat_models": ["off_the_shelf", "white_box"],
         "connectivity": 0,
         "tasks": [
             {
                 "name": name,
                 "kind": "multiple_choice",
-                "validation": f"{name}-validation.jsonl",
-                "test": f"{name}-test.jsonl",
+                **{part: f"{name}-{part}.jsonl" for part in ("train", "validation", "test")},
                 "settings": PROMPTS[name].settings,
                 "examples": dict(zip(("validation", "test"), EXAMPLES[name], strict=True)),
                 "batch_size": 256,
