@@ -94,6 +94,18 @@ def test_what_cannot_be_run_is_not_measured_and_says_why(
         gap_of(folder, folder, probe=probe)  # who gives inputs wants them run
 
 
+def test_hidden_states_before_a_stored_head_are_not_compared(tmp_path: Path) -> None:
+    """Their basis is the network's own affair; the class that config.json names would show them."""
+    torch.manual_seed(0)
+    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
+    folder = saved(network, tmp_path / "network", architectures=["LlamaModel"])
+    gap = gap_of(folder, folder)
+    assert gap.gap is None
+    assert gap.reason == "config.json names LlamaModel, a network without the output head that the file has"
+    whole = saved(network.model, tmp_path / "bare")
+    assert gap_of(whole, whole).gap == 0, "the control: a file without a head"
+
+
 def test_a_result_that_does_not_run_is_refused_where_the_original_does(tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = saved(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)), tmp_path / "network")

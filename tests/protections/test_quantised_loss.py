@@ -87,6 +87,12 @@ def test_a_permutation_of_rows_loses_exactly_nothing() -> None:
     assert whole == pytest.approx(1, abs=0.1)  # the columns of `down` are in other groups now
 
 
+@pytest.mark.parametrize("name", ["dinov2", "gpt2", "gemma2"])
+def test_every_way_to_read_a_norm(name: str) -> None:
+    """A head may read the stream twice (class token and mean), a gain may be stored less one, a weight transposed."""
+    assert 0.7 < loss_of(LargestGauge(quantisation_friendly=True), name) < 1.4
+
+
 def test_nothing_changed_is_nothing_predicted() -> None:
     toy = toy_checkpoint("llama")
     source = MemorySource(dict(toy.tensors), toy.config)

@@ -28,6 +28,8 @@ NETWORK_FACTOR = 64
 ARITHMETIC = 64 * 2.0**-24
 """Relative error of outputs computed in float32, however well the weights are stored."""
 
+_HEAD = "lm_head.weight"
+
 SMALL_NETWORK_BYTES = 1 << 30
 """In float32; larger networks are compared only on request, because loading them takes longer than protecting them."""
 
@@ -124,6 +126,9 @@ def _obstacle(first: TensorSource, second: TensorSource, is_requested: bool) -> 
     library = "diffusers" if is_diffusion else "transformers"
     if importlib.util.find_spec(library) is None:
         return f"{library} is not installed; pip install 'unmergeable[{'diffusion' if is_diffusion else 'hf'}]'"
+    name = str(next(iter(first.config.get("architectures") or ()), ""))
+    if _HEAD in first.names and name.endswith("Model") and "For" not in name and "LMHead" not in name:
+        return f"config.json names {name}, a network without the output head that the file has"
     nbytes = 4 * sum(first.spec(name).numel for name in first.names)
     if nbytes > SMALL_NETWORK_BYTES and not is_requested:
         return "the network takes a while to load; run `unmergeable verify` to measure it"

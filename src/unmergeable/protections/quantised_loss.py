@@ -85,6 +85,8 @@ def _gains(source: TensorSource, architecture: Architecture, name: str) -> Tenso
         for norm in stream.norms:
             for reader in norm.readers:
                 if reader.tensor == name and norm.gain in source.index.entries:
-                    gain = source.tensor(norm.gain).double() + norm.offset
+                    gain = (source.tensor(norm.gain).double() + norm.offset).repeat(reader.copies)
+                    others = source.spec(name).shape[reader.axis] - len(gain)  # behind the stream on this axis
+                    gain = torch.cat([gain, gain.new_ones(others)])
                     return gain[None, :] if reader.axis == 1 else gain[:, None]
     return torch.ones(1, 1, dtype=torch.float64)
