@@ -7,7 +7,7 @@ not; a tied head is stored by some tools and left out by others. Neither makes t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 _BUFFERS = re.compile(
@@ -59,9 +59,8 @@ def is_spare(name: str, config: Mapping[str, Any]) -> bool:
     return is_buffer(name) or (is_output_head(name) and is_tied(config) is True)
 
 
-def tied_to(name: str, names: Iterable[str]) -> str | None:
+def tied_to(name: str, names: Collection[str]) -> str | None:
     """The tensor among ``names`` that the output head (or its bias) called ``name`` is a copy of, where it is tied."""
-    names = tuple(names)
     for copy, original in _HEAD_BIASES.items():
         if name == copy or name.endswith("." + copy):
             found = name.removesuffix(copy) + original

@@ -161,7 +161,7 @@ def merge_state_dicts(
 
     Raises:
         UsageError: for settings, coefficients or a number of experts that the method cannot use.
-        Mismatch: naming the first tensor that is not in every model with one shape and dtype.
+        Mismatch: naming the first tensor that is not in every model with one shape.
         BadInput: naming the first tensor whose merge is not finite.
     """
     given = [None] * len(experts) if coefficients is None else coefficients

@@ -70,7 +70,7 @@ def mergeable_names(models: Sequence[Model]) -> tuple[str, ...]:
     """The tensors to be merged, in the first model's order.
 
     Raises:
-        Mismatch: naming the first tensor that is not in every model with one shape and dtype, or a buffer that
+        Mismatch: naming the first tensor that is not in every model with one shape, or a buffer that
             is not equal in all.
         BadInput: for dtypes that cannot be merged, or when there is nothing to merge.
     """

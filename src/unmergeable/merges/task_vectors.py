@@ -44,7 +44,7 @@ class TaskVectors:
         """The task vectors of state dicts.
 
         Raises:
-            Mismatch: naming the first tensor that is not in every model with one shape and dtype.
+            Mismatch: naming the first tensor that is not in every model with one shape.
         """
         names = _shared_names(base, experts)
         wide = {

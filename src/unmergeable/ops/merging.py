@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.index import is_adapter, read_index
 from unmergeable.checkpoint.open import open_checkpoint, split_adapter
@@ -19,7 +16,7 @@ from unmergeable.errors import BadInput, UsageError
 from unmergeable.merges import MERGES, engine, merge_method
 from unmergeable.merges.learning import learnt_from_data
 from unmergeable.merges.mergekit.backend import find_command, merge_with_mergekit
-from unmergeable.merges.mergekit.config import DTYPES, read_config, read_document
+from unmergeable.merges.mergekit.config import read_config, read_document
 from unmergeable.merges.mergekit.documents import (
     absolute_paths,
     document_of,
@@ -32,6 +29,7 @@ from unmergeable.merges.networks import Template
 from unmergeable.merges.variation import terms_of
 from unmergeable.merges.vocabularies import Tokenizer
 from unmergeable.ops.adapter_merging import merge_adapters, settings_of_merge
+from unmergeable.ops.merge_dtypes import named_dtype, stored_dtype, uniform_dtype
 from unmergeable.ops.merge_result import Backend, MergeResult
 from unmergeable.progress import Progress, silent
 from unmergeable.settings import settings_of
@@ -136,7 +134,7 @@ def merge(
         inputs |= {f"expert {number}": source for number, source in enumerate(sources, start=1)}
         pairs = list(zip([_named_for_mergekit(*pair) for pair in folders], resolved, strict=True))
         first = next(iter(inputs.values()))
-        out_dtype = dtype or _stored_dtype(first)
+        out_dtype = dtype or stored_dtype(first)
         document = document_of(method, pairs, base_folder, settings or {}, out_dtype=out_dtype)
         if tokens is not None:
             document["tokenizer"] = tokenizer_document(tokens, document)
@@ -283,7 +281,7 @@ def _merge_config_with_mergekit(
     base = document.get("base_model")
     roles = {base: sources.pop(base), **sources} if isinstance(base, str) else sources
     template = next(iter(roles.values()))
-    dtype = document.get("out_dtype") or document.get("dtype") or _uniform_dtype(template)
+    dtype = document.get("out_dtype") or document.get("dtype") or uniform_dtype(template)
     merge_with_mergekit(
         absolute_paths({**document, "out_dtype": str(dtype)} if dtype else document, config.parent),
         {"base" if role == base else f"model {number}": source for number, (role, source) in enumerate(roles.items())},
@@ -297,37 +295,3 @@ def _merge_config_with_mergekit(
     parameters = document.get("parameters") or {}
     listed = tuple((model, None) for model in models if model != base)
     return MergeResult(out, str(document.get("merge_method")), parameters, listed, len(template.names), "mergekit")
-
-
-def named_dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise UsageError(f"no dtype is called {name!r}; known: {', '.join(DTYPES)}.")
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def _stored_dtype(template: TensorSource) -> str:
-    """The one dtype of a model's weights, which mergekit is told to write."""
-    uniform = _uniform_dtype(template)
-    if uniform is None:
-        floats = _float_dtypes(template)
-        raise BadInput(
-            f"{template.description} stores {', '.join(floats)}, and mergekit writes one dtype only: choose it with "
-            f"--dtype {floats[0]}."
-        )
-    return uniform
-
-
-def _uniform_dtype(template: TensorSource) -> str | None:
-    floats = _float_dtypes(template)
-    return floats[0] if len(floats) == 1 else None
-
-
-def _float_dtypes(template: TensorSource) -> list[str]:
-    """The floating-point dtypes of a model, the narrowest first."""
-    dtypes = {torch_dtype(template.spec(name).dtype) for name in template.names}
-    floats = sorted(
-        (dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: (dtype.itemsize, str(dtype))
-    )
-    return [str(dtype).removeprefix("torch.") for dtype in floats]
