@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,12 +29,13 @@ class Recovering:
     """``ops.recover`` that writes nothing and remembers what it was given."""
 
     calls: list[Mapping[str, Any]]
+    facts: dict[str, Any] = field(default_factory=lambda: {"cpu_seconds": 1.0})
 
     def __call__(self, start: Path, *, out: Path, **given: Any) -> Any:
         self.calls.append({"start": start, **given})
         out.mkdir(parents=True)
         (out / "made").write_text(out.name)
-        return SimpleNamespace(to_json=lambda: {"cpu_seconds": 1.0})
+        return SimpleNamespace(to_json=lambda: dict(self.facts))
 
     @property
     def read(self) -> list[str]:
@@ -93,6 +94,31 @@ def test_own_inputs_are_each_free_riders_own(
     assert [mine.is_had_by(rider) for rider in plan.riders] == [True, False]
     assert all(variants[0].is_had_by(rider) for rider in plan.riders)
     assert len({v.checkpoint.path for v in variants if v.checkpoint is not None}) == len(variants)
+
+
+@pytest.mark.parametrize(
+    ("attacker", "confidence", "regressed"),
+    [
+        ("quick-1", 0.995, {"planted", "planted_structure"}),
+        ("quick-1", 0.9, {"identity", "scale", "planted", "planted_structure", "mergelock"}),
+        ("full-1", 0.995, {"identity", "scale", "planted", "planted_structure", "mergelock"}),
+    ],
+)
+def test_what_costs_most_is_left_out_where_a_basis_was_found(
+    plan_file: Path,
+    document: dict[str, Any],
+    recovering: Recovering,
+    tmp_path: Path,
+    attacker: str,
+    confidence: float,
+    regressed: set[str],
+) -> None:
+    """Of what may be in any form, the planted and those of others, no confidence of a fit tells enough."""
+    del document["merges"], document["recoveries"]
+    plan_file.write_text(yaml.safe_dump(document | {"attacker": attacker}))
+    recovering.facts["confidence"] = confidence
+    variants = made(read_plan(plan_file), tmp_path / "models")
+    assert {variant.protection for variant in variants if variant.recovery == "block_regression"} == regressed
 
 
 def test_controls_of_merging_are_not_taught_from(

@@ -2,7 +2,7 @@
 
     quick-1      minutes: for continuous integration, and for a first look
     standard-1   every recovery, alone and in chains, every merge of the short list after the best of them
-    full-1       the same, every recovery with every merge
+    full-1       the same, every recovery with every merge, the costly ones always
     standard-0   of older plans: every recovery with a few merges, on the grid alone
 
 A name without a version is the newest version. What a version does never changes, so that audits stay comparable.
@@ -33,6 +33,7 @@ class Attacker:
             recovery with the first merge, and every other merge with the recovery that then does best.
         extends: whether coefficients leave the grid where the best lie on its edge.
         by_part: whether attention and feed-forwards, early and late, have coefficients of their own.
+        last: recoveries that are costly, and are left out where the basis of a release was found without them.
         trainings: ways to train on labelled examples, each as settings of few_shot; the plan's own come on top.
     """
 
@@ -42,6 +43,7 @@ class Attacker:
     combines: Combining = "all"
     extends: bool = False
     by_part: bool = False
+    last: tuple[str, ...] = ()
     trainings: tuple[Mapping[str, Any], ...] = ({},)
 
 
@@ -70,6 +72,9 @@ _CHAINS = (
 
 _MERGES = ("task_arithmetic", "linear", "ties", "dare_linear", "dare_ties", "slerp", "tsv_m", "iso_c")
 """The short list of a red team: averages, sums, elections, random masks, a sphere, and two that look at spectra."""
+
+_LAST = ("block_regression",)
+"""It asks what a release computes, which is the costly way to find a basis that can be seen."""
 
 _TRAININGS: tuple[Mapping[str, Any], ...] = ({}, {"steps": 30}, {"low_rank": 8}, {"last_layers": 2})
 
@@ -102,6 +107,7 @@ ATTACKERS = {
             ),
             combines="best",
             extends=True,
+            last=_LAST,
         ),
         Attacker(
             name="standard-1",
@@ -110,6 +116,7 @@ ATTACKERS = {
             combines="best",
             extends=True,
             by_part=True,
+            last=_LAST,
             trainings=_TRAININGS,
         ),
         Attacker(

@@ -29,6 +29,9 @@ from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.ops.protection import write_control
 from unmergeable.progress import Progress
 
+CLEAR = 0.99
+"""A confidence that leaves no basis to be found."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -86,16 +89,38 @@ def make_variants(plan: AuditPlan, folder: Path, digests: Mapping[Path, str], pr
     made = []
     for variant in released:
         made += [variant, *given.get(variant.protection, ())]
-        if variant.checkpoint is None or variant.protection == NOTHING:
-            continue
-        for entry in recoveries:
-            if variant.protection in set(CONTROLS) - {IDENTITY} and not entry.threat_model.merges:
-                continue  # they are controls of merging
-            if entry.is_of_one_rider:
-                made += [maker.recovered(variant, entry, Owned(rider, plan.task(rider.task))) for rider in plan.riders]
-            else:
-                made.append(maker.recovered(variant, entry))
+        if variant.checkpoint is not None and variant.protection != NOTHING:
+            made += _recovered(variant, recoveries, maker, plan)
     return made
+
+
+def _recovered(
+    released: Variant, recoveries: Sequence[RecoveryEntry], maker: ModelMaker, plan: AuditPlan
+) -> list[Variant]:
+    """What each recovery makes of a release, those that the attacker leaves for the end last."""
+    made: list[Variant] = []
+    for entry in sorted(recoveries, key=lambda entry: _is_last(entry, plan)):
+        if released.protection in set(CONTROLS) - {IDENTITY} and not entry.threat_model.merges:
+            continue  # they are controls of merging
+        if _is_last(entry, plan) and _is_found(released, made):
+            continue
+        owners = [Owned(rider, plan.task(rider.task)) for rider in plan.riders] if entry.is_of_one_rider else [None]
+        made += [maker.recovered(released, entry, own) for own in owners]
+    return made
+
+
+def _is_last(entry: RecoveryEntry, plan: AuditPlan) -> bool:
+    return any(step.method in plan.attacker.last for step in entry.steps)
+
+
+def _is_found(released: Variant, recovered: Sequence[Variant]) -> bool:
+    """Whether there is no basis left to find: there was a key, or nothing was done, and the base explains the result.
+
+    Of what else a release may be, a planted one or somebody's, no confidence tells whether all of it was seen.
+    """
+    if not (released.has_key or released.protection in (IDENTITY, SCALE)):
+        return False
+    return any((variant.facts.get("confidence") or 0.0) >= CLEAR for variant in recovered)
 
 
 @dataclass(frozen=True)
