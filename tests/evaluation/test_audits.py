@@ -84,6 +84,7 @@ def test_it_finds_out_what_is_known(audited: dict[str, Any]) -> None:
         "nothing",
         "exact: mergelock",
         "nearest_orbit on mergelock (seed 0)",
+        "lossless_pruning, nearest_orbit on mergelock (seed 0)",
     ]
     assert audited["passed"], audited["controls"]
 

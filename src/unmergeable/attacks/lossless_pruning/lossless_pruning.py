@@ -171,7 +171,9 @@ class _Pruning:
                 if chosen is None:
                     raise self._refusal(f"layers of {ours.prefix.rstrip('.')}")
                 state, own = (renamed(side, self.architecture, ours, chosen) for side in (state, own))
-                config = ours.resized(config, range(len(theirs)))
+                # What the config lists for each layer goes with its attention, its first block.
+                starts = [block.name for block in chosen[:: len(theirs.blocks[0])]]
+                config = ours.resized(config, (ours.number_of(f"{name}.") or 0 for name in starts))
         narrower = detect(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
         if self._sizes is not None and self._sizes[0] > self._sizes[1]:
             if kind not in WIDTHS:
