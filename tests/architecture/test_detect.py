@@ -249,11 +249,19 @@ def test_more_layers_than_stored_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer"), ("mixtral", "num_local_experts")]
+    ("name", "key"),
+    [
+        ("llama", "num_hidden_layers"),
+        ("gpt2", "n_layer"),
+        ("mixtral", "num_local_experts"),
+        ("stablelm", "num_attention_heads"),
+    ],
 )
-def test_counts_that_would_fill_the_memory_are_refused_at_once(name: str, key: str) -> None:
+@pytest.mark.parametrize("count", [10**12, 1e12, "1000000000000"])
+def test_counts_that_would_fill_the_memory_are_refused_at_once(name: str, key: str, count: Any) -> None:
     toy = toy_checkpoint(name)
-    assert refusal({**toy.config, key: 10**12}, toy.shapes).startswith(f"config.json: {key} is 1,000,000,000,000")
+    assert refusal({**toy.config, key: count}, toy.shapes).startswith(f"config.json: {key} is 1,000,000,000,000,")
+    assert len(refusal({**toy.config, key: "9" * 4000}, toy.shapes)) < 500
 
 
 def test_another_network_under_the_name_is_refused() -> None:

@@ -65,3 +65,14 @@ def test_what_is_not_finite_is_null() -> None:
     read = Outer.from_json(document)
     assert math.isnan(read.pair[0])
     assert read.inner.value is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("name", 3), ("name", None), ("note", ["x"]), ("texts", "x"), ("texts", [1]), ("value", "0.5"), ("value", True),
+     ("pair", [0.5, 1.5]), ("pair", [0.5, True]), ("pair", "ab"), ("by_model", [1]), ("by_model", {"T1": 3})],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_an_error(key: str, value: object) -> None:
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        Outer.from_json({**WHOLE.to_json(), key: value})
+    assert Outer.from_json({**WHOLE.to_json(), "value": 1}).inner.value == 1, "control: a whole number is a number"

@@ -36,6 +36,13 @@ def test_one_image_with_a_name() -> None:
     assert chart == lines(1.0, 2.0, 3.0), "made again it is the same"
 
 
+def test_a_name_with_a_dollar_is_a_name_and_no_formula() -> None:
+    for name in ("$x$", "100 $ or $\\frac{", "$"):
+        chart = line_chart([Series(name, [0, 1], [1.0, 2.0])], title=name, x_label=name, y_label=name)
+        texts = [text.text for text in ElementTree.fromstring(chart.svg).iter("{http://www.w3.org/2000/svg}text")]
+        assert texts.count(name) == 2, "both axes"
+
+
 def test_the_legend_has_the_looks_of_the_lines() -> None:
     chart = lines(3.0, 1.0, 2.0)
     assert [key.label for key in chart.keys] == ["one", "two"]

@@ -108,7 +108,7 @@ def _stem(name: str) -> str:
 def _read(text: str, place: str) -> DerivedMap:
     try:
         return DerivedMap.from_json(json.loads(text))
-    except (ValueError, AttributeError, UnsupportedArchitecture):
+    except (ValueError, AttributeError, TypeError, RecursionError, UnsupportedArchitecture):
         raise UnsupportedArchitecture(
             f"{place} is no map of format {FORMAT}; derive it again with `unmergeable map`."
         ) from None

@@ -16,6 +16,7 @@ from unmergeable.errors import UnsupportedArchitecture
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads", "n_head", "num_heads")
 
 
 def detect(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
@@ -61,18 +62,29 @@ def _declaration(kind: str) -> Callable[[Config, Names], Architecture]:
 
 def _require_possible_counts(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse counts that families would go through one by one, before they do: memory would end first."""
+    longest = max((max(shape, default=0) for shape in shapes.values()), default=0)
     most = {
         **dict.fromkeys(_LAYER_COUNTS, (len(shapes), "tensors")),
-        **dict.fromkeys(_EXPERT_COUNTS, (max((max(shape, default=0) for shape in shapes.values()), default=0), "rows")),
+        **dict.fromkeys((*_EXPERT_COUNTS, *_HEAD_COUNTS), (longest, "rows")),
     }
     for section in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for name, (limit, what) in most.items():
-            count = section.get(name)
-            if isinstance(count, int) and count > limit:
+            count = _count(section.get(name))
+            if count > limit:
                 raise UnsupportedArchitecture(
-                    f"config.json: {name} is {count:,}, but the weights have {limit:,} {what}; it is damaged, or not "
-                    "the one these weights came with."
+                    f"config.json: {name} is {min(count, 10**15):,}, but the weights have {limit:,} {what}; it is "
+                    "damaged, or not the one these weights came with."
                 )
+
+
+def _count(value: object) -> int:
+    """A count as families read it, who take ``int`` of numbers and of text alike; 0 for what is none."""
+    if not isinstance(value, int | float | str):
+        return 0
+    try:
+        return int(value)
+    except (ValueError, OverflowError):
+        return 0  # the family will say so
 
 
 def _require_shapes(kind: str, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unmergeable.errors import BadInput, UsageError
+from unmergeable.errors import BadInput, UsageError, first_line
 from unmergeable.settings import nearest
+from unmergeable.yaml_text import parse_yaml
 
 Recipe = tuple[list[str], dict[str, object]]
 """Method names in order, and settings named ``method.name`` (``name`` alone where there is one method)."""
@@ -77,15 +78,6 @@ def _load(path: Path) -> object:
     if path.suffix == ".json":
         try:
             return json.loads(text)
-        except ValueError as error:
-            raise BadInput(f"recipe {path} is not valid JSON: {error}.") from None
-    try:
-        import yaml
-    except ModuleNotFoundError:
-        raise UsageError(
-            f"recipe {path}: YAML needs PyYAML; run python -m pip install pyyaml, or write it as .json."
-        ) from None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"recipe {path} is not valid YAML: {error}.") from None
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"recipe {path} is not valid JSON: {first_line(error)}.") from None
+    return parse_yaml(text, f"recipe {path}")

@@ -31,11 +31,7 @@ def open_arrays(path: Path, fields: Fields) -> Records:
     Raises:
         BadInput: not an archive of arrays, or arrays of different lengths, or nothing but labels.
     """
-    require_file(path)
-    with reading(str(path), "not a readable archive of arrays", "write it with numpy.savez"):
-        _require_unpackable(path)
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: np.asarray(archive[name]) for name in archive.files}
+    arrays = read_arrays(path)
     renamed = {f"{name}s": name for name in (fields.text, fields.image, fields.label)}
     arrays = {renamed.get(name, name): array for name, array in arrays.items()}
     lengths = {name: len(array) if array.ndim else -1 for name, array in arrays.items()}
@@ -44,6 +40,19 @@ def open_arrays(path: Path, fields: Fields) -> Records:
     if not arrays.keys() - {fields.label}:
         raise BadInput(f"{path}: no array {fields.text!r}, {fields.image!r} or of network inputs; add one.")
     return _Rows(path, arrays, fields)
+
+
+def read_arrays(path: Path) -> Arrays:
+    """All arrays of a file, by name.
+
+    Raises:
+        BadInput: not an archive of arrays.
+    """
+    require_file(path)
+    with reading(str(path), "not a readable archive of arrays", "write it with numpy.savez"):
+        _require_unpackable(path)
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: np.asarray(archive[name]) for name in archive.files}
 
 
 def _require_unpackable(path: Path) -> None:

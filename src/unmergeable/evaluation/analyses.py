@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from unmergeable.checkpoint.disk import replace_file
+from unmergeable.checkpoint.disk import creating, replace_file
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.errors import BadInput, CheckpointError
 from unmergeable.evaluation import scoring
@@ -197,10 +197,8 @@ def analyse(
     Raises:
         CheckpointError: a measurement cannot be written.
     """
-    try:
+    with creating(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be created ({error.strerror}).") from None
     forms: list[Form] = ["raw", "canonical"]
     maps = [(form, [one for one in subjects if one.form == form]) for form in forms]
     calls: list[Call] = [(look_at, (subject, around, folder)) for subject in subjects]

@@ -19,6 +19,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from unmergeable.errors import shown
 from unmergeable.evaluation.threat_models import ThreatModel
 
 Self = TypeVar("Self", bound="Record")
@@ -28,6 +29,9 @@ OPTIONAL = types.MappingProxyType({"optional": True})
 
 INLINED = types.MappingProxyType({"inlined": True})
 """Metadata of a field, a record or a mapping, whose entries are written among those of the record that has it."""
+
+
+_SCALARS: Mapping[Any, Any] = {bool: bool, int: int, float: (int, float), str: str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,8 @@ def _read(kind: Any, value: Any) -> Any:
         some = [argument for argument in arguments if argument is not types.NoneType]
         return _read(some[0], value) if len(some) == 1 else value
     if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{shown(value)} is no list")
         kinds = [arguments[0]] * len(value) if arguments[1:] == (Ellipsis,) else arguments
         return tuple(_read(one, item) for one, item in zip(kinds, value, strict=True))
     if origin is Mapping:
@@ -101,4 +107,6 @@ def _read(kind: Any, value: Any) -> Any:
         return ThreatModel.named(value)
     if isinstance(kind, type) and issubclass(kind, Record):
         return kind.from_json(value)
+    if kind in _SCALARS and not (isinstance(value, _SCALARS[kind]) and (kind is bool or not isinstance(value, bool))):
+        raise TypeError(f"{shown(value)} is no {kind.__name__}")
     return value

@@ -405,5 +405,5 @@ def read_audit(folder: Path) -> AuditResult:
         return AuditResult.from_json(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist; run `unmergeable audit` to its end first.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadInput):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, BadInput):
         raise BadInput(f"{path} is not the result of an audit; run `unmergeable audit` again.") from None

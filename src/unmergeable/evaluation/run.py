@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.disk import write_error
+from unmergeable.checkpoint.disk import creating, write_error
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.cells import digest_of
 from unmergeable.evaluation.models import Variant
@@ -159,10 +159,8 @@ def _require_free(out: Path, kind: str) -> None:
 def _prepared(out: Path) -> Path:
     """The folder with what every run has in it. Raises BadInput when it cannot be created."""
     for name in ("cells", "models"):
-        try:
+        with creating(out):
             (out / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"{out} cannot be created ({error.strerror}); name another folder.") from None
     return out
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unmergeable.data import DataSource, Example, class_number
 from unmergeable.errors import BadInput
-from unmergeable.network.load import load_tokenizer
+from unmergeable.network.load import encoded_texts, load_tokenizer
 from unmergeable.optional import quiet
 
 
@@ -76,8 +76,13 @@ class Encoder:
         contents: list[Any] = [example.content for example in examples]
         kind = kinds.pop()
         if kind == "texts":
-            encoded = self._tokenizer(
-                contents, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            encoded = encoded_texts(
+                self._tokenizer,
+                contents,
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
             )
             return dict(encoded)
         if kind == "images":

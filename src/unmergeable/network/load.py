@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,29 @@ def load_tokenizer(folder: Path | str) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-        except Exception as error:  # of a damaged file it raises whatever its own readers do
+            require_usable(tokenizer, Path(folder))
+        except BadInput:
+            raise
+        except Exception as error:  # of a damaged file it raises whatever its own readers do, some at the first text
             raise BadInput(
                 f"{folder} holds no usable tokenizer ({first_line(error)}); give input_ids instead."
             ) from None
-        require_usable(tokenizer, Path(folder))
     return tokenizer
+
+
+def encoded_texts(tokenizer: Any, texts: str | Sequence[str], **options: Any) -> Any:
+    """What a tokenizer makes of texts; its own exceptions, of which a damaged file has any, become one line.
+
+    Raises:
+        BadInput: it cannot encode them.
+    """
+    try:
+        return tokenizer(texts, **options)
+    except Exception as error:
+        folder = tokenizer.name_or_path
+        raise BadInput(
+            f"the tokenizer of {folder} cannot encode the texts ({first_line(error)}); restore its files."
+        ) from error
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:

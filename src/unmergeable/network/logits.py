@@ -8,19 +8,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.errors import BadInput, first_line
+from unmergeable.data.lines import Lines
+from unmergeable.data.numpy_archive import read_arrays
+from unmergeable.errors import BadInput, first_line, shown
 from unmergeable.gauge.equivalence import MARGIN, UNIT_ROUNDOFF, amplified, off_by
 from unmergeable.memory import available_memory
-from unmergeable.network.load import load_network, load_tokenizer
+from unmergeable.network.load import encoded_texts, load_network, load_tokenizer
 from unmergeable.progress import Progress, silent
 from unmergeable.randomness import Stream
+
+Found = TypeVar("Found", dict[str, Any], list[Any])
 
 NETWORK_FACTOR = 64
 """Bound on the relative logit error, in units of u * condition: errors of many blocks, some amplified downstream."""
@@ -226,31 +231,44 @@ def read_probe(path: Path, folder: Path) -> list[dict[str, Tensor]]:
     if not path.is_file():
         raise BadInput(f"probe {path} does not exist; give a .jsonl or .npz file.")
     if path.suffix == ".npz":
-        import numpy as np
+        return [{name: _numbers(array, f"{path}: {name!r}") for name, array in _some(read_arrays(path), path).items()}]
+    lines = Lines(path)
+    rows = [_probe_row(lines[number], lines.origin(number)) for number in range(len(lines))]
+    return [_probe_inputs(row, folder) for row in _some(rows, path)]
 
-        with np.load(path, allow_pickle=False) as arrays:
-            return [{name: torch.from_numpy(arrays[name]) for name in arrays.files}]
-    rows = [
-        _probe_row(line, f"{path} line {number}")
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if line.strip()
-    ]
-    if not rows:
-        raise BadInput(f"probe {path} is empty; give at least one line.")
-    return [_probe_inputs(row, folder) for row in rows]
+
+def _some(found: Found, path: Path) -> Found:
+    if not found:
+        raise BadInput(f"probe {path} is empty; give at least one line or array.")
+    return found
+
+
+def _numbers(array: np.ndarray[Any, Any], where: str) -> Tensor:
+    try:
+        return torch.from_numpy(array)
+    except (TypeError, ValueError):  # text, objects, foreign byte orders
+        raise BadInput(f"{where} holds {shown(str(array.dtype))}, not numbers; write arrays of numbers.") from None
 
 
 def _probe_row(line: str, where: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
-    if not isinstance(row, dict) or not ({"text", "input_ids"} & set(row)):
-        raise BadInput(f'{where}: expected {{"text": …}} or {{"input_ids": […]}}.')
-    return row
+    if isinstance(row, dict) and (isinstance(row.get("text"), str) or _are_ids(row.get("input_ids"))):
+        return row
+    raise BadInput(f'{where}: expected {{"text": "…"}} or {{"input_ids": [whole numbers]}}; correct the line.')
+
+
+def _are_ids(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63 for item in value)
+    )
 
 
 def _probe_inputs(row: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
-    if "input_ids" in row:
+    if _are_ids(row.get("input_ids")):
         return {"input_ids": torch.tensor([row["input_ids"]], dtype=torch.long)}
-    return dict(load_tokenizer(folder)(row["text"], return_tensors="pt"))
+    return dict(encoded_texts(load_tokenizer(folder), row["text"], return_tensors="pt"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unmergeable.checkpoint.disk import write_file, writing
 from unmergeable.checkpoint.header import TensorSpec, save_file_order
 from unmergeable.checkpoint.writer import ShardWriter
 
@@ -36,13 +37,14 @@ def write_statistics(
     Raises:
         CheckpointError: the folder cannot be written, or the tensors are not those announced.
     """
-    folder.mkdir()
+    with writing(folder):
+        folder.mkdir()
     specs = {name: TensorSpec("F32", shape) for name, shape in shapes.items()}
     announced = [(name, specs[name]) for name in save_file_order(specs)]
     with ShardWriter(folder / WEIGHTS_NAME, announced, {"format": "pt"}) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor.cpu())
         record = writer.finish()
-    (folder / "config.json").write_text(json.dumps(dict(facts), indent=2) + "\n")
+    write_file(folder / "config.json", (json.dumps(dict(facts), indent=2) + "\n").encode())
     assert record.sha256 is not None, "files are hashed unless that is declined"
     return record.sha256

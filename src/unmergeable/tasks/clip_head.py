@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from unmergeable.errors import BadInput
-from unmergeable.network.load import load_network, load_tokenizer
+from unmergeable.network.load import encoded_texts, load_network, load_tokenizer
 from unmergeable.tasks.heads import FeatureHead
 
 
@@ -50,7 +50,9 @@ def text_directions(network: Any, tokenizer: Any, texts: Sequence[str]) -> Tenso
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # any will do: the mask hides it
     length = network.config.text_config.max_position_embeddings
-    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+    encoded = encoded_texts(
+        tokenizer, list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+    )
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     output = network.get_text_features(**inputs)
     # transformers 5 hands the projected features over as the pooled output

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unmergeable.data import DataSource, Example, Fields
 from unmergeable.errors import BadInput, UsageError
-from unmergeable.network.load import load_tokenizer
+from unmergeable.network.load import encoded_texts, load_tokenizer
 from unmergeable.network.tasks import is_causal_language_model, is_encoder_decoder
 from unmergeable.tasks.task_kind import TaskKind
 
@@ -187,7 +187,7 @@ class PromptTokenizer:
 
     def _tokens(self, text: str) -> Tokens:
         # a chat template writes special tokens itself
-        return tuple(self._tokenizer(text, add_special_tokens=not self.chat)["input_ids"])
+        return tuple(encoded_texts(self._tokenizer, text, add_special_tokens=not self.chat)["input_ids"])
 
     def _without_end(self, tokens: Tokens) -> Tokens:
         """Some tokenizers end every text with a token that says so; what is to be continued must not."""

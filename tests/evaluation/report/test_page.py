@@ -14,7 +14,7 @@ import pytest
 from evaluation.documents import analysed, document
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.report.page import PAGE, render_report, write_report
-from unmergeable.evaluation.report.verdict import judgement, model_card, summary
+from unmergeable.evaluation.report.verdict import as_markdown, judgement, model_card, summary
 from unmergeable.evaluation.results import AuditResult, Verdicts, read_audit, star
 from unmergeable.evaluation.threat_models import ThreatModel
 
@@ -34,6 +34,12 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BEST_STAR = star(typed(document()).protections["lock"].tiers[ThreatModel.OFF_THE_SHELF].worst)
+
+
+def test_a_name_stands_in_the_card_as_it_is() -> None:
+    assert as_markdown("sensitivity_shield, 50 %") == "sensitivity_shield, 50 %"
+    assert as_markdown("a|b\n| c |") == r"a\|b \| c \|"
+    assert as_markdown("<img> [x](y) `*`") == r"\<img\> \[x\](y) \`\*\`"
 
 
 @pytest.mark.parametrize(

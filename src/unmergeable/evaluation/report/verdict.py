@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import groupby
 
 from unmergeable import claims
@@ -149,10 +150,15 @@ def model_card(result: AuditResult) -> str:
     table = result.table
     heads = [*table.columns[:2], *map(against, result.threat_models), *table.columns[2 + len(result.threat_models) :]]
     rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    rows += [f"| {' | '.join(row)} |" for row in table.rows]
+    rows += [f"| {' | '.join(map(as_markdown, row))} |" for row in table.rows]
     note = _MEANING if result.has_expert else UNKNOWN
-    invalid = [] if result.passed else ["", f"**Invalid audit:** {failed_controls(result)}."]
+    invalid = [] if result.passed else ["", f"**Invalid audit:** {as_markdown(failed_controls(result))}."]
     return "\n".join([*rows, *invalid, "", note]) + "\n"
+
+
+def as_markdown(text: str) -> str:
+    """A text that stands in a cell of a table as it is, on one line: names may be anybody's."""
+    return re.sub(r"[\\`|<>\[\]*&]", r"\\\g<0>", " ".join(text.split()))
 
 
 def against(model: ThreatModel) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from unmergeable.checkpoint.disk import write_file
 from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.listing import CONFIG_NAME, MANIFEST_NAME
 from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, installed_version, record_file, record_header
@@ -97,7 +98,7 @@ def merge_with_mergekit(
                     }
                 },
             )
-            (folder.files / MANIFEST_NAME).write_text(manifest.to_json())
+            write_file(folder.files / MANIFEST_NAME, manifest.to_json().encode())
         except BaseException:
             folder.discard()
             raise

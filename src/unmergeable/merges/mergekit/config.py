@@ -33,6 +33,7 @@ from typing import Any
 from unmergeable.errors import BadInput
 from unmergeable.merges.mergekit.methods import METHODS
 from unmergeable.settings import nearest
+from unmergeable.yaml_text import parse_yaml
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 USE_MERGEKIT = "run mergekit itself with --backend mergekit"
@@ -155,15 +156,13 @@ def read_document(path: Path) -> Mapping[str, Any]:
     Raises:
         BadInput: when it cannot be read, is no YAML, or gives a key twice.
     """
-    import yaml
-
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_strict_loader())  # noqa: S506
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); give a mergekit configuration file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(f"{path} is not valid YAML: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not valid YAML: it is not UTF-8 text; convert it.") from error
+    document = parse_yaml(text, str(path), _strict_loader())
     if not isinstance(document, dict):
         raise BadInput(f"{path} is no configuration: it holds {type(document).__name__}, not keys and values.")
     return document
