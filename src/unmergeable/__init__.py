@@ -32,7 +32,9 @@ if TYPE_CHECKING:
         recover,
         restore,
         restore_state_dict,
+        rotate,
         verify,
+        verify_manifest,
     )
     from unmergeable.ops.methods import methods, schema
     from unmergeable.protections import register_protection
@@ -52,8 +54,10 @@ __all__ = [
     "register_protection",
     "restore",
     "restore_state_dict",
+    "rotate",
     "schema",
     "verify",
+    "verify_manifest",
 ]
 
 _HOMES = {

@@ -16,7 +16,7 @@ import pytest
 
 from unmergeable.errors import DiskError, KeyFileError
 from unmergeable.gauge import key as key_module
-from unmergeable.gauge.key import FORMAT, Key, is_encrypted, read_key, write_key
+from unmergeable.gauge.key import FORMAT, Key, describe_key, read_key, write_key
 from unmergeable.randomness import Stream
 
 ENTROPY = bytes(range(200, 232))
@@ -81,12 +81,12 @@ def test_a_key_is_read_back_as_it_was_written(path: Path) -> None:
     assert read_key(path) == KEY
     assert read_key(path).entropy == ENTROPY
     assert read_key(path, "a passphrase nobody asked for") == KEY
-    assert not is_encrypted(path)
+    assert not describe_key(path).is_encrypted
 
 
 def test_a_passphrase_round_trip_at_full_cost(path: Path) -> None:
     write_key(path, KEY, PASSPHRASE)
-    assert is_encrypted(path)
+    assert describe_key(path).is_encrypted
     assert read_key(path, PASSPHRASE) == KEY
     text = path.read_text()
     assert not any(form in text for form in secret_forms())
@@ -275,7 +275,7 @@ def test_a_key_of_another_user_is_refused(path: Path, tmp_path: Path, monkeypatc
         assert "belongs to another user" in refusal(file)
 
 
-@pytest.mark.parametrize("check", [read_key, is_encrypted])
+@pytest.mark.parametrize("check", [read_key, describe_key])
 def test_what_is_no_regular_file_is_refused(path: Path, check: Any) -> None:
     path.mkdir(mode=0o700)
     with pytest.raises(KeyFileError, match=r"is not a regular file; check the path\.$"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import unmergeable
+from unmergeable.checkpoint import scratch
 from unmergeable.checkpoint.manifest import check_files, read_manifest
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import BadInput, KeyFileError, UsageError
@@ -288,3 +290,83 @@ def test_places_that_are_taken(work: Path) -> None:
     (work / "out").mkdir()
     with pytest.raises(BadInput, match="exists"):
         protect(work, "mergelock,taylor_mlp", data=work / "data.npz")
+
+
+def test_a_release_does_not_lie_in_its_inputs(work: Path) -> None:
+    before = sorted(path.name for path in work.rglob("*"))
+    for method in ("mergelock", "mergelock,gauge", "sensitivity_shield,gauge"):
+        extras = shielded(work) if "shield" in method else {}
+        for place in ("base", "expert"):
+            with pytest.raises(BadInput, match="lie inside each other"):
+                protect(work, method, out=work / place / "out", key=work / "k", **extras)
+    assert sorted(path.name for path in work.rglob("*")) == before
+
+
+@pytest.mark.parametrize("length", [246, 247, 250, 255])
+def test_a_name_that_is_too_long_leaves_no_key_behind(work: Path, length: int) -> None:
+    """Folders beside OUT take up to 9 bytes more, of 255 that a file system has for a name."""
+    if length == 246:
+        protect(work, "mergelock", out=work / ("x" * length))
+        return
+    with pytest.raises(BadInput, match=r"too long: names here have at most \d+ bytes"):
+        protect(work, "mergelock", out=work / ("x" * length))
+    assert not list(work.glob("x*"))
+
+
+def test_the_same_exact_command_knows_its_whole_result(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = protect(work, "mergelock,gauge", settings={"mergelock.condition": 2}, seed=None)
+    before = {path.name: path.read_bytes() for path in first.out.iterdir()}
+    again = protect(work, "mergelock,gauge", settings={"mergelock.condition": 2}, seed=None)
+    assert "is complete" in caplog.text
+    assert again.fingerprint == first.fingerprint
+    assert again.measured_error == first.measured_error, "it was verified again"
+    assert {path.name: path.read_bytes() for path in first.out.iterdir()} == before
+    with pytest.raises(KeyFileError, match="another checkpoint or recipe"):
+        protect(work, "mergelock,gauge", settings={"mergelock.condition": 3}, seed=None)
+    with pytest.raises(BadInput, match="exists"):
+        protect(work, "mergelock", key=work / "other.key")
+    with pytest.raises(BadInput, match="exists"):
+        protect(work, "mergelock,gauge", settings={"mergelock.condition": 2}, dry_run=True)
+    assert not (work / "other.key").exists()
+    weights = first.out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(BadInput, match="exists"):  # the control: a result that was altered is not taken for whole
+        protect(work, "mergelock,gauge", settings={"mergelock.condition": 2}, seed=None)
+
+
+def test_a_key_does_not_depend_on_when_files_were_written(work: Path) -> None:
+    first = protect(work, "mergelock")
+    for path in (work / "expert").iterdir():
+        os.utime(path, ns=(1, 1))
+    second = protect(work, "mergelock", out=work / "second")
+    assert second.fingerprint == first.fingerprint
+    third = unmergeable.protect(work / "sibling", base=work / "base", method="mergelock", out=work / "third", seed=7)
+    assert third.fingerprint != first.fingerprint, "control: another checkpoint of the same shapes"
+
+
+@pytest.mark.parametrize("left", ["everything", "request", "nothing"])
+def test_a_composition_killed_after_its_last_rename(work: Path, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(place: Path) -> None:
+        if left == "request":
+            scratch.empty(place)
+        elif left == "nothing":
+            scratch.empty(place)
+            (place / scratch.MARKER).unlink()
+        raise KeyboardInterrupt
+
+    remove = scratch.remove
+    with monkeypatch.context() as patch:
+        patch.setattr(scratch, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            protect(work, "sensitivity_shield,mergelock", **shielded(work))
+    assert check_files(work / "out") == ()
+    assert scratch.remove is remove
+    if left == "nothing":  # data decide too: nothing says any more that this is the result
+        with pytest.raises(BadInput, match="exists"):
+            protect(work, "sensitivity_shield,mergelock", **shielded(work))
+        return
+    with pytest.raises(BadInput, match="another request"):
+        protect(work, "sensitivity_shield,gauge", **shielded(work))
+    result = protect(work, "sensitivity_shield,mergelock", **shielded(work))
+    assert [step.methods for step in result.steps] == [("sensitivity_shield",), ("mergelock",)]
+    assert not (work / "out.steps").exists()

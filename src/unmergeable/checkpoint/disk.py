@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmergeable.errors import NEEDS_POSIX, CheckpointError, DiskError, UnmergeableError
+from unmergeable.errors import NEEDS_POSIX, BadInput, CheckpointError, DiskError, UnmergeableError
 
 try:
     import fcntl
@@ -78,6 +78,22 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise write_error(path, error) from error
+
+
+@contextmanager
+def creating(folder: Path, remedy: str = "name another folder") -> Iterator[None]:
+    """Inside, a folder that the user named is created.
+
+    Raises:
+        DiskError: the disk is full or has failed.
+        BadInput: something else is in the way, with the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_disk_failure(error):
+            raise write_error(folder, error) from None
+        raise BadInput(f"{folder} cannot be created ({error.strerror}); {remedy}.") from None
 
 
 def open_to_read(path: Path) -> int:
@@ -224,14 +240,16 @@ def write_file(path: Path, data: bytes) -> None:
         create_whole(path, data)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, is_private: bool = False) -> None:
     """Put these bytes at ``path``, in place of a file that may be there: whoever reads sees the old one or the new one.
+
+    A private file is its owner's alone to read and write.
 
     Raises:
         DiskError: when it cannot be written; what was there stays.
     """
     with writing(path):
-        with _written_beside(path, data, is_private=False) as temporary:
+        with _written_beside(path, data, is_private=is_private) as temporary:
             temporary.replace(path)
         sync_folder(path.parent)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from unmergeable.checkpoint.disk import reading
 from unmergeable.checkpoint.header import Header, TensorEntry, TensorSpec, build_header, read_header
 from unmergeable.checkpoint.layouts import require_checkpoint, weights_of
 from unmergeable.checkpoint.listing import (
@@ -40,6 +41,7 @@ __all__ = [
     "Shard",
     "TensorEntry",
     "TensorSpec",
+    "content_digest",
     "identified",
     "is_adapter",
     "lay_out_virtual",
@@ -205,6 +207,31 @@ def identified(index: CheckpointIndex) -> CheckpointIndex:
         digest.update(json.dumps([shard.name, shard.metadata, layout]).encode())
     digest.update(json.dumps(sorted((name, index.states[path]) for path, name in files.items())).encode())
     return replace(index, headers_digest=digest.hexdigest())
+
+
+_PIECES, _PIECE_BYTES = 256, 4096
+
+
+def content_digest(index: CheckpointIndex) -> str:
+    """What a checkpoint holds, wherever and since whenever it lies there: SHA-256 in hex.
+
+    Over its configuration, headers and file sizes, and over pieces all through the files that hold tensors (the whole
+    file where it has at most 1 MiB). Two fine-tunes differ in it unless they differ in a few weights only.
+
+    Raises:
+        CheckpointError: when a file cannot be read.
+    """
+    if not index.tensor_files:  # in memory: its digest is that of the values
+        return index.headers_digest
+    timeless = replace(index, states={path: (state[0], 0) for path, state in index.states.items()})
+    digest = hashlib.sha256(identified(timeless).headers_digest.encode())
+    for path, _ in sorted(index.tensor_files.items(), key=lambda item: item[1]):
+        with reading(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            for number in range(_PIECES):
+                file.seek(number * max(_PIECE_BYTES, size // _PIECES))
+                digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def lay_out_virtual(

@@ -22,7 +22,7 @@ from unmergeable.errors import CheckpointError, UsageError, shown
 FORMAT_VERSION = 1
 TOOL = "unmergeable"
 
-_OWN_KEYS = ("format_version", "tool", "tool_version", "inputs", "outputs", "left_out")
+_OWN_KEYS = ("format_version", "tool", "tool_version", "inputs", "outputs", "left_out", "signature")
 _HASH_CHUNK = 1 << 22
 
 
@@ -47,6 +47,7 @@ class Manifest:
 
     ``inputs`` maps a role (``"source"``, ``"base"`` …) to the files read for it. ``details`` is the part of the
     caller (recipe, architecture, measured errors …), JSON-able; its keys stand beside these fields in the file.
+    ``signature`` is one of :meth:`signed_bytes`; None where nobody signed.
     """
 
     outputs: tuple[FileRecord, ...]
@@ -55,11 +56,21 @@ class Manifest:
     details: Mapping[str, Any] = field(default_factory=dict)
     tool_version: str = field(default_factory=lambda: installed_version())
     format_version: int = FORMAT_VERSION
+    signature: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """The text of ``unmergeable.json``."""
+        signature = {} if self.signature is None else {"signature": dict(self.signature)}
+        return json.dumps({**self._record(), **signature}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @property
+    def signed_bytes(self) -> bytes:
+        """What a signature is of: all but the signature, in one form whatever the order of names in the file."""
+        return json.dumps(self._record(), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    def _record(self) -> dict[str, Any]:
         require_details(self.details)
-        record = {
+        return {
             "format_version": self.format_version,
             "tool": TOOL,
             "tool_version": self.tool_version,
@@ -68,7 +79,6 @@ class Manifest:
             "outputs": [_file_json(file) for file in self.outputs],
             "left_out": [{"name": item.name, "reason": item.reason} for item in self.left_out],
         }
-        return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> Manifest:
@@ -90,6 +100,7 @@ class Manifest:
                 left_out=tuple(LeftOut(item["name"], item["reason"]) for item in record["left_out"]),
                 details={key: value for key, value in record.items() if key not in _OWN_KEYS},
                 tool_version=record["tool_version"],
+                signature=_signature(record.get("signature")),
             )
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{where}: not a complete manifest ({shown(error)}).") from error
@@ -211,6 +222,12 @@ def _file_record(item: Mapping[str, Any]) -> FileRecord:
     if "header_sha256" in item:
         return FileRecord(name, size, None, str(item["header_sha256"]))
     return FileRecord(name, size, str(item["sha256"]))
+
+
+def _signature(value: Any) -> Mapping[str, Any] | None:
+    if value is not None and not isinstance(value, dict):
+        raise TypeError("signature")
+    return value
 
 
 def by_name(records: Sequence[FileRecord]) -> tuple[FileRecord, ...]:

@@ -16,13 +16,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unmergeable.checkpoint.disk import sync_folder, write_error, writing
+from unmergeable.checkpoint.listing import MANIFEST_NAME
 from unmergeable.checkpoint.manifest import FileRecord
 from unmergeable.errors import BadInput, CheckpointError
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 JOURNAL_FORMAT = 1
 FILES = "checkpoint"
+PARTIAL = ".partial"
 _LOCK, _JOURNAL = "lock", "journal"
 
 
@@ -148,11 +150,15 @@ class PartialFolder:
 
 def partial_of(out: Path) -> Path:
     """The folder in which ``out`` grows."""
-    return out.with_name(out.name + ".partial")
+    return out.with_name(out.name + PARTIAL)
 
 
-def require_creatable(out: Path) -> None:
+def require_creatable(out: Path, *beside: str) -> None:
     """Refuse an output folder that could not be created, before any work for it begins.
+
+    Args:
+        out: the folder to become.
+        beside: ends of the names of other folders that come beside it.
 
     Raises:
         BadInput: its parent does not exist, its name is impossible, or something is there (:func:`require_absent`).
@@ -162,9 +168,10 @@ def require_creatable(out: Path) -> None:
     if not out.parent.is_dir():
         raise BadInput(f"{out} cannot be created: its parent folder {out.parent} does not exist; create it first.")
     longest = os.pathconf(out.parent, "PC_NAME_MAX")
-    if len(os.fsencode(partial_of(out).name)) > longest:
-        raise BadInput(f"the name of {out} is too long: names here have at most {longest} bytes, .partial included.")
-    require_absent(out)
+    end = max((PARTIAL, *beside), key=len)
+    if len(os.fsencode(out.name + end)) > longest:
+        raise BadInput(f"the name of {out} is too long: names here have at most {longest} bytes, {end} included.")
+    require_absent_or_written(out)
 
 
 def require_absent(out: Path) -> None:
@@ -175,6 +182,16 @@ def require_absent(out: Path) -> None:
     """
     if not _ends_an_interrupted_run(out):
         _require_nothing_at(out)
+
+
+def require_absent_or_written(out: Path) -> None:
+    """As :func:`require_absent`, where the writer will tell whether what is there is its own finished result.
+
+    Raises:
+        BadInput: when ``out`` exists and was not written by this package.
+    """
+    if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
+        require_absent(out)
 
 
 def require_outside(out: Path, *folders: Path) -> None:
@@ -189,8 +206,13 @@ def require_outside(out: Path, *folders: Path) -> None:
             raise BadInput(f"{out} and the input {folder} lie inside each other: choose another output folder.")
 
 
-def completed_earlier(out: Path, token: str) -> bool:
-    """Whether a run for this very work was killed after its result was in place; then what it left is removed.
+def completed_earlier(out: Path, token: str, is_result: Callable[[], bool] = lambda: False) -> bool:
+    """Whether ``out`` is the result of this very work already; then what its run may have left is removed.
+
+    Args:
+        out: the folder to become.
+        token: identifies the work, as in :class:`PartialFolder`.
+        is_result: asked where no journal lies beside ``out`` to tell.
 
     Raises:
         BadInput: when ``out`` is the result of other work, or another process is at it.
@@ -199,8 +221,10 @@ def completed_earlier(out: Path, token: str) -> bool:
         return False
     folder = partial_of(out)
     if not _ends_an_interrupted_run(out):
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # killed before the last call of all, when nobody knows any more for which work
+        with suppress(OSError):
+            folder.rmdir()  # empty: its run was killed before the last call of all
+        if not out.is_symlink() and out.is_dir() and not os.path.lexists(folder) and is_result():
+            return True
         _require_nothing_at(out)
     descriptor = _take_lock(out, folder)
     try:

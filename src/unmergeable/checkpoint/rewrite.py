@@ -18,7 +18,7 @@ import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from unmergeable.checkpoint.manifest import (
     FileRecord,
     Manifest,
     by_name,
+    check_files,
+    installed_version,
     read_manifest,
     record_file,
     record_header,
@@ -75,6 +77,8 @@ def rewrite(
     verify: Callable[[TensorSource], Mapping[str, Any]] | None = None,
     also_read: Mapping[str, TensorSource] | None = None,
     checksums: bool = True,
+    is_determined: bool = False,
+    sign: Callable[[bytes], Mapping[str, str]] | None = None,
     threads: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress = silent,
@@ -83,6 +87,7 @@ def rewrite(
 
     Killed, interrupted or out of disk, it leaves ``OUT.partial``, and the same call resumes there. Killed after the
     result was in its place, the same call verifies it once more, removes what is left of ``OUT.partial`` and returns.
+    So it does with a whole result where nothing is left, if that can be told (``is_determined``).
 
     Args:
         source: gives the layout, the side files, and the tensors that are copied or edited.
@@ -98,6 +103,9 @@ def rewrite(
         also_read: further checkpoints the edits read, by role; their files are recorded in the manifest.
         checksums: hash every byte read and written. Without, the manifest has of the files that hold tensors the sizes
             and the hashes of their headers, and a resumed run believes what its journal says of bytes on the disk.
+        is_determined: whether ``manifest`` and the inputs say all that the bytes depend on. With checksums, a result
+            that was made of them is then known for what it is.
+        sign: makes the manifest's signature from its :attr:`~unmergeable.checkpoint.manifest.Manifest.signed_bytes`.
         threads: workers for edits and makes; None for processors divided by torch's own threads.
         memory_budget: bytes of changed tensors held between reading and writing. A larger tensor travels alone.
         progress: receives the bytes written, those of an earlier run first.
@@ -121,8 +129,9 @@ def rewrite(
     _require_unchanged(sources.values())
 
     token = _fingerprint(resume_token, [member.index.headers_digest for member in sources.values()], layout)
-    if completed_earlier(out, token):
-        logger.warning("%s is complete: an earlier run of this command was interrupted after writing it", out)
+    is_result = partial(_is_result, out, manifest, sources) if checksums and is_determined else lambda: False
+    if completed_earlier(out, token, is_result):
+        logger.warning("%s is complete: an earlier run of this command wrote it", out)
         _verified(out, verify)
         written = read_manifest(out)
         assert written is not None, "it is written before the folder gets its name"
@@ -152,9 +161,31 @@ def rewrite(
             left_out=source.index.left_out,
             details=details,
         )
+        record = record if sign is None else replace(record, signature=sign(record.signed_bytes))
         _write_small(folder.files, MANIFEST_NAME, record.to_json().encode())
         folder.commit()
     return record
+
+
+def _is_result(out: Path, manifest: Mapping[str, Any], sources: Mapping[str, TensorSource]) -> bool:
+    """Whether ``out`` is whole and says that it was made in this way, by this version, of files with these hashes."""
+    try:
+        written = read_manifest(out)
+    except CheckpointError:
+        return False
+    if written is None or written.tool_version != installed_version():
+        return False
+    wanted = json.loads(json.dumps(manifest))
+    if {name: written.details.get(name) for name in wanted} != wanted:
+        return False
+    inputs = {role: _hashed_records(source.index) for role, source in sources.items()}
+    return inputs == written.inputs and not check_files(out)
+
+
+def _hashed_records(index: CheckpointIndex) -> tuple[FileRecord, ...]:
+    hashes = InputHashes(index.tensor_files, {})
+    hashes.finish_all()
+    return _input_records(index, hashes, checksums=True)
 
 
 def folders_read(sources: Iterable[TensorSource]) -> Iterator[Path]:

@@ -21,12 +21,14 @@ from unmergeable.cli.command import DebugSwitch, JsonSwitch, Outcome, QuietSwitc
 from unmergeable.cli.demo import demo
 from unmergeable.cli.failure import INTERRUPTED, failure_of
 from unmergeable.cli.inspect import inspect
+from unmergeable.cli.key import key
 from unmergeable.cli.map import map_
 from unmergeable.cli.merge import merge
 from unmergeable.cli.methods import methods
 from unmergeable.cli.protect import protect
 from unmergeable.cli.recover import recover
 from unmergeable.cli.restore import restore
+from unmergeable.cli.rotate import rotate
 from unmergeable.cli.schema import schema
 from unmergeable.cli.table import table
 from unmergeable.cli.verify import verify
@@ -34,6 +36,8 @@ from unmergeable.cli.verify import verify
 COMMANDS: dict[str, Callable[..., Outcome]] = {
     "protect": protect,
     "restore": restore,
+    "rotate": rotate,
+    "key": key,
     "verify": verify,
     "merge": merge,
     "recover": recover,

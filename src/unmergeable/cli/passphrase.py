@@ -9,6 +9,7 @@ import sys
 from unmergeable.errors import UsageError
 
 VARIABLE = "UNMERGEABLE_PASSPHRASE"
+NEW_VARIABLE = "UNMERGEABLE_NEW_PASSPHRASE"
 
 
 def read_passphrase(*, is_asked_for: bool, is_new: bool) -> str | None:
@@ -21,16 +22,42 @@ def read_passphrase(*, is_asked_for: bool, is_new: bool) -> str | None:
     Raises:
         UsageError: an empty one, two that differ, or nobody to ask.
     """
-    from_environment = os.environ.get(VARIABLE)
-    if from_environment is not None:
-        # An empty variable is more likely a secret that a script failed to look up than the wish for none.
-        return _require_some(from_environment, f"{VARIABLE} is empty; unset it, or set it to the passphrase.")
-    if not is_asked_for:
-        return None
-    if not sys.stdin.isatty():
-        raise UsageError(f"--passphrase needs a terminal to ask on; in a script set {VARIABLE} instead.")
+    from_environment = _of_environment(VARIABLE)
+    if from_environment is not None or not is_asked_for:
+        return from_environment
+    _require_terminal("--passphrase", VARIABLE)
     passphrase = _ask("Passphrase of the key file: ")
-    if is_new and _ask("Repeat the passphrase: ") != passphrase:
+    return _repeated(passphrase) if is_new else passphrase
+
+
+def read_new_passphrase() -> str:
+    """The passphrase that a key file is to have from now on.
+
+    Raises:
+        UsageError: an empty one, two that differ, or nobody to ask.
+    """
+    from_environment = _of_environment(NEW_VARIABLE)
+    if from_environment is not None:
+        return from_environment
+    _require_terminal("change-passphrase", NEW_VARIABLE)
+    return _repeated(_ask("New passphrase of the key file: "))
+
+
+def _of_environment(variable: str) -> str | None:
+    value = os.environ.get(variable)
+    if value is None:
+        return None
+    # An empty variable is more likely a secret that a script failed to look up than the wish for none.
+    return _require_some(value, f"{variable} is empty; unset it, or set it to the passphrase.")
+
+
+def _require_terminal(what: str, variable: str) -> None:
+    if not sys.stdin.isatty():
+        raise UsageError(f"{what} needs a terminal to ask on; in a script set {variable} instead.")
+
+
+def _repeated(passphrase: str) -> str:
+    if _ask("Repeat the passphrase: ") != passphrase:
         raise UsageError("the two passphrases differ; run the command again.")
     return passphrase
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from unmergeable import ops
 from unmergeable.architecture import Architecture
 from unmergeable.attacks.distance import block_distances, relative_distance
+from unmergeable.checkpoint.disk import creating, replace_file, write_file
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.demo.data import ImageTask, load_animals, load_mnist
 from unmergeable.demo.model import write_base_checkpoint
@@ -201,7 +202,7 @@ def run_demo(out: Path, *, progress: Progress = silent, seed: int = 0) -> DemoRe
         facts=facts,
     )
     result = DemoResult(rows, page, facts)
-    (out / MARKER).write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    replace_file(out / MARKER, (json.dumps(result.to_json(), indent=2) + "\n").encode())
     return result
 
 
@@ -211,11 +212,9 @@ def _prepare(out: Path) -> None:
         raise BadInput(f"{out} exists and is not the folder of an earlier demo; name another with --out.")
     if out.exists():
         shutil.rmtree(out)
-    try:
+    with creating(out, "name another folder with --out"):
         out.mkdir()
-    except OSError as error:
-        raise BadInput(f"{out} cannot be created: {error.strerror}; name another folder with --out.") from None
-    (out / MARKER).write_text("{}\n")
+    write_file(out / MARKER, b"{}\n")
 
 
 def _gain(score: float, base: float, expert: float) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from unmergeable.checkpoint.disk import create_whole, is_disk_failure, remove_leftovers, write_error
+from unmergeable.checkpoint.disk import create_whole, is_disk_failure, remove_leftovers, replace_file, write_error
 from unmergeable.errors import KeyFileError
 from unmergeable.randomness import KEY_BYTES, Stream
 
@@ -65,6 +65,30 @@ def write_key(path: Path, key: Key, passphrase: str | None = None) -> None:
         KeyFileError: something is already at ``path``, it cannot be created, or the passphrase is empty.
         DiskError: the disk is full or has failed.
     """
+    text = _text_of(path, key, passphrase)
+    try:
+        create_whole(path, text, is_private=True)
+    except FileExistsError:
+        raise KeyFileError(f"key file {path} exists and is never overwritten; name another, or move it away.") from None
+    except OSError as error:
+        if is_disk_failure(error):
+            raise write_error(path, error) from None
+        raise KeyFileError(f"key file {path} cannot be created: {error.strerror}; choose another place.") from None
+
+
+def change_passphrase(path: Path, old: str | None, new: str | None) -> Key:
+    """Encrypt the secret anew; ``new`` None leaves it unencrypted. At any moment the file is the old one or the new.
+
+    Raises:
+        KeyFileError: as :func:`read_key`, with the ``old`` passphrase, or the new one is empty.
+        DiskError: it cannot be written; the old file stays.
+    """
+    key = read_key(path, old)
+    replace_file(path.resolve(), _text_of(path, key, new), is_private=True)
+    return key
+
+
+def _text_of(path: Path, key: Key, passphrase: str | None) -> bytes:
     if passphrase == "":
         raise KeyFileError(f"key file {path}: the passphrase is empty and would protect nothing; give one, or None.")
     document: dict[str, Any] = {"format": FORMAT, "fingerprint": key.fingerprint, "recipe": dict(key.recipe)}
@@ -74,15 +98,7 @@ def write_key(path: Path, key: Key, passphrase: str | None = None) -> None:
         document["secret"] = base64.b64encode(key.entropy + _pack(key.orders)).decode()
     else:
         document["encrypted_secret"] = _encrypt(key, passphrase)
-    text = json.dumps(document, indent=2) + "\n"
-    try:
-        create_whole(path, text.encode(), is_private=True)
-    except FileExistsError:
-        raise KeyFileError(f"key file {path} exists and is never overwritten; name another, or move it away.") from None
-    except OSError as error:
-        if is_disk_failure(error):
-            raise write_error(path, error) from None
-        raise KeyFileError(f"key file {path} cannot be created: {error.strerror}; choose another place.") from None
+    return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def read_key(path: Path, passphrase: str | None = None) -> Key:
@@ -110,9 +126,26 @@ def read_key(path: Path, passphrase: str | None = None) -> Key:
     return key
 
 
-def is_encrypted(path: Path) -> bool:
-    """Whether reading this key file needs a passphrase."""
-    return "encrypted_secret" in _read_document(path)
+@dataclass(frozen=True)
+class KeyFile:
+    """What a key file says in the clear. Nobody has checked it: only reading the secret does."""
+
+    fingerprint: str
+    recipe: Mapping[str, Any]
+    is_encrypted: bool
+
+
+def describe_key(path: Path) -> KeyFile:
+    """What can be told of a key file without its passphrase.
+
+    Raises:
+        KeyFileError: missing, readable by others or not one's own, or no key file.
+    """
+    document = _read_document(path)
+    recipe, fingerprint = document.get("recipe"), document.get("fingerprint")
+    if document.get("format") != FORMAT or not isinstance(recipe, dict) or not isinstance(fingerprint, str):
+        raise _foreign(path)
+    return KeyFile(fingerprint, recipe, "encrypted_secret" in document)
 
 
 def _read_document(path: Path) -> dict[str, Any]:

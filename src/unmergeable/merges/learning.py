@@ -6,7 +6,6 @@ Such a merge reads its data first, with a live network; what it learnt is then w
 from __future__ import annotations
 
 import hashlib
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,13 +16,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from unmergeable.checkpoint import scratch
+from unmergeable.checkpoint.disk import writing
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.finite import require_finite
 from unmergeable.checkpoint.open import open_checkpoint
-from unmergeable.checkpoint.partial import require_absent
+from unmergeable.checkpoint.partial import require_absent, require_creatable
 from unmergeable.checkpoint.source import TensorSource, require_same_tensors
 from unmergeable.data import DataSource
-from unmergeable.errors import BadInput, Mismatch, UsageError
+from unmergeable.errors import Mismatch, UsageError
 from unmergeable.merges.base import Inputs, Merge
 from unmergeable.merges.models import Model, source_model
 from unmergeable.merges.variation import Vary
@@ -34,7 +35,7 @@ from unmergeable.network.tasks import Task, is_causal_language_model
 from unmergeable.progress import Progress
 from unmergeable.registry import Requirements
 
-_MARKER = ".unmergeable-statistics"
+_STATISTICS = ".statistics"
 """Says that a folder of statistics is a merge's own, and may be removed by the next one."""
 
 BATCH_SIZE = 8
@@ -170,6 +171,7 @@ def learnt_from_data(
     method.resolve(coefficients)
     if len(sources) < method.fewest_experts:
         raise UsageError(f"{method.name}: {len(sources)} experts given, at least {method.fewest_experts} needed.")
+    require_creatable(out, _STATISTICS)
     require_absent(out)
     template = sources[0] if base is None else base
     for number, source in enumerate(sources, start=1):
@@ -192,25 +194,24 @@ def gathered_statistics(inputs: LearningInputs, write: Callable[[LearningInputs,
         inputs: of the merge.
         write: as :meth:`StatisticsMerge.gather`.
     """
-    place = inputs.out.with_name(f"{inputs.out.name}.statistics")
+    place = inputs.out.with_name(inputs.out.name + _STATISTICS)
     network = inputs.network
-    if (place / _MARKER).is_file():
-        shutil.rmtree(place)  # left by a merge that was killed
-    try:
-        place.mkdir()
-        (place / _MARKER).touch()
-    except OSError as error:
-        raise BadInput(f"{place} cannot be created: {error.strerror}; remove it, or choose another OUT.") from None
-    try:
-        gathered = place / "gathered"
-        gathered.mkdir()
-        digest = hashlib.sha256()
-        for number, expert in enumerate(inputs.experts):
-            with swapped(network, inputs.state(expert)):
-                digest.update(write(inputs, number, gathered / str(number + 1)).encode())
-        yield gathered.rename(place / digest.hexdigest())
-    finally:
-        shutil.rmtree(place)
+    with scratch.begun(place, _STATISTICS):
+        try:
+            gathered = place / "gathered"
+            scratch.empty(place)  # left by a merge that was killed
+            with writing(gathered):
+                gathered.mkdir()
+            digest = hashlib.sha256()
+            for number, expert in enumerate(inputs.experts):
+                with swapped(network, inputs.state(expert)):
+                    digest.update(write(inputs, number, gathered / str(number + 1)).encode())
+            named = place / digest.hexdigest()
+            with writing(named):
+                gathered.rename(named)
+            yield named
+        finally:
+            scratch.remove(place)
 
 
 def open_statistics(folder: str, experts: int) -> list[Model]:

@@ -20,9 +20,10 @@ from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.manifest import Manifest, read_manifest
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.errors import Mismatch, UnsupportedArchitecture, UsageError
+from unmergeable.errors import Mismatch, UnsupportedArchitecture, UsageError, shown
 from unmergeable.gauge.equivalence import UNIT_ROUNDOFF
 from unmergeable.ops.opened import open_base, open_with_architecture
+from unmergeable.ops.recorded import methods_of
 from unmergeable.polynomials.layout import under_names_on_disk
 from unmergeable.progress import Progress, silent
 from unmergeable.protections.exact import describe_groups
@@ -136,9 +137,9 @@ class InspectResult:
         """One sentence: protected or not, and how one can tell."""
         kind = self.manifest.details.get("kind") if self.manifest else None
         if kind is not None:
-            steps = (self.manifest.details.get("recipe") or {}).get("steps", []) if self.manifest else []
-            by = f" by {', '.join(step['method'] for step in steps)}" if steps else ""
-            return f"its unmergeable.json says: {kind}{by}."
+            methods = methods_of(self.manifest.details) if self.manifest else ()
+            by = f" by {', '.join(methods)}" if methods else ""
+            return f"its unmergeable.json says: {shown(kind)[1:-1] if isinstance(kind, str) else shown(kind)}{by}."
         if self.comparison is None:
             return "no unmergeable.json; give --base to look for the signs of a protection in the weights."
         if not self.comparison.is_plausible:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.architecture.derived import DerivedMap
+from unmergeable.checkpoint.disk import write_file
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.errors import BadInput, UsageError
 
@@ -60,7 +61,7 @@ def derive_map(model: str | os.PathLike[str], *, out: str | os.PathLike[str] | N
     with quiet(transformers):
         derived = derived_map(kind, network_class, config if len(config) > 1 else None)
     if out is not None:
-        Path(out).write_text(json.dumps(derived.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_file(Path(out), (json.dumps(derived.to_json(), indent=1) + "\n").encode())
     return MapResult(derived, None if out is None else Path(out))
 
 

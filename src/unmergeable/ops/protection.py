@@ -8,30 +8,41 @@ manifest. Everything that can be refused is refused before the first step begins
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.disk import replace_file, sync_folder
+from unmergeable.checkpoint import scratch
+from unmergeable.checkpoint.disk import replace_file, sync_folder, writing
 from unmergeable.checkpoint.finite import require_finite
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.index import is_adapter
 from unmergeable.checkpoint.listing import MANIFEST_NAME
-from unmergeable.checkpoint.manifest import Manifest, read_manifest
+from unmergeable.checkpoint.manifest import Manifest, check_files, read_manifest
 from unmergeable.checkpoint.modules import module_folders_of
 from unmergeable.checkpoint.open import open_checkpoint
-from unmergeable.checkpoint.partial import partial_of, require_absent, require_creatable, require_outside
+from unmergeable.checkpoint.partial import (
+    partial_of,
+    require_absent,
+    require_absent_or_written,
+    require_creatable,
+    require_outside,
+)
 from unmergeable.checkpoint.rewrite import folders_read, require_space, rewrite
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.errors import BadInput, KeyFileError, UsageError
-from unmergeable.gauge.key import Key, write_key
+from unmergeable.errors import CheckpointError, KeyFileError, UsageError
+from unmergeable.gauge.key import Key, read_key, write_key
+from unmergeable.gauge.signature import sign
 from unmergeable.ops.adapter_release import release_adapter
 from unmergeable.ops.opened import AnyPath, open_base, open_with_architecture
 from unmergeable.ops.protect_result import ProtectResult, StepReport
+from unmergeable.ops.recorded import EARLIER_STEPS, methods_of
 from unmergeable.ops.relation import look_at_base
 from unmergeable.ops.steps import Methods, Step, steps_of
 from unmergeable.progress import Progress, silent
@@ -39,10 +50,12 @@ from unmergeable.protections import CONTROLS, Extras, Facts, Inputs, Protection,
 from unmergeable.settings import configure, nearest
 from unmergeable.threads import one_thread_per_kernel, worker_threads
 
-EARLIER_STEPS = "earlier_steps"
-"""What the manifest of a composition says of the steps before the last, a list of their manifests without outputs."""
+logger = logging.getLogger(__name__)
 
-_REQUEST = "request.json"
+_OF_THE_FILES = ("format_version", "tool", "outputs", "signature")
+
+_TRAINING, _STEPS = _BESIDE = (".training", ".steps")
+"""What the names of folders beside OUT end in, apart from its own ``.partial``."""
 
 
 def protect(
@@ -140,6 +153,9 @@ def protect(
     if len(steps) > 1:
         return _compose(request, steps, is_dry_run=dry_run)
     (step,) = steps
+    # What an exact method wrote says all that its bytes depend on: the writer knows it again.
+    may_be_there = step.requirements.exact and not dry_run
+    (require_absent_or_written if may_be_there else require_absent)(out)
     report = request.check(step, request.expert) if dry_run else request.write(step, request.expert, out)
     return request.result(steps, [report], is_dry_run=dry_run)
 
@@ -195,7 +211,10 @@ def _opened(expert: Path, base: Path, *, allow_pickle: bool | None = None) -> In
 def write_prepared(
     prepared: Rewrite, out: Path, details: Mapping[str, Any], *, threads: int, progress: Progress
 ) -> tuple[Facts, Manifest]:
-    """Write a prepared checkpoint to ``out``, with ``details`` in its manifest; its facts after verification."""
+    """Write a prepared checkpoint to ``out``, with ``details`` in its manifest; its facts after verification.
+
+    Where there is a key, it signs the manifest.
+    """
     facts = prepared.facts
 
     def verify(written: TensorSource) -> Mapping[str, Any]:
@@ -212,6 +231,8 @@ def write_prepared(
         config_changes=prepared.config_changes,
         also_read=prepared.also_read,
         verify=verify,
+        is_determined=prepared.is_determined,
+        sign=None if prepared.key is None else partial(sign, prepared.key),
         threads=threads,
         progress=progress,
     )
@@ -247,9 +268,9 @@ class _Request:
 
     def require_places(self, steps: Sequence[Step]) -> None:
         """Refuse places that cannot be written to: training and calibration come before the writing."""
-        require_creatable(self.out)
+        require_creatable(self.out, *_BESIDE)
         if any(step.has_key for step in steps):
-            _require_apart(self.key, self.out)
+            require_apart(self.key, self.out)
             if not self.key.parent.is_dir():
                 raise KeyFileError(
                     f"key file {self.key} cannot be created: its folder does not exist; create it first: "
@@ -266,9 +287,13 @@ class _Request:
             passphrase=self.passphrase,
             seed=self.seed,
             threads=self.threads,
-            work=out.with_name(f"{out.name}.training"),
+            work=out.with_name(out.name + _TRAINING),
             progress=self.progress,
         )
+
+    def key_of(self, steps: Sequence[Step]) -> Key | None:
+        """The key that one of the steps made; None where none does."""
+        return read_key(self.key, self.passphrase) if any(step.has_key for step in steps) else None
 
     def check(self, step: Step, source: Path) -> StepReport:
         """A dry run of one step: it refuses what :meth:`write` refuses before the work begins."""
@@ -294,15 +319,8 @@ class _Request:
         inputs = self.inputs(step, source, out)
         signs = self._require_usable(inputs)
         prepared = step.protection.prepare(inputs)
-        is_new_key = prepared.key is not None and not os.path.lexists(self.key)
-        if prepared.key is not None and is_new_key:
-            write_key(self.key, prepared.key, self.passphrase)
-        try:
+        with kept_key(self.key, prepared.key, self.passphrase, out):
             facts, _ = _write(step.protection, prepared, inputs, out)
-        except Exception:
-            if is_new_key and not partial_of(out).exists():
-                self.key.unlink(missing_ok=True)  # it opens nothing, and would be in the way of the next try
-            raise
         if inputs.work is not None:
             _remove(prepared.leftovers, inputs.work)
         return self._report(step, inputs, facts, out, prepared.key, signs, is_dry_run=False)
@@ -345,16 +363,43 @@ class _Request:
         )
 
 
+@contextmanager
+def kept_key(path: Path, key: Key | None, passphrase: str | None, out: Path) -> Iterator[None]:
+    """Inside and afterwards, ``key`` is at ``path``. When what is done there fails for good, it is gone again.
+
+    Another process may be doing the same work with the same file: what it wrote meanwhile keeps its key.
+    """
+    is_new = key is not None and not os.path.lexists(path)
+    if key is not None and is_new:
+        write_key(path, key, passphrase)
+    try:
+        yield
+    except Exception:
+        if key is not None and is_new and not partial_of(out).exists() and not _is_key_of(key, out):
+            path.unlink(missing_ok=True)  # it opens nothing, and would be in the way of the next try
+        raise
+    if key is not None and not os.path.lexists(path):
+        write_key(path, key, passphrase)
+
+
+def _is_key_of(key: Key, out: Path) -> bool:
+    try:
+        manifest = read_manifest(out)
+    except CheckpointError:
+        return False
+    return manifest is not None and manifest.details.get("key_fingerprint") == key.fingerprint
+
+
 def _modules_note(expert: TensorSource) -> tuple[str, ...]:
     folders = module_folders_of(expert.index.side_files)
     named = ", ".join(folders)
     return (f"{named} stand around the network and are copied as they are, weights included.",) if folders else ()
 
 
-def _require_apart(key: Path, out: Path) -> None:
+def require_apart(key: Path, out: Path) -> None:
     """Raises KeyFileError when the key would lie in a folder that is published, or removed."""
     target = key.parent.resolve() / key.name
-    for folder in (out, partial_of(out), _steps_folder(out)):
+    for folder in (out, partial_of(out), out.with_name(out.name + _STEPS)):
         place = folder.parent.resolve() / folder.name
         if target == place or place in target.parents:
             raise KeyFileError(
@@ -369,28 +414,46 @@ def _remove(leftovers: Sequence[Path], work: Path) -> None:
         work.rmdir()
 
 
-def _steps_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.steps")
-
-
 def _compose(request: _Request, steps: Sequence[Step], *, is_dry_run: bool) -> ProtectResult:
     """Check every step, do every step, and give the last one's result its place."""
-    place = _steps_folder(request.out)
+    place = request.out.with_name(request.out.name + _STEPS)
     identity = _identity(request, steps)
-    _require_ours(place, identity)
+    is_begun = scratch.is_begun(place, identity)
     folders = [place / str(number) for number in range(1, len(steps) + 1)]
+    if is_begun and not is_dry_run and (finished := _reports_of(request.out, steps)) and not folders[-1].exists():
+        logger.warning("%s is complete: an earlier run of this command wrote it", request.out)
+        with scratch.begun(place, identity):
+            scratch.remove(place)
+        return request.result(steps, finished, is_dry_run=False)
+    require_absent(request.out)
     reports = [
         request.check(step, source) for step, source, folder in _inputs(request, steps, folders) if not folder.exists()
     ]
     if not is_dry_run:
-        place.mkdir(exist_ok=True)
-        replace_file(place / _REQUEST, identity.encode())
-        reports = _run_all(request, steps, folders)
-        require_absent(request.out)
-        folders[-1].rename(request.out)
-        sync_folder(request.out.parent)
-        shutil.rmtree(place)
+        with scratch.begun(place, identity):
+            reports = _run_all(request, steps, folders)
+            _sign(folders[-1], request.key_of(steps))
+            require_absent(request.out)
+            with writing(request.out):
+                folders[-1].rename(request.out)
+            sync_folder(request.out.parent)
+            scratch.remove(place)
     return request.result(steps, reports, is_dry_run=is_dry_run)
+
+
+def _reports_of(out: Path, steps: Sequence[Step]) -> list[StepReport]:
+    """What the manifest of a whole result of these steps says of each; none if it is no such result."""
+    if not out.is_dir() or read_manifest(out) is None or check_files(out):
+        return []
+    last = _manifest_json(out)
+    # The expert may have been a release itself, with steps of its own before these.
+    records = [*last.pop(EARLIER_STEPS, []), last][-len(steps) :]
+    if [methods_of(record) for record in records] != [step.methods for step in steps]:
+        return []
+    return [
+        StepReport(step.methods, out, (str(record["note"]),), record)
+        for step, record in zip(steps, records, strict=True)
+    ]
 
 
 def _run_all(request: _Request, steps: Sequence[Step], folders: Sequence[Path]) -> list[StepReport]:
@@ -433,19 +496,23 @@ def _identity(request: _Request, steps: Sequence[Step]) -> str:
     )
 
 
-def _require_ours(place: Path, identity: str) -> None:
-    """Raises BadInput when ``place`` holds anything but the unfinished work of this very request."""
-    if not place.is_symlink() and (not place.exists() or (place.is_dir() and not any(place.iterdir()))):
-        return
-    begun_for = place / _REQUEST
-    if place.is_symlink() or not begun_for.is_file() or begun_for.read_text() != identity:
-        raise BadInput(f"{place} holds the unfinished work of another request: remove it, or choose another OUT.")
-
-
 def _manifest_json(folder: Path) -> dict[str, Any]:
     """What a step's manifest says, but for the files that are gone with it."""
     document = json.loads((folder / MANIFEST_NAME).read_text())
-    return {name: value for name, value in document.items() if name not in ("format_version", "tool", "outputs")}
+    return {
+        name: value
+        for name, value in document.items()
+        if name not in ("format_version", "tool", "outputs", "signature")
+    }
+
+
+def _sign(folder: Path, key: Key | None) -> None:
+    """Sign the manifest of a composition, whose last step may have had no key."""
+    manifest = read_manifest(folder)
+    assert manifest is not None, "every step writes one"
+    if key is not None:
+        signed = replace(manifest, signature=sign(key, manifest.signed_bytes))
+        replace_file(folder / MANIFEST_NAME, signed.to_json().encode())
 
 
 def earlier_steps(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from unmergeable.attacks.base import Finding, recovered_by
 from unmergeable.attacks.examples import Examples
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.open import open_checkpoint
-from unmergeable.checkpoint.partial import require_absent
+from unmergeable.checkpoint.partial import require_absent, require_absent_or_written, require_outside
 from unmergeable.checkpoint.rewrite import rewrite
 from unmergeable.data import Fields
 from unmergeable.errors import BadInput, UsageError
@@ -151,7 +151,8 @@ def recover(
     attack: Attack = configure(ATTACKS.require(method), settings or {})
     requirements = attack.requirements()
     _require_wanted(method, requirements, sources=others, data=data, head=head, encoder=encoder)
-    require_absent(out)
+    require_outside(out, protected, base, *others)
+    (require_absent if data is not None else require_absent_or_written)(out)
     examples = None
     if data is not None:
         prepared_by = base if encoder is None else folder_of(encoder)
@@ -180,6 +181,7 @@ def recover(
             also_read={role: source for role, source in read.items() if source is not recovered.template}
             if estimate is None or estimate.template is not None
             else None,
+            is_determined=data is None,
             threads=threads,
             progress=progress,
         )

@@ -9,12 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.manifest import Manifest, read_manifest
-from unmergeable.errors import BadInput, KeyFileError
+from unmergeable.checkpoint.source import TensorSource
+from unmergeable.errors import BadInput, KeyFileError, shown
 from unmergeable.gauge.key import Key, read_key
 from unmergeable.ops.opened import AnyPath, open_with_architecture
-from unmergeable.ops.protection import EARLIER_STEPS, without_files, write_prepared
+from unmergeable.ops.protection import without_files, write_prepared
+from unmergeable.ops.recorded import EARLIER_STEPS, earlier_steps, methods_of
 from unmergeable.progress import Progress, silent
 from unmergeable.protections import PROTECTIONS, Rewrite
 from unmergeable.protections.exact import ExactSequence, RestoredFacts
@@ -81,25 +84,20 @@ def restore(
         NotEquivalent: the result does not compute what the protected checkpoint computes (its weights were altered).
     """
     folder, out = folder_of(protected), Path(out)
-    secret = read_key(Path(key), passphrase)
-    manifest = read_manifest(folder)
-    made_with = None if manifest is None else manifest.details.get("key_fingerprint")
-    earlier = () if manifest is None else manifest.details.get(EARLIER_STEPS, ())
-    _require_way_back(folder, manifest, secret)
-    source, architecture = open_with_architecture(folder)
-    if made_with not in (None, secret.fingerprint):
-        raise KeyFileError(
-            f"key file {key} (fingerprint {secret.fingerprint[:8]}) is not the key of {folder} "
-            f"({str(made_with)[:8]}); give the one made with it."
-        )
-    methods = ExactSequence.from_recipe(secret.recipe, PROTECTIONS)
+    opened = open_with_key(folder, Path(key), passphrase)
+    source, architecture, secret, methods = opened.source, opened.architecture, opened.key, opened.methods
     prepared = methods.restore(source, architecture, secret, threads=worker_threads(threads), progress=progress)
-    if made_with is None:
+    if not opened.is_recorded:
         _require_marks(prepared, secret, f"key file {key}", folder)
     # What remains is the protected release that was protected again: its own record, and so its own way back.
-    details = {"kind": "restored", "key_fingerprint": secret.fingerprint, "architecture": architecture.family}
+    details: dict[str, Any] = {
+        "kind": "restored",
+        "key_fingerprint": secret.fingerprint,
+        "architecture": architecture.family,
+    }
+    earlier = opened.earlier
     if earlier and "key_fingerprint" in earlier[-1]:
-        details = {**without_files(earlier[-1]), **({EARLIER_STEPS: earlier[:-1]} if earlier[1:] else {})}
+        details = {**without_files(earlier[-1]), **({EARLIER_STEPS: list(earlier[:-1])} if earlier[1:] else {})}
     facts, _ = write_prepared(prepared, out, details, threads=worker_threads(threads), progress=progress)
     assert isinstance(facts, RestoredFacts)
     note = _note(earlier) if earlier else None
@@ -108,12 +106,51 @@ def restore(
     )
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A protected checkpoint with the key that opens it.
+
+    ``earlier`` is what is said of the steps before the last. ``is_recorded``: whether its manifest names the key; where
+    it has none, only what comes out can tell whether the key fits.
+    """
+
+    source: TensorSource
+    architecture: Architecture
+    key: Key
+    methods: ExactSequence
+    earlier: tuple[Mapping[str, Any], ...]
+    is_recorded: bool
+
+
+def open_with_key(folder: Path, path: Path, passphrase: str | None) -> Opened:
+    """Open what a key protects, reading headers only.
+
+    Raises:
+        KeyFileError: no key, or not the key of this checkpoint.
+        BadInput: ``folder`` was not made by ``protect``, or its last step has no key.
+        UsageError: the key was made by a method that this version does not know.
+    """
+    key = read_key(path, passphrase)
+    manifest = read_manifest(folder)
+    made_with = None if manifest is None else manifest.details.get("key_fingerprint")
+    earlier = earlier_steps(manifest)
+    _require_way_back(folder, manifest, key)
+    source, architecture = open_with_architecture(folder)
+    if made_with not in (None, key.fingerprint):
+        raise KeyFileError(
+            f"key file {path} (fingerprint {key.fingerprint[:8]}) is not the key of {folder} "
+            f"({shown(made_with)[1:9]}); give the one made with it."
+        )
+    methods = ExactSequence.from_recipe(key.recipe, PROTECTIONS)
+    return Opened(source, architecture, key, methods, earlier, is_recorded=made_with is not None)
+
+
 def _require_way_back(folder: Path, manifest: Manifest | None, secret: Key) -> None:
     """Refuse what no key was made with, and a copy without a record where the key cannot tell whether it is its own."""
     details = {} if manifest is None else manifest.details
     if "key_fingerprint" in details:
         return
-    if any("key_fingerprint" in step for step in details.get(EARLIER_STEPS, ())):
+    if any("key_fingerprint" in step for step in earlier_steps(manifest)):
         raise BadInput(
             f"{folder}: what was done after the keyed step has no way back, so that the key opens nothing; keep "
             "the original."
@@ -155,5 +192,5 @@ def _note(earlier: Sequence[Mapping[str, Any]]) -> str:
             f"This is a protected release itself, with key {str(last['key_fingerprint'])[:8]}; restore it with that "
             "key to get the original."
         )
-    methods = ", ".join(str(step["recipe"]["method"]) for step in earlier if "method" in step["recipe"])
+    methods = ", ".join(name for step in earlier if "key_fingerprint" not in step for name in methods_of(step))
     return f"This is the result of {methods}, which no key undoes, and not the original."

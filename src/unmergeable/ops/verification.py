@@ -15,13 +15,11 @@ from unmergeable.gauge.additive import Neutral, freedoms_of
 from unmergeable.gauge.equivalence import BlockError, Equivalence, Rounded, compare
 from unmergeable.network.logits import LogitGap, logit_gap
 from unmergeable.ops.opened import AnyPath, open_with_architecture
+from unmergeable.ops.recorded import condition_of
 from unmergeable.progress import Progress, silent
 from unmergeable.protections.untied import untied
 from unmergeable.randomness import Stream
 from unmergeable.threads import one_thread_per_kernel, worker_threads
-
-CONDITION_WITHOUT_MANIFEST = 1.0
-"""When neither folder says how it was made, no rounding but that of what is stored is assumed."""
 
 INCONCLUSIVE = 0.25
 """Relative error of a block from which on roundings hide everything: nothing is then called equal."""
@@ -104,7 +102,7 @@ def verify(
     stored = open_with_architecture(folders[0], base=adapted), open_with_architecture(folders[1])
     (first, architecture), (second, _) = _equally_tied(*stored)
     require_same_tensors(first, second, "comparing two checkpoints")
-    condition = max(map(_condition, folders))
+    condition = max(condition_of(read_manifest(folder)) for folder in folders)
     with one_thread_per_kernel():
         found = _compared(first, second, architecture, condition, worker_threads(threads), progress)
     inputs = None if probe is None else Path(probe)
@@ -169,12 +167,3 @@ def _equally_tied(first: Opened, second: Opened) -> tuple[Opened, Opened]:
 
 def _is_tied(opened: Opened) -> bool:
     return any(stream.tied is not None for stream in opened[1].residuals)
-
-
-def _condition(folder: Path) -> float:
-    manifest = read_manifest(folder)
-    return (
-        float(manifest.details.get("condition_bound", CONDITION_WITHOUT_MANIFEST))
-        if manifest
-        else CONDITION_WITHOUT_MANIFEST
-    )

@@ -163,6 +163,7 @@ class Rewrite:
         key: the secret that undoes it, None where nothing does.
         verify: judges the written checkpoint and completes the facts. What it raises removes the result.
         leftovers: files in the work folder, removed once the result is there.
+        is_determined: whether recipe, record and the files read say all that the bytes depend on.
     """
 
     source: TensorSource
@@ -176,6 +177,7 @@ class Rewrite:
     key: Key | None = None
     verify: Callable[[TensorSource], Facts] | None = None
     leftovers: tuple[Path, ...] = ()
+    is_determined: bool = False
 
 
 class Protection:

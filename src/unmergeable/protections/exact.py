@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from unmergeable.architecture import Architecture, Group, Space, detect
 from unmergeable.architecture.residual import OUTPUT_HEAD
 from unmergeable.architecture.symmetry import GroupKind
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
+from unmergeable.checkpoint.index import content_digest
 from unmergeable.checkpoint.plan import OutputTensor
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import KeyFileError, NotEquivalent, UsageError
@@ -316,6 +318,7 @@ class ExactSequence(Protection):
             record=self._record(facts, key, source, architecture, is_public=inputs.seed is not None),
             config_changes=UNTIED if self.unties else None,
             key=key,
+            is_determined=True,
             verify=lambda written: self._verified(facts, inputs, source, architecture, written),
         )
 
@@ -328,18 +331,11 @@ class ExactSequence(Protection):
         another one's: every gauge leaves the function alone.
         """
 
-        def verify(written: TensorSource) -> Facts:
+        def verify(written: TensorSource) -> RestoredFacts:
             shapes = {name: written.spec(name).shape for name in written.names}
             restored = untied(written, detect(written.config, shapes))[0] if self.unties else written
-            equivalence = self._equivalence(protected, restored, architecture, threads, progress)
-            if not equivalence.is_equal:
-                raise NotEquivalent(
-                    f"the result would not compute what {protected.description} computes: {equivalence.explain()}; "
-                    "nothing was written."
-                )
-            return RestoredFacts(changed, max(block.error for block in equivalence.blocks))
+            return self._same(protected, restored, architecture, threads, progress)
 
-        changed = len(architecture.symmetry.tensors_of(self.spaces(architecture)))
         gauges = undo(self.gauges(architecture, key, protected))
         drop = [OUTPUT_HEAD] if self.unties else []
         return Rewrite(
@@ -348,8 +344,65 @@ class ExactSequence(Protection):
             recipe=self._recipe(architecture),
             resume_token=f"restore {key.fingerprint}",
             config_changes=TIED if self.unties else None,
+            is_determined=True,
             verify=verify,
         )
+
+    def rotate(
+        self,
+        protected: TensorSource,
+        architecture: Architecture,
+        old: Key,
+        new: Key,
+        *,
+        threads: int,
+        progress: Progress,
+        is_public: bool,
+    ) -> Rewrite:
+        """The same under another key: the old gauges undone and new ones applied at once, and rounded once.
+
+        Raises:
+            UsageError: a method keeps something in the key that was found in the original weights.
+        """
+        if old.orders:
+            names = ", ".join(method.name for method in self.methods)
+            raise UsageError(
+                f"{names}: the key keeps an order that was found in the original; restore that, and protect it again."
+            )
+        gauges = (*undo(self.gauges(architecture, old, protected)), *self.gauges(architecture, new, protected))
+        return Rewrite(
+            source=protected,
+            plan=transformed(protected, architecture.symmetry, gauges),
+            recipe=self._recipe(architecture),
+            resume_token=new.fingerprint,
+            record=self._record(
+                self._facts(protected, architecture), new, protected, architecture, is_public=is_public
+            ),
+            key=new,
+            is_determined=True,
+            verify=lambda written: self._same(protected, written, architecture, threads, progress),
+        )
+
+    def _same(
+        self,
+        protected: TensorSource,
+        written: TensorSource,
+        architecture: Architecture,
+        threads: int,
+        progress: Progress,
+    ) -> RestoredFacts:
+        equivalence = self._equivalence(protected, written, architecture, threads, progress)
+        if not equivalence.is_equal:
+            raise NotEquivalent(
+                f"the result would not compute what {protected.description} computes: {equivalence.explain()}; "
+                "nothing was written."
+            )
+        changed = len(architecture.symmetry.tensors_of(self.spaces(architecture)))
+        return RestoredFacts(changed, max(block.error for block in equivalence.blocks))
+
+    def recipe_for(self, source: TensorSource, architecture: Architecture) -> dict[str, Any]:
+        """What a key of these methods for a checkpoint says."""
+        return {**self._recipe(architecture), "source": content_digest(source.index)}
 
     def _seen(self, inputs: Inputs) -> tuple[TensorSource, Architecture]:
         """The expert as the methods see it: its output head apart, where that is asked for.
@@ -378,20 +431,8 @@ class ExactSequence(Protection):
 
     def _key(self, inputs: Inputs, source: TensorSource, architecture: Architecture) -> tuple[Key, bool]:
         """The key of an interrupted run of this very work, or a new one; and whether it is new."""
-        recipe = {**self._recipe(architecture), "source": source.index.headers_digest}
-        path = inputs.key_file
-        if path is not None and os.path.lexists(path):
-            existing = read_key(path, inputs.passphrase)
-            if existing.recipe != recipe:
-                raise KeyFileError(
-                    f"key file {path} belongs to another checkpoint or recipe and is never overwritten; name another."
-                )
-            return existing, False
-        if inputs.seed is None:
-            return Key(new_entropy(), recipe), True
-        logger.warning("the key is drawn from the public seed %d: anybody can make it again", inputs.seed)
-        seed = str(inputs.seed).encode()
-        return Key(hashlib.blake2b(seed, digest_size=KEY_BYTES, person=b"unmergeable-pub").digest(), recipe), True
+        recipe = self.recipe_for(source, architecture)
+        return key_for(recipe, inputs.key_file, inputs.passphrase, inputs.seed)
 
     def _orders(self, inputs: Inputs, source: TensorSource, architecture: Architecture) -> dict[str, list[int]]:
         return {
@@ -479,6 +520,26 @@ class ExactSequence(Protection):
                     "leave as_published out."
                 )
         return "Try a smaller condition number."
+
+
+def key_for(recipe: Mapping[str, Any], path: Path | None, passphrase: str | None, seed: int | None) -> tuple[Key, bool]:
+    """The key of an interrupted run of this very work at ``path``, or a new one; and whether it is new.
+
+    Raises:
+        KeyFileError: the key there belongs to other work, or cannot be read.
+    """
+    if path is not None and os.path.lexists(path):
+        existing = read_key(path, passphrase)
+        if existing.recipe != recipe:
+            raise KeyFileError(
+                f"key file {path} belongs to another checkpoint or recipe and is never overwritten; name another."
+            )
+        return existing, False
+    if seed is None:
+        return Key(new_entropy(), recipe), True
+    logger.warning("the key is drawn from the public seed %d: anybody can make it again", seed)
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=KEY_BYTES, person=b"unmergeable-pub")
+    return Key(digest.digest(), recipe), True
 
 
 def _heads_apart(source: TensorSource, architecture: Architecture, gauges: Sequence[Gauge]) -> tuple[OutputTensor, ...]:
