@@ -3,6 +3,12 @@
 # make check   format, lint, types (examples in the documentation too), import order, and the site
 # make docs    the documentation as a site, in build/site
 # make slow    the tests that take minutes each, left out of `make test`
+# make faults  every call that changes or reads the disk fails once, in every command (hours)
+# make kills   kills at random moments, through the installed command
+# make fuzz    20 000 changed files for every reader
+# make wheel   the wheel, built twice to the same bytes, installed in an environment of its own and used there
+# make lock    requirements-dev.txt again: every development dependency with its hashes
+# make audit-dependencies   known weaknesses of what requirements-dev.txt pins
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,7 +16,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO   ?= demo
 
-.PHONY: demo test check docs slow format clean
+.PHONY: demo test check docs slow faults kills fuzz wheel lock audit-dependencies format clean
 
 # torch comes first: the CPU build that constraints.txt pins, whatever else asks for it later.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -32,6 +38,28 @@ test: $(VENV)/demo-installed
 
 slow: $(VENV)/demo-installed
 	$(BIN)/python -m pytest -m slow
+
+faults: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m faults.run build/faults --json benchmarks/results/faults.json
+
+kills: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m faults.kills build/kills --command $(BIN)/unmergeable --json benchmarks/results/kills.json
+
+fuzz: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m fuzzing.run build/fuzz --json benchmarks/results/fuzz.json
+
+wheel: $(VENV)/installed
+	$(BIN)/python tests/wheel.py build/wheel
+
+# The hashes are those of every platform's files; `pip install --require-hashes -r requirements-dev.txt` takes no other.
+lock: $(VENV)/installed
+	$(PIP) install uv
+	$(BIN)/uv pip compile pyproject.toml --extra dev --constraint constraints.txt --generate-hashes --universal \
+		--python-version 3.11 --no-header --quiet --output-file requirements-dev.txt
+
+audit-dependencies: $(VENV)/installed
+	$(PIP) install pip-audit
+	$(BIN)/pip-audit --requirement requirements-dev.txt --require-hashes --disable-pip
 
 check: $(VENV)/installed docs
 	$(BIN)/ruff format --check src tests benchmarks plans docs
