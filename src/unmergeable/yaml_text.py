@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from unmergeable.errors import BadInput, UsageError, shown
+from unmergeable.errors import BadInput, UsageError
+
+LONGEST_REASON = 500
+"""Characters of what the reader says, which may quote the document."""
 
 
 def parse_yaml(text: str, where: str, loader: Any = None) -> object:
@@ -24,4 +27,5 @@ def parse_yaml(text: str, where: str, loader: Any = None) -> object:
         return yaml.load(text, Loader=loader or yaml.SafeLoader)  # noqa: S506
     except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise BadInput(f"{where} is not valid YAML: {shown(reason)[1:-1]}; correct it there.") from None
+        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} …"
+        raise BadInput(f"{where} is not valid YAML: {reason}; correct it there.") from None

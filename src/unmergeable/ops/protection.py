@@ -372,6 +372,8 @@ def kept_key(path: Path, key: Key | None, passphrase: str | None, out: Path) -> 
     is_new = key is not None and not os.path.lexists(path)
     if key is not None and is_new:
         write_key(path, key, passphrase)
+    elif key is not None and read_key(path, passphrase).fingerprint != key.fingerprint:
+        raise KeyFileError(f"key file {path} was made by another process meanwhile; run the same command again.")
     try:
         yield
     except Exception:
