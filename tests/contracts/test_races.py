@@ -11,7 +11,7 @@ from unmergeable import ops
 from unmergeable.checkpoint.manifest import check_files
 from unmergeable.checkpoint.partial import partial_of
 from unmergeable.errors import BadInput, KeyFileError, NotEquivalent
-from unmergeable.gauge.key import read_key
+from unmergeable.gauge.key import Key, read_key, write_key
 from unmergeable.ops import protection
 from zoo import TOYS, write_toy
 
@@ -91,3 +91,14 @@ def test_a_key_that_opens_nothing_goes(work: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(BadInput, match="exists"):
         ops.protect(work / "expert", base=work / "base", out=work / "out", method="mergelock", key=work / "k")
     assert not (work / "k").exists()
+
+
+def test_a_key_that_another_process_made_first_is_not_passed_over(tmp_path: Path) -> None:
+    """Both saw no key and drew one: who comes second must not write a release that the file does not open."""
+    path, ours, theirs = tmp_path / "k", Key(bytes(32), {}), Key(bytes([1]) * 32, {})
+    write_key(path, theirs)
+    with pytest.raises(KeyFileError, match="another process"), protection.kept_key(path, ours, None, tmp_path / "out"):
+        pytest.fail("nothing may be written")
+    with protection.kept_key(path, theirs, None, tmp_path / "out"):  # the control: the same key goes on
+        pass
+    assert read_key(path) == theirs
