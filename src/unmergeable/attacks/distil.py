@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.live import edits_to, load, with_a_head
+from unmergeable.checkpoint.disk_names import to_disk_names
 from unmergeable.checkpoint.source import TensorSource, require_same_tensors
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.comparison import Comparison
-from unmergeable.network.disk_weights import to_disk_names
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import drawn_batches, encoded, gather_examples, padding_token, select
 from unmergeable.network.outputs import LOGITS, widths_of, with_answers
