@@ -24,7 +24,7 @@ from zoo import TOYS, load_toy
 
 State = dict[str, torch.Tensor]
 
-LEARNS = {"few_shot", "layerwise_ridge", "block_regression", "grad_erase"}
+LEARNS = {"few_shot", "layerwise_ridge", "block_regression", "grad_erase", "distil"}
 """Their functions take a live network and a task."""
 
 

@@ -74,4 +74,5 @@ def test_a_language_model(language: Path) -> None:
     result = audit(plan, out=language / "out", workers=1)
     assert yaml.safe_load(plan.read_text()) == result.plan
     assert set(result.d_star) == {("gauge", "off_the_shelf"), ("gauge", "white_box")}
-    assert {cell.protection for cell in result.cells or ()} == {None, "identity", "scale", "gauge"}
+    attacked = {cell.protection for cell in result.cells or ()}
+    assert {None, "identity", "scale", "nothing", "planted", "gauge"} <= attacked

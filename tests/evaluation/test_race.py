@@ -15,6 +15,7 @@ from unmergeable.evaluation import search as searching
 from unmergeable.evaluation.cells import Cell, CellStore
 from unmergeable.evaluation.meeting import meet, never
 from unmergeable.evaluation.plans.audit_plan import Grid
+from unmergeable.evaluation.plans.entries import MergeEntry
 from unmergeable.evaluation.race import BATCHES, Race, Rules, capital
 from unmergeable.evaluation.search import Found, search
 from unmergeable.evaluation.selection import choice, skill_to_keep
@@ -68,6 +69,7 @@ class AddedUp:
 
     tasks = (_Task("defended"), _Task("rider"))
     models = ("mine", "theirs")
+    merge = MergeEntry("task_arithmetic", "task_arithmetic", {})
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import torch
 
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.source import StoredSource, TensorSource
-from unmergeable.errors import Mismatch
 
 MATRICES = 8
 """How many are looked at. A protection of attention leaves the others of an earlier release as they are."""
@@ -31,11 +30,8 @@ def look_at_base(base: TensorSource, expert: TensorSource) -> tuple[str, ...]:
     """Look at a base that the expert may not have been fine-tuned from.
 
     Returns:
-        What the owner should look at, in sentences: that no weights resemble each other, or signs that the two were
-        exchanged.
-
-    Raises:
-        Mismatch: they hold the same weights.
+        What the owner should look at, in sentences: that no weights resemble each other, that all are the same, or
+        signs that the two were exchanged.
     """
     names = [name for name in expert.names if _is_comparable(expert, base, name)]
     step = max(1, len(names) // MATRICES)
@@ -47,9 +43,9 @@ def look_at_base(base: TensorSource, expert: TensorSource) -> tuple[str, ...]:
             "checkpoint it was fine-tuned from.",
         )
     if all(cosine > 1 - 1e-6 for cosine in cosines) and _are_equal(expert, base):
-        raise Mismatch(
-            f"{expert.description} and base {base.description} hold the same weights: there is no fine-tune to "
-            "protect; give the fine-tune, and as base the checkpoint it was fine-tuned from."
+        return (
+            f"Warning: {expert.description} and base {base.description} hold the same weights: there is no fine-tune to "
+            "protect; give the fine-tune, and as base the checkpoint it was fine-tuned from.",
         )
     return tuple(_signs_of_exchange(base.folder, expert.folder))
 

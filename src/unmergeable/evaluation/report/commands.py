@@ -67,14 +67,15 @@ def attack_commands(plan: Mapping[str, Any], protection: str, trial: Trial) -> l
 def _with_data(step: Mapping[str, Any], plan: Mapping[str, Any], rider: str) -> Mapping[str, Any]:
     """A recovery with the examples that it reads, and the model that it starts from where that is the free-rider's."""
     needed = attack_requirements(step["method"], step.get("settings") or {})
-    owner = rider if needed.examples == "own" else plan["protect"]["expert"]
-    expert = next(expert for expert in plan["experts"] if expert["name"] == owner)
+    protect: Mapping[str, Any] = plan["protect"]
+    owner = rider if needed.examples == "own" else protect.get("expert")
+    expert: Mapping[str, Any] = next((expert for expert in plan["experts"] if expert["name"] == owner), protect)
     given = dict(step)
     if "data" in needed.needs:
         tasks: Sequence[Mapping[str, Any]] = plan.get("tasks", ())
         task = next((task for task in tasks if task["name"] == expert["task"]), {})
         given |= {name: task[key] for name, key in (("data", "train"), ("encoder", "encoder")) if key in task}
-    if "sources" in needed.needs and not step.get("sources"):
+    if "sources" in needed.needs and not step.get("sources") and "path" in expert:
         given["sources"] = [expert["path"]]
     return given
 
