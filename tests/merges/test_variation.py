@@ -39,7 +39,7 @@ def test_a_tensor_is_merged_as_if_its_terms_held_for_all(name: str) -> None:
     method: Merge = MERGES[name]()
     if name == "ties":
         method = Ties(trim="tensor")
-    base, experts = make_models(2)
+    base, experts = make_models(min(2, method.most_experts or 2))
     values = {
         "density": 0.6,
         "gamma": 0.1,
@@ -47,9 +47,15 @@ def test_a_tensor_is_merged_as_if_its_terms_held_for_all(name: str) -> None:
         "t": 0.25,
         "mask_threshold": 0.6,
         "scaling_coefficient": 0.7,
+        "threshold": 0.02,
+        "amplify": 0.5,
+        "most": 0.9,
+        "width": 0.5,
     }
+    if name == "nearswap":
+        values["t"] = 1e-3
     settings = {setting: values[setting] for setting in method.varies}
-    coefficients = None if name in ("model_stock", "slerp") else (0.5, 0.25)
+    coefficients = None if name in ("model_stock", "slerp", "nuslerp") else (0.5, 0.25)[: len(experts)]
     changed = "layers.0.weight"
 
     def vary(tensor: str) -> Variation:

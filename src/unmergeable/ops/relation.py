@@ -44,8 +44,8 @@ def look_at_base(base: TensorSource, expert: TensorSource) -> tuple[str, ...]:
         )
     if all(cosine > 1 - 1e-6 for cosine in cosines) and _are_equal(expert, base):
         return (
-            f"Warning: {expert.description} and base {base.description} hold the same weights: there is no fine-tune to "
-            "protect; give the fine-tune, and as base the checkpoint it was fine-tuned from.",
+            f"Warning: {expert.description} and base {base.description} hold the same weights: there is no fine-tune "
+            "to protect; give the fine-tune, and as base the checkpoint it was fine-tuned from.",
         )
     return tuple(_signs_of_exchange(base.folder, expert.folder))
 
