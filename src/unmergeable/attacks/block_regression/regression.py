@@ -77,11 +77,14 @@ def block_regression(
     """Make ``student`` compute what ``teacher`` computes, in place, and return its weights.
 
     Args:
-        student: the base, live, in evaluation mode; changed. teacher: the release, of any structure with the same
-        number of stacks of layers. architecture: of the base. batches: inputs that both take. tables: the release's
-        tensors by the base's names, of which embeddings are used where they are of use. ridge, steps: of each fit, as
-        of :class:`~unmergeable.attacks.block_regression.block_regression.BlockRegression`. progress: called with the
-        layers fitted.
+        student: the base, live, in evaluation mode; changed.
+        teacher: the release, of any structure with the same number of stacks of layers.
+        architecture: of the base.
+        batches: inputs that both take.
+        tables: the release's tensors by the base's names, of which embeddings are used where they are of use.
+        ridge: of each fit, as of :class:`~unmergeable.attacks.block_regression.block_regression.BlockRegression`.
+        steps: of each fit.
+        progress: called with the layers fitted.
 
     Raises:
         BadInput: no examples; a network does not take them, has no layers to follow, or its activations are not finite.
