@@ -52,7 +52,11 @@ RELEASES: Mapping[str, tuple[str, ...]] = {
     "everything": KINDS,
 }
 
-CHAINS: Mapping[str, tuple[str, ...]] = {"nearest_orbit": ("nearest_orbit",), "block_regression": ("block_regression",)}
+CHAINS: Mapping[str, tuple[str, ...]] = {
+    "nearest_orbit": ("nearest_orbit",),
+    "lossless_pruning, nearest_orbit": ("lossless_pruning", "nearest_orbit"),
+    "block_regression": ("block_regression",),
+}
 
 COEFFICIENTS = (0.5, 0.7, 1.0)
 
