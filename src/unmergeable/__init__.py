@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from unmergeable.evaluation import Audit, audit
     from unmergeable.merges import register_merge
     from unmergeable.ops import (
+        change_passphrase,
         derive_map,
         inspect,
         merge,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         restore,
         restore_state_dict,
         rotate,
+        show_key,
         verify,
         verify_manifest,
     )
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Audit",
     "audit",
+    "change_passphrase",
     "derive_map",
     "inspect",
     "merge",
@@ -56,6 +59,7 @@ __all__ = [
     "restore_state_dict",
     "rotate",
     "schema",
+    "show_key",
     "verify",
     "verify_manifest",
 ]

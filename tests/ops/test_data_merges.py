@@ -359,7 +359,7 @@ def test_what_a_killed_merge_left_behind_is_no_part_of_the_next(
     (tmp_path / "left").rename(tmp_path / "out.statistics")
     ops.merge(out=tmp_path / "out", data=data[:2], **given)
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
-    (tmp_path / "other.statistics").mkdir()  # control: a folder of somebody else's stays
-    with pytest.raises(BadInput, match=r"other.statistics cannot be created: File exists; remove it"):
+    (tmp_path / "other.statistics" / "theirs").mkdir(parents=True)  # control: a folder of somebody else's stays
+    with pytest.raises(BadInput, match=r"other.statistics holds the unfinished work of another request: remove it"):
         ops.merge(out=tmp_path / "other", data=data[:2], **given)
     assert (tmp_path / "other.statistics").is_dir()

@@ -8,6 +8,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -185,17 +186,21 @@ def merge_state_dicts(
         statistics=gathered,
     )
     terms = terms_of(method, given, inputs.names, vary)
-    merge_tensor, scratch, merged = method.prepare(inputs, terms.__getitem__), Scratch(), set(inputs.names)
+    scratch, merged = Scratch(), set(inputs.names)
 
-    def merged_one(name: str, like: Tensor) -> Tensor:
+    def merged_one(name: str) -> Tensor:
+        like = template[name].detach()
+        if name not in merged:
+            return like.clone()
         out = torch.empty_like(like, dtype=out_dtype or like.dtype, memory_format=torch.contiguous_format)
         fill(name, partial(merge_tensor, name, inputs.operands(name), scratch), scratch, out)
         return out
 
-    return {
-        name: merged_one(name, tensor.detach()) if name in merged else tensor.clone()
-        for name, tensor in template.items()
-    }
+    # As for files: the bits of a sum, or of singular values, depend on how many threads a kernel has.
+    with one_thread_per_kernel():
+        merge_tensor = method.prepare(inputs, terms.__getitem__)
+        with ThreadPoolExecutor(worker_threads(None)) as pool:
+            return dict(zip(template, pool.map(merged_one, template), strict=True))
 
 
 class MergeFunction(Protocol[Settings]):
