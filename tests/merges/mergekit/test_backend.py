@@ -4,6 +4,7 @@ import json
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from safetensors.torch import load_file
 from merges.small_models import make_models, write_checkpoint
 from unmergeable.checkpoint.manifest import check_files, read_manifest
 from unmergeable.checkpoint.open import open_checkpoint
+from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, Mismatch, UnmergeableError, UsageError
 from unmergeable.merges import Linear, TaskArithmetic, merge_state_dicts
 from unmergeable.merges.mergekit.backend import find_command, merge_with_mergekit
+from unmergeable.merges.mergekit.documents import with_donor
 
 STAND_IN = """#!{python}
 import json, shutil, sys
@@ -95,6 +98,37 @@ def test_a_loss_is_refused(
     with pytest.raises(Mismatch, match=message):
         merge_with_mergekit(document(sources), sources, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+RENAMED = "tensors = {'model.' + name: tensor for name, tensor in tensors.items()}"
+
+
+def test_other_prefixes_of_names_are_no_loss(
+    tmp_path: Path, sources: dict[str, TensorSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mergekit writes the names of its own table."""
+    stand_in(tmp_path, LOSE.format(change=RENAMED), monkeypatch)
+    merge_with_mergekit(document(sources), sources, tmp_path / "out")
+    assert "model.layers.0.bias" in Checkpoint.open(tmp_path / "out").names
+
+
+def test_a_loss_under_other_prefixes_is_refused(
+    tmp_path: Path, sources: dict[str, TensorSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(tmp_path, LOSE.format(change=f"{RENAMED}; del tensors['model.layers.0.bias']"), monkeypatch)
+    with pytest.raises(Mismatch, match=r"'layers.0.bias' is in the models but not in"):
+        merge_with_mergekit(document(sources), sources, tmp_path / "out")
+
+
+def test_the_first_model_gives_the_configuration() -> None:
+    """Else any of them does, another one in another run."""
+    models = [{"model": name, "parameters": {"weight": 1.0}} for name in ("b", "a")]
+    plain: dict[str, Any] = {"merge_method": "linear", "models": models}
+    assert with_donor(plain) == {**plain, "base_model": "b"}
+    named = {**plain, "base_model": "a"}
+    assert with_donor(named) == named
+    added = {**plain, "merge_method": "ties", "base_model": "base"}
+    assert with_donor(added) == added
 
 
 def test_another_dtype_is_taken_if_it_was_asked_for(

@@ -22,15 +22,17 @@ from typing import Any
 
 import torch
 
+from unmergeable.checkpoint.correspondence import corresponding_names
 from unmergeable.checkpoint.disk import write_file
 from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.listing import CONFIG_NAME, MANIFEST_NAME
 from unmergeable.checkpoint.manifest import FileRecord, Manifest, by_name, installed_version, record_file, record_header
 from unmergeable.checkpoint.partial import PartialFolder, require_absent
 from unmergeable.checkpoint.reader import Checkpoint
-from unmergeable.checkpoint.source import TensorSource
+from unmergeable.checkpoint.source import TensorSource, shapes_of
 from unmergeable.checkpoint.spare import is_spare
 from unmergeable.errors import BadInput, UnmergeableError, UsageError
+from unmergeable.merges.mergekit.documents import with_donor
 from unmergeable.merges.models import require_nothing_lost, stored_as
 from unmergeable.merges.vocabularies import is_vocabulary
 
@@ -77,7 +79,7 @@ def merge_with_mergekit(
         folder.remove_all_but(())  # mergekit cannot resume
         try:
             config = Path(scratch) / "config.yaml"
-            config.write_text(json.dumps(document))  # JSON is YAML
+            config.write_text(json.dumps(with_donor(document)))  # JSON is YAML
             _run([command, str(config), str(folder.files), *_options(seed, threads)], scratch)
             # mergekit's own file names the folders of this machine.
             (folder.files / "mergekit_config.yml").unlink(missing_ok=True)
@@ -109,15 +111,19 @@ def merge_with_mergekit(
 def _expected(
     template: TensorSource, merged: TensorSource, out_dtype: torch.dtype | None, *, tokens_may_differ: bool
 ) -> dict[str, TensorSpec]:
-    """The tensors that may not be lost; masks and second copies of tied weights, which mergekit leaves out, may."""
+    """The tensors that may not be lost; masks and second copies of tied weights, which mergekit leaves out, may.
+
+    They are named as in the merge: mergekit writes the names of its own table, whatever prefixes the models have.
+    """
     expected = {}
+    found = corresponding_names(shapes_of(template), shapes_of(merged))
     for name in template.names:
-        spec = stored_as(template.spec(name), out_dtype)
-        if name not in merged.index.entries and is_spare(name, template.config):
+        spec, there = stored_as(template.spec(name), out_dtype), found.get(name)
+        if there is None and is_spare(name, template.config):
             continue
-        if tokens_may_differ and is_vocabulary(name) and name in merged.index.entries:
-            spec = TensorSpec(spec.dtype, (merged.spec(name).shape[0], *spec.shape[1:]))
-        expected[name] = spec
+        if tokens_may_differ and is_vocabulary(name) and there is not None:
+            spec = TensorSpec(spec.dtype, (merged.spec(there).shape[0], *spec.shape[1:]))
+        expected[there or name] = spec
     return expected
 
 

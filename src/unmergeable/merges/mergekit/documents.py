@@ -96,6 +96,18 @@ def document_of(
     return document
 
 
+def with_donor(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose merge takes its ``config.json`` and tokenizer from the first model.
+
+    Where the base is a model like the others and none is named, mergekit takes them from any of the models: which one
+    differs from run to run. Naming the first changes nothing else.
+    """
+    config = parse_config(document)
+    if config.base_model is not None or METHODS[config.merge_method].base != "expert":
+        return dict(document)
+    return {**document, "base_model": config.models[0]}
+
+
 def tokenizer_document(tokenizer: Tokenizer, document: Mapping[str, Any]) -> dict[str, Any]:
     """The ``tokenizer`` of a configuration that merges the experts of ``document``."""
 
