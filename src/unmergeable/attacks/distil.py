@@ -64,7 +64,7 @@ class Distil:
     examples: int = 640
     steps: int = 240
     batch_size: int = 8
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-5
     temperature: float = 2.0
     layers: int = 4
     max_length: int = 128
