@@ -76,8 +76,21 @@ def test_another_passphrase_and_the_same_key(work: Path) -> None:
         read_key(path, "first")
     ops.change_passphrase(path, passphrase="second", new=None)
     assert read_key(path) == before
-    with pytest.raises(KeyFileError, match="has no passphrase"):
-        ops.change_passphrase(path)
+
+
+@pytest.mark.usefixtures("cheap_scrypt")
+def test_a_key_that_is_as_it_is_asked_to_be_stays_as_it_is(work: Path) -> None:
+    """The same call again, after one that the disk broke off behind the rename."""
+    path = work / "release.key"
+    plain = path.read_bytes()
+    ops.change_passphrase(path)
+    assert path.read_bytes() == plain
+    for new in ("first", None):
+        ops.change_passphrase(path, passphrase=None if new else "first", new=new)
+        written = path.read_bytes()
+        again = ops.change_passphrase(path, passphrase=None if new else "first", new=new)
+        assert path.read_bytes() == written
+        assert again.fingerprint == read_key(path, new).fingerprint
 
 
 def test_a_release_under_a_new_key_gives_the_original_back(work: Path) -> None:

@@ -85,6 +85,7 @@ def show_key(path: AnyPath, *, releases: Sequence[AnyPath] = (), passphrase: str
 def change_passphrase(path: AnyPath, *, passphrase: str | None = None, new: str | None = None) -> KeyResult:
     """Encrypt a key file under another passphrase, or under none. The key stays the same, and what it opens.
 
+    A file that is as it is asked to be stays as it is: so the same call ends well after one that a disk broke off.
     Copies of the old file still open with the old passphrase, and so may the blocks it lay in on the disk.
 
     Args:
@@ -97,11 +98,19 @@ def change_passphrase(path: AnyPath, *, passphrase: str | None = None, new: str 
         DiskError: it cannot be written; the old file stays as it was.
     """
     path = Path(path)
-    if new is None and not key_files.describe_key(path).is_encrypted:
-        raise KeyFileError(f"key file {path} has no passphrase as it is; give a new one to encrypt it.")
-    key = key_files.change_passphrase(path, passphrase, new)
+    key = _already(path, new) or key_files.change_passphrase(path, passphrase, new)
     # Not read again: the work is done, and must not be said to have failed.
     return KeyResult(path, key.fingerprint, key.recipe, new is not None, public_key_of(key), {})
+
+
+def _already(path: Path, new: str | None) -> key_files.Key | None:
+    """The key, where its file has this passphrase already, or none where none is wanted."""
+    if key_files.describe_key(path).is_encrypted != (new is not None):
+        return None
+    try:
+        return key_files.read_key(path, new)
+    except KeyFileError:
+        return None  # another passphrase
 
 
 def _opens(fingerprint: str, folder: Path) -> bool:
