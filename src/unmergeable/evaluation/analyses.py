@@ -46,7 +46,7 @@ from unmergeable.evaluation.analysis import (
 )
 from unmergeable.evaluation.cells import identity
 from unmergeable.evaluation.models import Variant
-from unmergeable.evaluation.names import CONTROLS, IDENTITY
+from unmergeable.evaluation.names import NOT_THE_EXPERT
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings
 from unmergeable.evaluation.plans.entries import TaskEntry
 from unmergeable.evaluation.pool import Call, Pool, run_all
@@ -176,7 +176,7 @@ def subjects_of(variants: Sequence[Variant]) -> list[Subject]:
     for variant in variants:
         form: Form = "raw" if variant.recovery is None else "canonical"
         is_form = variant.recovery is None or variant.facts.get("method") == CANONICAL
-        is_first = variant.protection not in set(CONTROLS) - {IDENTITY} and variant.seed == first[variant.protection]
+        is_first = variant.protection not in NOT_THE_EXPERT and variant.seed == first[variant.protection]
         if variant.checkpoint is not None and is_form and is_first:
             subjects.append(Subject(variant.protection, variant.seed, form, variant.checkpoint))
     return subjects

@@ -19,7 +19,7 @@ from unmergeable.evaluation.controls import controls
 from unmergeable.evaluation.heats import Heats
 from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack
 from unmergeable.evaluation.models import Variant, make_variants
-from unmergeable.evaluation.names import BASE, CONTROLS, IDENTITY, PLANTED_STRUCTURE, SCALE
+from unmergeable.evaluation.names import BASE, NOT_THE_EXPERT, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.pool import Call
@@ -253,7 +253,7 @@ class Auditor:
         released = [
             (variant, variant.checkpoint)
             for variant in variants
-            if variant.recovery is None and variant.protection not in set(CONTROLS) - {IDENTITY}
+            if variant.recovery is None and variant.protection not in NOT_THE_EXPERT
         ]
         entry = self.plan.retrain
         wanted = []
@@ -347,7 +347,7 @@ class Auditor:
             for variant in variants
             if variant.checkpoint is not None
             and variant.is_had_by(rider)
-            and variant.protection not in set(CONTROLS) - {IDENTITY, SCALE}
+            and variant.protection not in set(NOT_THE_EXPERT) - {SCALE}
         ]
         last = self.plan.connectivity - 1
         shares = [number / last for number in range(last + 1)]

@@ -20,7 +20,7 @@ from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.evaluation.cells import digest_of, identity
 from unmergeable.evaluation.control_models import KINDS_OF, SCALE_FACTOR, distance_with_key, output_gap, write_planted
 from unmergeable.evaluation.methods import attack_requirements
-from unmergeable.evaluation.names import CONTROLS, GIVEN, IDENTITY, NOTHING, SCALE
+from unmergeable.evaluation.names import GIVEN, IDENTITY, NOT_THE_EXPERT, NOTHING, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MethodEntry, ProtectionEntry, RecoveryEntry, TaskEntry
 from unmergeable.evaluation.plans.releases import ReleaseEntry
@@ -100,7 +100,7 @@ def _recovered(
     """What each recovery makes of a release, those that the attacker leaves for the end last."""
     made: list[Variant] = []
     for entry in sorted(recoveries, key=lambda entry: _is_last(entry, plan)):
-        if released.protection in set(CONTROLS) - {IDENTITY} and not entry.threat_model.merges:
+        if released.protection in NOT_THE_EXPERT and not entry.threat_model.merges:
             continue  # they are controls of merging
         if _is_last(entry, plan) and _is_found(released, made):
             continue

@@ -10,5 +10,8 @@ NOTHING = "nothing"
 CONTROLS = (IDENTITY, SCALE, PLANTED, PLANTED_STRUCTURE, NOTHING)
 """The controls (:mod:`unmergeable.evaluation.control_models`). None protects: an audit must find that out."""
 
+NOT_THE_EXPERT = tuple(name for name in CONTROLS if name != IDENTITY)
+"""Those of merging alone: no student is made of them, and nothing is trained into them."""
+
 GIVEN = "given recovery"
 """Weights that somebody else got out of a release."""

@@ -174,7 +174,7 @@ class _Course:
 
     def finish_best(self) -> None:
         """Where all are out the best meets every example all the same, for what is said of this merge."""
-        if self._cells and not self.found.cells:
+        if self._cells and not any(cell.is_whole for cell in self._cells.values()):
             scores = self.scores
             self._meet(max(scores, key=lambda point: merit(scores[point], self._kept)), never)
 

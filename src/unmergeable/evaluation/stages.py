@@ -59,16 +59,14 @@ def by_part(searched: Sequence[Searched], kept: Mapping[str, float]) -> list[tup
     whole = [
         done
         for done in searched
-        if done.job.variant is not None
-        and done.job.merge is not None
-        and done.job.merge.method == _WHOLE
-        and _best(done, kept)[1] is not None
+        if done.job.variant is not None and done.job.merge is not None and done.job.merge.method == _WHOLE
     ]
     wanted: dict[Any, tuple[Job, MergeEntry]] = {}
     for group in _groups(whole).values():
         best = max(group, key=lambda done: _best(done, kept)[0])
         start = _best(best, kept)[1]
-        assert start is not None
+        if start is None:  # no point of any met every example
+            continue
         assert best.job.merge is not None
         merge = replace(best.job.merge, name=BY_PART, start=start)
         wanted[_key(best.job, merge)] = (best.job, merge)

@@ -42,7 +42,7 @@ from unmergeable.gauge.signature import sign
 from unmergeable.ops.adapter_release import release_adapter
 from unmergeable.ops.opened import AnyPath, open_base, open_with_architecture
 from unmergeable.ops.protect_result import ProtectResult, StepReport
-from unmergeable.ops.recorded import EARLIER_STEPS, methods_of
+from unmergeable.ops.recorded import EARLIER_STEPS, earlier_steps, methods_of
 from unmergeable.ops.relation import look_at_base
 from unmergeable.ops.steps import Methods, Step, steps_of
 from unmergeable.progress import Progress, silent
@@ -246,7 +246,7 @@ def _write(protection: Protection, prepared: Rewrite, inputs: Inputs, out: Path)
         "architecture": inputs.architecture.family,
         **prepared.record,
         **({"note": protection.limits} if protection.limits else {}),
-        **earlier_steps(inputs.expert.folder),
+        **record_of_steps(inputs.expert.folder),
     }
     return write_prepared(prepared, out, details, threads=inputs.threads, progress=inputs.progress)
 
@@ -307,7 +307,7 @@ class _Request:
         require_outside(self.out, *folders_read((inputs.expert, inputs.base)))
         if inputs.expert.folder != self.expert:
             return ()  # what an earlier step wrote
-        earlier = earlier_steps(self.expert).get(EARLIER_STEPS, [])
+        earlier = record_of_steps(self.expert).get(EARLIER_STEPS, [])
         if earlier and "key_fingerprint" in earlier[-1]:
             return (
                 f"{self.expert} is a protected release itself: the new key gives it back, and key "
@@ -501,11 +501,7 @@ def _identity(request: _Request, steps: Sequence[Step]) -> str:
 def _manifest_json(folder: Path) -> dict[str, Any]:
     """What a step's manifest says, but for the files that are gone with it."""
     document = json.loads((folder / MANIFEST_NAME).read_text())
-    return {
-        name: value
-        for name, value in document.items()
-        if name not in ("format_version", "tool", "outputs", "signature")
-    }
+    return {name: value for name, value in document.items() if name not in _OF_THE_FILES}
 
 
 def _sign(folder: Path, key: Key | None) -> None:
@@ -517,13 +513,13 @@ def _sign(folder: Path, key: Key | None) -> None:
         replace_file(folder / MANIFEST_NAME, signed.to_json().encode())
 
 
-def earlier_steps(folder: Path) -> dict[str, Any]:
+def record_of_steps(folder: Path) -> dict[str, Any]:
     """What the manifest of a protection of ``folder`` says of protections before it; nothing where there are none."""
     manifest = read_manifest(folder)
     if manifest is None or manifest.details.get("kind") != "protected":
         return {}
-    record = _manifest_json(folder)
-    return {EARLIER_STEPS: [*record.pop(EARLIER_STEPS, ()), record]}
+    record = {name: value for name, value in _manifest_json(folder).items() if name != EARLIER_STEPS}
+    return {EARLIER_STEPS: [*earlier_steps(manifest), record]}
 
 
 def without_files(step: Mapping[str, Any]) -> dict[str, Any]:
