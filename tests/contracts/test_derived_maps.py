@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 import unmergeable
 from unmergeable.architecture import FAMILIES
 from unmergeable.architecture.derived import known_map
-from unmergeable.derivation.build import Specimen, build, default_config
-from unmergeable.derivation.shrink import Sizes, shrunken
+from unmergeable.derivation.build import Specimen
+from unmergeable.derivation.model_types import built, usual_config
+from unmergeable.derivation.shrink import Sizes
 
 SIZES = Sizes(heads=6, groups=2, head_size=12, intermediate=44, experts=4)
 """Other numbers than the maps were derived with."""
@@ -27,7 +28,7 @@ def specimen(kind: str) -> Specimen:
     derived = known_map(kind)
     assert derived is not None
     network_class = getattr(transformers, derived.network_class)
-    return build(shrunken(default_config(kind), SIZES), network_class)
+    return built(usual_config(kind, network_class), network_class, SIZES)
 
 
 def write(network: Any, folder: Path, seed: int | None = None) -> Path:

@@ -179,7 +179,7 @@ def numbers(settings: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         if isinstance(value, Mapping):
             found |= numbers(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[prefix + name] = value
+            found[f"{prefix}{name}"] = value
     return found
 
 
@@ -319,14 +319,14 @@ def flags_of(config: Config, prefix: str = "") -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in config.items():
-        if name in _NO_FLAGS or name.startswith("_") or name.endswith(("_token_id", "_token")):
+        if name in _NO_FLAGS or str(name).startswith("_") or name.endswith(("_token_id", "_token")):
             continue
         if isinstance(value, Mapping):
             found |= flags_of(value, f"{prefix}{name}.")
         elif isinstance(value, (bool, str)):
-            found[prefix + name] = value
+            found[f"{prefix}{name}"] = value
         elif isinstance(value, (list, tuple)) and value and all(isinstance(item, (bool, str)) for item in value):
-            found[prefix + name] = sorted(set(map(str, value)))
+            found[f"{prefix}{name}"] = sorted(set(map(str, value)))
     return found
 
 

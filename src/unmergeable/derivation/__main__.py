@@ -1,9 +1,13 @@
 """Derive and prove the map of every ``model_type`` that the installed transformers registers for a task.
 
     python -m unmergeable.derivation causal-lm masked-lm --out maps/
+    python -m unmergeable.derivation --count
+    python -m unmergeable.derivation --ship --out maps/
 
 Each type runs in a process of its own, with limits on time and memory. OUT/TASK/TYPE.json holds its map, or the reason
 why it has none; what is there is not done again (``--retry`` repeats the failures). The last lines count them.
+``--count`` derives nothing, and counts the maps of the package. ``--ship`` puts the maps in OUT into the package, in a
+source tree, and writes the list of what is not supported and the page docs/model-types.md.
 """
 
 from __future__ import annotations
@@ -16,11 +20,15 @@ import resource
 import time
 import traceback
 import warnings
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from unmergeable.architecture.derived import known_map
+from unmergeable.architecture.families import FAMILIES
 from unmergeable.derivation.build import TASKS, registered
 from unmergeable.derivation.model_types import derive_map
+from unmergeable.derivation.summary import counts, levels, page, read_reasons, short
 from unmergeable.errors import UnmergeableError
 
 CPU_SECONDS = 60
@@ -30,12 +38,25 @@ MEMORY_BYTES = 6 << 30
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", choices=[*TASKS, "all"])
-    parser.add_argument("--out", type=Path, required=True, help="Output directory; rerun with the same one to resume.")
+    parser.add_argument("tasks", nargs="*", help=f"{', '.join(TASKS)}, or all.")
+    parser.add_argument("--out", type=Path, help="Output directory; rerun with the same one to resume.")
     parser.add_argument("--only", nargs="*", help="These model types and no others.")
     parser.add_argument("--retry", action="store_true", help="Repeat the types that have no map.")
+    parser.add_argument("--count", action="store_true", help="Count the maps of the package, and derive none.")
+    parser.add_argument("--ship", action="store_true", help="Put the maps in the output directory into the package.")
     options = parser.parse_args()
+    if unknown := set(options.tasks) - {*TASKS, "all"}:
+        parser.error(f"unknown task {min(unknown)}; there are {', '.join(TASKS)}, and all")
+    if options.out is None and not options.count:
+        parser.error("give --out DIR, or --count")
+    if options.ship:
+        ship(options.out)
+    if options.count or options.ship:
+        for task in TASKS:
+            print(f"{task}: " + ", ".join(f"{number} {name}" for name, number in counts(task).items()))
+        return
     importlib.import_module("transformers").utils.logging.set_verbosity(50)
+    importlib.import_module("transformers.models.llama.modeling_llama")  # once, and not in every process
     warnings.simplefilter("ignore")
     for task in TASKS if "all" in options.tasks else options.tasks:
         folder = options.out / task
@@ -52,6 +73,44 @@ def main() -> None:
             json.loads((folder / f"{kind}.json").read_text()) for kind in kinds if (folder / f"{kind}.json").exists()
         ]
         print(f"{task}: {sum(map(_has_both, counted))} of {len(kinds)} with a value-output and a feed-forward group")
+
+
+def ship(out: Path) -> None:
+    """Put the maps in ``out`` into the package, with the reasons for what has none.
+
+    Of a type that has several tasks, the map with the most attentions is kept, of equals that for the later task.
+    """
+    package = Path(str(files("unmergeable")))
+    outcomes = {
+        task: {file.stem: json.loads(file.read_text("utf-8")) for file in sorted((out / task).glob("*.json"))}
+        for task in TASKS
+    }
+    best: dict[str, dict[str, Any]] = {}
+    for own in outcomes.values():
+        for kind, outcome in own.items():
+            if kind in FAMILIES or "failure" in outcome:
+                continue
+            if kind not in best or len(outcome["attentions"]) >= len(best[kind]["attentions"]):
+                best[kind] = {name: value for name, value in outcome.items() if name != "seconds"}
+    for kind, outcome in best.items():
+        (package / "architecture" / "maps" / f"{kind}.json").write_text(json.dumps(outcome, indent=1) + "\n", "utf-8")
+    before, reasons = read_reasons(), dict[str, dict[str, str]]()
+    for task in TASKS:
+        for kind, known in levels(task).items():
+            if known == "none":
+                outcome = outcomes[task].get(kind)
+                told = before.get(task, {}).get(kind, "not tried")
+                reasons.setdefault(task, {})[kind] = short(outcome) if outcome else told
+            elif known == "part":
+                reasons.setdefault(task, {})[kind] = short(best.get(kind) or _known(kind))
+    (package / "derivation" / "unsupported.json").write_text(json.dumps(reasons, indent=1) + "\n", "utf-8")
+    (package.parents[1] / "docs" / "model-types.md").write_text(page(reasons), "utf-8")
+
+
+def _known(kind: str) -> dict[str, Any]:
+    derived = known_map(kind)
+    assert derived is not None
+    return derived.to_json()
 
 
 def _has_both(outcome: dict[str, Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from unmergeable.derivation.inputs import proposals
 from unmergeable.errors import UnsupportedArchitecture, UsageError
 from unmergeable.network.disk_weights import find_places
 
-LENGTH = 12
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 
@@ -98,15 +97,23 @@ def build(config: Mapping[str, Any], network_class: Any, *, seed: int = 0) -> Sp
     except Exception as error:
         raise UnsupportedArchitecture(f"{kind}: a small network cannot be built ({_line(error)}).") from error
     _randomise(network, seed)
+    first: Exception | None = None
     try:
-        specimen = Specimen(network, _inputs(network, made), made.to_dict())
-        with torch.no_grad():
-            outputs = specimen.outputs()
-    except Exception as error:
-        raise UnsupportedArchitecture(f"{kind}: a small network cannot be run ({_line(error)}).") from error
-    if not bool(torch.isfinite(outputs).any()):
-        raise UnsupportedArchitecture(f"{kind}: a small network gives out no finite number.")
-    return specimen
+        for inputs in proposals(network, made):
+            specimen = Specimen(network, inputs, made.to_dict())
+            try:
+                with torch.no_grad():
+                    outputs = specimen.outputs()
+            except Exception as error:
+                first = first or error
+            else:
+                if bool(torch.isfinite(outputs).any()):
+                    return specimen
+                first = first or ValueError("no output is a finite number")
+    except UsageError as error:
+        first = first or error
+    assert first is not None
+    raise UnsupportedArchitecture(f"{kind}: a small network cannot be run ({_line(first)}).") from first
 
 
 def _line(error: Exception) -> str:
@@ -129,49 +136,6 @@ def _randomise(network: Any, seed: int) -> None:
         for name, buffer in network.named_buffers():
             if buffer.is_floating_point() and name.endswith("correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
-
-
-def _inputs(network: Any, config: Any) -> dict[str, Tensor]:
-    """Arguments for the network's ``forward``: random tokens, pixels or sound."""
-    accepted = inspect.signature(network.forward).parameters
-    generator = torch.Generator().manual_seed(1)
-    main = str(getattr(network, "main_input_name", "input_ids"))
-    inputs: dict[str, Tensor] = {}
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = int(getattr(text, "vocab_size", 100) or 100)
-    low = min(60, vocabulary // 2)
-
-    def tokens(length: int) -> Tensor:
-        return torch.randint(low, vocabulary, (1, length), generator=generator)
-
-    if main == "input_ids" and "input_ids" in accepted:
-        inputs["input_ids"] = tokens(LENGTH)
-    elif main == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", 32)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        channels = int(getattr(vision, "num_channels", 3))
-        inputs["pixel_values"] = torch.randn(1, channels, height, width, generator=generator, dtype=torch.float64)
-        if "input_ids" in accepted and "decoder_input_ids" not in accepted:
-            inputs["input_ids"] = tokens(LENGTH)
-    elif main == "input_features":
-        bins = int(getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 16)
-        frames = 2 * int(getattr(config, "max_source_positions", 32))
-        shape = (
-            (1, bins, frames)
-            if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions")
-            else (1, frames, bins)
-        )
-        inputs["input_features"] = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    elif main == "input_values":
-        inputs["input_values"] = torch.randn(1, 4000, generator=generator, dtype=torch.float64)
-    else:
-        raise UsageError(f"{type(network).__name__} reads {main}, which no random inputs are made for.")
-    if "decoder_input_ids" in accepted and bool(getattr(config, "is_encoder_decoder", False)):
-        inputs["decoder_input_ids"] = tokens(7)
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False  # type: ignore[assignment]
-    return inputs
 
 
 TASKS = {

@@ -116,6 +116,7 @@ def tabulate(
         without_numbers(name): text for name, text in found.reasons.items() if "not proven" in text or " " in name
     }
     used: set[str] = set()
+    singles: dict[str, bool] = {}
     dropped: set[str] = set()
     for block in found.blocks:
         if block.name not in {twin.name for twin in other.blocks}:
@@ -139,11 +140,16 @@ def tabulate(
             reasons[without_numbers(block.name)] = str(reason)
             continue
         name = str(template["name"])
+        is_single = isinstance(block, Attention) and (block.groups, twin.groups) == (1, 1)
         known = kept.setdefault(name, template)
         if known == template:
+            singles[name] = is_single
             continue
+        if singles[name] != is_single:
+            known, template = _with_strides(known, template) if singles[name] else _with_strides(template, known)
+        singles[name] = False
         try:
-            kept[name] = _common(known, template)
+            kept[name] = known if known == template else _common(known, template)
         except Unexplained as reason:
             reasons[name] = str(reason)
             dropped.add(name)
@@ -170,6 +176,20 @@ def _matched(first: Sequence[Block], second: Sequence[Block]) -> Iterator[tuple[
         twin = twins.get(block.name)
         if twin is not None and type(twin) is type(block):
             yield block, twin
+
+
+def _with_strides(single: dict[str, Any], other: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The template of a layer with one head, with the distances between heads of another layer, and the other."""
+
+    def heads(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
+        return {**here, **({"group_stride": there["group_stride"]} if "group_stride" in there else {})}
+
+    parts = [
+        {**here, **{side: heads(here[side], there[side]) for side in ("query", "key")}}
+        for here, there in zip(single["parts"], other["parts"], strict=False)
+    ]
+    sides = {side: heads(single[side], other[side]) for side in ("value", "output")}
+    return {**single, **sides, "parts": parts if len(parts) == len(single["parts"]) else single["parts"]}, other
 
 
 _PROPERTIES = {"parts": (), "norm": None, "position": "none", "heads_limit": "", "value_group": "general_linear"}
