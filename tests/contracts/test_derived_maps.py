@@ -20,8 +20,14 @@ from unmergeable.derivation.shrink import Sizes
 SIZES = Sizes(heads=6, groups=2, head_size=12, intermediate=44, experts=4)
 """Other numbers than the maps were derived with."""
 
-QUICK = ["granite", "glm4", "distilbert"]
-MORE = ["olmo3", "exaone4", "qwen2_moe", "gemma4_text", "apertus", "glm4_moe", "bart", "deit"]
+KINDS = ["qwen3_5_text", "esm", "m2m_100", "whisper", "swinv2", "llava"]
+"""One of every kind of task: text with linear attention, masked, from text and sound to text, images, both."""
+
+QUICK = ["granite", "glm4", "distilbert", "whisper", "llava"]
+MORE = [
+    "olmo3", "exaone4", "qwen2_moe", "gemma4_text", "apertus", "glm4_moe", "bart", "deit", "qwen3_5_text", "esm",
+    "m2m_100", "swinv2",
+]  # fmt: skip
 
 
 def specimen(kind: str) -> Specimen:
@@ -57,6 +63,25 @@ def outputs(folder: Path, like: Specimen) -> torch.Tensor:
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return 0.0 if torch.equal(found, expected) else float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_mergelock_keeps_a_derived_type_too(kind: str, tmp_path: Path) -> None:
+    like = specimen(kind)
+    base = write(like.network, tmp_path / "base")
+    expert = write(like.network, tmp_path / "expert", seed=1)
+    expected = outputs(expert, like)
+    unmergeable.protect(expert, base=base, method="mergelock", out=tmp_path / "out", key=tmp_path / "key", seed=3)
+    (before,), (after,) = (list((tmp_path / name).glob("*.safetensors")) for name in ("expert", "out"))
+    ours, theirs = load_file(before), load_file(after)
+    assert relative(outputs(tmp_path / "out", like), expected) <= 2e-5
+    halves = {name: (tensor + theirs[name]) / 2 for name, tensor in ours.items()}
+    save_file(halves, before, metadata={"format": "pt"})
+    assert relative(outputs(expert, like), expected) > 0.1, "control: the mean with the unprotected expert is broken"
+    unmergeable.restore(tmp_path / "out", key=tmp_path / "key", out=tmp_path / "restored")
+    (file,) = (tmp_path / "restored").glob("*.safetensors")
+    assert max(relative(tensor, ours[name]) for name, tensor in load_file(file).items()) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE)])

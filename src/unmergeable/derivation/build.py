@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import inspect
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,19 +91,16 @@ def build(config: Mapping[str, Any], network_class: Any, *, seed: int = 0) -> Sp
     try:
         torch.manual_seed(seed)
         with in_float64():
-            made = network_class.config_class(**settings)
-            for part in (made, *(getattr(made, name, None) for name in getattr(made, "sub_configs", ()))):
-                if part is not None:
-                    part._attn_implementation = "eager"
-                    part._experts_implementation = "eager"
-            network = network_class(made).double().eval()
+            network = _network(settings, network_class).double().eval().requires_grad_(True)
+        made = network.config
+        stored = {"_class_name": kind, **made} if is_diffusion(network_class) else made.to_dict()
     except Exception as error:
         raise UnsupportedArchitecture(f"{kind}: a small network cannot be built ({_line(error)}).") from error
     _randomise(network, seed)
     first: Exception | None = None
     try:
         for inputs in proposals(network, made):
-            specimen = Specimen(network, inputs, made.to_dict())
+            specimen = Specimen(network, inputs, json.loads(json.dumps(stored, default=str)))
             try:
                 with torch.no_grad():
                     outputs = specimen.outputs()
@@ -114,6 +114,22 @@ def build(config: Mapping[str, Any], network_class: Any, *, seed: int = 0) -> Sp
         first = first or error
     assert first is not None
     raise UnsupportedArchitecture(f"{kind}: a small network cannot be run ({_line(first)}).") from first
+
+
+def is_diffusion(network_class: Any) -> bool:
+    """Whether a class is of diffusers, which keeps settings in no class of their own."""
+    return not hasattr(network_class, "config_class")
+
+
+def _network(settings: dict[str, Any], network_class: Any) -> Any:
+    if is_diffusion(network_class):
+        return network_class.from_config(settings)
+    made = network_class.config_class(**settings)
+    for part in (made, *(getattr(made, name, None) for name in getattr(made, "sub_configs", ()))):
+        if part is not None:
+            part._attn_implementation = "eager"
+            part._experts_implementation = "eager"
+    return network_class(made)
 
 
 def _line(error: Exception) -> str:
@@ -145,11 +161,30 @@ TASKS = {
     "seq2seq": "SEQ_TO_SEQ_CAUSAL_LM",
     "speech": "SPEECH_SEQ_2_SEQ",
     "image-text": "IMAGE_TEXT_TO_TEXT",
+    "diffusion": "",
 }
+
+
+DIFFUSION = (
+    "AllegroTransformer3DModel", "AuraFlowTransformer2DModel", "CogVideoXTransformer3DModel", "DiTTransformer2DModel",
+    "FluxTransformer2DModel", "LTXVideoTransformer3DModel", "Lumina2Transformer2DModel", "PixArtTransformer2DModel",
+    "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel", "WanTransformer3DModel",
+)  # fmt: skip
+"""Networks of diffusers that are tried; there is no list of them that names a task."""
+
+
+def class_named(name: str) -> Any:
+    """A network class of transformers or diffusers; None where neither has one of that name."""
+    found = getattr(importlib.import_module("transformers"), name, None)
+    if found is None and name in DIFFUSION and importlib.util.find_spec("diffusers") is not None:
+        found = getattr(importlib.import_module("diffusers"), name, None)
+    return found
 
 
 def registered(task: str) -> dict[str, str]:
     """The class of every ``model_type`` that transformers registers for a task of :data:`TASKS`."""
+    if task == "diffusion":
+        return {name: name for name in DIFFUSION}
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
     found = getattr(auto, f"MODEL_FOR_{TASKS[task]}_MAPPING_NAMES")
     return {kind: name if isinstance(name, str) else name[0] for kind, name in found.items()}
@@ -166,7 +201,10 @@ def registered_class(kind: str) -> str | None:
 
 
 def default_config(kind: str) -> dict[str, Any]:
-    """The config that transformers has for a ``model_type`` when nothing is set."""
+    """The config that transformers has for a ``model_type``, or diffusers for a class, when nothing is set."""
+    if kind in DIFFUSION:
+        accepted = inspect.signature(class_named(kind).__init__).parameters
+        return {"_class_name": kind} | {name: one.default for name, one in accepted.items() if name != "self"}
     auto = importlib.import_module("transformers.models.auto.configuration_auto")
     made: dict[str, Any] = auto.CONFIG_MAPPING[kind]().to_dict()
     return made

@@ -28,11 +28,16 @@ def proposals(network: Any, config: Any) -> Iterator[Inputs]:
         UsageError: the network reads something of which nothing is known here.
     """
     maker = _Maker(network, config)
-    main = str(getattr(network, "main_input_name", "input_ids"))
+    usual = "input_ids" if hasattr(network, "main_input_name") else "latents"
+    main = str(getattr(network, "main_input_name", usual))
     if main not in _MAKERS:
         raise UsageError(f"{type(network).__name__} reads {main}, which no random inputs are made for.")
     for inputs in _MAKERS[main](maker):
-        if "decoder_input_ids" in maker.accepted and bool(getattr(config, "is_encoder_decoder", False)):
+        if (
+            main != "latents"
+            and "decoder_input_ids" in maker.accepted
+            and bool(getattr(config, "is_encoder_decoder", False))
+        ):
             inputs["decoder_input_ids"] = maker.decoded()
         if "use_cache" in maker.accepted:
             inputs["use_cache"] = False
@@ -64,6 +69,10 @@ class _Maker:
         if "bbox" in self.accepted:
             yield {"input_ids": self.tokens(1, LENGTH), "bbox": torch.rand(1, LENGTH, 4, generator=self.generator)}
         yield {"input_ids": self.tokens(1, LENGTH)}
+        books = getattr(self.config, "num_codebooks", None)
+        if isinstance(books, int):  # sound as tokens, of several codebooks at each step
+            yield {"input_ids": self.tokens(books, LENGTH)}
+            yield {"input_ids": self.tokens(1, LENGTH, books + 1)}
         if "pixel_values" in self.accepted:
             yield from self.pixels()
         if "input_features" in self.accepted:
@@ -136,8 +145,42 @@ class _Maker:
         found = self.numbers(16, int(getattr(vision, "patch_embed_hidden_size", 768)))
         yield {"flattened_patches": torch.cat([places, found], dim=1)[None]}
 
+    def latents(self) -> Iterator[Inputs]:
+        """What a network that takes away noise reads: latents, a time, and texts in the width it expects."""
+        config = self.config
+        widths = (int(config[name]) for name in _TEXT_WIDTHS if config.get(name))
+        beside: Inputs = {"timestep": torch.tensor([7]), "return_dict": True}
+        if "encoder_hidden_states" in self.accepted:
+            count = int(config.get("max_text_seq_length") or 6)
+            beside["encoder_hidden_states"] = self.numbers(1, count, next(widths, 8))
+        if "encoder_attention_mask" in self.accepted:
+            beside["encoder_attention_mask"] = torch.ones(1, 6, dtype=torch.int64)
+        if "pooled_projections" in self.accepted:
+            beside["pooled_projections"] = self.numbers(1, int(config["pooled_projection_dim"]))
+        if "class_labels" in self.accepted:
+            beside["class_labels"] = torch.tensor([1])
+        channels, side = int(config["in_channels"]), 4
+        if "img_ids" in self.accepted:
+            places = torch.cartesian_prod(torch.arange(1), torch.arange(side), torch.arange(side)).double()
+            beside |= {"img_ids": places, "txt_ids": torch.zeros(6, 3)}
+        if "num_frames" in self.accepted:
+            beside |= {"num_frames": 1, "height": side, "width": side}
+        frames = 3 if "sample_frames" in config else 1
+        for shape in (
+            (1, channels, 8, 8),
+            (1, side * side, channels),
+            (1, channels, 2, 8, 8),
+            (1, frames, channels, 8, 8),
+        ):
+            yield {**beside, "hidden_states" if "hidden_states" in self.accepted else "sample": self.numbers(*shape)}
+
+
+_TEXT_WIDTHS = (
+    "joint_attention_dim", "caption_channels", "text_dim", "text_embed_dim", "cap_feat_dim", "cross_attention_dim",
+)  # fmt: skip
 
 _MAKERS = {
+    "latents": _Maker.latents,
     "input_ids": _Maker.text,
     "pixel_values": _Maker.pixels,
     "input_features": _Maker.features,

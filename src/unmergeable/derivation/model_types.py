@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from unmergeable.architecture.declare import Names
 from unmergeable.architecture.derived import DerivedMap, architecture_of
 from unmergeable.architecture.rules import possible_lengths
 from unmergeable.derivation.attentions import NOT_UNDERSTOOD
-from unmergeable.derivation.build import Specimen, build, default_config, registered
+from unmergeable.derivation.build import Specimen, build, class_named, default_config, is_diffusion, registered
 from unmergeable.derivation.derive import Derivation, derive
 from unmergeable.derivation.probe import Disk
 from unmergeable.derivation.prove import TOLERANCE, Prover
@@ -30,8 +29,7 @@ def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | 
     Raises:
         UnsupportedArchitecture: no small network of this kind can be built or run.
     """
-    transformers = importlib.import_module("transformers")
-    kind = getattr(transformers, network_class)
+    kind = class_named(network_class)
     config = usual_config(model_type, kind) if config is None else config
     derived = _tabulated(model_type, kind, config)
     if not (derived.attentions or derived.feed_forwards):
@@ -42,8 +40,9 @@ def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | 
 
 def usual_config(model_type: str, kind: Any) -> Mapping[str, Any]:
     """The config that a network class has when nothing is set."""
-    same = kind.config_class.model_type == model_type
-    return default_config(model_type) if same else dict(kind.config_class().to_dict())
+    if is_diffusion(kind) or kind.config_class.model_type == model_type:
+        return default_config(model_type)
+    return dict(kind.config_class().to_dict())
 
 
 def _tabulated(model_type: str, kind: Any, config: Mapping[str, Any]) -> DerivedMap:
@@ -115,7 +114,7 @@ def confirm(derived: DerivedMap, specimen: Specimen) -> None:
     names = Names({name: tuple(tensor.shape) for name, tensor in prover.weights.items()})
     symmetry = architecture_of(derived, specimen.config, names).symmetry
     for name, axes in possible_lengths(symmetry).items():
-        if any(names.shapes[name][axis] not in lengths for axis, lengths in axes.items()):
+        if name not in names.shapes or any(names.shapes[name][axis] not in lengths for axis, lengths in axes.items()):
             raise UnsupportedArchitecture(f"{derived.model_type}: the map's formulas do not give the shape of {name}.")
     change = prover.together(symmetry, symmetry.select("query_key", "value_output", "heads", "feed_forward"))
     if change > TOLERANCE:

@@ -32,10 +32,10 @@ class Sizes:
 
 
 SMALL = Sizes()
-WIDE = Sizes(heads=12, groups=4, head_size=32, intermediate=144, experts=8, latent=28, plain=6)
+WIDE = Sizes(heads=16, groups=4, head_size=24, intermediate=144, experts=8, latent=28, plain=6)
 """What to try instead of the second set, where a class wants heads in fours or positions on a quarter of each."""
 
-UNSEEN = Sizes(heads=12, groups=6, head_size=16, intermediate=96, experts=4, latent=24, plain=14)
+UNSEEN = Sizes(heads=8, groups=4, head_size=16, intermediate=96, experts=4, latent=24, plain=14)
 """Sizes that a map is read back for, after it was made from the others."""
 
 OTHER = Sizes(heads=12, groups=4, head_size=8, intermediate=112, experts=8, latent=28, plain=6)
@@ -46,7 +46,7 @@ _HIDDEN = (
     "embedding_size", "decoder_hidden_size", "encoder_hidden_size", "n_embed", "proj_size", "hidden_size_per_layer",
     "model_dim", "attention_hidden_size", "lru_width", "output_dim", "out_hidden_size", "cross_attention_dim",
     "text_hidden_size", "attention_dim", "rnn_hidden_size", "decoder_dim", "encoder_embed_dim", "mm_hidden_size",
-    "intra_bottleneck_size", "cross_hidden_size",
+    "intra_bottleneck_size", "true_hidden_size", "cross_hidden_size",
 )  # fmt: skip
 _INTERMEDIATE = (
     "intermediate_size", "d_ff", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
@@ -115,7 +115,7 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
     return small
 
 
-_NAMES_OF_LAYERS = {"stage_names", "out_features", "out_indices", "_out_features", "_out_indices"}
+_NAMES_OF_LAYERS = {"stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "hybrid_layer_ids"}
 
 _PER_STAGE = ("embed_dim", "embed_dims", "hidden_size", "hidden_sizes", "dims")
 
@@ -152,18 +152,27 @@ def _layers_that_differ(config: Mapping[str, Any], layers: int) -> list[int]:
 
 def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers: int) -> Any:
     """The small value of one setting; the value itself where it is no size."""
+    if key == "attn_layer_indices" and value is None:
+        return [1]
     if isinstance(value, bool) or value is None:
         return value
+    if key == "block_types" and isinstance(value, (list, tuple)):
+        return list(value)[::-1]  # attention comes last, and few layers are kept
     if isinstance(value, Mapping):
         return _small_rope(value, config, sizes) if "rope_theta" in value else dict(value)
     if key == "mrope_section":
         return _sections(value, sizes)
+    if key in {"axes_dims_rope", "axes_dim_rope"}:
+        third = sizes.head_size // 6 * 2
+        return [sizes.head_size - 2 * third, third, third]
     if key == "vision_feature_layer" and isinstance(value, (list, tuple)):
         return list(range(-len(value), 0))
     if key in {"attention_window", "block_sizes"} and isinstance(value, (list, tuple)):
         return [4 if key == "attention_window" else 1] * len(value)
     if not isinstance(value, int):
         return value
+    if key == "attention_hidden_size" and value == 2 * int(config.get("hidden_size") or 0):
+        return 2 * sizes.hidden
     if key in _HIDDEN:
         return sizes.hidden
     if key in _INTERMEDIATE:
@@ -228,7 +237,7 @@ def filled(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
         "default_language": next(iter(config.get("languages") or [None])),
         "indexer_budget": 4,
         "indexer_compress_ratio": 2,
-        **dict.fromkeys(("image_token_id", "image_token_index"), 5),
+        **dict.fromkeys(("image_token_id", "image_token_index", "pad_token_id"), 5),
     }
     full: dict[str, Any] = {}
     for key, value in config.items():
@@ -277,7 +286,6 @@ def _usual(sizes: Sizes) -> dict[str, Any]:
         **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts"), 2),
         "n_shared_experts": 1,
         "rope_theta": 10000.0,
-        "attn_layer_indices": [0],
         "vocab_size": sizes.vocabulary,
     }
 
@@ -293,6 +301,8 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "moe_k": lambda value, sizes: min(value, 2),
     "top_k_experts": lambda value, sizes: min(value, 2),
     "n_group": lambda value, sizes: min(value, 2),
+    "num_expert_group": lambda value, sizes: min(value, 2),
+    "encoder_hash_byte_group_vocab": lambda value, sizes: 64,
     "topk_group": lambda value, sizes: 1,
     "n_shared_experts": lambda value, sizes: min(value, 1),
     "first_k_dense_replace": lambda value, sizes: min(value, 1),
@@ -306,6 +316,17 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "rotary_dim": lambda value, sizes: sizes.head_size // 2,
     "image_size": lambda value, sizes: 32,
     "patch_size": lambda value, sizes: 8,
+    **dict.fromkeys(
+        ("caption_channels", "joint_attention_dim", "text_dim", "text_embed_dim", "cap_feat_dim"),
+        lambda value, sizes: sizes.latent,
+    ),
+    "caption_projection_dim": lambda value, sizes: sizes.hidden,
+    "pooled_projection_dim": lambda value, sizes: sizes.plain,
+    **dict.fromkeys(("time_embed_dim", "freq_dim"), lambda value, sizes: 32),
+    **dict.fromkeys(("num_single_layers", "num_mmdit_layers", "num_single_dit_layers"), lambda value, sizes: 2),
+    **dict.fromkeys(("sample_size", "sample_height", "sample_width"), lambda value, sizes: min(value, 8)),
+    "sample_frames": lambda value, sizes: 9 if value % 2 else 2,
+    "max_text_seq_length": lambda value, sizes: 6,
     "latent_query_num": lambda value, sizes: 4,
     "share_expert_dim": lambda value, sizes: sizes.intermediate,
     "upsample_groups": lambda value, sizes: sizes.hidden,
@@ -323,6 +344,8 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "attn_layer_period": lambda value, sizes: min(value, 2),
     "attn_layer_offset": lambda value, sizes: min(value, 1),
     "mamba_n_heads": lambda value, sizes: 2 * sizes.heads,
+    "n_mamba_heads": lambda value, sizes: 2 * sizes.heads,
+    "mamba_headdim": lambda value, sizes: sizes.head_size,
     "mamba_d_head": lambda value, sizes: sizes.head_size,
     "mamba_d_ssm": lambda value, sizes: 2 * sizes.heads * sizes.head_size,
     "num_group": lambda value, sizes: min(value, 2),

@@ -29,6 +29,7 @@ HEADINGS = {
     "seq2seq": "Sequence to sequence",
     "speech": "Speech to text",
     "image-text": "Image and text",
+    "diffusion": "Networks of diffusers, those tried",
 }
 
 
