@@ -91,16 +91,27 @@ def _first_confirmed(
         try:
             confirm(replace(bare, **{role: (template,)}), specimen)  # type: ignore[arg-type]
         except UnsupportedArchitecture as error:
-            reasons[str(template["name"])] = str(error).removeprefix(f"{bare.model_type}: ")
+            reasons.setdefault(str(template["name"]), str(error).removeprefix(f"{bare.model_type}: "))
         else:
             return template
     return None
 
 
 def _unscored(template: Mapping[str, Any]) -> dict[str, Any]:
-    """An attention whose queries and keys are left alone."""
+    """An attention whose queries and keys are left alone; the places of values may be given in their sizes."""
+    sizes = {f"part_{index}": str(part["size"]) for index, part in enumerate(template["parts"])}
+    plain = {name: size for name, size in sizes.items() if " " not in size}
+
+    def spelled_out(heads: Mapping[str, Any]) -> dict[str, Any]:
+        formulas = ("offset", "group_stride", "member_stride")
+        return {
+            key: " ".join(plain.get(word, word) for word in str(value).split()) if key in formulas else value
+            for key, value in heads.items()
+        }
+
     unknown = {"parts": [], "position": "none", "heads_limit": template["heads_limit"] or NOT_UNDERSTOOD}
-    return {name: value for name, value in {**template, **unknown}.items() if name != "norm"}
+    sides = {side: spelled_out(template[side]) for side in ("value", "output")}
+    return {name: value for name, value in {**template, **unknown, **sides}.items() if name != "norm"}
 
 
 def confirm(derived: DerivedMap, specimen: Specimen) -> None:

@@ -38,7 +38,7 @@ WIDE = Sizes(heads=16, groups=4, head_size=24, intermediate=144, experts=8, late
 UNSEEN = Sizes(heads=8, groups=4, head_size=16, intermediate=96, experts=4, latent=24, plain=14)
 """Sizes that a map is read back for, after it was made from the others."""
 
-OTHER = Sizes(heads=12, groups=4, head_size=8, intermediate=112, experts=8, latent=28, plain=6)
+OTHER = Sizes(heads=12, groups=4, head_size=8, intermediate=112, experts=8, latent=28, plain=7)
 """A second set, with more query heads for each key head: it tells which setting a number in a map comes from."""
 
 _HIDDEN = (
