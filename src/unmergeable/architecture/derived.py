@@ -337,9 +337,20 @@ _NO_FLAGS = {
 }  # fmt: skip
 
 
+_TOWERS = ("vision", "visual", "image", "video", "audio", "projector", "multi_modal")
+
+
+def _is_of_a_tower(name: str) -> bool:
+    """Whether a setting or a module belongs to what turns images or sound into tokens."""
+    return any(word.startswith(_TOWERS) for word in name.split("."))
+
+
 def _require_flags(derived: DerivedMap, config: Config) -> None:
-    """Refuse a network of the same type that is put together differently."""
+    """Refuse a network of the same type that is put together differently, but for towers that the map leaves alone."""
+    is_text = not any(_is_of_a_tower(str(template["name"])) for template in _templates(derived))
     for name, value in flags_of(config).items():
+        if is_text and _is_of_a_tower(name):
+            continue
         proven = derived.flags.get(name)
         if proven is None or value == proven or (isinstance(proven, list) and set(value) <= set(proven)):
             continue
