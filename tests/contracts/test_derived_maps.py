@@ -7,34 +7,37 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 import unmergeable
 from unmergeable.architecture import FAMILIES
 from unmergeable.architecture.derived import known_map
-from unmergeable.derivation.build import Specimen
+from unmergeable.derivation.build import Specimen, class_named, is_diffusion
 from unmergeable.derivation.model_types import built, usual_config
 from unmergeable.derivation.shrink import Sizes
 
 SIZES = Sizes(heads=6, groups=2, head_size=12, intermediate=44, experts=4)
 """Other numbers than the maps were derived with."""
 
-KINDS = ["qwen3_5_text", "esm", "m2m_100", "whisper", "swinv2", "llava"]
-"""One of every kind of task: text with linear attention, masked, from text and sound to text, images, both."""
+IN_STAGES = {"swinv2"}
+"""Their widths are those of the published network by a factor."""
+
+KINDS = ["qwen3_5_text", "esm", "m2m_100", "whisper", "swinv2", "llava", "PixArtTransformer2DModel"]
+"""One of every kind: text with linear attention, masked, from text and sound to text, images, both, diffusion."""
 
 QUICK = ["granite", "glm4", "distilbert", "whisper", "llava"]
 MORE = [
     "olmo3", "exaone4", "qwen2_moe", "gemma4_text", "apertus", "glm4_moe", "bart", "deit", "qwen3_5_text", "esm",
-    "m2m_100", "swinv2",
+    "m2m_100", "swinv2", "PixArtTransformer2DModel",
 ]  # fmt: skip
 
 
 def specimen(kind: str) -> Specimen:
     derived = known_map(kind)
     assert derived is not None
-    network_class = getattr(transformers, derived.network_class)
-    return built(usual_config(kind, network_class), network_class, SIZES)
+    network_class = class_named(derived.network_class)
+    sizes = Sizes(head_size=32) if kind in IN_STAGES else SIZES
+    return built(usual_config(kind, network_class), network_class, sizes)
 
 
 def write(network: Any, folder: Path, seed: int | None = None) -> Path:
@@ -52,13 +55,14 @@ def write(network: Any, folder: Path, seed: int | None = None) -> Path:
 
 
 def outputs(folder: Path, like: Specimen) -> torch.Tensor:
-    network = type(like.network).from_pretrained(folder, attn_implementation="eager").eval()
+    options = {} if is_diffusion(type(like.network)) else {"attn_implementation": "eager"}
+    network = type(like.network).from_pretrained(folder, **options).eval()
     inputs = {
         k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in like.inputs.items()
     }
     with torch.no_grad():
         found = network(**inputs)
-    return next(value for value in (found.get("logits"), found.get("last_hidden_state")) if value is not None)
+    return next(found[name] for name in ("logits", "last_hidden_state", "sample") if name in found)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from unmergeable.architecture.derived import DerivedMap, architecture_of
 from unmergeable.architecture.rules import possible_lengths
 from unmergeable.derivation.attentions import NOT_UNDERSTOOD
 from unmergeable.derivation.build import Specimen, build, class_named, default_config, is_diffusion, registered
-from unmergeable.derivation.derive import Derivation, derive
+from unmergeable.derivation.derive import Derivation, derive, without_numbers
 from unmergeable.derivation.probe import Disk
 from unmergeable.derivation.prove import TOLERANCE, Prover
 from unmergeable.derivation.shrink import OTHER, SMALL, UNSEEN, WIDE, Sizes, filled, shrunken, supply
@@ -47,12 +47,29 @@ def usual_config(model_type: str, kind: Any) -> Mapping[str, Any]:
 
 def _tabulated(model_type: str, kind: Any, config: Mapping[str, Any]) -> DerivedMap:
     first, name = _derived(config, kind, SMALL), kind.__name__
-    try:
-        derived = tabulate(model_type, name, first, _derived(config, kind, OTHER))
-    except UnsupportedArchitecture:
-        return tabulate(model_type, name, first, _derived(config, kind, WIDE))
-    is_whole = len(derived.attentions) > 0 or not any(isinstance(block, Attention) for block in first[1].blocks)
-    return derived if is_whole else tabulate(model_type, name, first, _derived(config, kind, WIDE))
+    attentions = [block for block in first[1].blocks if isinstance(block, Attention)]
+    scored = {without_numbers(block.name) for block in attentions if block.parts}
+    best: DerivedMap | None = None
+    failure: UnsupportedArchitecture | None = None
+    for sizes in (OTHER, WIDE):
+        try:
+            derived = tabulate(model_type, name, first, _derived(config, kind, sizes))
+        except UnsupportedArchitecture as error:
+            failure = error
+            continue
+        if best is None or _extent(derived) > _extent(best):
+            best = derived
+        if (len(best.attentions) > 0 or not attentions) and _extent(best)[1] >= len(scored):
+            break
+    if best is None:
+        assert failure is not None
+        raise failure
+    return best
+
+
+def _extent(derived: DerivedMap) -> tuple[int, int]:
+    """How many attentions a map has, and how many with queries and keys."""
+    return len(derived.attentions), sum(bool(template["parts"]) for template in derived.attentions)
 
 
 def confirmed(derived: DerivedMap, specimen: Specimen) -> DerivedMap:
