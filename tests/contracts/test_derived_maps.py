@@ -19,16 +19,13 @@ from unmergeable.derivation.shrink import Sizes
 SIZES = Sizes(heads=6, groups=2, head_size=12, intermediate=44, experts=4)
 """Other numbers than the maps were derived with."""
 
-IN_STAGES = {"swinv2"}
-"""Their widths are those of the published network by a factor."""
-
-KINDS = ["qwen3_5_text", "esm", "m2m_100", "whisper", "swinv2", "llava", "PixArtTransformer2DModel"]
+KINDS = ["qwen3_5_text", "esm", "m2m_100", "whisper", "deit", "llava", "PixArtTransformer2DModel"]
 """One of every kind: text with linear attention, masked, from text and sound to text, images, both, diffusion."""
 
 QUICK = ["granite", "glm4", "distilbert", "whisper", "llava"]
 MORE = [
     "olmo3", "exaone4", "qwen2_moe", "gemma4_text", "apertus", "glm4_moe", "bart", "deit", "qwen3_5_text", "esm",
-    "m2m_100", "swinv2", "PixArtTransformer2DModel",
+    "m2m_100", "PixArtTransformer2DModel",
 ]  # fmt: skip
 
 
@@ -36,8 +33,7 @@ def specimen(kind: str) -> Specimen:
     derived = known_map(kind)
     assert derived is not None
     network_class = class_named(derived.network_class)
-    sizes = Sizes(head_size=32) if kind in IN_STAGES else SIZES
-    return built(usual_config(kind, network_class), network_class, sizes)
+    return built(usual_config(kind, network_class), network_class, SIZES)
 
 
 def write(network: Any, folder: Path, seed: int | None = None) -> Path:
