@@ -146,7 +146,7 @@ def tabulate(
             reasons[without_numbers(block.name)] = str(reason)
             continue
         name = str(template["name"])
-        is_single = isinstance(block, Attention) and (block.groups, twin.groups) == (1, 1)
+        is_single = all(isinstance(one, Attention) and one.groups == 1 for one in (block, twin))
         known = kept.setdefault(name, template)
         if known == template:
             singles[name] = is_single
