@@ -126,7 +126,8 @@ def _unscored(template: Mapping[str, Any]) -> dict[str, Any]:
             for key, value in heads.items()
         }
 
-    unknown: dict[str, Any] = {"parts": [], "position": "none", "heads_limit": template["heads_limit"] or NOT_UNDERSTOOD}
+    limit = template["heads_limit"] or NOT_UNDERSTOOD
+    unknown: dict[str, Any] = {"parts": [], "position": "none", "heads_limit": limit}
     sides = {side: spelled_out(template[side]) for side in ("value", "output")}
     return {name: value for name, value in {**template, **unknown, **sides}.items() if name != "norm"}
 
