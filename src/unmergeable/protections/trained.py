@@ -12,11 +12,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -43,18 +43,25 @@ _BLOCK = re.compile(r"(?:.+?\.)?\d+(?=\.)")
 """A tensor's name up to its first number: the repeated block it lies in."""
 
 _SCORING_BATCH = 16
-_STATE, _TRAINED = "state.safetensors", "trained.safetensors"
-_LOSSES = "losses of every step"
+LEFTOVERS = ("state.safetensors", "trained.safetensors")
+"""What is kept of a run in its work folder: the training so far, and what it ended with."""
+
+LOSSES = "losses of every step"
+"""Where a file of trained weights keeps them."""
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a trained protection works on.
+    """What a trained protection works on: an expert's weights, or an adapter's A and B beside frozen weights.
 
     Attributes:
         network: the expert, live, float32; it is to end as the release.
-        base: the base's weights of the parameters to train, by module name.
-        attention: those parameters that are matrices of attention.
+        base: what a merge scales, by module name: the base's weights of the parameters to train; of an adapter zeros,
+            in place of every B.
+        also_trained: parameters that are trained and that no merge scales: an adapter's A.
+        disturbed: where a merge adds other updates, by module name, with the standard deviation of the expert's own
+            update there.
+        attention: parameters of ``base`` that belong to attention.
         predict: how the network's output is read (:class:`unmergeable.network.tasks.Task`).
         examples: labelled examples of the owner's task, all in memory.
         generic: inputs of other kinds, on which the release is to stay the expert; None where none are asked for.
@@ -68,15 +75,25 @@ class TrainingRun:
     predict: Predict
     examples: EncodedBatch
     generic: EncodedBatch | None = None
+    also_trained: frozenset[str] = frozenset()
+    disturbed: Mapping[str, float] = field(default_factory=dict)
     attention: frozenset[str] = frozenset()
     seed: int = 0
     kept: Kept | None = None
     progress: Progress = silent
 
+    def is_trained(self, name: str) -> bool:
+        """Whether a parameter is trained, by module name."""
+        return name in self.base or name in self.also_trained
+
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The live parameters to train, by module name."""
-        return {name: parameter for name, parameter in self.network.named_parameters() if name in self.base}
+        """The live parameters that are trained, or that a merge disturbs, by module name."""
+        return {
+            name: parameter
+            for name, parameter in self.network.named_parameters()
+            if self.is_trained(name) or name in self.disturbed
+        }
 
 
 class TrainedProtection(Protection):
@@ -90,7 +107,10 @@ class TrainedProtection(Protection):
     batch_size: int
     examples: int
 
-    reads_generic = False
+    trains_adapters: ClassVar[bool] = True
+    """Whether A and B of an adapter may be trained in place of whole weights."""
+
+    reads_generic: ClassVar[bool] = False
     """Whether inputs of other kinds than the task's are of use."""
 
     def train(self, run: TrainingRun) -> list[float]:
@@ -117,27 +137,24 @@ class TrainedProtection(Protection):
         return ProtectionRequirements(needs=("data", "training"), accepts=accepts)
 
     def check(self, inputs: Inputs) -> Facts:
-        self._job(inputs)
+        self.job(inputs, inputs.load_expert())
         return TrainedFacts()
 
     def prepare(self, inputs: Inputs) -> Rewrite:
-        job, network = self._job(inputs)
-        work = inputs.work or Path()
-        work.mkdir(exist_ok=True)
+        network = inputs.load_expert()
+        job = self.job(inputs, network)
         device = training_device()
         network.to(device)
         before = accuracy(network, job.task)
-        stored = read_tensors(work / _TRAINED, job.token)
-        if stored is None:
-            stored = self._trained(job, network, inputs, work)
-        losses = tuple(stored[_LOSSES].tolist())
+        stored = job.trained(lambda: self._trained(job, network, inputs))
+        losses = tuple(stored[LOSSES].tolist())
         facts = TrainedFacts(losses, {"expert": before})
 
         def verify(written: TensorSource) -> Facts:
             released = accuracy(load_network(written.folder).to(device), job.task)
             return replace(facts, accuracies={"expert": before, "protected": released})
 
-        released = TrainedSource(inputs.expert, work / _TRAINED)
+        released = TrainedSource(inputs.expert, job.file)
         return Rewrite(
             source=released,
             plan=output_like(released, {}),
@@ -147,14 +164,13 @@ class TrainedProtection(Protection):
             facts=facts,
             also_read={"base": inputs.base},
             verify=verify,
-            leftovers=(work / _STATE, work / _TRAINED),
+            leftovers=job.leftovers,
         )
 
-    def _job(self, inputs: Inputs) -> tuple[_Job, Any]:
-        """Everything that can be refused is refused here; with the expert's network."""
+    def job(self, inputs: Inputs, network: Any) -> TrainingJob:
+        """What the expert's network is to be trained on. Everything that can be refused is refused here."""
         if inputs.extras.data is None:
             raise UsageError(f"{self.name} trains on labelled data of your task; give some with data=FILE.")
-        network = inputs.load_expert()
         seed = inputs.seed or 0
         encoder = inputs.encoder
         source = DataSource(inputs.extras.data, seed=seed, limit=self.examples)
@@ -174,10 +190,10 @@ class TrainedProtection(Protection):
             generic = gather_examples(unlabelled, sum(map(len, unlabelled.batches)), pad=pad)
         recipe = {**self.recipe(), "seed": seed}
         token = job_token(recipe, (inputs.expert, inputs.base), (examples, *([generic] if generic else [])))
-        return _Job(task, examples, generic, recipe, token), network
+        return TrainingJob(task, examples, generic, recipe, token, inputs.work or Path())
 
-    def _trained(self, job: _Job, network: Any, inputs: Inputs, work: Path) -> dict[str, Tensor]:
-        """The trained weights as the checkpoint stores them, with which the network ends; kept in the work folder."""
+    def _trained(self, job: TrainingJob, network: Any, inputs: Inputs) -> dict[str, Tensor]:
+        """The trained weights as the checkpoint stores them, with which the network ends; and the losses."""
         places = find_places(network)
         blocks = numbered_blocks(inputs.architecture)
         used = [
@@ -192,27 +208,24 @@ class TrainedProtection(Protection):
                 if id(parameter) in trained
             }
         chosen = _pieces(places, [name for name in used if name in attention])
-        kept = Kept(work / _STATE, job.token)
-        losses = self.train(
-            TrainingRun(
-                network,
-                base,
-                job.task.predict,
-                job.examples,
-                job.generic,
-                frozenset(name for name, parameter in network.named_parameters() if id(parameter) in chosen),
-                job.recipe["seed"],
-                kept,
-                inputs.progress,
-            )
+        live = dict(network.named_parameters())
+        run = TrainingRun(
+            network,
+            base,
+            job.task.predict,
+            job.examples,
+            job.generic,
+            disturbed={name: float((live[name].detach() - base[name]).std(correction=0)) for name in base},
+            attention=frozenset(name for name in base if id(live[name]) in chosen),
+            seed=job.recipe["seed"],
+            kept=job.kept,
+            progress=inputs.progress,
         )
+        losses = self.train(run)
         weights = to_disk_names(network, network.state_dict())
         stored = {name: weights[name].cpu().to(torch_dtype(inputs.expert.spec(name).dtype)) for name in used}
         show(find_places(network), stored)  # rounded as the checkpoint stores them
-        stored[_LOSSES] = torch.tensor(losses, dtype=torch.float64)
-        write_tensors(work / _TRAINED, job.token, stored)
-        kept.file.unlink(missing_ok=True)
-        return stored
+        return {**stored, LOSSES: torch.tensor(losses, dtype=torch.float64)}
 
 
 def _pieces(places: Mapping[str, Any], names: Iterable[str]) -> set[int]:
@@ -236,12 +249,39 @@ class TrainedFacts(Facts):
 
 
 @dataclass(frozen=True)
-class _Job:
+class TrainingJob:
+    """A run, after everything that could be refused; what it leaves in the folder ``work`` is for the same run."""
+
     task: Task
     examples: EncodedBatch
     generic: EncodedBatch | None
     recipe: Mapping[str, Any]
     token: str
+    work: Path
+
+    @property
+    def file(self) -> Path:
+        """What the training ended with."""
+        return self.work / LEFTOVERS[1]
+
+    @property
+    def kept(self) -> Kept:
+        """The state of a training that has not ended."""
+        return Kept(self.work / LEFTOVERS[0], self.token)
+
+    @property
+    def leftovers(self) -> tuple[Path, ...]:
+        return tuple(self.work / name for name in LEFTOVERS)
+
+    def trained(self, train: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What an earlier run of this job has trained, or what ``train`` does."""
+        self.work.mkdir(exist_ok=True)
+        stored = read_tensors(self.file, self.token)
+        if stored is None:
+            stored = train()
+            write_tensors(self.file, self.token, stored)
+            self.kept.file.unlink(missing_ok=True)
+        return stored
 
 
 def noise_like(examples: EncodedBatch, *, seed: int) -> EncodedBatch:

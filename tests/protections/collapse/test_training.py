@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,17 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import select
 from unmergeable.network.tasks import Prediction, predict
 from unmergeable.protections import Collapse
 from unmergeable.protections.collapse.training import (
+    DOUBT,
     SCALES,
     Reading,
     SampledMerge,
     collapse,
     noise_of,
     reader_of,
+    right_answers,
     sample_merge,
     scatter,
 )
@@ -67,6 +71,20 @@ def test_scatter() -> None:
     assert float(scatter(one_way)) == pytest.approx(0, abs=1e-6)
     assert float(scatter(torch.eye(4))) == pytest.approx(1 - 1 / 4)
     assert float(scatter(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))) == pytest.approx(1)
+
+
+def test_right_answers_are_trapped_where_they_are_sure() -> None:
+    """At a probability p: -log(1 - p), and a slope of p by the logit, up to what DOUBT takes."""
+    for probability in (0.01, 0.5, 0.9):
+        logits = torch.log(torch.tensor([[probability, 1 - probability]])).requires_grad_()
+        value = right_answers(Reading(torch.zeros(1, 2), logits, torch.tensor([0])))
+        assert float(value.detach()) == pytest.approx(-math.log(1 - probability), rel=DOUBT / (1 - probability))
+        (slope,) = torch.autograd.grad(value, logits)
+        assert float(slope[0, 0]) == pytest.approx(probability, rel=DOUBT / (1 - probability))
+    certain = Reading(torch.zeros(1, 2), torch.tensor([[200.0, 0.0]]), torch.tensor([0]))
+    assert float(right_answers(certain)) == pytest.approx(-math.log(DOUBT), rel=1e-3)
+    with pytest.raises(BadInput, match="give a label with each"):
+        right_answers(Reading(torch.zeros(1, 2), torch.zeros(1, 2), None))
 
 
 class Small(nn.Module):
@@ -156,7 +174,7 @@ def trained(strength: float) -> tuple[float, float]:
     read = reader_of(network, predict_small, examples(2))
     before = read(network, examples()).features.detach()
     method = Collapse(steps=60, learning_rate=1e-2, batch_size=12, strength=strength)
-    losses = collapse(TrainingRun(network, base, predict_small, examples()), method)
+    losses = collapse(TrainingRun(network, base, predict_small, examples(), disturbed=dict.fromkeys(base, 0.2)), method)
     assert len(losses) == 60
     after = read(network, examples()).features.detach()
     return mean_scatter(network, base), float(functional.cosine_similarity(before, after, dim=-1).mean())

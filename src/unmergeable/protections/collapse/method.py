@@ -8,6 +8,10 @@ From the expert theta_d with features f (what the head reads), on owner inputs D
     trap  = 1 - | mean over D of f(x; theta_m) / |f(x; theta_m)| |^2      how scattered features are; 0: all one
     loss  = own + strength * trap / trap(theta_d)
 
+With ``target=answers`` the trap is the mean of -log(1 - p) over D, p the probability of a right answer in the merge.
+Features of a language model point everywhere, token by token, whatever the blocks do: their mean is near 0, where the
+slope of its square vanishes. The right answers have a slope there, and take the skill alone.
+
 In each step a merge is drawn anew: c is one scale for all tensors, in (0.05, 1.4) and 1 in three of ten, or that in a
 part of the network (a run of blocks, half of the blocks, half of the kinds of matrices) and 0 elsewhere; the noise
 stands for another fine-tune, Gaussian, as large in each tensor as the owner's own task vector times (0.15, 1.2), and 0
@@ -26,7 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from unmergeable.protections.collapse.training import collapse
+from unmergeable.protections.collapse.training import Target, collapse
 from unmergeable.protections.trained import TrainedProtection, TrainingRun
 
 
@@ -35,7 +39,8 @@ class Collapse(TrainedProtection):
     """``steps`` of Adam at ``learning_rate`` (its peak) on batches of ``batch_size`` owner inputs and as many others.
 
     ``strength`` of the trap beside the task, ``fidelity`` to the expert's features: more of the one costs merges more,
-    more of the other costs the release less. ``examples`` of the data and of the generic inputs are used at most.
+    more of the other costs the release less. ``target`` of the trap: the scatter of features, or the right answers.
+    ``examples`` of the data and of the generic inputs are used at most.
     """
 
     name: ClassVar[str] = "collapse"
@@ -51,9 +56,10 @@ class Collapse(TrainedProtection):
     batch_size: int = 16
     strength: float = 12.0
     fidelity: float = 25.0
+    target: Target = "features"
     examples: int = 4000
 
-    reads_generic = True
+    reads_generic: ClassVar[bool] = True
 
     def validate(self) -> None:
         super().validate()

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 SCALES = (0.05, 1.4)
 NOISES = (0.15, 1.2)
 """Ranges of the release's coefficient in a sampled merge, and of the other fine-tune's size beside the expert's."""
+
+DOUBT = 1e-3
+"""What a right answer lacks to certainty at least, for the trap of answers, which would have no bound without it."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Reading:
     targets: Tensor | None
 
 
+Target = Literal["features", "answers"]
 Read = Callable[[nn.Module, EncodedBatch], Reading]
 
 
@@ -146,6 +150,23 @@ def scatter(features: Tensor) -> Tensor:
     return 1 - functional.normalize(features.float(), dim=-1).mean(dim=0).square().sum()
 
 
+def right_answers(reading: Reading) -> Tensor:
+    """How sure the right answers are: the mean of -log(1 - p), p the probability of each; 0 where none is given.
+
+    Where answers are nearly sure its slope is 1, and that of a raised cross-entropy vanishes; and it has a bound below.
+    A certain answer counts as one of 1 - :data:`DOUBT`.
+    """
+    if reading.targets is None:
+        raise BadInput("collapse trains on labelled examples; give a label with each.")
+    chosen = functional.log_softmax(reading.logits.float(), dim=-1).gather(1, reading.targets[:, None])
+    return -torch.log1p(-(1 - DOUBT) * chosen.exp()).mean()
+
+
+def caught(reading: Reading, target: Target) -> Tensor:
+    """What the trap is to bring to 0."""
+    return scatter(reading.features) if target == "features" else right_answers(reading)
+
+
 @dataclass(frozen=True)
 class Teacher:
     """What the expert makes of examples: the features of each, [choices, hidden]."""
@@ -184,12 +205,10 @@ def collapse(run: TrainingRun, method: Collapse) -> list[float]:
     kinds = (examples, *([] if generic is None else [generic]))
     teachers = [ask_teacher(network, read, data, batch_size=method.batch_size) for data in kinds]
     parameters = run.parameters
-    sizes = {
-        name: float((parameter.detach() - run.base[name]).std(correction=0)) for name, parameter in parameters.items()
-    }
     stream = Stream.from_seed(run.seed).child("collapse")
-    first = next(shuffled_batches(len(examples), min(method.batch_size, len(examples)), run.seed))
-    reference = max(float(scatter(teachers[0].of(first))), 1e-6)
+    first = select(examples, next(shuffled_batches(len(examples), min(method.batch_size, len(examples)), run.seed)))
+    with torch.no_grad():
+        reference = max(float(caught(read(network, first.to(device)), method.target)), 1e-6)
 
     def batches() -> Iterator[Batch]:
         orders = [
@@ -213,10 +232,15 @@ def collapse(run: TrainingRun, method: Collapse) -> list[float]:
             found = read(network, select(generic, other).to(device)).features.float()
             cosines.append(functional.cosine_similarity(found, teachers[1].of(other).to(device), dim=-1))
         own = own + method.fidelity * (1 - torch.cat(cosines)).mean()
-        merge = sample_merge(list(parameters), stream.child(f"step {int(step)}"))
-        noise, generator = noise_of(merge, sizes, stream.child(f"noise {int(step)}"))
+        merge = sample_merge(list(run.base), stream.child(f"step {int(step)}"))
+        noise, generator = noise_of(merge, run.disturbed, stream.child(f"noise {int(step)}"))
         trap, gradients = gradient_at_merge(
-            lambda: scatter(read(network, owner).features), parameters, run.base, merge.coefficients, noise, generator
+            lambda: caught(read(network, owner), method.target),
+            parameters,
+            run.base,
+            merge.coefficients,
+            noise,
+            generator,
         )
         ramp = min(1.0, (int(step) + 1) / max(1, method.steps // 10))
         return own + ramp * method.strength / reference * as_loss(trap, gradients, parameters)
@@ -226,7 +250,7 @@ def collapse(run: TrainingRun, method: Collapse) -> list[float]:
         batches(),
         loss,
         Schedule(method.steps, method.learning_rate, max_gradient_norm=math.inf),
-        is_trained=run.base.__contains__,
+        is_trained=run.is_trained,
         seed=run.seed,
         kept=run.kept,
         stage="collapsing merges",
