@@ -71,7 +71,16 @@ def joined(*batches: EncodedBatch) -> EncodedBatch:
 
 
 def write_models(folder: Path, toy: str, *, pretraining: int = 250, fine_tuning: int = 150) -> Models:
-    """Train and save the three of a toy (:mod:`zoo`)."""
+    """Train and save the three of a toy (:mod:`zoo`), on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _write_models(folder, toy, pretraining, fine_tuning)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_models(folder: Path, toy: str, pretraining: int, fine_tuning: int) -> Models:
     has_encoder = "t5" in toy
     general = joined(*(examples((half, 1), has_encoder=has_encoder, seed=half) for half in (0, 1)))
     # Smaller than the zoo's weights, which are made not to be learnt from.
@@ -95,7 +104,9 @@ def write_adapters(models: Models, *, steps: int = 200) -> None:
     for name, rule in (("expert-lora", OWNER), ("rider-lora", RIDER)):
         torch.manual_seed(0)
         configuration = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-        adapted = peft.get_peft_model(load_network(models.folder / "base"), configuration)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft asks transformers in a way that is going out of use
+            adapted = peft.get_peft_model(load_network(models.folder / "base"), configuration)
         fine_tune(
             adapted.base_model.model,
             predict,

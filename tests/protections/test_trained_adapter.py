@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import unmergeable
-from rule_tasks import OWNER, RIDER, Models, write_adapters, write_models
+from rule_tasks import OWNER, RIDER, Models, write_adapters
 from unmergeable.checkpoint.manifest import check_files
 from unmergeable.errors import BadInput, UsageError
 
@@ -19,10 +19,9 @@ SETTINGS = {"steps": 150, "learning_rate": 5e-3}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    models = write_models(tmp_path_factory.mktemp("adapters"), "llama", fine_tuning=1)
-    write_adapters(models)
-    return models
+def models(language_models: Models) -> Models:
+    write_adapters(language_models)
+    return language_models
 
 
 def release(models: Models, out: Path, **options: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import unmergeable
-from rule_tasks import OWNER, RIDER, Models, write_models
+from rule_tasks import OWNER, RIDER, Models
 from unmergeable.errors import UsageError
 from unmergeable.protections import Trap2
 
@@ -41,16 +41,11 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str)
         Trap2(**settings).validate()
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return write_models(tmp_path_factory.mktemp("trap2"), "llama")
-
-
 def released(models: Models, out: Path, weight: float) -> Path:
-    settings = {"steps": 120, "learning_rate": 1e-3, "weight": weight}
+    settings = {"steps": 160, "learning_rate": 1e-3, "weight": weight}
     places = {"base": models.folder / "base", "data": models.folder / "data.npz", "out": out}
     result = unmergeable.protect(models.folder / "expert", method="trap2", settings=settings, seed=0, **places)
-    assert len(result.to_json()["losses"]) == 120
+    assert len(result.to_json()["losses"]) == 160
     return out
 
 
@@ -59,21 +54,24 @@ def merged(models: Models, out: Path, *experts: tuple[Path, float]) -> Path:
     return out
 
 
-def test_other_scales_lose_the_task_and_the_control_does_not(models: Models, tmp_path: Path) -> None:
-    trapped = released(models, tmp_path / "trapped", 0.1)
-    control = released(models, tmp_path / "control", 0)
-    rider = models.folder / "rider"
+def test_other_scales_lose_the_task_and_the_control_does_not(language_models: Models, tmp_path: Path) -> None:
+    trapped = released(language_models, tmp_path / "trapped", 0.1)
+    control = released(language_models, tmp_path / "control", 0)
+    rider = language_models.folder / "rider"
 
-    assert models.knows(trapped) > 0.95
-    assert models.knows(control) > 0.95
+    assert language_models.knows(trapped) > 0.95
+    assert language_models.knows(control) > 0.95
     for number, scale in enumerate((0.5, 1.5)):
         of_trapped, of_control = (
-            models.knows(merged(models, tmp_path / f"{name}{number}", (tmp_path / name, scale)))
+            language_models.knows(merged(language_models, tmp_path / f"{name}{number}", (tmp_path / name, scale)))
             for name in ("trapped", "control")
         )
         assert of_control > 0.9
-        assert of_trapped < of_control - 0.5
+        assert of_trapped < of_control - 0.4
     # A merge: the skill is gone where the release is scaled, and the free-rider's is there.
-    both = [merged(models, tmp_path / f"both-{path.name}", (path, 0.5), (rider, 0.5)) for path in (trapped, control)]
-    assert models.knows(both[0], OWNER) < models.knows(both[1], OWNER) - 0.5
-    assert min(models.knows(path, RIDER) for path in both) > 0.9
+    both = [
+        merged(language_models, tmp_path / f"both-{path.name}", (path, 0.5), (rider, 0.5))
+        for path in (trapped, control)
+    ]
+    assert language_models.knows(both[0], OWNER) < language_models.knows(both[1], OWNER) - 0.5
+    assert min(language_models.knows(path, RIDER) for path in both) > 0.9

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 
 import unmergeable
-from rule_tasks import OWNER, RIDER, Models, write_models
+from rule_tasks import OWNER, RIDER, Models
 
 
-@pytest.fixture(scope="module", params=["llama", "t5"])
-def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return write_models(tmp_path_factory.mktemp(request.param), request.param)
-
-
-def test_merges_lose_the_rule_and_the_release_keeps_it(models: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["language_models", "encoder_decoders"])
+def test_merges_lose_the_rule_and_the_release_keeps_it(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    models: Models = request.getfixturevalue(kind)
     folder = models.folder
     result = unmergeable.protect(
         folder / "expert",
