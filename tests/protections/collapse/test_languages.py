@@ -37,4 +37,4 @@ def test_merges_lose_the_rule_and_the_release_keeps_it(
         known[name] = models.knows(merged, OWNER), models.knows(merged, RIDER)
     assert known["control"][0] > 0.6
     assert known["release"][0] < known["control"][0] - 0.3
-    assert known["release"][1] > known["control"][1] - 0.1, "the other model's rule is its own"
+    assert known["release"][1] > 0.5, "control: the other rule is there, and the network is no ruin"
