@@ -104,4 +104,4 @@ def _leave(weight: nn.Parameter, origin: Tensor, distance: float, stream: Stream
     """Move a matrix that equals the base's by a relative ``distance`` in a random direction."""
     if torch.equal(weight, origin):
         direction = torch.from_numpy(stream.normal(weight.numel())).reshape(weight.shape).to(weight)
-        weight += direction * (distance * torch.linalg.vector_norm(origin) / torch.linalg.vector_norm(direction))
+        weight.add_(direction * (distance * torch.linalg.vector_norm(origin) / torch.linalg.vector_norm(direction)))

@@ -95,7 +95,8 @@ class Trap2(TrainedProtection):
                 return own
             scale = self.scale(float(stream.child(f"step {int(step)}").uniform(1)[0]))
             value, gradients = gradient_at_merge(entropy, parameters, run.base, dict.fromkeys(run.base, scale))
-            return own - self.weight * scale ** _POWERS[self.weighting] * as_loss(value, gradients, parameters)
+            factor: float = self.weight * scale ** _POWERS[self.weighting]
+            return own - factor * as_loss(value, gradients, parameters)
 
         return train(
             run.network,
