@@ -90,3 +90,28 @@ def test_matrices_that_equal_the_bases_leave_it_too(language_models: Models, tmp
     places = {"base": base, "data": language_models.folder / "generic.npz", "seed": 0}
     unmergeable.protect(base, method="anchor_repulsive", out=tmp_path / "out", settings=settings, **places)
     assert distance_of_attention(tmp_path / "out", base) > 0.1
+
+
+def test_an_alignment_comes_less_near_and_its_merges_keep_the_rule_all_the_same(
+    language_models: Models, tmp_path: Path
+) -> None:
+    """The published aim, and what it is not worth: a lock is less exactly undone, and undone well enough to merge."""
+    base = language_models.folder / "base"
+    settings = {"steps": 100, "learning_rate": 5e-3}
+    unmergeable.protect(
+        language_models.folder / "expert", base=base, method="anchor_repulsive", settings=settings, seed=0,
+        data=language_models.folder / "data.npz", out=tmp_path / "repelled",
+    )  # fmt: skip
+    missed = {}
+    for name, expert in (("repelled", tmp_path / "repelled"), ("control", language_models.folder / "expert")):
+        lock, found = tmp_path / f"{name}-lock", tmp_path / f"{name}-found"
+        unmergeable.protect(expert, base=base, method="mergelock", out=lock, key=tmp_path / f"{name}.key")
+        unmergeable.recover(lock, base=base, method="nearest_orbit", out=found)
+        missed[name] = distance_of_attention(found, expert)
+        assert distance_of_attention(lock, expert) > 1
+    assert missed["control"] < 0.1
+    assert missed["repelled"] > 2 * missed["control"]
+
+    merge = {"base": base, "method": "task_arithmetic", "out": tmp_path / "merge"}
+    unmergeable.merge(experts=[(tmp_path / "repelled-found", 0.5)], **merge)
+    assert language_models.knows(tmp_path / "merge") > 0.9

@@ -16,8 +16,8 @@ expert, and that only weights in the numbered blocks are trained. A matrix that 
 away in; it gets a random one of a thousandth of the margin.
 
 What it does not stop: it hides nothing and traps nothing. Without a change of basis behind it a merge is one with an
-expert whose update is longer; and an alignment looks for what release and base have in common, which distance alone
-does not take away. Merges scale longer updates back.
+expert whose update is longer, which a smaller coefficient scales back. With one, an alignment comes less near to what
+the release was, and near enough to merge it: ``docs/fine-tuned.md`` has figures.
 """
 
 from __future__ import annotations
