@@ -188,3 +188,22 @@ def test_rows_that_no_text_reads_do_not_hide_the_stream(name: str, model: Callab
     assert fit.distance <= 1.02 * plain.distance
     read = torch.tensor([row for row in range(len(toy.base[embedding])) if row not in unread.tolist()])
     torch.testing.assert_close(fit.state_dict[embedding][read], plain.state_dict[embedding][read], rtol=0.05, atol=0.05)
+
+
+def test_inspect_names_them_and_auto_undoes_them(model: Callable[[str], Model], tmp_path: Path) -> None:
+    toy = model("llama")
+    release = toy.scaled()
+    folders = {}
+    for label, tensors, config in (("base", toy.base, toy.config), ("release", release.tensors, release.config)):
+        folders[label] = tmp_path / label
+        folders[label].mkdir()
+        save_file(dict(tensors), folders[label] / "model.safetensors", {"format": "pt"})
+        (folders[label] / "config.json").write_text(json.dumps(dict(config)))
+    comparison = ops.inspect(folders["release"], base=folders["base"]).comparison
+    assert comparison is not None
+    assert [sign.name for sign in comparison.signs] == ["normed scales"]
+    result = ops.recover(folders["release"], base=folders["base"], method="auto", out=tmp_path / "out")
+    assert result.method == "nearest_orbit"
+    assert result.distance_after is not None
+    assert result.distance_after < 2 * FINE_TUNE
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rms_norm_eps"] == toy.config["rms_norm_eps"]
