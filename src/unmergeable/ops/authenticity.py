@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.checkpoint.hub import folder_of
-from unmergeable.checkpoint.listing import MANIFEST_NAME
+from unmergeable.checkpoint.listing import CARD_NAME, MANIFEST_NAME
 from unmergeable.checkpoint.manifest import Alteration, check_files, read_manifest
 from unmergeable.errors import CheckpointError, UsageError
 from unmergeable.gauge.signature import is_signed
@@ -54,6 +54,8 @@ class ManifestResult:
         lines = [f"Altered: {item.name!r} ({item.problem})" for item in self.alterations]
         if not self.alterations:
             lines += [f"Every file of {self.folder} is as its {MANIFEST_NAME} says."]
+        if (self.folder / CARD_NAME).exists():
+            lines += [f"  {CARD_NAME} is its owner's to edit, and was not compared."]
         if self.problem is not None:
             return [*lines, f"Signature: {self.problem}."]
         if self.signer is None:
