@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from unmergeable import claims, ops
 from unmergeable.checkpoint.card import front_matter
@@ -133,6 +135,24 @@ def test_a_snapshot_in_the_cache_says_its_name(work: Path) -> None:
     snapshot = work / "models--owner--the-base" / "snapshots" / "abc"
     shutil.copytree(work / "base", snapshot)
     assert release_card(work / "release", base=snapshot).entries["base_model"] == "owner/the-base"
+
+
+def test_an_adapter_is_called_one(work: Path) -> None:
+    import peft
+
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path="owner/the-base")
+    settings.save_pretrained(work / "adapter")
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    width = json.loads((work / "base" / "config.json").read_text())["hidden_size"]
+    out = load_file(work / "base" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].shape[0]
+    factors = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(out, 2)}
+    save_file(factors, work / "adapter" / "adapter_model.safetensors")
+    ops.protect(work / "adapter", base=work / "base", out=work / "released", keep_adapter=True)
+    made = release_card(work / "released")
+    assert made.entries == {"base_model": "owner/the-base", "base_model_relation": "adapter"}
+    assert "PeftModel.from_pretrained" in made.text
+    assert "This stops nothing" in made.text
+    assert "This changes what the model computes" not in made.text
 
 
 def test_another_base_than_the_card_names_is_told_and_left(work: Path) -> None:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
@@ -17,6 +18,7 @@ import pytest
 from fake_hub import TOKEN, FakeHub, Repo, fake_hub
 from unmergeable import ops
 from unmergeable.checkpoint.manifest import check_files
+from unmergeable.cli import main
 from unmergeable.errors import BadInput, KeyFileError, NotEquivalent, UnmergeableError, UsageError
 from unmergeable.ops.publishing import PushResult
 from zoo import TOYS, write_toy
@@ -89,6 +91,26 @@ def test_what_was_pushed_is_intact_there_and_can_be_restored(work: Path, hub: Fa
         (copy / name).write_bytes(content)
     assert ops.verify_manifest(copy).is_intact
     ops.restore(copy, key=work / "release.key", out=work / "restored")
+
+
+def test_what_verify_downloads_is_the_whole_of_a_release(
+    release: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Files by the patterns that are asked for; what the hub has besides stays there."""
+    (release / "NOTICE").write_text("Built with X")
+    ops.push(release, REPO, create_pr=False)
+    there = {**hub.repos[REPO].files, ".gitattributes": b"", "pytorch_model.bin": b""}
+
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        for path, content in there.items():
+            if any(fnmatch(path, pattern) for pattern in allow_patterns):
+                (tmp_path / "snapshot").mkdir(exist_ok=True)
+                (tmp_path / "snapshot" / path).write_bytes(content)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert main(["verify", f"hub:{REPO}", "--manifest", "--quiet"]) == 0
+    assert not (tmp_path / "snapshot" / "pytorch_model.bin").exists()
 
 
 def test_into_a_branch_with_a_message(release: Path, hub: FakeHub) -> None:
@@ -229,6 +251,15 @@ def test_a_manifest_that_was_changed_after_signing_is_refused(release: Path, hub
     with pytest.raises(NotEquivalent, match="signature"):
         ops.push(release, REPO)
     assert hub.requests == []
+
+
+def test_a_card_without_the_section_is_told_with_a_command_that_writes_it(release: Path) -> None:
+    for change in (lambda: None, (release / "README.md").unlink):
+        change()
+        (note,) = [note for note in ops.push(release, REPO, dry_run=True).notes if "card" in note]
+        command = note.partition("by: unmergeable ")[2].split()
+        assert main(command) == 0
+        assert not [note for note in ops.push(release, REPO, dry_run=True).notes if "card" in note]
 
 
 @pytest.mark.parametrize("text", ["model", "a/b/c", "me/mo del", "https://huggingface.co/me/model", ""])

@@ -25,6 +25,9 @@ READ = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", 
 
 CODE = "*.py"
 
+RELEASED = (*READ, CODE, "LICENCE*", "USE_POLICY*", "*.spm", "bpe.codes", "vocab.*", "chat_template.*")
+"""Everything that a release may consist of; its code is looked at, and not run."""
+
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -33,8 +36,10 @@ def is_on_hub(text: str) -> bool:
     return text.startswith(PREFIX)
 
 
-def download(text: str, *, with_code: bool = False) -> Path:
-    """The folder of a checkpoint on the hub, downloaded unless it is in the cache; ``with_code``: its modules as well.
+def download(text: str, *, with_code: bool = False, whole: bool = False) -> Path:
+    """The folder of a checkpoint on the hub, downloaded unless it is in the cache.
+
+    ``with_code``: its modules as well; ``whole``: whatever a release consists of.
 
     Raises:
         UsageError: huggingface_hub is not installed.
@@ -45,7 +50,7 @@ def download(text: str, *, with_code: bool = False) -> Path:
         raise BadInput(f"{text}: no name of a repository; write {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME@REVISION.")
     hub, errors = _library(text)
     with _asking(text, errors):
-        patterns = [*READ, *([CODE] if with_code else [])]
+        patterns = [*RELEASED] if whole else [*READ, *([CODE] if with_code else [])]
         return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
 
 

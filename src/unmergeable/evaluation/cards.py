@@ -16,7 +16,14 @@ from typing import Any
 from unmergeable.checkpoint.card import front_matter, with_entries, with_section
 from unmergeable.checkpoint.disk import read_file, replace_file
 from unmergeable.checkpoint.hub import PREFIX, download_file, is_on_hub, is_repository
-from unmergeable.checkpoint.listing import CARD_NAME, CONFIG_NAME, MANIFEST_NAME, Listing, list_folder
+from unmergeable.checkpoint.listing import (
+    ADAPTER_CONFIG_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    Listing,
+    list_folder,
+)
 from unmergeable.checkpoint.manifest import Manifest, read_manifest, record_file
 from unmergeable.errors import BadInput, UsageError, shown
 from unmergeable.evaluation.cells import digest_of, digest_of_records
@@ -106,13 +113,14 @@ def release_card(
     path = listing.folder / CARD_NAME
     text = _text(listing.file(CARD_NAME).path) if CARD_NAME in listing.files else ""
     said = front_matter(text, str(path))
-    origin = _base(base, said)
+    origin = _base(base, said, _named_by_adapter(listing))
+    relation = "adapter" if listing.is_adapter else "finetune"
     steps = _steps(manifest)
     evidence = (
         None if audit is None else _evidence(read_audit(Path(audit)), steps, protection, _digests(listing, manifest))
     )
     section = "\n".join(_section(listing, manifest, steps, origin, evidence, repo))
-    entries = {} if origin.name is None else {"base_model": origin.name, "base_model_relation": "finetune"}
+    entries = {} if origin.name is None else {"base_model": origin.name, "base_model_relation": relation}
     if write:
         replace_file(path, with_section(with_entries(text, entries, str(path)), SECTION, section, str(path)).encode())
     return ReleaseCard(section + "\n", entries, path if write else None, tuple(_notes(origin, said, entries)))
@@ -163,9 +171,15 @@ def _code(text: str) -> str:
     return " ".join(text.replace("`", "'").split())
 
 
-def _base(given: PathLike | None, said: Mapping[str, Any]) -> _Base:
-    """The base that was given, or else the one that the release's card names."""
-    own = said.get("base_model")
+def _named_by_adapter(listing: Listing) -> object:
+    """What an adapter says that it was trained on, which may be a folder of its owner's; None for what is none."""
+    config = listing.read_json(ADAPTER_CONFIG_NAME) if listing.is_adapter else None
+    return config.get("base_model_name_or_path") if isinstance(config, dict) else None
+
+
+def _base(given: PathLike | None, said: Mapping[str, Any], trained_on: object) -> _Base:
+    """The base that was given, or else the one that the release itself names."""
+    own = said.get("base_model", trained_on)
     own = own[0] if isinstance(own, list) and len(own) == 1 else own
     own = own if isinstance(own, str) and is_repository(own) else None
     if given is None:
@@ -297,7 +311,7 @@ def _section(
     yield ""
     yield "### What it is worth"
     yield ""
-    yield from _worth(steps, evidence)
+    yield from _worth(manifest, steps, evidence)
     yield ""
     yield "### What it does not stop"
     yield ""
@@ -305,17 +319,23 @@ def _section(
     yield ""
     yield "### Base model and licence"
     yield ""
-    yield from _origin(base)
+    yield from _origin(base, "adapter" if listing.is_adapter else "finetune")
     yield ""
     yield "### Use"
     yield ""
-    yield from _use(listing, repo or "OWNER/NAME")
+    yield from _use_of_adapter(repo or "OWNER/NAME") if listing.is_adapter else _use(listing, repo or "OWNER/NAME")
     yield from _for_the_owner(manifest, repo or "OWNER/NAME")
 
 
 def _exactness(manifest: Manifest) -> Iterator[str]:
     measured = manifest.details.get("measured")
     error = measured.get("largest_block_error") if isinstance(measured, dict) else None
+    if isinstance(measured, dict) and isinstance(measured.get("product_error"), float):
+        yield (
+            f"It is an adapter in another basis of its rank: what it adds to the base moved by "
+            f"{measured['product_error']:.1e}, relative, which is rounding."
+        )
+        return
     if isinstance(error, float) and not earlier_steps(manifest):
         yield (
             f"It computes what the model computed before, up to rounding: the largest relative difference of a block "
@@ -325,14 +345,18 @@ def _exactness(manifest: Manifest) -> Iterator[str]:
         yield "This changes what the model computes."
 
 
-def _worth(steps: list[Mapping[str, Any]], evidence: tuple[AuditResult, bool] | None) -> Iterator[str]:
+def _worth(
+    manifest: Manifest, steps: list[Mapping[str, Any]], evidence: tuple[AuditResult, bool] | None
+) -> Iterator[str]:
     if evidence is None:
         yield "This release was not audited. Of the methods this is known, from audits of other models:"
         yield ""
         for step in steps:
             known = _protection(step)
             if known is None:
-                yield f"* No audit that comes with unmergeable says what {_named(step)} stops."
+                note = manifest.details.get("note")
+                said = f" {as_markdown(note)}" if isinstance(note, str) else ""
+                yield f"* No audit that comes with unmergeable says what {_named(step)} stops.{said}"
             else:
                 yield f"* {as_markdown(known.limits)}"
         return
@@ -362,11 +386,11 @@ def _not_stopped(manifest: Manifest) -> Iterator[str]:
         yield "* **The key was drawn from a public seed: anybody can make it again.**"
 
 
-def _origin(base: _Base) -> Iterator[str]:
+def _origin(base: _Base, relation: str) -> Iterator[str]:
     if base.name is None:
         yield "The base model is not named here."
     else:
-        yield f"Fine-tuned from [{base.name}](https://huggingface.co/{base.name}) (`base_model_relation: finetune`)."
+        yield f"Fine-tuned from [{base.name}](https://huggingface.co/{base.name}) (`base_model_relation: {relation}`)."
     if base.licence is None:
         yield "Read the licence of the base: its terms may go with this model. A protection changes none of them."
         return
@@ -399,6 +423,15 @@ def _use(listing: Listing, repo: str) -> Iterator[str]:
     if needs_code:
         yield "It comes with code of its own, in this repository; read it before you run it."
         yield ""
+
+
+def _use_of_adapter(repo: str) -> Iterator[str]:
+    yield "```python"
+    yield "from peft import PeftModel"
+    yield ""
+    yield f'model = PeftModel.from_pretrained(base, "{repo}")  # base: the base model, loaded as usual'
+    yield "```"
+    yield ""
 
 
 def _for_the_owner(manifest: Manifest, repo: str) -> Iterator[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.hub import folder_of
+from unmergeable.checkpoint.hub import download, is_on_hub
 from unmergeable.checkpoint.listing import CARD_NAME, MANIFEST_NAME
 from unmergeable.checkpoint.manifest import Alteration, check_files, read_manifest
 from unmergeable.errors import CheckpointError, UsageError
@@ -80,7 +81,8 @@ def verify_manifest(release: AnyPath, *, public_key: str | None = None) -> Manif
     """
     if public_key is not None and not _PUBLIC_KEY.fullmatch(public_key):
         raise UsageError("a public key is 64 hexadecimal digits, in lower case; `unmergeable key show` prints them.")
-    folder = folder_of(release)
+    text = os.fspath(release)
+    folder = download(text, whole=True) if is_on_hub(text) else Path(text)
     manifest = read_manifest(folder)
     if manifest is None:
         raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: nothing to compare its files with.")

@@ -148,7 +148,7 @@ def push(
     progress("comparing with the manifest", 0, len(files), "files")
     _require_intact(folder)
     progress("comparing with the manifest", len(files), len(files), "files")
-    notes = [*_notes_on(manifest, files)]
+    notes = [*_notes_on(folder, manifest, files)]
     commit = None
     if not dry_run:
         there = _prepared(name, create=create, private=private)
@@ -306,16 +306,17 @@ def _methods(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys(name for record in records for name in methods_of(record)))
 
 
-def _notes_on(manifest: Manifest, files: Mapping[str, ListedFile]) -> Iterator[str]:
+def _notes_on(folder: Path, manifest: Manifest, files: Mapping[str, ListedFile]) -> Iterator[str]:
+    command = f"unmergeable card {shlex.quote(str(folder))} --write"
     if manifest.details.get("key_from_public_seed") is True:
         yield (
             "Warning: the key was drawn from a public seed (--seed): anybody can make it again, so that this protects "
             "nothing. Protect again without --seed."
         )
     if CARD_NAME not in files:
-        yield f"There is no card ({CARD_NAME}): `unmergeable card OUT --write` makes one that says what was done."
+        yield f"There is no card ({CARD_NAME}); one that says what was done is made by: {command}"
     elif b"<!-- unmergeable:" not in read_file(files[CARD_NAME].path):
-        yield "The card says nothing of the protection: `unmergeable card OUT --write` adds it."
+        yield f"The card says nothing of the protection, which is added by: {command}"
     if not any(name.upper().startswith(("LICENSE", "LICENCE")) for name in files):
         yield "There is no licence file; look whether the licence of the base asks for a copy of it."
 
