@@ -35,10 +35,10 @@ def card(
         bool, typer.Option("--write", help="Write it into OUT/README.md, in place of an earlier one.")
     ] = False,
 ) -> Outcome:
-    """Print the section of the model card that says how a release is protected, and what that is worth.
+    """Say in a model card how a release is protected.
 
-    Method, settings, verdicts of audits, what it does not stop, the base and its licence, how to load it, how the
-    holder of the key gets the original back. --write keeps the rest of the card as it is.
+    Prints a section with method, settings, verdicts of audits, what it does not stop, the base and its licence, how to
+    load it, how the holder of the key gets the original back. --write keeps the rest of the card as it is.
 
     Example:
       unmergeable card ./release --base meta-llama/Llama-3.1-8B --audit ./audit --write

@@ -32,9 +32,10 @@ def push(
         bool, typer.Option("--dry-run", help="Say what would be uploaded and what not, and upload nothing.")
     ] = False,
 ) -> Outcome:
-    """Upload a release to the Hugging Face hub: what its manifest lists, card, licences, and nothing else.
+    """Upload a release, and nothing else, to the hub.
 
-    Every file is compared with the manifest first. A folder with a key in it, one that is no release, and one that was
+    What its manifest lists goes up, with card, licences and pictures, to a repository on the Hugging Face hub. Every
+    file is compared with the manifest first. A folder with a key in it, one that is no release, and one that was
     changed since are refused. Log in with `hf auth login`, or set HF_TOKEN.
 
     Example:
