@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,44 @@ def with_constant_units(source: MemorySource) -> MemorySource:
     return MemorySource(_as_stored(source, tensors), {**source.config, "mlp_ratio": 2 * source.config["mlp_ratio"]})
 
 
+def with_wider_stream(source: MemorySource, *, turned: bool) -> MemorySource:
+    """Twice as wide a stream, one half of which is zero; as stored, or in a basis that is drawn."""
+    generator = torch.Generator().manual_seed(3)
+    config, tensors = dict(source.config), {key: tensor.double() for key, tensor in source.tensors.items()}
+    width = config["hidden_size"]
+    basis = torch.eye(2 * width, dtype=torch.float64)
+    if turned:
+        basis = torch.linalg.qr(torch.randn(2 * width, 2 * width, generator=generator, dtype=torch.float64)).Q
+    wider = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith("norm.weight"):
+            wider[name] = torch.ones(2 * width)
+        elif name.endswith("embed_tokens.weight"):
+            wider[name] = torch.cat([tensor, torch.zeros_like(tensor)], 1) @ basis.T
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            wider[name] = basis @ torch.cat([tensor, torch.zeros_like(tensor)], 0)
+        else:
+            block, _, _ = name.partition("self_attn." if "self_attn" in name else "mlp.")
+            norm = "input_layernorm" if "self_attn" in name else "post_attention_layernorm"
+            gain = tensors["model.norm.weight" if name == "lm_head.weight" else f"{block}{norm}.weight"]
+            wider[name] = torch.cat([tensor * gain, torch.zeros_like(tensor)], 1) @ basis.T / 2**0.5
+    sizes = {"hidden_size": 2 * width, "head_dim": width // config["num_attention_heads"]}
+    return MemorySource(_as_stored(source, wider), {**config, **sizes, "rms_norm_eps": config["rms_norm_eps"] / 2})
+
+
 def _as_stored(source: MemorySource, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor.to(source.tensors[key].dtype).contiguous() for key, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
-    ("name", "change"), [("llama", with_own_keys), ("llama", with_idle_heads), ("dinov2", with_constant_units)]
+    ("name", "change"),
+    [
+        ("llama", with_own_keys),
+        ("llama", with_idle_heads),
+        ("llama", partial(with_wider_stream, turned=False)),
+        ("llama", partial(with_wider_stream, turned=True)),
+        ("dinov2", with_constant_units),
+    ],
 )
 def test_heads_and_units_that_are_there_for_show(
     name: str, change: Callable[[MemorySource], MemorySource], network: Build, tmp_path: Path
@@ -170,7 +203,8 @@ def test_heads_and_units_that_are_there_for_show(
     }
     assert float((output(name, result, tmp_path / "pruned") - expected).norm() / scale) <= TOLERANCE
     found = NearestOrbit().estimate(result, toy.base, toy.architecture)
-    assert found.after <= 1.02 * NearestOrbit().estimate(expert, toy.base, toy.architecture).after
+    # Gains that were folded are fitted again, each to a few numbers in a network this small.
+    assert found.after <= 1.05 * NearestOrbit().estimate(expert, toy.base, toy.architecture).after
     # The control: the same structure whose parts all do something.
     generator = torch.Generator().manual_seed(2)
     other = {

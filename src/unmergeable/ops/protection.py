@@ -39,7 +39,7 @@ from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import CheckpointError, KeyFileError, UsageError
 from unmergeable.gauge.key import Key, read_key, write_key
 from unmergeable.gauge.signature import sign
-from unmergeable.ops.adapter_release import release_adapter
+from unmergeable.ops.adapter_release import release_adapter, release_trained_adapter
 from unmergeable.ops.key_places import default_key, make_key_folder
 from unmergeable.ops.opened import AnyPath, open_base, open_with_architecture
 from unmergeable.ops.protect_result import ProtectResult, StepReport
@@ -47,7 +47,8 @@ from unmergeable.ops.recorded import EARLIER_STEPS, earlier_steps, methods_of
 from unmergeable.ops.relation import look_at_base
 from unmergeable.ops.steps import Methods, Step, steps_of
 from unmergeable.progress import Progress, silent
-from unmergeable.protections import CONTROLS, Extras, Facts, Inputs, Protection, Rewrite
+from unmergeable.protections import CONTROLS, PROTECTIONS, Extras, Facts, Inputs, Protection, Rewrite
+from unmergeable.protections.trained import LEFTOVERS, TrainedProtection
 from unmergeable.settings import configure, nearest
 from unmergeable.threads import one_thread_per_kernel, worker_threads
 
@@ -103,8 +104,8 @@ def protect(
         siblings: other fine-tunes of the base, for ``sensitivity_shield``.
         generic: inputs of other kinds than the task's, for ``collapse``; without labels.
         keep_adapter: write an adapter again, its A and B in another basis of their rank: the one exact change that
-            leaves the base alone. It stops nothing (:mod:`unmergeable.ops.adapter_release`), and takes no method and no
-            key.
+            leaves the base alone. It stops nothing (:mod:`unmergeable.ops.adapter_release`), and takes no key. With a
+            method that trains, A and B are trained instead.
         dry_run: check everything, write nothing.
         allow_pickle: read a checkpoint that has no safetensors files; exact methods only.
         threads: how many tensors are worked on at a time; None for one per processor.
@@ -113,14 +114,8 @@ def protect(
         UsageError, BadInput, KeyFileError: before the first byte is written.
         NotEquivalent: the written file does not compute what it should; it is removed.
     """
-    if keep_adapter:
-        others: dict[str, object] = {
-            "method": method,
-            "settings": settings,
-            "key": key,
-            "passphrase": passphrase,
-            "data": data,
-        }
+    if keep_adapter and not method:
+        others: dict[str, object] = {"settings": settings, "key": key, "passphrase": passphrase, "data": data}
         others |= {"head": head, "encoder": encoder, "siblings": siblings, "generic": generic}
         for name, value in others.items():
             if value:
@@ -155,6 +150,8 @@ def protect(
     request.require_places(steps, has_folder=has_own_place)
     if not has_own_place and not dry_run and any(step.has_key for step in steps):
         make_key_folder(request.key)
+    if keep_adapter:
+        return request.train_adapter(steps, is_dry_run=dry_run)
     if len(steps) > 1:
         return _compose(request, steps, is_dry_run=dry_run)
     (step,) = steps
@@ -298,6 +295,23 @@ class _Request:
             work=out.with_name(out.name + _TRAINING),
             progress=self.progress,
         )
+
+    def train_adapter(self, steps: Sequence[Step], *, is_dry_run: bool) -> ProtectResult:
+        """Train an adapter that stays one."""
+        step, *more = steps
+        if more or not (isinstance(step.protection, TrainedProtection) and step.protection.trains_adapters):
+            methods = [name for name, method in PROTECTIONS.items() if getattr(method, "trains_adapters", False)]
+            raise UsageError(
+                f"{','.join(one.name for one in steps)} changes whole weights: with keep_adapter give one of "
+                f"{', '.join(sorted(methods))}, or no method, or leave out keep_adapter."
+            )
+        if not is_adapter(self.expert):
+            raise UsageError(f"{self.expert} is no adapter: leave out keep_adapter.")
+        inputs = self.inputs(step, self.expert, self.out)
+        result = release_trained_adapter(step.protection, inputs, self.expert, out=self.out, is_dry_run=is_dry_run)
+        if inputs.work is not None and not is_dry_run:
+            _remove([inputs.work / name for name in LEFTOVERS], inputs.work)
+        return result
 
     def key_of(self, steps: Sequence[Step]) -> Key | None:
         """The key that one of the steps made; None where none does."""

@@ -7,6 +7,7 @@ A release may hold more than the base without computing more. Against the base's
                  those that read alike all but one, which takes over their outputs
     heads        key-value heads, with their query heads, that add nothing, or whose keys and values span the same
                  spaces as another's; keys and values that query heads have each for themselves and share in the base
+    streams      coordinates that nothing writes to, in this basis or, where the stream can be turned, in any
     tokens       rows of tokens that the base does not have; those of the others in the base's order, by the two
                  ``tokenizer.json``, the base's of which is written
 
@@ -31,6 +32,7 @@ from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS, Layers, blocks_
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.in_memory import in_memory
 from unmergeable.attacks.lossless_pruning.depth import live_blocks, renamed
+from unmergeable.attacks.lossless_pruning.stream_width import narrow_config, narrow_streams, widths
 from unmergeable.attacks.lossless_pruning.vocabulary import TOKENIZER_FILES, reordered, token_order, vocabulary_axes
 from unmergeable.attacks.lossless_pruning.widths import prune_heads, prune_units, regroup_heads
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
@@ -148,6 +150,10 @@ class _Pruning:
         return (groups, wanted) if members == same else None
 
     @cached_property
+    def _streams(self) -> tuple[int, int] | None:
+        return widths(self.architecture, self.base_architecture)
+
+    @cached_property
     def _shared(self) -> tuple[int, int] | None:
         """Key-value heads of the release and the base, where as many query heads share fewer of them in the base."""
         ours, theirs = (
@@ -163,6 +169,7 @@ class _Pruning:
     def differences(self) -> tuple[str, ...]:
         """What the release has more of, in words."""
         pairs = [
+            ("coordinates of the stream", self._streams),
             ("layers", (sum(len(ours) for ours, _ in self._layers), sum(len(theirs) for _, theirs in self._layers))),
             ("hidden units in each block", self._sizes),
             ("key-value heads in each block", self._groups),
@@ -191,7 +198,12 @@ class _Pruning:
                 # What the config lists for each layer goes with its attention, its first block.
                 starts = [block.name for block in chosen[:: len(theirs.blocks[0])]]
                 config = ours.resized(config, (ours.number_of(f"{name}.") or 0 for name in starts))
-        narrower = detect(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        if self._streams is not None:
+            if not narrow_streams(state, detect(config, _shapes(state)), self._streams[1]):
+                raise self._refusal("coordinates of the stream")
+            config = narrow_config(config, base, *self._streams)
+            own = dict(state)
+        narrower = detect(config, _shapes(state))
         if self._sizes is not None and self._sizes[0] > self._sizes[1]:
             if kind not in WIDTHS:
                 raise BadInput(
@@ -228,7 +240,7 @@ class _Pruning:
         changes = {key: value for key, value in changes.items() if self.release.config.get(key) != value}
         # Constants and scales go back to where the release has them, wherever that is still there.
         changed = PrunedSource(self.release, state, changes, files)
-        final = detect(changed.config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        final = detect(changed.config, _shapes(state))
         kept = PrunedSource(self.release, own, changes)
         home = Home(changed, freedoms_of(final, changed.names), kept, changed.tensor)
         dtypes = {name: torch_dtype(self.release.spec(name).dtype) for name in changed.names}
@@ -239,6 +251,10 @@ class _Pruning:
             f"{self.release.description}: its {what} are more than the base's, and each of them does something; run "
             "block_regression, which asks for no structure."
         )
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _activation_of(config: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
