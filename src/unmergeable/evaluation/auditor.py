@@ -12,6 +12,7 @@ from typing import Any
 
 from unmergeable.data import Part
 from unmergeable.errors import BadInput
+from unmergeable.evaluation.alike import scored_once
 from unmergeable.evaluation.analyses import Analyses, Surroundings, analyse, subjects_of
 from unmergeable.evaluation.cells import Cell, Credits
 from unmergeable.evaluation.contending import Searched, points_to_test
@@ -67,7 +68,8 @@ class Auditor:
     plan: AuditPlan
 
     def result(self) -> AuditResult:
-        made = make_variants(self.plan, self.run.models, self.run.digests, self.run.progress)
+        every = make_variants(self.plan, self.run.models, self.run.digests, self.run.progress)
+        made = scored_once(every, self.plan.base, self.run.progress)
         variants = [replace(variant, refusal=self._without_paths(variant.refusal, made)) for variant in made]
         alone = self._alone(variants)
         searched = self._searched(variants, alone)
