@@ -80,7 +80,8 @@ def stacked(pieces: Sequence[Piece], donor: TensorSource | None = None) -> Tenso
             break
         position = piece.stop if piece.stop is not None else -1
     else:
-        if donor is first and (position < 0 or set(depths_of(first.names).values()) == {position}):
+        counted = _section(first.config)[1] or position
+        if donor is first and (position < 0 or (set(depths_of(first.names).values()) == {position} == {counted})):
             return first
     return _Stacked.of(pieces, donor)
 
