@@ -256,11 +256,13 @@ def list_folder(folder: str | os.PathLike[str] | Listing) -> Listing:
 
 def gguf_file(path: Path) -> str:
     """The line for a GGUF file, with the Python that makes a checkpoint of it."""
-    load = f"AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r})"
-    return (
-        f"{path.parent} holds {path.name}, a GGUF file: convert it to safetensors first, in Python: "
-        f"from transformers import AutoModelForCausalLM; {load}.save_pretrained('converted')"
+    # Without being asked to unpack it, transformers 5 does not save a model that it has read from such a file.
+    convert = (
+        "import transformers as t; whole = {'quantization_config': t.GgufConfig(dequantize=True)} if hasattr(t, "
+        f"'GgufConfig') else {{}}; t.AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, "
+        f"gguf_file={path.name!r}, **whole).save_pretrained('converted')"
     )
+    return f"{path.parent} holds {path.name}, a GGUF file: convert it to safetensors first, in Python: {convert}"
 
 
 def _no_folder(path: Path) -> str:

@@ -170,8 +170,8 @@ class _OneStack:
             )
         layers: dict[int, list[tuple[str, str]]] = {}
         for name in piece.source.names:
-            if (found := layer_of(name)) is not None:
-                layers.setdefault(found[1], []).append((name.removeprefix(f"{prefix}.{found[1]}."), name))
+            if (place := layer_of(name)) is not None:
+                layers.setdefault(place[1], []).append((name.removeprefix(f"{prefix}.{place[1]}."), name))
         return cls(piece.source, prefix, piece.first, stop, layers)
 
     @property
