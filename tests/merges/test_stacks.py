@@ -147,7 +147,7 @@ def test_what_does_not_stack(tmp_path: Path) -> None:
     a = open_checkpoint(write(tmp_path / "a", language_model(0)))
     state = language_model(1)
     other = {**state, layer(0): torch.ones(6, HIDDEN)}
-    with pytest.raises(Mismatch, match=r"self_attn.q_proj.weight of a layer: \(4, 4\) in .*/a but \(6, 4\)"):
+    with pytest.raises(Mismatch, match=r"self_attn.q_proj.weight of a layer: \[4, 4\] in .*/a but \[6, 4\]"):
         stacked([Piece(a, 0, 1), Piece(open_checkpoint(write(tmp_path / "b", other)), 0, 1)])
     longer = {**state, EMBEDDING: torch.ones(12, HIDDEN)}
     with pytest.raises(Mismatch, match=r"embed_tokens.weight: \[9, 4\] in .* but \[12, 4\]"):
@@ -157,3 +157,33 @@ def test_what_does_not_stack(tmp_path: Path) -> None:
         stacked([Piece(open_checkpoint(write(tmp_path / "d", towers)), 0, 1)])
     with pytest.raises(Mismatch, match=r"num_attention_heads is 2 in .* but 4"):
         stacked([Piece(a, 0, 1), Piece(open_checkpoint(write(tmp_path / "e", state, num_attention_heads=4)), 0, 1)])
+
+
+SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+NARROW = SIZES | {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
+ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
+    "qwen3": ("Qwen3ForCausalLM", NARROW),
+    "gemma3": ("Gemma3ForCausalLM", NARROW | {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "smollm3": ("SmolLM3ForCausalLM", NARROW | {"pad_token_id": 0}),
+    "mixtral": ("MixtralForCausalLM", NARROW | {"num_local_experts": 2}),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 32, "n_embd": 16, "n_layer": 3, "n_head": 2}),
+    "gpt_neox": ("GPTNeoXForCausalLM", SIZES | {"intermediate_size": 24}),
+    "bert": ("BertForSequenceClassification", SIZES | {"intermediate_size": 24}),
+}
+
+
+@pytest.mark.parametrize(("network", "sizes"), ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_stacks_are_loaded_whole(network: str, sizes: dict[str, object], tmp_path: Path) -> None:
+    import transformers
+
+    cls = getattr(transformers, network)
+    depth = 4 if "layer_types" in sizes else 3
+    sizes = {name: depth if name in ("n_layer", "num_hidden_layers") else size for name, size in sizes.items()}
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        cls(cls.config_class(**sizes)).save_pretrained(tmp_path / name)
+    merged([(tmp_path / "a", 0, 2), (tmp_path / "b", 1, depth)], tmp_path / "out")
+    loaded, report = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert loaded.config.num_hidden_layers == depth + 1
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]

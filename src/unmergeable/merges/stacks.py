@@ -188,13 +188,15 @@ class _OneStack:
 
 
 def _other_layers(head: _OneStack, stack: _OneStack) -> str:
-    ours = {rest: shape for kind in head.kinds for rest, shape in kind}
-    theirs = {rest: shape for kind in stack.kinds for rest, shape in kind}
-    different = sorted(rest for rest in ours.keys() | theirs.keys() if ours.get(rest) != theirs.get(rest))
-    named = different[0] if different else "the tensors that stand together"
+    """The line for a layer that the first model has none like: what tells it from the one that is most like it."""
+    other = min(stack.kinds - head.kinds, key=sorted)
+    like = max(head.kinds, key=lambda kind: (len(kind & other), sorted(kind)))
+    ours, theirs = dict(like), dict(other)
+    name = min(rest for rest in ours.keys() | theirs.keys() if ours.get(rest) != theirs.get(rest))
+    found = [list(shape) if (shape := layer.get(name)) is not None else "missing" for layer in (ours, theirs)]
     return (
-        f"{named} of a layer: {ours.get(named, 'none')} in {head.source.description} but {theirs.get(named, 'none')} "
-        f"in {stack.source.description}; stack layers of models of one architecture and size."
+        f"{name} of a layer: {found[0]} in {head.source.description} but {found[1]} in {stack.source.description}; "
+        "stack layers of models of one architecture and size."
     )
 
 
