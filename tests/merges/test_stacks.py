@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from merges.networks_on_disk import EMBEDDING, HEAD, HIDDEN, State, config_of, language_model, write
+from merges.networks_on_disk import EMBEDDING, HEAD, HIDDEN, State, config_of, language_model, notes_of, write
 from unmergeable.checkpoint.manifest import check_files, read_manifest
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.errors import BadInput, Mismatch
@@ -141,6 +141,15 @@ def test_a_donor_of_configuration_and_files(tmp_path: Path) -> None:
     config = config_of(tmp_path / "out")
     assert (config["rope_theta"], config["num_hidden_layers"]) == (5.0, 3)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (donor / "tokenizer.json").read_bytes()
+
+
+def test_settings_that_differ_are_said(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", language_model(0), rope_theta=1e4)
+    b = write(tmp_path / "b", language_model(1), rope_theta=5e5)
+    merged([(a, 0, 2), (b, 0, 1)], tmp_path / "out")
+    assert "rope_theta is 10000.0 in " in notes_of(tmp_path / "out")
+    merged([(a, 0, 2), (a, 0, 1)], tmp_path / "same")
+    assert not notes_of(tmp_path / "same")
 
 
 def test_what_does_not_stack(tmp_path: Path) -> None:

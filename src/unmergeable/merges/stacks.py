@@ -21,7 +21,7 @@ from unmergeable.checkpoint.source import Extent, IndexedSource, StoredSource, T
 from unmergeable.checkpoint.spare import is_input_embedding, is_output_head, is_tied
 from unmergeable.checkpoint.vocabulary import read_vocabulary
 from unmergeable.errors import BadInput, Mismatch
-from unmergeable.merges.members import require_same_architecture
+from unmergeable.merges.members import Member, differing_settings, require_same_architecture
 from unmergeable.merges.models import ChunkSource
 
 # Where the layers of a model are counted: the number behind one of these.
@@ -110,8 +110,16 @@ class _Stacked(IndexedSource):
         layers = [(stack.source.config, index) for stack in stacks for index in range(stack.first, stack.stop)]
         changes = _resized(donor.config, layers)
         origins |= _behind(head, tail, donor, changes)
+        first = Member(donor.description, donor, {})
+        sources = dict.fromkeys(stack.source for stack in stacks)
+        notes = [
+            note
+            for source in sources
+            if source is not donor
+            for note in differing_settings(first, Member(source.description, source, {}))
+        ]
         label = " + ".join(f"{s.source.description}[{s.first}:{s.stop}]" for s in stacks)
-        return cls(_index(donor, origins, [stack.source for stack in stacks], changes), origins, label)
+        return cls(_index(donor, origins, sources, changes, notes), origins, label)
 
     @property
     def description(self) -> str:
@@ -271,8 +279,9 @@ def _listed(config: Mapping[str, Any], key: str, index: int, otherwise: Sequence
 def _index(
     donor: TensorSource,
     origins: Mapping[str, tuple[TensorSource, str]],
-    sources: Sequence[TensorSource],
+    sources: Iterable[TensorSource],
     changes: Mapping[str, Any],
+    notes: Iterable[str],
 ) -> CheckpointIndex:
     shards: list[dict[str, TensorSpec]] = [{}]
     for name, (source, own) in origins.items():
@@ -288,7 +297,7 @@ def _index(
         for number, shard in enumerate(shards, start=1)
     }
     entries, files = lay_out_virtual(named, {"format": "pt"})
-    indexes = [source.index for source in dict.fromkeys(sources)]
+    indexes = [source.index for source in sources]
     config = {**donor.config, **changes}
     if (inner := changes.get("text_config")) is not None:
         config["text_config"] = {**donor.config["text_config"], **inner}
@@ -311,7 +320,7 @@ def _index(
             states={path: state for index in (donor.index, *indexes) for path, state in index.states.items()},
             config_changes={**donor.index.config_changes, **changes},
             names_on_disk={},
-            notes=tuple(dict.fromkeys(note for index in indexes for note in index.notes)),
+            notes=(*dict.fromkeys(note for index in indexes for note in index.notes), *notes),
         )
     )
 
