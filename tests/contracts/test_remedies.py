@@ -73,6 +73,7 @@ def follow(message: str, command: Command, out: Path) -> list[Command]:
         return [[meant if near & {Path(word), Path(word).parent} else word for word in command]]
     tried = []
     for number, option in enumerate(options_of(message)):
+        option = [*option, out.parent / "base"] if option == ["--base"] else option
         again = [out.with_name(f"{out.name}{number}") if word == out else word for word in command]
         tried.append([*again, *option])
     return tried
@@ -232,6 +233,19 @@ def inspect_arrays(place: Path) -> Command:
     return "inspect", folder
 
 
+def inspect_an_adapter(place: Path) -> Command:
+    base = llama(place / "base")
+    name = next(name for name in load_file(base / "model.safetensors") if name.endswith("q_proj.weight"))
+    rows, columns = load_file(base / "model.safetensors")[name].shape
+    (place / "a").mkdir()
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (place / "a" / "adapter_config.json").write_text(json.dumps(config))
+    stem = f"base_model.model.{name.removesuffix('.weight')}"
+    update = {f"{stem}.lora_A.weight": torch.ones(1, columns), f"{stem}.lora_B.weight": torch.ones(rows, 1)}
+    save_file(update, place / "a" / "adapter_model.safetensors")
+    return "inspect", place / "a"
+
+
 def inspect_gguf(place: Path) -> Command:
     """A GGUF file of a tiny Llama."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -365,6 +379,7 @@ FAILING: list[Callable[[Path], Command]] = [
     inspect_another_name_of_the_file,
     inspect_pickled_shards,
     inspect_arrays,
+    inspect_an_adapter,
     inspect_gguf,
     inspect_a_pipeline_in_one_file,
     merge_classifiers,
