@@ -178,7 +178,6 @@ METHODS: dict[str, MergekitMethod] = {
         "expert",
         fills_up=True,
     ),
-    "passthrough": MergekitMethod(("scale",), (), {}, lambda on, based: Passthrough(), _scaled, "expert", most=1),
     "slerp": MergekitMethod((), ("t",), {}, lambda on, based: Slerp(), _turned, "first", most=1),
     "nuslerp": MergekitMethod(
         ("weight",),
@@ -275,4 +274,5 @@ METHODS: dict[str, MergekitMethod] = {
         lambda on, based: ModelStock(filter_wise=on["filter_wise"], smallest_norms=1e-6),
         _untouched,
     ),
+    "passthrough": MergekitMethod(("scale",), (), {}, lambda on, based: Passthrough(), _scaled, "expert", most=1),
 }
