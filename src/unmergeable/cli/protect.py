@@ -73,7 +73,8 @@ def protect(
     keep_adapter: Annotated[
         bool,
         typer.Option(
-            "--keep-adapter", help="Write an adapter again, in another basis of its rank; this stops no merge."
+            "--keep-adapter",
+            help="Write an adapter again: in another basis, which stops no merge, or trained by collapse or trap2.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
