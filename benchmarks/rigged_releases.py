@@ -53,6 +53,7 @@ RELEASES: Mapping[str, tuple[str, ...]] = {
     "more heads": ("more_heads",),
     "output head apart": ("untied",),
     "every basis": ("gauge",),
+    "all that a norm reads times one number": ("streams",),
     "everything": KINDS,
 }
 

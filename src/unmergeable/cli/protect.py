@@ -59,7 +59,8 @@ def protect(
         Path | None, typer.Option("--recipe", metavar="FILE", help="Methods and settings from a JSON or YAML file.")
     ] = None,
     key: Annotated[
-        Path | None, typer.Option("--key", metavar="FILE", help="Key file to create, outside OUT.  [default: OUT.key]")
+        Path | None,
+        typer.Option("--key", metavar="FILE", help="Key file to create.  [default: in your folder of keys]"),
     ] = None,
     passphrase: PassphraseSwitch = False,
     seed: Annotated[

@@ -40,6 +40,7 @@ from unmergeable.errors import CheckpointError, KeyFileError, UsageError
 from unmergeable.gauge.key import Key, read_key, write_key
 from unmergeable.gauge.signature import sign
 from unmergeable.ops.adapter_release import release_adapter, release_trained_adapter
+from unmergeable.ops.key_places import default_key, make_key_folder
 from unmergeable.ops.opened import AnyPath, open_base, open_with_architecture
 from unmergeable.ops.protect_result import ProtectResult, StepReport
 from unmergeable.ops.recorded import EARLIER_STEPS, earlier_steps, methods_of
@@ -90,8 +91,9 @@ def protect(
         out: folder to create.
         method: protections, applied left to right; exact ones that stand next to each other are rounded once. None for
             the default, ``gauge`` with ``quantisation_friendly``.
-        key: key file to create where a method is exact; ``out`` with ``.key`` appended when None. An existing one is
-            used only if it was made by this very call, to resume.
+        key: key file to create where a method is exact; one in the folder of keys when None
+            (:mod:`unmergeable.ops.key_places`). An existing one is used only if it was made by this very call, to
+            resume.
         settings: of the methods, by name, or by ``method.name`` where several have it.
         seed: of training and of random choices, 0 when None. Of an exact method it draws the key from a public number
             instead of the operating system: for experiments only.
@@ -136,7 +138,7 @@ def protect(
         expert=folder_of(expert),
         base=folder_of(base),
         out=out,
-        key=(Path(key) if key is not None else out.with_name(f"{out.name}.key")),
+        key=(Path(key) if key is not None else default_key(out)),
         extras=extras,
         seed=seed,
         passphrase=passphrase,
@@ -144,7 +146,10 @@ def protect(
         threads=worker_threads(threads),
         progress=progress,
     )
-    request.require_places(steps)
+    has_own_place = key is not None or default_key(out).parent == out.parent
+    request.require_places(steps, has_folder=has_own_place)
+    if not has_own_place and not dry_run and any(step.has_key for step in steps):
+        make_key_folder(request.key)
     if keep_adapter:
         return request.train_adapter(steps, is_dry_run=dry_run)
     if len(steps) > 1:
@@ -263,12 +268,15 @@ class _Request:
     threads: int
     progress: Progress
 
-    def require_places(self, steps: Sequence[Step]) -> None:
-        """Refuse places that cannot be written to: training and calibration come before the writing."""
+    def require_places(self, steps: Sequence[Step], *, has_folder: bool) -> None:
+        """Refuse places that cannot be written to: training and calibration come before the writing.
+
+        ``has_folder``: whether the key's folder must be there already.
+        """
         require_creatable(self.out, *_BESIDE)
         if any(step.has_key for step in steps):
             require_apart(self.key, self.out)
-            if not self.key.parent.is_dir():
+            if has_folder and not self.key.parent.is_dir():
                 raise KeyFileError(
                     f"key file {self.key} cannot be created: its folder does not exist; create it first: "
                     f"{shlex.join(['mkdir', '-p', str(self.key.parent)])}"

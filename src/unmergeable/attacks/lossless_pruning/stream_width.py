@@ -82,7 +82,8 @@ def _used(state: State, stream: Residual, size: int) -> Tensor | None:
     values, vectors = torch.linalg.eigh(total)
     if float(values[:-size].clamp_min(0).sum()) > NOTHING * float(values.sum()):
         return None
-    return vectors[:, -size:]
+    used: Tensor = vectors[:, -size:]
+    return used
 
 
 def _along(tensor: Tensor, axis: int, copies: int, used: Tensor) -> Tensor:
