@@ -286,7 +286,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     **{
         function.__name__: (function, message)
         for function, message in (
-            (absent_config, "has no config.json"),
+            (absent_config, "no config.json: copy that of the model"),
             (config_is_a_list, "not a JSON object"),
             (config_is_torn, "config.json .* not valid JSON"),
             (repeated_key, "'a' appears twice"),

@@ -37,6 +37,7 @@ MACHINERY = {
     "rows",
     "spectral",
     "sphere",
+    "stacks",
     "task_vectors",
     "thinning",
     "variation",

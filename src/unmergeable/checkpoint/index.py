@@ -80,10 +80,11 @@ class CheckpointIndex:
     ``*.safetensors.index.json`` (None for a single file). ``side_files`` (name to path) are copied byte for byte beside
     ``config_file`` and ``weights_index_file``. ``headers_digest`` identifies the checkpoint cheaply: SHA-256 over
     its configuration, index, headers, file sizes and modification times (not over its tensors). ``other_files``
-    (path to name) are read for tensors besides the shards: an adapter's, or pickles. ``states`` are those of all
-    files that were read, from before they were. ``config_changes`` is what ``config`` says otherwise than
-    ``config_file``, for an adapter that changes the network itself. All paths have links followed; in the hub's cache
-    their names are hashes. ``notes`` say what was put right on reading: ``names_on_disk`` (by name here) where a
+    (path to name) are read for tensors besides the shards: an adapter's, or pickles; ``read_files`` are safetensors
+    files of other checkpoints, where this one is put together of theirs. ``states`` are those of all files that were
+    read, from before they were. ``config_changes`` is what ``config`` says otherwise than ``config_file``, for an
+    adapter that changes the network itself. All paths have links followed; in the hub's cache their names are hashes.
+    ``notes`` say what was put right on reading: ``names_on_disk`` (by name here) where a
     wrapper is left out of names, ``stale_settings`` of ``config.json`` that do not describe these weights, and are
     missing from ``config``.
     """
@@ -100,6 +101,7 @@ class CheckpointIndex:
     weights_index_name: str | None = None
     headers_digest: str = ""
     other_files: Mapping[Path, str] = field(default_factory=dict)
+    read_files: Mapping[Path, str] = field(default_factory=dict)
     states: Mapping[Path, FileState] = field(default_factory=dict)
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     names_on_disk: Mapping[str, str] = field(default_factory=dict)
@@ -115,7 +117,7 @@ class CheckpointIndex:
     def tensor_files(self) -> dict[Path, str]:
         """The files that hold tensors, by path, with their names."""
         shards = {shard.path: shard.name for shard in self.shards.values() if shard.path is not None}
-        return shards | dict(self.other_files)
+        return shards | dict(self.read_files) | dict(self.other_files)
 
     @property
     def description_files(self) -> dict[Path, str]:

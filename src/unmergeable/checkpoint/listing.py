@@ -266,9 +266,29 @@ def list_folder(folder: str | os.PathLike[str] | Listing) -> Listing:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} does not exist: check the path.") from None
     except NotADirectoryError:
-        raise CheckpointError(f"{folder} is a file: pass the folder that holds it and its {CONFIG_NAME}.") from None
+        raise CheckpointError(_no_folder(folder)) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise CheckpointError(f"{_printable(str(folder))} cannot be read ({_reason(error)}): check the path.") from None
+
+
+def gguf_file(path: Path) -> str:
+    """The line for a GGUF file, with the Python that makes a checkpoint of it."""
+    # Without being asked to unpack it, transformers 5 does not save a model that it has read from such a file.
+    convert = (
+        "import transformers as t; whole = {'quantization_config': t.GgufConfig(dequantize=True)} if hasattr(t, "
+        f"'GgufConfig') else {{}}; t.AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, "
+        f"gguf_file={path.name!r}, **whole).save_pretrained('converted')"
+    )
+    return f"{path.parent} holds {path.name}, a GGUF file: convert it to safetensors first, in Python: {convert}"
+
+
+def _no_folder(path: Path) -> str:
+    """The line for a file where a folder should be."""
+    if path.name.lower().endswith(".gguf"):
+        return gguf_file(path)
+    if (path.parent / CONFIG_NAME).is_file():
+        return f"{path} is a file: pass the folder that holds it, {path.parent.absolute()}."
+    return f"{path} is a file: pass the folder that holds it and its {CONFIG_NAME}."
 
 
 def _module_files(folder: Path, name: str) -> tuple[dict[str, Path], list[LeftOut]]:

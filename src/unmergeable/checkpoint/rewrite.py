@@ -250,6 +250,7 @@ def _input_records(index: CheckpointIndex, hashes: InputHashes, *, checksums: bo
         large = [hashes.records[path] for path in index.tensor_files]
     else:
         large = [record_header(shard.path, shard.name) for shard in index.shards.values() if shard.path is not None]
+        large += [record_header(path, name) for path, name in index.read_files.items()]
         small |= dict(index.other_files)  # adapters, which are small, and pickles, which have no header
     return by_name([record_file(path, name) for path, name in small.items()] + large)
 

@@ -53,6 +53,7 @@ def merge(
     out_dtype: torch.dtype | None = None,
     template: Template = None,
     tokenizer: Tokenizer | None = None,
+    files: Mapping[str, bytes] | None = None,
     checksums: bool = False,
     threads: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
@@ -73,6 +74,7 @@ def merge(
         template: Whose configuration, files and parts (heads, towers) the merge has: ``"base"`` or the number of an
             expert. By default the base's, without one the first expert's, as long as no part of another is lost.
         tokenizer: Which tokens the merge has; by default the template's.
+        files: Further small files of the merge, in the place of the template's.
         checksums: Record the SHA-256 of every file read and written. A merge is no release, and hashing takes longer
             than merging; without, the manifest has sizes and the hashes of headers.
         threads: Tensors merged at a time; None for one per processor.
@@ -126,7 +128,7 @@ def merge(
             manifest=details,
             resume_token=json.dumps(recipe),
             config_changes=config_changes(networks, out_dtype),
-            side_files={**networks.vocabularies.files, **beside},
+            side_files={**networks.vocabularies.files, **beside, **(files or {})},
             verify=partial(_verify, {tensor.name: tensor.spec for tensor in planned}),
             also_read={role: source for role, source in sources.items() if source is not networks.template},
             checksums=checksums,

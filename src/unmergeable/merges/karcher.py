@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from unmergeable.errors import UsageError
-from unmergeable.merges.base import Merge, Terms
+from unmergeable.merges.base import Merge, Terms, Varies
 from unmergeable.merges.blocks import Operand, Scratch
 from unmergeable.merges.engine import in_memory
 from unmergeable.merges.sphere import Weights, combination, inner_products, length_of
@@ -34,6 +34,7 @@ class Karcher(Merge):
 
     name: ClassVar[str] = "karcher"
     needs_positive: ClassVar[bool] = True
+    varies: ClassVar[Varies] = {"iterations": "tensor", "tolerance": "tensor"}
 
     iterations: int = 10
     tolerance: float = 1e-5
@@ -50,7 +51,9 @@ class Karcher(Merge):
     def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
         products = inner_products(name, operands, "zero", scratch)
         shares = np.array(terms.coefficients) / sum(terms.coefficients)
-        weights = karcher_weights(products, shares, self.iterations, self.tolerance)
+        iterations = int(terms.of_tensor("iterations", self.iterations))
+        tolerance = terms.of_tensor("tolerance", self.tolerance)
+        weights = karcher_weights(products, shares, iterations, tolerance)
         return combination(name, operands, "zero", [float(weight) for weight in weights], scratch)
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.index import is_adapter, read_index
@@ -16,7 +17,8 @@ from unmergeable.errors import BadInput, UsageError
 from unmergeable.merges import MERGES, engine, merge_method
 from unmergeable.merges.learning import learnt_from_data
 from unmergeable.merges.mergekit.backend import find_command, merge_with_mergekit
-from unmergeable.merges.mergekit.config import read_config, read_document
+from unmergeable.merges.mergekit.chat_templates import FILE_NAME, chat_template_of, stored_template
+from unmergeable.merges.mergekit.config import MergeConfig, parse_config, read_config, read_document
 from unmergeable.merges.mergekit.documents import (
     absolute_paths,
     document_of,
@@ -24,8 +26,9 @@ from unmergeable.merges.mergekit.documents import (
     open_model,
     tokenizer_document,
 )
-from unmergeable.merges.mergekit.meaning import meaning_of
+from unmergeable.merges.mergekit.meaning import Meaning, meaning_of
 from unmergeable.merges.networks import Template
+from unmergeable.merges.stacks import Piece, require_one_vocabulary, stacked
 from unmergeable.merges.variation import terms_of
 from unmergeable.merges.vocabularies import Tokenizer
 from unmergeable.ops.adapter_merging import merge_adapters, settings_of_merge
@@ -218,9 +221,8 @@ def _merge_config(config: Path, out: Path, options: _Options) -> MergeResult:
     parsed = read_config(config)
     try:
         meaning = meaning_of(parsed)
-        # The base first: it is the template.
-        named = dict.fromkeys((*filter(None, (parsed.base_model,)), *parsed.models))
-        sources = {model: open_model(model, config.parent, allow_pickle=options.allow_pickle) for model in named}
+        sources = _sources(parsed, meaning, config.parent, allow_pickle=options.allow_pickle)
+        files = _chat_template(parsed, sources)
         names = _names_of_all(tuple(sources.values()))
         vary = meaning.vary(names)
         # Everything that can be missing is missed before anything is ranked or written.
@@ -236,6 +238,7 @@ def _merge_config(config: Path, out: Path, options: _Options) -> MergeResult:
         out_dtype=None if parsed.stored_dtype is None else named_dtype(parsed.stored_dtype),
         template=options.template,
         tokenizer=meaning.tokenizer,
+        files=files,
         checksums=options.checksums,
         threads=options.threads,
         progress=options.progress,
@@ -246,6 +249,37 @@ def _merge_config(config: Path, out: Path, options: _Options) -> MergeResult:
         used.append((model, coefficients.pop() if len(coefficients) == 1 else None))
     notes = tuple(manifest.details.get("notes", ()))
     return MergeResult(out, meaning.method.name, settings_of(meaning.method), tuple(used), _tensors(out), notes=notes)
+
+
+def _sources(
+    parsed: MergeConfig, meaning: Meaning, folder: Path, *, allow_pickle: bool | None
+) -> dict[str, TensorSource]:
+    """The models of a merge by their names in its meaning, the template first."""
+    named = dict.fromkeys((*filter(None, (parsed.base_model,)), *parsed.models))
+    opened = {model: open_model(model, folder, allow_pickle=allow_pickle) for model in named}
+    if not meaning.stacks:
+        return opened  # The base first: it is the template.
+    donor = None if meaning.donor is None else opened[meaning.donor]
+    template = meaning.base or meaning.experts[0]
+    sources = {}
+    for name in dict.fromkeys((template, *meaning.experts)):
+        parts = meaning.stacks[name]
+        pieces = [Piece(opened[part.model], part.first, part.stop) for part in parts]
+        if parsed.tokenizer is not None:
+            require_one_vocabulary([piece.source for piece in pieces])
+        sources[name] = stacked(pieces, donor if name == template else None)
+    return sources
+
+
+def _chat_template(parsed: MergeConfig, sources: Mapping[str, TensorSource]) -> dict[str, bytes]:
+    """The file of the chat template that a configuration asks for, where it is another than the template model's."""
+    if parsed.chat_template is None:
+        return {}
+    template = next(iter(sources.values()))
+    wanted = chat_template_of(parsed.chat_template, sources.values())
+    if wanted is None or wanted == stored_template(template):
+        return {}
+    return {FILE_NAME: wanted.encode()}
 
 
 def _names_of_all(sources: Sequence[TensorSource]) -> tuple[str, ...]:
@@ -280,13 +314,14 @@ def _merge_config_with_mergekit(
     sources = {model: open_model(model, config.parent) for model in models}
     base = document.get("base_model")
     roles = {base: sources.pop(base), **sources} if isinstance(base, str) else sources
-    template = next(iter(roles.values()))
+    template = _template_of(document, config.parent) or next(iter(roles.values()))
     dtype = document.get("out_dtype") or document.get("dtype") or uniform_dtype(template)
     merge_with_mergekit(
         absolute_paths({**document, "out_dtype": str(dtype)} if dtype else document, config.parent),
         {"base" if role == base else f"model {number}": source for number, (role, source) in enumerate(roles.items())},
         out,
         out_dtype=None if dtype is None else named_dtype(str(dtype)),
+        template=template,
         tokens_may_differ=bool(document.get("tokenizer") or document.get("tokenizer_source")),
         seed=seed,
         checksums=checksums,
@@ -295,3 +330,12 @@ def _merge_config_with_mergekit(
     parameters = document.get("parameters") or {}
     listed = tuple((model, None) for model in models if model != base)
     return MergeResult(out, str(document.get("merge_method")), parameters, listed, len(template.names), "mergekit")
+
+
+def _template_of(document: Mapping[str, Any], folder: Path) -> TensorSource | None:
+    """What tensors the merge of a configuration has; None where that cannot be told here."""
+    try:
+        parsed = parse_config(document)
+        return next(iter(_sources(parsed, meaning_of(parsed), folder, allow_pickle=None).values()))
+    except BadInput:
+        return None

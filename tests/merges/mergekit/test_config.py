@@ -252,9 +252,10 @@ BROKEN: list[tuple[str, str]] = [
     ("{merge_method: ties}", "either models or slices"),
     ("{models: [{model: a}]}", "merge_method is missing"),
     ("{models: [{model: a}], merge_method: tiess}", r"'tiess' is not offered here; did you mean 'ties'\?"),
-    ("{models: [{model: a}], merge_method: passthrough}", "--backend mergekit"),
+    ("{models: [{model: a}, {model: b}], merge_method: passthrough}", "one model at a time: 2 are listed"),
     ("{models: [{model: a}], merge_method: ties, base_modle: b}", r"'base_modle'; did you mean 'base_model'\?"),
-    ("{models: [{model: a}], merge_method: ties, modules: {}}", "modules is not offered here; run mergekit"),
+    ("{models: [{model: a}], merge_method: ties, modules: {}}", "either models or slices"),
+    ("{modules: {encoder: {}, decoder: {}}, merge_method: ties}", "only those of one module .* run mergekit"),
     ("{models: [{model: a}], slices: [], merge_method: ties}", "either models or slices"),
     ("{models: [], merge_method: ties}", "at least one entry"),
     ("{models: [a], merge_method: ties}", "models, entry 1: must be a mapping"),
@@ -285,15 +286,15 @@ BROKEN: list[tuple[str, str]] = [
     ("{models: [{model: a}], merge_method: ties}", "base_model is missing"),
     ("{models: [{model: a}], merge_method: slerp}", "name the two"),
     ("{slices: [{sources: [{model: a}]}], merge_method: ties}", "layer_range must be two whole numbers"),
-    ("{slices: [{sources: [{model: a, layer_range: [1, 3]}]}], merge_method: ties}", "going on at layer 0"),
+    ("{slices: [{sources: [{model: a, layer_range: [1, 3]}]}], merge_method: ties}", "base_model is missing"),
     (
-        "{slices: [{sources: [{model: a, layer_range: [0, 3]}, {model: b, layer_range: [1, 4]}]}], merge_method: ties}",
-        "same layer_range",
+        "{slices: [{sources: [{model: a, layer_range: [0, 3]}, {model: b, layer_range: [1, 3]}]}], merge_method: ties}",
+        "the same number of layers",
     ),
     (
-        "{slices: [{sources: [{model: a, layer_range: [0, 3]}]}, {sources: [{model: b, layer_range: [3, 4]}]}], "
-        "merge_method: ties}",
-        "other models than the first",
+        "{slices: [{sources: [{model: a, layer_range: [0, 3]}, {model: b, layer_range: [1, 4]}]}], merge_method: ties, "
+        "base_model: c}",
+        "c, the base_model, is to be a source of each slice",
     ),
     ("{slices: [{sources: [{model: a, layer_range: [0, 3]}], residual_weight: 1}], merge_method: ties}", "residual"),
 ]

@@ -129,3 +129,14 @@ def test_a_head_stored_twice(tmp_path: Path) -> None:
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert_same(*both(tmp_path, document_of("task_arithmetic")))
+
+
+def test_layers_stacked(tmp_path: Path) -> None:
+    """mergekit's merge of another depth is accepted where it holds what the slices say."""
+    for seed, name in enumerate("ab"):
+        llama(tmp_path / name, seed, TOKENS, 9)
+    sources = [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [1, 2]}]
+    slices = [{"sources": [source]} for source in sources]
+    ours, theirs = both(tmp_path, {"slices": slices, "merge_method": "passthrough", "dtype": "bfloat16"})
+    assert len({name.split(".")[2] for name in ours if ".layers." in name}) == 3
+    assert_same(ours, theirs)

@@ -47,6 +47,7 @@ def merge_with_mergekit(
     out: Path,
     *,
     out_dtype: torch.dtype | None = None,
+    template: TensorSource | None = None,
     tokens_may_differ: bool = False,
     seed: int = 0,
     checksums: bool = False,
@@ -56,9 +57,10 @@ def merge_with_mergekit(
 
     Args:
         document: the configuration, with absolute paths.
-        inputs: the models by role; the first one says which tensors the merge must hold.
+        inputs: the models by role.
         out: the folder to create; it appears complete or not at all.
         out_dtype: the dtype the configuration asks for; None for that of the models.
+        template: says which tensors the merge must hold; None for the first of the inputs.
         tokens_may_differ: whether the configuration chooses a tokenizer, and with it the number of rows.
         seed: for methods that draw masks.
         checksums: record the SHA-256 of every file read and written; without, sizes and those of headers.
@@ -73,7 +75,7 @@ def merge_with_mergekit(
     require_absent(out)
     if not out.absolute().parent.is_dir():
         raise BadInput(f"{out} cannot be created: its parent folder does not exist; create it first.")
-    template = next(iter(inputs.values()))
+    template = template or next(iter(inputs.values()))
     token = hashlib.sha256(json.dumps([document, seed], default=str).encode()).hexdigest()
     with PartialFolder(out.absolute(), f"mergekit {token}") as folder, tempfile.TemporaryDirectory() as scratch:
         folder.remove_all_but(())  # mergekit cannot resume

@@ -19,8 +19,15 @@ passed over. A gradient is interpolated over the layers of its slice: layer i of
 and behind the layers at 0. So it is in mergekit, and the methods are run in mergekit's variants (``docs/merging.md``
 has the table), so that one file means one merge.
 
-Stricter than mergekit: an unknown key is refused, a typo never passes. Not offered: parts of models stacked to new
-depths, ``modules``, and vocabularies padded to a multiple.
+``slices`` put layers of models one behind another, which may be others in each slice:
+
+    slices:
+      - sources: [{model: ./mathematician, layer_range: [0, 24]}]
+      - sources: [{model: ./programmer, layer_range: [8, 32]}]
+    merge_method: passthrough
+
+Stricter than mergekit: an unknown key is refused, a typo never passes. Not offered: several ``modules``, and
+vocabularies padded to a multiple.
 """
 
 from __future__ import annotations
@@ -41,6 +48,7 @@ USE_MERGEKIT = "run mergekit itself with --backend mergekit"
 _TOP = (
     "models",
     "slices",
+    "modules",
     "merge_method",
     "base_model",
     "parameters",
@@ -48,10 +56,12 @@ _TOP = (
     "out_dtype",
     "tokenizer_source",
     "tokenizer",
+    "chat_template",
+    "name",
 )
-_ELSEWHERE = ("modules", "chat_template")
+_FORMS = ("models", "slices", "modules")
 _IGNORED = ("int8_mask",)
-"""Accepted without effect: how mergekit stores a mask changes nothing of the merge."""
+"""Accepted without effect: how mergekit stores a mask changes nothing of the merge. (So is a ``name`` at the top.)"""
 
 
 @dataclass(frozen=True)
@@ -80,20 +90,27 @@ Parameters = Mapping[str, Setting]
 
 @dataclass(frozen=True)
 class Source:
-    """A model as it is written in the file, with its own parameters."""
+    """A model as it is written in the file, with its own parameters; its layers from ``first`` on take part."""
 
     model: str
     parameters: Parameters = field(default_factory=dict)
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Layers ``first`` to ``stop`` of the merge; ``stop`` None means all."""
+    """Layers ``first`` to ``stop`` of the merge; ``stop`` None means all.
+
+    ``module`` are the parameters of the module it lies in, if one is named; ``base_model`` is None where it is that of
+    the whole.
+    """
 
     sources: tuple[Source, ...]
     parameters: Parameters = field(default_factory=dict)
+    module: Parameters = field(default_factory=dict)
     first: int = 0
     stop: int | None = None
+    base_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,11 +142,12 @@ class MergeConfig:
     dtype: str | None
     out_dtype: str | None
     tokenizer: NamedTokenizer | None = None
+    chat_template: str | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models in the order in which they are listed."""
-        return tuple(source.model for source in self.slices[0].sources)
+        """The models in the order in which they are listed, once each."""
+        return tuple(dict.fromkeys(source.model for part in self.slices for source in part.sources))
 
     @property
     def stored_dtype(self) -> str | None:
@@ -162,7 +180,15 @@ def read_document(path: Path) -> Mapping[str, Any]:
         raise BadInput(f"{path} cannot be read ({error.strerror}); give a mergekit configuration file.") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not valid YAML: it is not UTF-8 text; convert it.") from error
-    document = parse_yaml(text, str(path), _strict_loader())
+    try:
+        document = parse_yaml(text, str(path), _strict_loader())
+    except BadInput as error:
+        if "expected a single document" not in str(error):
+            raise
+        raise BadInput(
+            f"{path} holds several documents, as mergekit-multi takes them: write each into a file of its own, merge "
+            "them in their order, and name the folders of earlier merges as models."
+        ) from None
     if not isinstance(document, dict):
         raise BadInput(f"{path} is no configuration: it holds {type(document).__name__}, not keys and values.")
     return document
@@ -174,26 +200,47 @@ def parse_config(document: object) -> MergeConfig:
     Raises:
         BadInput: naming the key and what is wrong with it.
     """
-    top = _mapping(document, "the file", _TOP, elsewhere=_ELSEWHERE)
+    if isinstance(document, dict) and "experts" in document:
+        raise BadInput("the file makes a mixture of experts, which is no merge of weights: run mergekit-moe with it.")
+    top = _mapping(document, "the file", _TOP)
     method = _text(top, "merge_method", "the file")
     if method is None:
         raise BadInput("merge_method is missing; name one, e.g. merge_method: ties")
     if method not in METHODS:
         raise BadInput(f"merge_method {method!r} is not offered here{nearest(method, METHODS)} Or {USE_MERGEKIT}.")
-    if ("models" in top) == ("slices" in top):
+    if sum(form in top for form in _FORMS) != 1:
         raise BadInput("give either models or slices.")
     base_model = _text(top, "base_model", "the file")
     config = MergeConfig(
         merge_method=method,
-        slices=_whole(top["models"], method) if "models" in top else _slices(top["slices"], method),
+        slices=_module(top["modules"], method) if "modules" in top else _form(top, method),
         base_model=base_model,
         parameters=_parameters(top.get("parameters"), "parameters", method),
         dtype=_dtype(top, "dtype"),
         out_dtype=_dtype(top, "out_dtype"),
         tokenizer=_tokenizer(top),
+        chat_template=_text(top, "chat_template", "the file"),
     )
-    _require_same_models(config)
+    _require_distinct(config)
     return config
+
+
+def _form(fields: Mapping[str, Any], method: str, module: Parameters | None = None) -> tuple[Slice, ...]:
+    if "models" in fields:
+        return _whole(fields["models"], method, module or {})
+    return _slices(fields["slices"], method, module or {})
+
+
+def _module(modules: object, method: str) -> tuple[Slice, ...]:
+    """The slices of the only module of a language model, as the files that mergekit writes itself have them."""
+    if not isinstance(modules, dict) or len(modules) != 1:
+        raise BadInput(f"modules: only those of one module are merged here; {USE_MERGEKIT}.")
+    ((name, fields),) = modules.items()
+    where = f"modules, {name}"
+    fields = _mapping(fields, where, ("models", "slices", "parameters"))
+    if ("models" in fields) == ("slices" in fields):
+        raise BadInput(f"{where}: give either models or slices.")
+    return _form(fields, method, _parameters(fields.get("parameters"), f"{where}, parameters", method))
 
 
 def _tokenizer(top: Mapping[str, Any]) -> NamedTokenizer | None:
@@ -202,6 +249,8 @@ def _tokenizer(top: Mapping[str, Any]) -> NamedTokenizer | None:
         return None if source is None else NamedTokenizer(source)
     if source is not None:
         raise BadInput("give either tokenizer_source or tokenizer.")
+    if top["tokenizer"] is None:
+        return None
     fields = _mapping(top["tokenizer"], "tokenizer", ("source", "tokens"), elsewhere=("pad_to_multiple_of",))
     entries = _mapping(fields.get("tokens") or {}, "tokenizer, tokens", tuple(fields.get("tokens") or ()))
     tokens = {str(token): _token(entry, f"tokenizer, tokens, {token}") for token, entry in entries.items()}
@@ -225,37 +274,38 @@ def _token(entry: object, where: str) -> NamedToken:
     return NamedToken(model, token, row, force)
 
 
-def _whole(entries: object, method: str) -> tuple[Slice, ...]:
+def _whole(entries: object, method: str, module: Parameters) -> tuple[Slice, ...]:
     sources = []
     for number, entry in enumerate(_list(entries, "models"), start=1):
         where = f"models, entry {number}"
         sources.append(_source(_mapping(entry, where, ("model", "parameters")), where, method))
-    return (Slice(tuple(sources)),)
+    return (Slice(tuple(sources), module=module),)
 
 
-def _slices(entries: object, method: str) -> tuple[Slice, ...]:
+def _slices(entries: object, method: str, module: Parameters) -> tuple[Slice, ...]:
     slices: list[Slice] = []
+    position = 0
     for number, entry in enumerate(_list(entries, "slices"), start=1):
         where = f"slices, entry {number}"
-        part = _mapping(entry, where, ("sources", "parameters"), elsewhere=("base_model", "residual_weight"))
-        sources, ranges = [], []
+        part = _mapping(entry, where, ("sources", "parameters", "base_model"), elsewhere=("residual_weight",))
+        sources, lengths = [], set()
         for index, source in enumerate(_list(part.get("sources"), f"{where}, sources"), start=1):
             inner = f"{where}, source {index}"
             fields = _mapping(source, inner, ("model", "layer_range", "parameters"))
-            sources.append(_source(fields, inner, method))
-            ranges.append(_range(fields.get("layer_range"), inner))
-        first = slices[-1].stop if slices else 0
-        if set(ranges) != {(first, ranges[0][1])} or first is None:
-            raise BadInput(
-                f"{where}: all sources must have the same layer_range, going on at layer {first}; models of other "
-                f"depths are not built here, {USE_MERGEKIT}."
-            )
-        parameters = _parameters(part.get("parameters"), f"{where}, parameters", method)
-        slices.append(Slice(tuple(sources), parameters, *ranges[0]))
+            first, stop = _range(fields.get("layer_range"), inner)
+            sources.append(_source(fields, inner, method, first))
+            lengths.add(stop - first)
+        if len(lengths) > 1:
+            raise BadInput(f"{where}: the layer_range of all sources must hold the same number of layers.")
+        own = _parameters(part.get("parameters"), f"{where}, parameters", method)
+        stop = position + lengths.pop()
+        base_model = _text(part, "base_model", where)
+        slices.append(Slice(tuple(sources), own, module, position, stop, base_model))
+        position = stop
     return tuple(slices)
 
 
-def _source(fields: Mapping[str, Any], where: str, method: str) -> Source:
+def _source(fields: Mapping[str, Any], where: str, method: str, first: int = 0) -> Source:
     model = _text(fields, "model", where)
     if model is None:
         raise BadInput(f"{where}: model is missing; name a folder.")
@@ -265,23 +315,22 @@ def _source(fields: Mapping[str, Any], where: str, method: str) -> Source:
             raise BadInput(
                 f"{where}: {name} is shared by all models; put it in the parameters of a slice or at the top."
             )
-    return Source(model, parameters)
+    return Source(model, parameters, first)
 
 
 def _range(value: object, where: str) -> tuple[int, int]:
-    if isinstance(value, list) and len(value) == 2 and all(type(end) is int for end in value) and value[0] < value[1]:
-        return value[0], value[1]
+    if isinstance(value, list) and len(value) == 2 and all(type(end) is int for end in value):
+        first, stop = value
+        if 0 <= first < stop:
+            return first, stop
     raise BadInput(f"{where}: layer_range must be two whole numbers, as in [0, 12], not {value!r}.")
 
 
-def _require_same_models(config: MergeConfig) -> None:
-    models = set(config.models)
-    for number, part in enumerate(config.slices, start=1):
+def _require_distinct(config: MergeConfig) -> None:
+    for part in config.slices:
         listed = [source.model for source in part.sources]
         if len(set(listed)) < len(listed):
             raise BadInput(f"{max(listed, key=listed.count)} is listed twice; list each model once.")
-        if set(listed) != models:
-            raise BadInput(f"slices, entry {number}: merges other models than the first one; or {USE_MERGEKIT}.")
 
 
 def _parameters(value: object, where: str, method: str) -> Parameters:
@@ -322,7 +371,7 @@ def _gradient(value: object, where: str) -> tuple[float, ...]:
 
 
 def _switch_setting(value: object, where: str) -> Setting:
-    if isinstance(value, bool) or (type(value) is int and value in (0, 1)):
+    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
         return (Filtered((float(value),)),)
     raise BadInput(f"{where}: must be true or false, not {value!r}; it holds for the whole merge.")
 
@@ -343,8 +392,22 @@ def _mapping(
         if key in elsewhere:
             raise BadInput(f"{where}: {key} is not offered here; {USE_MERGEKIT}.")
         if key not in known:
-            raise BadInput(f"{where}: no {what} is called {key!r}{nearest(str(key), dict.fromkeys(known))}")
+            raise BadInput(f"{where}: no {what} is called {key!r}{_instead(str(key), known)}")
     return value
+
+
+def _instead(key: str, known: Sequence[str]) -> str:
+    """What to do about an unknown key."""
+    if key == "revision":
+        return "; download that revision, and name its folder as model."
+    is_parameter = any(key in (*m.of_experts, *m.of_merge, *m.switches, *_IGNORED) for m in METHODS.values())
+    if is_parameter and "parameters" in known:
+        return "; it is a parameter: put it under parameters."
+    if is_parameter:
+        return f"; leave it out (it has no effect there in mergekit). Known: {', '.join(known) or 'none'}."
+    if key in _TOP:
+        return "; it stands at the top of the file: put it there."
+    return nearest(key, dict.fromkeys(known))
 
 
 def _list(value: object, where: str) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from unmergeable.merges.arcee_fusion import ArceeFusion
 from unmergeable.merges.base import Merge
@@ -65,6 +65,7 @@ class MergekitMethod:
         terms: what its numbers mean for one tensor.
         base: what the base is to it.
         most: models beside the base, at most.
+        fills_up: whether slices may hold different numbers of models, since one without weight changes nothing.
     """
 
     of_experts: tuple[str, ...]
@@ -74,10 +75,26 @@ class MergekitMethod:
     terms: Callable[[Numbers, Switches], Variation]
     base: Role = "origin"
     most: int | None = None
+    fills_up: bool = False
+
+
+@dataclass(frozen=True)
+class Passthrough(Linear):
+    """The tensors of one model, or of several models' layers, as they are, times a scale."""
+
+    name: ClassVar[str] = "passthrough"
+    fewest_experts: ClassVar[int] = 1
+    most_experts: ClassVar[int | None] = 1
+
+    normalize: bool = False
 
 
 def _averaged(look: Numbers, on: Switches) -> Variation:
     return Variation(look.per_expert("weight"))
+
+
+def _scaled(look: Numbers, on: Switches) -> Variation:
+    return Variation(look.per_expert("scale", 1.0))
 
 
 def _turned(look: Numbers, on: Switches) -> Variation:
@@ -153,7 +170,13 @@ _SMALLEST_TOTAL = 1e-6
 
 METHODS: dict[str, MergekitMethod] = {
     "linear": MergekitMethod(
-        ("weight",), (), {"normalize": True}, lambda on, based: Linear(normalize=on["normalize"]), _averaged, "expert"
+        ("weight",),
+        (),
+        {"normalize": True},
+        lambda on, based: Linear(normalize=on["normalize"]),
+        _averaged,
+        "expert",
+        fills_up=True,
     ),
     "slerp": MergekitMethod((), ("t",), {}, lambda on, based: Slerp(), _turned, "first", most=1),
     "nuslerp": MergekitMethod(
@@ -173,7 +196,14 @@ METHODS: dict[str, MergekitMethod] = {
         _averaged,
         "centre",
     ),
-    "karcher": MergekitMethod((), (), {}, lambda on, based: Karcher(), _untouched, "expert"),
+    "karcher": MergekitMethod(
+        (),
+        ("max_iter", "tol"),
+        {},
+        lambda on, based: Karcher(),
+        _renamed(iterations=("max_iter", 10), tolerance=("tol", 1e-5)),
+        "expert",
+    ),
     "nearswap": MergekitMethod((), ("t",), {}, lambda on, based: NearSwap(), _turned, most=1),
     "arcee_fusion": MergekitMethod((), (), {}, lambda on, based: ArceeFusion(), _untouched, most=1),
     "ram": MergekitMethod((), ("epsilon",), {}, lambda on, based: Ram(), _renamed(threshold=("epsilon", 1e-5))),
@@ -244,4 +274,5 @@ METHODS: dict[str, MergekitMethod] = {
         lambda on, based: ModelStock(filter_wise=on["filter_wise"], smallest_norms=1e-6),
         _untouched,
     ),
+    "passthrough": MergekitMethod(("scale",), (), {}, lambda on, based: Passthrough(), _scaled, "expert", most=1),
 }
