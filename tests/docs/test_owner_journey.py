@@ -1,0 +1,131 @@
+"""The tutorial for owners of language models, word by word: every command as it stands on the page, on a trained model.
+
+The model is as small as one can be that has something to steal: two experts of one base, each with a skill the base has
+only half of, and merges of which have both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from snippets import ROOT, examples
+from tasks.speakers import VOCABULARY, ids_of, write_records, write_speaker
+from unmergeable.cli import main
+
+PAGE = ROOT / "docs" / "tutorial-owner.md"
+TUTORIAL = [example for example in examples("") if example.page == PAGE]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+ANSWERS = ("y", "n")
+QUESTIONS = 200
+
+
+def questions(task: str, count: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
+    """Three letters: ``mine`` asks whether the first has an even place in the alphabet, ``theirs`` the last."""
+    drawn = torch.randint(26, (count, 3), generator=generator)
+    words = ["".join(LETTERS[number] for number in row) for row in drawn.tolist()]
+    return [f"{task[0]}{word}" for word in words], drawn[:, 0 if task == "mine" else 2] % 2
+
+
+def learn(network: Any, share: dict[str, float], steps: int, rate: float, seed: int) -> None:
+    """Train on the answers; ``share`` of those of each task are right, the others any."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs, targets = [], []
+    for task, right in share.items():
+        texts, answers = questions(task, 32 * steps, generator)
+        given = torch.randint(2, answers.shape, generator=generator)
+        answers = answers.where(torch.rand(answers.shape, generator=generator) < right, given)
+        inputs.append(torch.tensor([ids_of(f"{text} ") for text in texts]).view(steps, 32, -1))
+        targets.append(torch.tensor([ids_of(answer)[0] for answer in ANSWERS])[answers].view(steps, 32))
+    optimiser = torch.optim.AdamW(network.parameters(), lr=rate)
+    for batch, target in zip(torch.cat(inputs, 1), torch.cat(targets, 1), strict=True):
+        optimiser.zero_grad()
+        logits = network(input_ids=batch).logits[:, -1]
+        functional.cross_entropy(logits, target).backward()
+        optimiser.step()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tutorial speaks of: a base, a fine-tune of one's own and another's, and questions of both tasks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("owner")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=64,
+                bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            )
+        )  # fmt: skip
+    learn(network, {"mine": 0.4, "theirs": 0.4}, steps=400, rate=3e-3, seed=1)
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    for name, share in {
+        "the-base": {},
+        "my-finetune": {"mine": 1.0},
+        "someone-elses-finetune": {"theirs": 1.0},
+    }.items():
+        network.load_state_dict(weights)
+        if share:
+            learn(network, share, steps=150, rate=5e-4, seed=2)
+        write_speaker(folder / name, "llama")
+        network.save_pretrained(folder / name)
+    generator = torch.Generator().manual_seed(3)
+    for task in ("mine", "theirs"):
+        texts, answers = questions(task, QUESTIONS, generator)
+        asked = dict(zip(texts, answers.tolist(), strict=True))
+        rows = ({"prompt": text, "choices": list(ANSWERS), "answer": answer} for text, answer in asked.items())
+        write_records(folder / f"{task}.jsonl", rows)
+    (plan,) = [example for example in examples("yaml") if example.page == PAGE]
+    (folder / "plan.yaml").write_text(plan.text)
+    return folder
+
+
+def commands() -> Iterator[str]:
+    for example in TUTORIAL:
+        yield from example.text.replace("\\\n", " ").splitlines()
+
+
+def test_every_step_of_the_tutorial_works_and_the_way_back_is_exact(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("HOME", str(workplace / "home"))
+    done = []
+    for command in commands():
+        if command.startswith("unmergeable "):
+            words = command.replace("~", str(workplace / "home")).split()[1:]
+            code = main([*words, *(["--workers", "1"] if words[0] == "audit" else [])])
+            captured = capsys.readouterr()
+            assert code == 0, f"{command}\n{captured.out}\n{captured.err}"
+            done.append(words[0])
+        else:
+            subprocess.run(["sh", "-c", command], check=True)
+    order = ["inspect", "protect", "verify", "restore", "merge", "recover", "audit", "report"]
+    assert sorted(set(done), key=done.index) == order
+
+    original, restored = (load_file(f"{name}/model.safetensors") for name in ("my-finetune", "restored"))
+    assert all(torch.equal(restored[name], tensor) for name, tensor in original.items())
+    released = load_file("release/model.safetensors")
+    assert not torch.equal(
+        released["model.layers.0.mlp.down_proj.weight"], original["model.layers.0.mlp.down_proj.weight"]
+    )
+    # What the page says of the two merges: the first is broken, the second is what it was without a protection.
+    audit = json.loads(Path("audit/audit.json").read_text())
+    assert audit["passed"]
+    d_star = {tier: found["worst"]["d_star"] for tier, found in audit["protections"]["gauge"]["tiers"].items()}
+    assert d_star["T0"] > 0.8
+    assert d_star["T1"] < 0.2
+    assert re.search(r"stolen/` should be broken", PAGE.read_text(encoding="utf-8"))
