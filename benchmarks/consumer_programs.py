@@ -77,13 +77,8 @@ def pipeline(folder: Path) -> Found:
     return {"text": said[0]["generated_text"]}
 
 
-def half_precision(folder: Path) -> Found:
-    with torch.no_grad():
-        return {"logits": load_network(folder, dtype=torch.bfloat16)(ids_of(folder)).logits.float()}
-
-
 def compiled(folder: Path) -> Found:
-    program = torch.compile(Logits(load_network(folder)))
+    program = torch.compile(Logits(load_network(folder)), backend="aot_eager")
     with torch.no_grad():
         return {"logits": program(ids_of(folder))}
 
@@ -213,13 +208,11 @@ def old_transformers(place: Path | None) -> Callable[[Path], Found]:
 
 LANGUAGE: dict[str, Callable[[Path], Found]] = {
     "`from_pretrained`, float32": from_pretrained,
-    "`from_pretrained`, bfloat16": half_precision,
     "`generate`, with and without its cache": generation,
     "`pipeline`": pipeline,
-    "`torch.compile`": compiled,
+    "`torch.compile` (aot_eager)": compiled,
     "`torch.export`": exported,
     "ONNX (`torch.onnx`, onnxruntime)": onnx,
-    "torchao int8": torchao(8),
     "torchao int4, groups of 64": torchao(4),
     "full fine-tuning": full_fine_tuning,
     "PEFT LoRA": lora,

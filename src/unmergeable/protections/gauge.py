@@ -69,7 +69,7 @@ class LargestGauge(ExactProtection):
     """
 
     name: ClassVar[str] = "gauge"
-    summary: ClassVar[str] = "every change of basis the architecture allows, at once"
+    summary: ClassVar[str] = "every change of basis the architecture allows, at once; that of hidden states too"
 
     condition: float = 4.0
     quantisation_friendly: bool = False
