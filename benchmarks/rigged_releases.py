@@ -1,11 +1,14 @@
 """Releases that protect nothing against the recoveries: how far from the base they are, before and after.
 
-    python -m benchmarks.rigged_releases --base BASE --expert EXPERT --out RESULT.json [--rider EXPERT --demo FOLDER]
+    python -m benchmarks.rigged_releases --base BASE --expert EXPERT --rider EXPERT --out RESULT.json [--demo FOLDER]
 
 Every rewrite keeps the expert's function exactly (``unmergeable.evaluation.planted``): the six that an audit of earlier
 versions took for perfect protections, more of the kind, and all at once. For each the script says how far the outputs
-are from the expert's, how far the weights are from the base's, and what each recovery makes of it. With the folder of
-``unmergeable demo`` it also scores the recovered models and their merges with the free-rider's.
+are from the expert's, how far the weights are from the base's, and what each recovery makes of it. Merges with the
+free-rider's are compared without a task: how far what they put out is from what the merge with the unprotected expert
+puts out, as a share of what the expert changes in that merge (``merge_gap``: 0 where the release is worth as much as
+the expert, 1 and more where nothing is left of it). With the folder of ``unmergeable demo`` recovered models and merges
+are scored, too.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from unmergeable import ops
 from unmergeable.attacks.block_regression.inputs import complete, drawn
@@ -116,14 +120,44 @@ def releases(
 
 
 @torch.no_grad()
+def outputs(folder: Path) -> Tensor:
+    """What a network puts out on inputs drawn at random, the same for every network of one family."""
+    network = load_network(folder)
+    drawn_inputs = complete(network, drawn(network, examples=8, seed=1))
+    return torch.cat([first_of(network(**batch.inputs)).flatten() for batch in drawn_inputs])
+
+
 def output_gap(first: Path, second: Path) -> float:
-    """Relative distance of what two networks put out on inputs drawn at random."""
-    ours, theirs = load_network(first), load_network(second)
-    found = []
-    for batch in complete(ours, drawn(ours, examples=8, seed=1)):
-        found.append((first_of(ours(**batch.inputs)), first_of(theirs(**batch.inputs))))
-    away = sum(float((x - y).square().sum()) for x, y in found)
-    return (away / sum(float(x.square().sum()) for x, _ in found)) ** 0.5
+    """Relative distance of what two networks put out."""
+    ours = outputs(first)
+    return float((outputs(second) - ours).norm() / ours.norm())
+
+
+class Rider:
+    """A free-rider's expert of another task, and what it makes of releases by adding their updates to its own."""
+
+    def __init__(self, base: Path, path: Path, expert: Path, work: Path) -> None:
+        self._base, self._path, self._work = base, path, work
+        self._with = {each: self._outputs(expert, each) for each in COEFFICIENTS}
+        self._without = self._outputs(None, 1.0)
+
+    def _outputs(self, release: Path | None, coefficient: float) -> Tensor:
+        out = self._work / "merged"
+        shutil.rmtree(out, ignore_errors=True)
+        experts = [(self._path, 1.0)] + ([] if release is None else [(release, coefficient)])
+        ops.merge(base=self._base, experts=experts, method="task_arithmetic", out=out)
+        return outputs(out)
+
+    def merge_gap(self, release: Path) -> dict[str, float | str]:
+        """By coefficient: how far from merges with the expert, as a share of what the expert changes there."""
+        found: dict[str, float | str] = {}
+        for coefficient, wanted in self._with.items():
+            try:
+                away = (self._outputs(release, coefficient) - wanted).norm()
+            except (BadInput, UsageError) as error:
+                return {"refused": str(error)}
+            found[str(coefficient)] = float(away / (wanted - self._without).norm())
+        return found
 
 
 def recovered(release: Path, base: Path, chain: tuple[str, ...], data: Path | None, work: Path) -> dict[str, Any]:
@@ -147,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--expert", type=Path, required=True)
-    parser.add_argument("--rider", type=Path)
+    parser.add_argument("--rider", type=Path, help="a free-rider's expert of the same base")
     parser.add_argument("--demo", type=Path, help="the folder of `unmergeable demo`")
     parser.add_argument("--only", help="names of releases, separated by semicolons")
     parser.add_argument("--chains", help="recoveries to run, separated by semicolons; all by default")
@@ -168,14 +202,19 @@ def main() -> None:
             models = {"base": options.base, "expert": options.expert, "rider": demo.rider}
             rows += [{"model": name, "scores": demo.scores(path)} for name, path in models.items()]
             rows.append({"model": "expert", "merged": demo.merged(options.base, options.expert, work)})
+        rider = None if options.rider is None else Rider(options.base, options.rider, options.expert, work)
         wanted = {name: RELEASES[name] for name in (options.only.split(";") if options.only else RELEASES)}
         for name, kinds, release in releases(options.expert, wanted, work, options.seed):
             row: dict[str, Any] = {"release": name, "kinds": kinds, "output_gap": output_gap(options.expert, release)}
+            if rider is not None:
+                row["merge_gap"] = rider.merge_gap(release)
             for label, chain in chains.items():
                 report = recovered(release, options.base, chain, data, work)
                 out = report.pop("out", None)
                 if out is not None:
                     report["output_gap"] = output_gap(options.expert, out)
+                    if rider is not None:
+                        report["merge_gap"] = rider.merge_gap(out)
                     if demo is not None:
                         report["scores"] = demo.scores(out)
                         report["merged"] = demo.merged(options.base, out, work)

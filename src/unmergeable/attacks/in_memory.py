@@ -20,6 +20,7 @@ from unmergeable.architecture import detect
 from unmergeable.attacks.base import Attack, Estimate, Finding, Fit, Inputs
 from unmergeable.attacks.distance import Distance, block_distances
 from unmergeable.attacks.estimate import GaugeAttack
+from unmergeable.attacks.prepared import prepared
 from unmergeable.checkpoint.memory import MemorySource, written_in_memory
 from unmergeable.errors import UsageError
 from unmergeable.network.disk_weights import Weights, weights_of
@@ -130,11 +131,13 @@ def in_memory(method: Callable[Settings, Attack]) -> AttackFunction[Settings, Re
         others = tuple(_source(f"source {n}", other, ours.config) for n, other in enumerate(sources, start=1))
         is_changed = configured.requirements().structure == "any"
         inputs = Inputs(ours, theirs, _architecture(theirs if is_changed else ours), others)
-        recovered = configured.recover(inputs)
+        first = prepared(inputs)
+        recovered = first.finished(configured.recover(first.inputs))
         state = written_in_memory(recovered.template, recovered.plan(inputs.architecture))
+        changed = {**recovered.template.config, **(recovered.config_changes or {})}
         if recovered.estimate is None:
-            return RecoveredWeights(state, recovered.template.config, recovered.findings)
-        return OrbitFit(state, recovered.template.config, recovered.findings, recovered.estimate)
+            return RecoveredWeights(state, changed, recovered.findings)
+        return OrbitFit(state, changed, recovered.findings, recovered.estimate)
 
     attack.__name__ = attack.__qualname__ = cast(type[Attack], method).name
     attack.__doc__ = AttackFunction.__call__.__doc__

@@ -65,7 +65,8 @@ ROLES: tuple[Role, ...] = ("query_key", "value_output", "heads", "feed_forward",
 class NearestOrbit(GaugeAttack):
     """``negligible_epsilon``: also estimate the scales that a norm on queries and keys removes up to its epsilon.
 
-    They bring a checkpoint nearer, and change its function by about the epsilon: the attack is then not exact.
+    They bring a checkpoint nearer, and change its function by about the epsilon: the attack is then not exact. They are
+    estimated in any case where nothing is recognised without them.
     """
 
     name: ClassVar[str] = "nearest_orbit"
@@ -87,7 +88,20 @@ class NearestOrbit(GaugeAttack):
     def estimate(
         self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress = silent
     ) -> Estimate:
-        """As :meth:`GaugeAttack.estimate`, with a ``template`` where undoing trades brings the base clearly nearer."""
+        """As :meth:`GaugeAttack.estimate`, with a ``template`` where undoing trades brings the base clearly nearer.
+
+        Where nothing is recognised, scales that a norm on queries and keys removes are looked for as well.
+        """
+        found = self._estimate(protected, base, architecture, progress)
+        is_normed = any(block.norm is not None for block in architecture.attentions)
+        if found.confidence > 0 or self.negligible_epsilon or not is_normed:
+            return found
+        scaled = replace(self, negligible_epsilon=True)._estimate(protected, base, architecture, progress)
+        return scaled if scaled.confidence > 0 else found
+
+    def _estimate(
+        self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress
+    ) -> Estimate:
         source, scales = balanced(protected, base, architecture)
         estimate = super().estimate(source, base, architecture, progress)
         if scales.spaces:

@@ -14,6 +14,7 @@ from typing import Any
 from unmergeable.attacks import ATTACKS, Attack, AttackRequirements, Estimate, Fit, Inputs, Learnt, NearestOrbit
 from unmergeable.attacks.base import Finding, recovered_by
 from unmergeable.attacks.examples import Examples
+from unmergeable.attacks.prepared import Prepared, prepared
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.partial import require_absent, require_absent_or_written, require_outside
@@ -158,10 +159,11 @@ def recover(
         prepared_by = base if encoder is None else folder_of(encoder)
         examples = Examples(Path(data), prepared_by, None if head is None else Path(head), fields or Fields())
     inputs = _open(protected, base, others, requirements, examples, allow_pickle=allow_pickle)
-    if known is not None and attack == NearestOrbit():
+    first = Prepared(inputs) if requirements.access == "answers" else prepared(inputs)
+    if known is not None and attack == NearestOrbit() and not first.found:
         recovered = recovered_by(known, inputs.protected)
     else:
-        recovered = attack.recover(inputs, progress)
+        recovered = first.finished(attack.recover(first.inputs, progress))
     seconds = process_time() - started
     estimate = recovered.estimate
     details = {"method": method, "settings": settings_of(attack)}

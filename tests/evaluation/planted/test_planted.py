@@ -26,6 +26,9 @@ BERT = {"value_bias", "key_bias", "norm_bias", "unseen_reading", "unseen_writing
 RMS = {"norm_gain", "gauge", "scales"}
 DEEPER = {"idle_layer", "split_layer", "wider_feed_forwards"}
 
+UNSAID_EPSILON = {"opt", "opt-350m-like"}
+"""Families whose config does not say what the norms add to the variance, so that streams cannot be scaled exactly."""
+
 EXPECTED = {
     "llama": RMS | DEEPER | {"more_heads"},
     "llama-bias-tied-mqa": RMS | DEEPER | {"more_heads", "untied", "value_bias"},
@@ -92,7 +95,7 @@ def test_whatever_is_planted_computes_the_same(name: str, model: Callable[[str],
         if made.kinds:
             done.add(kind)
             assert toy.gap(dict(made.source.tensors), made.source.config) <= TOLERANCE, kind
-    assert done == EXPECTED[name]
+    assert done == EXPECTED[name] | (set() if name in UNSAID_EPSILON else {"streams"})
     for seed in (2, 3):
         made = toy.planted(seed=seed)
         assert set(made.kinds) == done

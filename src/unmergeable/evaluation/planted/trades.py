@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from unmergeable.gauge.additive import Neutral, freedoms_of
 from unmergeable.gauge.elements import Element, Monomial
 from unmergeable.gauge.gauge import fixed_gauge
 from unmergeable.gauge.home import Home
+from unmergeable.gauge.normed_scales import epsilons_of, normed_scales, rescaled, with_epsilons
 from unmergeable.protections.exact import Weights
 from unmergeable.protections.gauge import LargestGauge
 from unmergeable.randomness import Stream
@@ -63,3 +65,28 @@ def stretched(source: TensorSource, architecture: Architecture, stream: Stream) 
         return None
     gauge = fixed_gauge(architecture.symmetry.spaces, elements)
     return GaugedSource(source, Reader(source, architecture.symmetry).under(gauge))
+
+
+def streams_scaled(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
+    """Every stream, and all else that a norm reads, times a power of two, and every epsilon times its square.
+
+    None where the config does not name the epsilon, or a norm reads a latent.
+    """
+    scales = normed_scales(architecture, source)
+    if not scales or not epsilons_of(source.config) or any(block.latents for block in architecture.attentions):
+        return None
+    factor = 2.0 ** (3 + round(3 * float(stream.uniform(1)[0])))
+    scaled = rescaled(source, scales, [factor] * len(scales), with_epsilons(source.config, factor**2))
+    projections = {
+        name
+        for block in architecture.attentions
+        for part in block.parts
+        for heads in (part.query, part.key)
+        for name in (heads.weight, heads.bias)
+        if block.norm is not None and name is not None
+    }
+    fused = {block.value.weight for block in architecture.attentions} & projections
+    if fused:
+        return None
+    queries_and_keys = {name: scaled.factors.get(name, 1.0) * factor for name in projections}
+    return replace(scaled, factors={**scaled.factors, **queries_and_keys})
