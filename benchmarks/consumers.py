@@ -165,11 +165,17 @@ def markdown(result: dict[str, Any]) -> dict[str, str]:
         shown = [_relative(cells, quantised_rows["expert"], form) for form in forms]
         predicted = f"{cells['predicted']:.2f} ×" if cells.get("predicted") is not None else ""
         lines.append([_code(name), *shown, f"{cells['averaged']:.4g}", predicted])
-    consumers = result["consumers"]
+    return {"quantised": _table(lines)} | used(result.get("consumers", {}))
+
+
+def used(consumers: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The table of programs; none before it was measured."""
+    if not consumers:
+        return {}
     names = list(next(iter(consumers.values())))
     rows = [["used by", *map(_code, names)]]
     rows += [[consumer, *(_cell(cells[name]) for name in names)] for consumer, cells in consumers.items()]
-    return {"quantised": _table(lines), "used": _table(rows)}
+    return {"used": _table(rows)}
 
 
 def _relative(cells: dict[str, Any], expert: dict[str, Any], form: str) -> str:

@@ -6,10 +6,8 @@ only half of, and merges of which have both.
 
 from __future__ import annotations
 
-import json
-import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,14 @@ from torch.nn import functional
 from snippets import ROOT, examples
 from tasks.speakers import VOCABULARY, ids_of, write_records, write_speaker
 from unmergeable.cli import main
+from unmergeable.network.load import load_network
 
 PAGE = ROOT / "docs" / "tutorial-owner.md"
 TUTORIAL = [example for example in examples("") if example.page == PAGE]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ANSWERS = ("y", "n")
 QUESTIONS = 200
+WEIGHTS = "model.safetensors"
 TASKS = {"mine": 0, "theirs": 2, "first": 0, "last": 2}
 """Which letter is asked for. The base knows of the last two, so that a fine-tune has little to change."""
 
@@ -111,34 +111,54 @@ def commands() -> Iterator[str]:
         yield from example.text.replace("\\\n", " ").splitlines()
 
 
-def test_every_step_of_the_tutorial_works_and_the_way_back_is_exact(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(workplace)
-    monkeypatch.setenv("HOME", str(workplace / "home"))
+def follow(workplace: Path, commands: Iterable[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Give commands as they stand on the page; the verbs that were given. Every one has to end well."""
     done = []
-    for command in commands():
+    for command in commands:
         if command.startswith("unmergeable "):
             words = command.replace("~", str(workplace / "home")).split()[1:]
-            code = main([*words, *(["--workers", "1"] if words[0] == "audit" else [])])
+            code = main(words)
             captured = capsys.readouterr()
             assert code == 0, f"{command}\n{captured.out}\n{captured.err}"
             done.append(words[0])
         else:
             subprocess.run(["sh", "-c", command], check=True)
-    order = ["inspect", "protect", "verify", "restore", "merge", "recover", "audit", "report"]
-    assert sorted(set(done), key=done.index) == order
+    return done
 
-    original, restored = (load_file(f"{name}/model.safetensors") for name in ("my-finetune", "restored"))
+
+def is_audit(command: str) -> bool:
+    return command.startswith("unmergeable ") and command.split()[1] in ("audit", "report")
+
+
+def answers_of(folder: str, texts: list[str]) -> Tensor:
+    """Logits of the answers."""
+    network = load_network(folder)
+    with torch.no_grad():
+        logits: Tensor = network(input_ids=torch.tensor([ids_of(f"{text} ") for text in texts])).logits[:, -1]
+    return logits[:, [ids_of(answer)[0] for answer in ANSWERS]]
+
+
+def test_every_command_of_the_tutorial_works_and_the_way_back_is_exact(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("HOME", str(workplace / "home"))
+    done = follow(workplace, (command for command in commands() if not is_audit(command)), capsys)
+    # An audit takes minutes: its plan and everything it would read are checked.
+    assert main(["audit", "plan.yaml", "--out", "audit", "--workers", "1", "--dry-run"]) == 0
+    assert list(dict.fromkeys(done)) == ["inspect", "protect", "verify", "restore", "merge", "recover"]
+
+    original, restored, released = (load_file(f"{name}/{WEIGHTS}") for name in ("my-finetune", "restored", "release"))
     assert all(torch.equal(restored[name], tensor) for name, tensor in original.items())
-    released = load_file("release/model.safetensors")
-    assert not torch.equal(
-        released["model.layers.0.mlp.down_proj.weight"], original["model.layers.0.mlp.down_proj.weight"]
+    assert not any(torch.equal(released[name], tensor) for name, tensor in original.items())
+
+    # What the page says of the two merges: the first is broken, the second works as if nothing had been protected.
+    texts, _ = questions("mine", 100, torch.Generator().manual_seed(4))
+    unprotected = "merge --base the-base --expert my-finetune=0.5 --expert someone-elses-finetune=0.5"
+    assert main([*unprotected.split(), "--method", "task_arithmetic", "--out", "unprotected"]) == 0
+    expected = answers_of("unprotected", texts)
+    broken, works = (
+        float((answers_of(folder, texts) - expected).norm() / expected.norm()) for folder in ("stolen", "stolen-again")
     )
-    # What the page says of the two merges: the first is broken, the second is what it was without a protection.
-    audit = json.loads(Path("audit/audit.json").read_text())
-    assert audit["passed"]
-    d_star = {tier: found["worst"]["d_star"] for tier, found in audit["protections"]["gauge"]["tiers"].items()}
-    assert d_star["T0"] > 0.8
-    assert d_star["T1"] < 0.2
-    assert re.search(r"stolen/` should be broken", PAGE.read_text(encoding="utf-8"))
+    assert works < 0.1 < broken
+    assert 10 * works < broken
