@@ -25,7 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 CLAIMS = ROOT / "src" / "unmergeable" / "claims.json"
 
 DATE = "2026-11-28"
-RELEASE_SETTINGS_SINCE = "2026-11-30"
+RELEASE_SETTINGS_SINCE = "2026-12-01"
 
 STUDIES = (
     Study("language_model_audit", "language_model", "SmolLM2-135M", 135_000_000, "question types", "spam", DATE),
