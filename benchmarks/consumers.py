@@ -8,7 +8,7 @@
     python -m benchmarks.consumers SCRATCH --packages PACKAGES --old-transformers OLD
 
 One command writes ``benchmarks/results/consumers.json`` and the tables of ``docs/consumers.md``; ``--tables`` only the
-latter, from the former. What is not installed is "not measured", with the reason. Ten minutes of one core.
+latter, from the former. What is not installed is "not measured", with the reason. Half an hour of one core.
 
 The expert is SmolLM2-135M-Instruct (30 layers, tied embeddings) after a few steps on editorials; perplexity is that of
 1024 tokens of others. Programs other than quantisers get the first CUT layers of it: real weights, in less time. The
