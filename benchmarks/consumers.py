@@ -215,7 +215,7 @@ def _table(rows: list[list[str]]) -> str:
 def with_tables(text: str, result: dict[str, Any]) -> str:
     """A page with its tables made anew."""
     for name, table in markdown(result).items():
-        block = re.compile(rf"(<!-- consumers: {name} -->\n\n).*?(\n\n<!-- end of consumers -->)", re.DOTALL)
+        block = re.compile(rf"(<!-- consumers: {name} -->\n\n)(?:(?!<!--).)*(\n\n<!-- end of consumers -->)", re.DOTALL)
         text = block.sub(lambda match, table=table: f"{match[1]}{table}{match[2]}", text)
     return text
 
