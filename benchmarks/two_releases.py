@@ -62,9 +62,11 @@ def measured(method: str, folder: Path) -> dict[str, Any]:
     released = {}
     for name, source in (("first", "expert"), ("second", "expert"), ("of_the_other", "other")):
         released[name] = folder / f"{method}-{name}"
-        ops.protect(folder / source, base=folder / "base", out=released[name], method=method)
+        ops.protect(
+            folder / source, base=folder / "base", out=released[name], key=f"{released[name]}.key", method=method
+        )
     rotated = folder / f"{method}-rotated"
-    ops.rotate(released["first"], key=Path(f"{released['first']}.key"), out=rotated)
+    ops.rotate(released["first"], key=Path(f"{released['first']}.key"), out=rotated, new_key=f"{rotated}.key")
     return {
         "one_expert_under_two_keys": distances(released["second"], released["first"]),
         "a_release_and_its_rotation": distances(rotated, released["first"]),

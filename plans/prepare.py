@@ -1,6 +1,6 @@
 """What the plans at full scale read, made from the hub: checkpoints as safetensors, zero-shot heads, texts.
 
-    python plans/prepare.py MODELS vision-base|vision-large|flan-t5|mistral|llama-2
+    python plans/prepare.py MODELS vision-base|vision-large|flan-t5|mistral|llama-2|llama-3
 
 Needs the internet, `pip install 'unmergeable[hf,data]'`, and disk for every model once more. What is there is not made
 again. For flan-t5, whose checkpoints need no preparation, the prompts that its experts were trained with are read from
@@ -40,8 +40,14 @@ LANGUAGE = {
         "mistral-7b": "mistralai/Mistral-7B-v0.1",
         "metamath-mistral-7b": "meta-math/MetaMath-Mistral-7B",
         "biomistral-7b": "BioMistral/BioMistral-7B",
-        "zephyr-7b": "HuggingFaceH4/zephyr-7b-beta",
-        "openhermes-7b": "teknium/OpenHermes-2.5-Mistral-7B",
+        "trendyol-7b": "Trendyol/Trendyol-LLM-7b-base-v1.0",
+        "mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.2",
+    },
+    "llama-3": {
+        "llama-3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+        "bio-medical-llama-3-8b": "ContactDoctor/Bio-Medical-Llama-3-8B",
+        "cybersentinel": "dad1909/CyberSentinel",
+        "suzume-llama-3-8b-japanese": "lightblue/suzume-llama-3-8B-japanese",
     },
     "llama-2": {
         "llama-2-13b": "unsloth/llama-2-13b",
@@ -54,6 +60,7 @@ LANGUAGE = {
 
 TEXTS = {
     "gsm8k": ("openai/gsm8k", "main", "question", "answer"),
+    "medqa": ("GBaker/MedQA-USMLE-4-options", None, "question", "answer"),
     "code": ("iamtarun/python_code_instructions_18k_alpaca", None, "instruction", "output"),
     "instructions": ("tatsu-lab/alpaca", None, "instruction", "output"),
 }

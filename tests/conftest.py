@@ -1,7 +1,8 @@
-"""No test uses the network (:mod:`offline`)."""
+"""No test uses the network (:mod:`offline`), and none writes keys into the folder of whoever runs it."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from offline import ATTEMPTS, refuse_network
 
 def pytest_configure() -> None:
     sys.addaudithook(refuse_network)
+    os.environ["UNMERGEABLE_KEYS"] = "beside"  # tests/ops/test_key_places.py is about the default
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "model")
 warnings.simplefilter("error")
 model, out = str(folder / "model"), str(folder / "out")
 for command in (
-    ["protect", model, "--base", model, "--out", out],
+    ["protect", model, "--base", model, "--out", out, "--key", out + ".key"],
     ["verify", out, "--manifest"],
     ["restore", out, "--key", out + ".key", "--out", str(folder / "restored")],
     ["verify", model, str(folder / "restored")],

@@ -117,6 +117,16 @@ def test_a_network_with_other_flags_is_refused() -> None:
             architecture_of(derived, {**CONFIG, **refused}, names)
 
 
+def test_settings_of_a_tower_count_only_where_the_map_changes_one() -> None:
+    flags = {"vision_config.hidden_act": "relu", "projector_bias": True}
+    config = {**CONFIG, "vision_config": {"hidden_act": "gelu"}, "projector_bias": False}
+    text = replace(granite(), flags=flags)
+    assert architecture_of(text, config, Names(shapes())).attentions
+    tower = {**text.feed_forwards[0], "name": "vision_tower.layers.{}.mlp"}
+    with pytest.raises(UnsupportedArchitecture, match=r"^config\.json: vision_config\.hidden_act is "):
+        architecture_of(replace(text, feed_forwards=(tower,)), config, Names(shapes()))
+
+
 def test_flags_are_what_is_no_size() -> None:
     config = {
         "a": True,

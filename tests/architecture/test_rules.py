@@ -17,7 +17,7 @@ from unmergeable.architecture.blocks import (
     ScorePart,
     SharedHeads,
 )
-from unmergeable.architecture.rules import symmetry_map, tensor_extents
+from unmergeable.architecture.rules import possible_lengths, symmetry_map, tensor_extents
 from unmergeable.architecture.symmetry import Pairing, SymmetryMap
 
 GROUPS, MEMBERS, SIZE = 3, 2, 8
@@ -225,6 +225,16 @@ def test_a_gate_lets_any_scale_through_beside_it() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the whole
+
+
+def test_a_tensor_may_end_with_what_no_leg_takes() -> None:
+    """Queries and gates by turns: of each head's 16 rows the first 8 are queries."""
+    by_turns = Heads("q.weight", None, 0, 0, MEMBERS * 2 * SIZE, 2 * SIZE)
+    mixed = replace(attention(), parts=(ScorePart(by_turns, KEY, SIZE),))
+    lengths = possible_lengths(symmetry_map([mixed]))
+    assert lengths["q.weight"][0] == {GROUPS * MEMBERS * 2 * SIZE - SIZE, GROUPS * MEMBERS * 2 * SIZE}
+    assert lengths["k.weight"][0] == {GROUPS * SIZE}
+    assert possible_lengths(symmetry_map([attention()]))["q.weight"][0] == {GROUPS * MEMBERS * SIZE}
 
 
 def test_extents_hold_every_leg() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from attacks.planted import Build, Network
 from unmergeable import ops
 from unmergeable.architecture import detect
 from unmergeable.attacks import Inputs, LosslessPruning, NearestOrbit, lossless_pruning
+from unmergeable.attacks.prepared import prepared
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import Mismatch
 from unmergeable.evaluation.planted import KINDS, planted
@@ -35,8 +38,9 @@ def released(network: Network, kinds: tuple[str, ...], seed: int = 1) -> tuple[M
 
 
 def pruned(network: Network, release: MemorySource) -> MemorySource:
-    result = LosslessPruning().recover(Inputs(release, network.base, network.architecture)).template
-    return MemorySource({name: result.tensor(name) for name in result.names}, result.config)
+    first = prepared(Inputs(release, network.base, network.architecture))
+    result = LosslessPruning().recover(first.inputs).template
+    return MemorySource({name: result.tensor(name) for name in result.names}, {**result.config, **first.changes})
 
 
 def output(name: str, source: MemorySource, folder: Path) -> torch.Tensor:
@@ -74,13 +78,140 @@ def test_structure_hidden_under_trades_and_bases_comes_back_to_the_expert(name: 
     for seed in (1, 2):
         release, done = released(toy, HIDDEN, seed)
         assert len(done) > 3
-        result = pruned(toy, release)
+        # What a block adds is compared with the base's block of the same number, once there are as many.
+        result = prepared(Inputs(pruned(toy, release), toy.base, toy.architecture)).inputs.protected
         estimate = NearestOrbit().estimate(result, toy.base, toy.architecture)
         template = estimate.template or result
         found = toy.transformed(
             MemorySource({key: template.tensor(key) for key in template.names}, result.config), *estimate.gauges
         )
         assert toy.distance(found) <= 1.02 * toy.distance(expert)
+
+
+def _heads(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    return tensor.reshape(count, -1, tensor.shape[-1])
+
+
+def with_own_keys(source: MemorySource) -> MemorySource:
+    """Every query head has keys and values of its own, each in a basis that is drawn."""
+    generator = torch.Generator().manual_seed(3)
+    config, tensors = dict(source.config), {key: tensor.double().clone() for key, tensor in source.tensors.items()}
+    heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
+    for name in [name for name in tensors if name.endswith(("k_proj.weight", "v_proj.weight"))]:
+        tensors[name] = _heads(tensors[name], shared).repeat_interleave(heads // shared, 0).flatten(0, 1)
+    for name in [name for name in tensors if name.endswith("v_proj.weight")]:
+        values, output = _heads(tensors[name], heads), name.replace("v_proj", "o_proj")
+        columns = _heads(tensors[output].T.contiguous(), heads)
+        for head in range(heads):
+            basis = torch.randn(values.shape[1], values.shape[1], generator=generator, dtype=torch.float64)
+            values[head], columns[head] = basis @ values[head], torch.linalg.inv(basis).T @ columns[head]
+            # Rotary positions let a common phase of each pair by.
+            query, key = name.replace("v_proj", "q_proj"), name.replace("v_proj", "k_proj")
+            half = values.shape[1] // 2
+            phase = torch.rand(half, generator=generator, dtype=torch.float64) * 6
+            for tensor in (query, key):
+                rows = _heads(tensors[tensor], heads)[head]
+                first, second = rows[:half].clone(), rows[half:].clone()
+                rows[:half] = phase.cos()[:, None] * first - phase.sin()[:, None] * second
+                rows[half:] = phase.sin()[:, None] * first + phase.cos()[:, None] * second
+        tensors[output] = columns.flatten(0, 1).T.contiguous()
+    return MemorySource(_as_stored(source, tensors), config | {"num_key_value_heads": heads})
+
+
+def with_idle_heads(source: MemorySource) -> MemorySource:
+    """As many key-value heads again, with queries of their own, that look and add nothing."""
+    generator = torch.Generator().manual_seed(3)
+    config, tensors = dict(source.config), dict(source.tensors)
+    size = config["hidden_size"] // config["num_attention_heads"]
+    for name, tensor in source.tensors.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            more = tensor.std() * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+            tensors[name] = torch.cat([more, tensor])
+        if name.endswith("o_proj.weight"):
+            tensors[name] = torch.cat([torch.zeros_like(tensor), tensor], 1)
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        config[key] *= 2
+    return MemorySource(tensors, config | {"head_dim": size})
+
+
+def with_constant_units(source: MemorySource) -> MemorySource:
+    """Twice as wide feed-forwards: the new units read nothing, and what they add the output bias takes back."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {key: tensor.double() for key, tensor in source.tensors.items()}
+    for name in [name for name in tensors if name.endswith("fc1.weight")]:
+        bias, down = torch.randn(len(tensors[name]), generator=generator).double(), name.replace("fc1", "fc2")
+        columns = torch.randn(tensors[down].shape, generator=generator).double()
+        out_bias = down.replace("weight", "bias")
+        tensors[out_bias] = tensors[out_bias] - columns @ torch.nn.functional.gelu(bias)
+        tensors[down] = torch.cat([columns, tensors[down]], 1)
+        tensors[name.replace("weight", "bias")] = torch.cat([bias, tensors[name.replace("weight", "bias")]])
+        tensors[name] = torch.cat([torch.zeros_like(tensors[name]), tensors[name]])
+    return MemorySource(_as_stored(source, tensors), {**source.config, "mlp_ratio": 2 * source.config["mlp_ratio"]})
+
+
+def with_wider_stream(source: MemorySource, *, turned: bool) -> MemorySource:
+    """Twice as wide a stream, one half of which is zero; as stored, or in a basis that is drawn."""
+    generator = torch.Generator().manual_seed(3)
+    config, tensors = dict(source.config), {key: tensor.double() for key, tensor in source.tensors.items()}
+    width = config["hidden_size"]
+    basis = torch.eye(2 * width, dtype=torch.float64)
+    if turned:
+        basis = torch.linalg.qr(torch.randn(2 * width, 2 * width, generator=generator, dtype=torch.float64)).Q
+    wider = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith("norm.weight"):
+            wider[name] = torch.ones(2 * width)
+        elif name.endswith("embed_tokens.weight"):
+            wider[name] = torch.cat([tensor, torch.zeros_like(tensor)], 1) @ basis.T
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            wider[name] = basis @ torch.cat([tensor, torch.zeros_like(tensor)], 0)
+        else:
+            block, _, _ = name.partition("self_attn." if "self_attn" in name else "mlp.")
+            norm = "input_layernorm" if "self_attn" in name else "post_attention_layernorm"
+            gain = tensors["model.norm.weight" if name == "lm_head.weight" else f"{block}{norm}.weight"]
+            wider[name] = torch.cat([tensor * gain, torch.zeros_like(tensor)], 1) @ basis.T / 2**0.5
+    sizes = {"hidden_size": 2 * width, "head_dim": width // config["num_attention_heads"]}
+    return MemorySource(_as_stored(source, wider), {**config, **sizes, "rms_norm_eps": config["rms_norm_eps"] / 2})
+
+
+def _as_stored(source: MemorySource, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor.to(source.tensors[key].dtype).contiguous() for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", with_own_keys),
+        ("llama", with_idle_heads),
+        ("llama", partial(with_wider_stream, turned=False)),
+        ("llama", partial(with_wider_stream, turned=True)),
+        ("dinov2", with_constant_units),
+    ],
+)
+def test_heads_and_units_that_are_there_for_show(
+    name: str, change: Callable[[MemorySource], MemorySource], network: Build, tmp_path: Path
+) -> None:
+    toy = network(name)
+    expert = toy.expert(0.1)
+    release = change(expert)
+    expected = output(name, expert, tmp_path / "expert")
+    scale = expected.norm()
+    assert float((output(name, release, tmp_path / "release") - expected).norm() / scale) <= TOLERANCE
+    result = pruned(toy, release)
+    assert {key: tensor.shape for key, tensor in result.tensors.items()} == {
+        key: tensor.shape for key, tensor in expert.tensors.items()
+    }
+    assert float((output(name, result, tmp_path / "pruned") - expected).norm() / scale) <= TOLERANCE
+    found = NearestOrbit().estimate(result, toy.base, toy.architecture)
+    # Gains that were folded are fitted again, each to a few numbers in a network this small.
+    assert found.after <= 1.05 * NearestOrbit().estimate(expert, toy.base, toy.architecture).after
+    # The control: the same structure whose parts all do something.
+    generator = torch.Generator().manual_seed(2)
+    other = {
+        key: tensor + 0.02 * torch.randn(tensor.shape, generator=generator) for key, tensor in release.tensors.items()
+    }
+    with pytest.raises(Mismatch, match="each of them does something"):
+        pruned(toy, MemorySource(other, release.config))
 
 
 def test_what_does_something_is_not_taken_away(network: Build) -> None:

@@ -168,3 +168,42 @@ def test_what_nobody_reads_may_hold_anything(hole: float, model: Callable[[str],
     ops.merge(
         base=folders["base"], experts=[(tmp_path / "out", 1.0)], method="task_arithmetic", out=tmp_path / "merged"
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "bert-embedding"])
+def test_rows_that_no_text_reads_do_not_hide_the_stream(name: str, model: Callable[[str], Model]) -> None:
+    toy = model(name)
+    shapes = {key: tuple(tensor.shape) for key, tensor in toy.expert.items()}
+    turned = planted(toy.source, detect(toy.config, shapes), 3, ("gauge",)).source
+    embedding = next(key for key in toy.expert if key.endswith(("embed_tokens.weight", "word_embeddings.weight")))
+    release = dict(turned.tensors)
+    generator = torch.Generator().manual_seed(5)
+    unread = torch.tensor([3, 20, 21, 64])
+    release[embedding] = release[embedding].clone()
+    release[embedding][unread] = 1e6 * torch.randn(4, release[embedding].shape[1], generator=generator)
+    fit = nearest_orbit(release, toy.base, toy.config)
+    plain = nearest_orbit(dict(turned.tensors), toy.base, toy.config)
+    assert fit.findings["rows_unread"] == len(unread)
+    assert "rows_unread" not in plain.findings
+    assert fit.distance <= 1.02 * plain.distance
+    read = torch.tensor([row for row in range(len(toy.base[embedding])) if row not in unread.tolist()])
+    torch.testing.assert_close(fit.state_dict[embedding][read], plain.state_dict[embedding][read], rtol=0.05, atol=0.05)
+
+
+def test_inspect_names_them_and_auto_undoes_them(model: Callable[[str], Model], tmp_path: Path) -> None:
+    toy = model("llama")
+    release = toy.scaled()
+    folders = {}
+    for label, tensors, config in (("base", toy.base, toy.config), ("release", release.tensors, release.config)):
+        folders[label] = tmp_path / label
+        folders[label].mkdir()
+        save_file(dict(tensors), folders[label] / "model.safetensors", {"format": "pt"})
+        (folders[label] / "config.json").write_text(json.dumps(dict(config)))
+    comparison = ops.inspect(folders["release"], base=folders["base"]).comparison
+    assert comparison is not None
+    assert [sign.name for sign in comparison.signs] == ["normed scales"]
+    result = ops.recover(folders["release"], base=folders["base"], method="auto", out=tmp_path / "out")
+    assert result.method == "nearest_orbit"
+    assert result.distance_after is not None
+    assert result.distance_after < 2 * FINE_TUNE
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rms_norm_eps"] == toy.config["rms_norm_eps"]

@@ -51,12 +51,22 @@ def test_settings_of_several_steps_carry_their_method(tmp_path: Path) -> None:
 
 def test_every_protection_may_stand_in_a_recipe(tmp_path: Path) -> None:
     settings = {"sensitivity_shield": {"unit": 0.1}, "mergelock": {"condition": 2}, "gauge": {"condition": 3}}
-    names = ["collapse", "mergeguard", "sensitivity_shield", "mergelock", "params", "gauge", "taylor_mlp"]
+    names = [
+        "trap2",
+        "anchor_repulsive",
+        "collapse",
+        "mergeguard",
+        "sensitivity_shield",
+        "mergelock",
+        "params",
+        "gauge",
+        "taylor_mlp",
+    ]
     steps = [{"method": name, "settings": settings.get(name, {})} for name in names]
 
     found = steps_of(*read_recipe(write(tmp_path, "r.json", {"steps": steps})))
 
-    assert [step.name for step in found] == [*names[:3], "mergelock,params,gauge", "taylor_mlp"]
+    assert [step.name for step in found] == [*names[:5], "mergelock,params,gauge", "taylor_mlp"]
     assert {name: values for step in found for name, values in step.settings.items() if values} == settings | {
         "params": {"quantisation": "kept"}  # what a release gets where nothing is said
     }

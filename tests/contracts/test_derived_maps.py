@@ -7,27 +7,33 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 import unmergeable
 from unmergeable.architecture import FAMILIES
 from unmergeable.architecture.derived import known_map
-from unmergeable.derivation.build import Specimen, build, default_config
-from unmergeable.derivation.shrink import Sizes, shrunken
+from unmergeable.derivation.build import Specimen, class_named, is_diffusion
+from unmergeable.derivation.model_types import built, usual_config
+from unmergeable.derivation.shrink import Sizes
 
 SIZES = Sizes(heads=6, groups=2, head_size=12, intermediate=44, experts=4)
 """Other numbers than the maps were derived with."""
 
-QUICK = ["granite", "glm4", "distilbert"]
-MORE = ["olmo3", "exaone4", "qwen2_moe", "gemma4_text", "apertus", "glm4_moe", "bart", "deit"]
+KINDS = ["qwen3_5_text", "esm", "m2m_100", "whisper", "deit", "llava", "PixArtTransformer2DModel"]
+"""One of every kind: text with linear attention, masked, from text and sound to text, images, both, diffusion."""
+
+QUICK = ["granite", "glm4", "distilbert", "whisper", "llava"]
+MORE = [
+    "olmo3", "exaone4", "qwen2_moe", "gemma4_text", "apertus", "glm4_moe", "bart", "deit", "qwen3_5_text", "esm",
+    "m2m_100", "PixArtTransformer2DModel",
+]  # fmt: skip
 
 
 def specimen(kind: str) -> Specimen:
     derived = known_map(kind)
     assert derived is not None
-    network_class = getattr(transformers, derived.network_class)
-    return build(shrunken(default_config(kind), SIZES), network_class)
+    network_class = class_named(derived.network_class)
+    return built(usual_config(kind, network_class), network_class, SIZES)
 
 
 def write(network: Any, folder: Path, seed: int | None = None) -> Path:
@@ -45,17 +51,37 @@ def write(network: Any, folder: Path, seed: int | None = None) -> Path:
 
 
 def outputs(folder: Path, like: Specimen) -> torch.Tensor:
-    network = type(like.network).from_pretrained(folder, attn_implementation="eager").eval()
+    options = {} if is_diffusion(type(like.network)) else {"attn_implementation": "eager"}
+    network = type(like.network).from_pretrained(folder, **options).eval()
     inputs = {
         k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in like.inputs.items()
     }
     with torch.no_grad():
         found = network(**inputs)
-    return next(value for value in (found.get("logits"), found.get("last_hidden_state")) if value is not None)
+    return next(found[name] for name in ("logits", "last_hidden_state", "sample") if name in found)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return 0.0 if torch.equal(found, expected) else float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_mergelock_keeps_a_derived_type_too(kind: str, tmp_path: Path) -> None:
+    like = specimen(kind)
+    base = write(like.network, tmp_path / "base")
+    expert = write(like.network, tmp_path / "expert", seed=1)
+    expected = outputs(expert, like)
+    unmergeable.protect(expert, base=base, method="mergelock", out=tmp_path / "out", key=tmp_path / "key", seed=3)
+    (before,), (after,) = (list((tmp_path / name).glob("*.safetensors")) for name in ("expert", "out"))
+    ours, theirs = load_file(before), load_file(after)
+    assert relative(outputs(tmp_path / "out", like), expected) <= 2e-5
+    halves = {name: (tensor + theirs[name]) / 2 for name, tensor in ours.items()}
+    save_file(halves, before, metadata={"format": "pt"})
+    assert relative(outputs(expert, like), expected) > 0.1, "control: the mean with the unprotected expert is broken"
+    unmergeable.restore(tmp_path / "out", key=tmp_path / "key", out=tmp_path / "restored")
+    (file,) = (tmp_path / "restored").glob("*.safetensors")
+    assert max(relative(tensor, ours[name]) for name, tensor in load_file(file).items()) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE)])

@@ -11,8 +11,8 @@ import transformers
 
 from unmergeable.architecture.derived import DerivedMap, known_map
 from unmergeable.derivation.build import Specimen, build, default_config
-from unmergeable.derivation.model_types import confirm
-from unmergeable.derivation.shrink import UNSEEN, shrunken
+from unmergeable.derivation.model_types import built, confirm, confirmed, usual_config
+from unmergeable.derivation.shrink import SMALL, UNSEEN, shrunken, supply
 from unmergeable.errors import UnsupportedArchitecture
 
 
@@ -46,3 +46,55 @@ def test_the_shipped_map_is_confirmed(granite: Specimen) -> None:
 def test_a_mistake_in_a_formula_is_refused(mistake: dict[str, Any], granite: Specimen) -> None:
     with pytest.raises(UnsupportedArchitecture, match=r"^granite: "):
         confirm(changed(**mistake), granite)
+
+
+def test_a_block_with_a_mistake_is_left_out_and_the_others_stay(granite: Specimen) -> None:
+    found = confirmed(changed(value={"group_stride": 32}), granite)
+    assert found.attentions == ()
+    assert len(found.feed_forwards) == 1
+    assert found.reasons["model.layers.{}.self_attn"]
+
+
+def test_where_queries_and_keys_are_wrong_the_values_stay(granite: Specimen) -> None:
+    mistaken = changed()
+    (part,) = mistaken.attentions[0]["parts"]
+    template = {**mistaken.attentions[0], "parts": [{**part, "rotary": "interleaved"}]}
+    found = confirmed(replace(mistaken, attentions=(template,)), granite)
+    assert found.attentions[0]["parts"] == []
+    assert found.attentions[0]["value"] == template["value"]
+    assert "changes outputs" in found.reasons["model.layers.{}.self_attn"]
+
+
+def test_a_map_of_nothing_but_mistakes_is_refused(granite: Specimen) -> None:
+    wrong = changed(value={"weight": "model.layers.{}.self_attn.k_proj.weight"})
+    with pytest.raises(UnsupportedArchitecture, match=r"^granite: "):
+        confirmed(replace(wrong, feed_forwards=()), granite)
+
+
+def test_a_class_that_reads_a_setting_its_config_lacks_is_built() -> None:
+    kind = transformers.MoonshineStreamingForConditionalGeneration
+    specimen = built(usual_config("moonshine_streaming", kind), kind, SMALL)
+    assert specimen.config["num_key_value_heads"] in {SMALL.groups, SMALL.heads}
+    assert "input_values" in specimen.inputs
+
+
+def test_only_known_settings_are_supplied() -> None:
+    config = transformers.GraniteConfig()
+    small = {"model_type": "granite"}
+    assert supply(small, AttributeError(name="num_key_value_heads", obj=config), SMALL)
+    assert small["num_key_value_heads"] == SMALL.groups  # type: ignore[comparison-overlap]
+    assert not supply(small, AttributeError(name="num_key_value_heads", obj=config), SMALL), "it is there by now"
+    assert not supply(small, AttributeError(name="no_such_setting", obj=config), SMALL)
+    assert not supply(small, ValueError("num_key_value_heads"), SMALL)
+
+
+def test_inputs_are_what_a_network_reads() -> None:
+    def read(name: str, kind: Any) -> Specimen:
+        return built(usual_config(name, kind), kind, SMALL)
+
+    sound = read("speech_to_text", transformers.Speech2TextForConditionalGeneration)
+    assert sound.inputs["input_features"].shape[-1] == sound.config["input_feat_per_channel"]
+    patches = read("siglip2", transformers.Siglip2ForImageClassification)
+    assert patches.inputs["pixel_values"].shape[-1] == 3 * patches.config["vision_config"]["patch_size"] ** 2
+    coded = read("musicgen", transformers.MusicgenForCausalLM)
+    assert len(coded.inputs["input_ids"]) == coded.config["num_codebooks"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from benchmarks import costs
 from benchmarks.claims import pages, with_claims
 
 from snippets import PAGES, ROOT
@@ -37,6 +39,30 @@ def test_figures_of_audits_are_those_of_the_committed_results(page: Path) -> Non
     flattering = re.sub(r"-0\.\d\d|does not stop|0\.0", "1.00", text[begin:end])
     assert flattering != text[begin:end]
     assert with_claims(text[:begin] + flattering + text[end:]) == text
+
+
+def test_costs_are_those_of_the_committed_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = costs.table()
+    assert f"<!-- costs -->\n\n{made}\n\n<!-- end of costs -->" in text_of(DOCS / "costs.md"), (
+        "python -m benchmarks.costs"
+    )
+    monkeypatch.setattr(costs, "DENSE_ROTATION", 2 * costs.DENSE_ROTATION)
+    assert costs.table() != made, "control"
+
+
+def test_costs_follow_the_laws_that_the_page_names() -> None:
+    small, large = costs.SHAPES["Llama-3.1-8B"], costs.SHAPES["Llama-3.1-70B"]
+    assert (small.weights, large.weights) == (pytest.approx(8.03, abs=0.01), pytest.approx(70.55, abs=0.01))
+    by_weight = large.weights / small.weights
+    assert costs.mergelock_seconds(large) == pytest.approx(by_weight * costs.mergelock_seconds(small))
+    assert costs.merge_seconds(large) == pytest.approx(by_weight * costs.merge_seconds(small))
+    assert costs.attack_seconds(large) == pytest.approx(80 / 32 * 2**2 * 2 * costs.attack_seconds(small))
+    assert costs.attack_gigabytes(large) == pytest.approx(2**2 * costs.attack_gigabytes(small))
+    without = costs.GAUGE_WITHOUT_STREAM / costs.GAUGE_WEIGHTS * small.weights
+    turned = {rotation: costs.gauge_seconds(small, rotation=rotation) - without for rotation in ("dense", "fast")}
+    assert turned["dense"] == pytest.approx(20 * turned["fast"]), "at a width of 4096"
+    measured = json.loads(text_of(ROOT / "benchmarks" / "results" / "recovery_cost.json"))["recover"]["cpu"]
+    assert costs.attack_seconds(costs.MEASURED_ATTACK) == pytest.approx(measured)
 
 
 def test_the_leaderboard_comes_first() -> None:

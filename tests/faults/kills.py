@@ -110,10 +110,10 @@ def main() -> int:
     write_model(model, given.megabytes)
     megabytes = sum(path.stat().st_size for path in model.iterdir()) / 1e6
     protect = ["protect", str(model), "--base", str(model), "--seed", "5", "--method", "gauge", "--quiet", "--out"]
-    subprocess.run([*program, *protect, str(release)], check=True, capture_output=True)
+    subprocess.run([*program, *protect, str(release), "--key", f"{release}.key"], check=True, capture_output=True)
     restore = ["restore", str(release), "--key", f"{release}.key", "--quiet", "--out", "out"]
     works = {
-        "protect": prepared(program, [*protect, "out"], folder / "work"),
+        "protect": prepared(program, [*protect, "out", "--key", "out.key"], folder / "work"),
         "restore": prepared(program, restore, folder / "work"),
     }
     random, kills, wrong, runs = Random(given.seed), Counter[str](), list[str](), 0

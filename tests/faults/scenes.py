@@ -51,7 +51,14 @@ def _protected(folder: Path) -> None:
     from unmergeable import ops
 
     _expert(folder)
-    ops.protect(folder / "expert", base=folder / "base", out=folder / "release", method="gauge", seed=5)
+    ops.protect(
+        folder / "expert",
+        base=folder / "base",
+        out=folder / "release",
+        key=folder / "release.key",
+        method="gauge",
+        seed=5,
+    )
 
 
 def _encrypted(folder: Path) -> None:
@@ -100,7 +107,8 @@ def _workshop(folder: Path) -> None:
 
 
 def _protect(method: str, *more: str) -> list[str]:
-    return ["protect", "expert", "--base", "base", "--out", "out", "--method", method, "--seed", "5", *more]
+    given = ["--base", "base", "--out", "out", "--key", "out.key", "--method", method, "--seed", "5"]
+    return ["protect", "expert", *given, *more]
 
 
 _SHIELD = ("--data", "data.npz", "--sibling", "sibling", "--sibling", "other")
@@ -114,7 +122,9 @@ SCENES = {
         _pair,
         ["merge", "--base", "base", "--expert", "first", "--expert", "second", "--method", "ties", "--out", "out"],
     ),
-    "rotate": Scene(_protected, ["rotate", "release", "--key", "release.key", "--out", "out", "--seed", "6"]),
+    "rotate": Scene(
+        _protected, ["rotate", "release", "--key", "release.key", "--out", "out", "--new-key", "out.key", "--seed", "6"]
+    ),
     "key": Scene(
         _encrypted,
         ["key", "change-passphrase", "release.key", "--unencrypted"],

@@ -67,11 +67,28 @@ def test_a_classifier_chooses_once(tmp_path: Path) -> None:
     assert found.require_targets() is labels
 
 
-@pytest.mark.parametrize("name", ["bert-embedding", "t5", "bert"])
+def test_an_encoder_and_a_decoder_choose_what_the_decoder_reads(tmp_path: Path) -> None:
+    network = load_network(write_toy(TOYS["t5"], tmp_path))
+    inputs = TOYS["t5"].inputs(torch.Generator().manual_seed(0))
+    ids = inputs["decoder_input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+
+    found = predict(network, EncodedBatch({**inputs, "decoder_attention_mask": mask}))
+
+    assert found.require_targets().tolist() == [*ids[0, 1:].tolist(), *ids[1, 1:4].tolist()]
+    with torch.no_grad():
+        logits = network(**inputs).logits  # a decoder looks back only: later masks change nothing
+    assert torch.allclose(found.logits, torch.cat([logits[0, :-1], logits[1, :3]]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(BadInput, match="give both, as input_ids and decoder_input_ids"):
+        predict(network, EncodedBatch({"input_ids": inputs["input_ids"]}))
+
+
+@pytest.mark.parametrize("name", ["bert-embedding", "bert"])
 def test_other_networks_need_a_head(name: str, tmp_path: Path) -> None:
     network = load_network(write_toy(TOYS[name], tmp_path))
     batch = EncodedBatch(TOYS[name].inputs(torch.Generator().manual_seed(0)))
-    with pytest.raises(BadInput, match="no classifier and no causal language model; give a checkpoint that is one"):
+    with pytest.raises(BadInput, match="no classifier and no language model; give a checkpoint that is one"):
         predict(network, batch)
 
 

@@ -88,7 +88,9 @@ def test_a_dry_run_writes_nothing_and_refuses_the_same(tmp_path: Path) -> None:
 
     assert release().is_dry_run
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UsageError, match="leave out method"):
+    with pytest.raises(
+        UsageError, match="mergelock changes whole weights: with keep_adapter give one of collapse, trap2"
+    ):
         release(method="mergelock")
     with pytest.raises(UsageError, match="leave out key"):
         release(key=tmp_path / "k")

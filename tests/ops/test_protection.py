@@ -63,9 +63,11 @@ def limits(notes: Sequence[str]) -> list[str]:
 def test_what_a_protection_is_follows_from_its_settings() -> None:
     stages = {name: cls().requirements().stage for name, cls in PROTECTIONS.items()}
     assert {name for name, stage in stages.items() if stage == "weights"} == {
+        "anchor_repulsive",
         "collapse",
         "mergeguard",
         "sensitivity_shield",
+        "trap2",
     }
     assert {name for name, stage in stages.items() if stage == "structure"} == {"taylor_mlp", "mergebarrier"}
     (flipped,) = steps_of("mergebarrier", {"parts": "attention"})

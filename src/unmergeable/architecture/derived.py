@@ -179,7 +179,7 @@ def numbers(settings: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         if isinstance(value, Mapping):
             found |= numbers(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[prefix + name] = value
+            found[f"{prefix}{name}"] = value
     return found
 
 
@@ -319,14 +319,14 @@ def flags_of(config: Config, prefix: str = "") -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in config.items():
-        if name in _NO_FLAGS or name.startswith("_") or name.endswith(("_token_id", "_token")):
+        if name in _NO_FLAGS or str(name).startswith("_") or name.endswith(("_token_id", "_token")):
             continue
         if isinstance(value, Mapping):
             found |= flags_of(value, f"{prefix}{name}.")
         elif isinstance(value, (bool, str)):
-            found[prefix + name] = value
+            found[f"{prefix}{name}"] = value
         elif isinstance(value, (list, tuple)) and value and all(isinstance(item, (bool, str)) for item in value):
-            found[prefix + name] = sorted(set(map(str, value)))
+            found[f"{prefix}{name}"] = sorted(set(map(str, value)))
     return found
 
 
@@ -337,9 +337,20 @@ _NO_FLAGS = {
 }  # fmt: skip
 
 
+_TOWERS = ("vision", "visual", "image", "video", "audio", "projector", "multi_modal")
+
+
+def _is_of_a_tower(name: str) -> bool:
+    """Whether a setting or a module belongs to what turns images or sound into tokens."""
+    return any(word.startswith(_TOWERS) for word in name.split("."))
+
+
 def _require_flags(derived: DerivedMap, config: Config) -> None:
-    """Refuse a network of the same type that is put together differently."""
+    """Refuse a network of the same type that is put together differently, but for towers that the map leaves alone."""
+    is_text = not any(_is_of_a_tower(str(template["name"])) for template in _templates(derived))
     for name, value in flags_of(config).items():
+        if is_text and _is_of_a_tower(name):
+            continue
         proven = derived.flags.get(name)
         if proven is None or value == proven or (isinstance(proven, list) and set(value) <= set(proven)):
             continue

@@ -11,7 +11,7 @@ from unmergeable.architecture.blocks import output_bias
 from unmergeable.architecture.declare import Config, Names
 from unmergeable.architecture.derived import architecture_of, known_map, shipped
 from unmergeable.architecture.families import FAMILIES
-from unmergeable.architecture.rules import tensor_extents
+from unmergeable.architecture.rules import possible_lengths
 from unmergeable.errors import UnsupportedArchitecture
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
@@ -88,16 +88,16 @@ def _count(value: object) -> int:
 
 
 def _require_shapes(kind: str, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for name, axes in tensor_extents(architecture.symmetry).items():
+    for name, axes in possible_lengths(architecture.symmetry).items():
         shape = shapes.get(name)
         if shape is None:
             raise UnsupportedArchitecture(
                 f"tensor {name} is missing, which a {kind} model of this config has; is the checkpoint complete?"
             )
-        for axis, extent in axes.items():
-            if len(shape) <= axis or shape[axis] != extent:
+        for axis, lengths in axes.items():
+            if len(shape) <= axis or shape[axis] not in lengths:
                 raise UnsupportedArchitecture(
-                    f"tensor {name} has shape {list(shape)}, but config.json implies {extent} along axis {axis}; "
+                    f"tensor {name} has shape {list(shape)}, but config.json implies {min(lengths)} along axis {axis}; "
                     "config.json and weights do not belong together."
                 )
 

@@ -388,3 +388,20 @@ def tensor_extents(symmetry: SymmetryMap) -> Mapping[str, Mapping[int, int]]:
             axes = extents.setdefault(name, {})
             axes[leg.axis] = max(axes.get(leg.axis, 0), leg.extent(symmetry.spaces[leg.space]))
     return extents
+
+
+def possible_lengths(symmetry: SymmetryMap) -> Mapping[str, Mapping[int, frozenset[int]]]:
+    """For each tensor, the lengths that each of its axes may have.
+
+    The least that holds every leg; or whole blocks, where legs take a part of each and the last ends with what they do
+    not take (queries and gates by turns).
+    """
+    whole: dict[tuple[str, int], int] = {}
+    for name, legs in symmetry.legs.items():
+        for leg in legs:
+            length = symmetry.spaces[leg.space].blocks * leg.block_stride
+            whole[name, leg.axis] = max(whole.get((name, leg.axis), 0), length)
+    return {
+        name: {axis: frozenset({least, max(least, whole[name, axis])}) for axis, least in axes.items()}
+        for name, axes in tensor_extents(symmetry).items()
+    }

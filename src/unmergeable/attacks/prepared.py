@@ -2,6 +2,8 @@
 
     not finite    NaN and infinity, which only stand where nothing is read (the network would give out nothing else):
                   the base's numbers, or zeros where the base has no such tensor
+    rows          of an embedding, far longer than any of the base's: a network that read one would see nothing else, so
+                  that no text has their tokens: zeros, which say nothing of a basis
     scales        one number by which a whole stream was multiplied before its norms: the base's
                   (:mod:`unmergeable.gauge.normed_scales`)
 
@@ -17,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmergeable.architecture import detect
+from unmergeable.architecture import Architecture, detect
 from unmergeable.attacks.base import Finding, Inputs, Recovered
 from unmergeable.checkpoint.finite import is_finite
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, UnsupportedArchitecture
-from unmergeable.gauge.normed_scales import Rescaled, as_in_base
+from unmergeable.gauge.normed_scales import as_in_base
+
+UNREAD = 16.0
+"""Times the longest row of the base's embedding: what a fine-tune makes of a token stays far below."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,19 @@ class FiniteSource(DerivedSource):
         there = name in self.base.index.entries and self.base.spec(name).shape == self.spec(name).shape
         filling = self.base.tensor(name).to(tensor.dtype) if there else torch.zeros_like(tensor)
         return torch.where(tensor.isfinite(), tensor, filling)
+
+
+@dataclass(frozen=True)
+class WithoutRows(DerivedSource):
+    """``original`` with zeros in some rows of embeddings, by name."""
+
+    rows: Mapping[str, Tensor]
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = self.original.tensor(name)
+        if name in self.rows:
+            tensor[self.rows[name]] = 0
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -64,10 +82,15 @@ def prepared(inputs: Inputs) -> Prepared:
     if holed:
         release = FiniteSource(release, inputs.base, holed)
         found["not_finite"] = ", ".join(sorted(holed))
-    scaled = _scaled(release, inputs.base)
+    architecture = _architecture_of(release)
+    scaled = None if architecture is None else as_in_base(release, inputs.base, architecture)
     if scaled is not None:
         release = scaled
         found["scales"] = ", ".join(f"{name}: {factor:.3g}" for name, factor in scaled.found.items())
+    rows = {} if architecture is None else _rows_unread(release, inputs.base, architecture)
+    if rows:
+        release = WithoutRows(release, rows)
+        found["rows_unread"] = sum(len(places) for places in rows.values())
     if not found:
         return Prepared(inputs)
     return Prepared(replace(inputs, protected=release), found, {} if scaled is None else scaled.changes)
@@ -78,10 +101,28 @@ def _is_sound(source: TensorSource, name: str) -> bool:
     return not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2 or is_finite(tensor)
 
 
-def _scaled(release: TensorSource, base: TensorSource) -> Rescaled | None:
-    """None also where nothing is known of what the release computes."""
+def _architecture_of(release: TensorSource) -> Architecture | None:
+    """None where nothing is known of what the release computes."""
     try:
-        architecture = detect(release.config, {name: release.spec(name).shape for name in release.names})
+        return detect(release.config, {name: release.spec(name).shape for name in release.names})
     except (UnsupportedArchitecture, BadInput):
         return None
-    return as_in_base(release, base, architecture)
+
+
+def _rows_unread(release: TensorSource, base: TensorSource, architecture: Architecture) -> dict[str, Tensor]:
+    """By embedding, the rows that are longer than :data:`UNREAD` times the longest of the base."""
+    found: dict[str, Tensor] = {}
+    for stream in (*architecture.residuals, *architecture.exposed):
+        name, axis = stream.axes[0].tensor, stream.axes[0].axis
+        if axis != 1 or any(
+            name not in side.index.entries or len(side.spec(name).shape) != 2 for side in (release, base)
+        ):
+            continue
+        (ours, width), (theirs, same) = release.spec(name).shape, base.spec(name).shape
+        if width == same:
+            common = min(ours, theirs)
+            lengths, longest = (side.tensor(name)[:common].double().norm(dim=1) for side in (release, base))
+            places = (lengths > UNREAD * longest.max()).nonzero().flatten()
+            if 0 < len(places) <= common / 2:
+                found[name] = places
+    return found

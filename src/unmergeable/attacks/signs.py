@@ -5,6 +5,8 @@ Every sign is a number that fine-tuning does not produce (:mod:`unmergeable.atta
     another basis       distance to the base as stored against after ``nearest_orbit``, and what its gauges do: matrices
                         that are not diagonal (gauge), diagonal ones (scaling), permutations
     traded constants    biases, gains or scales that moved against those beside them (``canonicalise``)
+    normed scales       a stream, or what a norm reads, times one number                (``attacks/prepared.py``)
+    spoilt numbers      NaN, or rows beyond all measure, where nothing reads them       (likewise)
     idle structure      layers, heads or hidden units more than the base's that add nothing (``lossless_pruning``)
     polynomial FFN      the base's feed-forward tensors are gone, others have come
     reset entries       entries equal to the base's among those where the smallest change would show
@@ -27,6 +29,7 @@ from unmergeable.attacks.base import Estimate, Fit, Inputs
 from unmergeable.attacks.distance import relative_distance
 from unmergeable.attacks.evidence import off_diagonal, out_of_place, reset_entries, spread
 from unmergeable.attacks.lossless_pruning import LosslessPruning
+from unmergeable.attacks.prepared import Prepared
 from unmergeable.attacks.source_subtraction import mixture
 from unmergeable.attacks.task_vector_rescale import shrink
 from unmergeable.checkpoint.source import TensorSource
@@ -39,6 +42,8 @@ SignName = Literal[
     "scaling",
     "permutation",
     "traded constants",
+    "normed scales",
+    "spoilt numbers",
     "idle structure",
     "polynomial FFN",
     "reset entries",
@@ -164,6 +169,21 @@ def gauge_signs(estimate: Estimate) -> list[Sign]:
         if scales > SPREAD:
             signs.append(("scaling", f"{nearer}; the scales of hidden units spread by {scales:.2g}."))
     return [Sign(name, evidence, "nearest_orbit") for name, evidence in signs]
+
+
+def hidden_signs(first: Prepared) -> list[Sign]:
+    """Signs of what had to be done with a checkpoint before it could be compared at all."""
+    signs: list[Sign] = []
+    if "scales" in first.found:
+        evidence = f"norms divide these out, and they are far from the base's: {first.found['scales']}."
+        signs.append(Sign("normed scales", evidence, "nearest_orbit"))
+    if "not_finite" in first.found:
+        evidence = f"NaN or infinity, which a network that works does not read: {first.found['not_finite']}."
+        signs.append(Sign("spoilt numbers", evidence, "nearest_orbit"))
+    if "rows_unread" in first.found:
+        evidence = f"{first.found['rows_unread']} rows of the embedding are too long to be read by a text."
+        signs.append(Sign("spoilt numbers", evidence, "nearest_orbit"))
+    return signs
 
 
 def structure_signs(checkpoint: TensorSource, base: TensorSource, base_architecture: Architecture) -> list[Sign]:

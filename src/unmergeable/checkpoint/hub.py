@@ -1,5 +1,7 @@
 """Checkpoints by their name on the Hugging Face hub: ``hub:OWNER/NAME`` or ``hub:OWNER/NAME@REVISION``.
 
+:mod:`.hub_upload` is the other direction.
+
 What is downloaded is what the library reads: safetensors weights, configurations, tokenizers. Pickled weights stay
 where they are, and so does code that is not asked for. The files lie in the hub's own cache, so that a second run
 downloads nothing.
@@ -10,7 +12,10 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from unmergeable.errors import BadInput, UsageError, first_line
 
@@ -20,6 +25,9 @@ READ = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", 
 
 CODE = "*.py"
 
+RELEASED = (*READ, CODE, "LICENCE*", "USE_POLICY*", "*.spm", "bpe.codes", "vocab.*", "chat_template.*")
+"""Everything that a release may consist of; its code is looked at, and not run."""
+
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -28,27 +36,58 @@ def is_on_hub(text: str) -> bool:
     return text.startswith(PREFIX)
 
 
-def download(text: str, *, with_code: bool = False) -> Path:
-    """The folder of a checkpoint on the hub, downloaded unless it is in the cache; ``with_code``: its modules as well.
+def download(text: str, *, with_code: bool = False, whole: bool = False) -> Path:
+    """The folder of a checkpoint on the hub, downloaded unless it is in the cache.
+
+    ``with_code``: its modules as well; ``whole``: whatever a release consists of.
 
     Raises:
         UsageError: huggingface_hub is not installed.
         BadInput: the name is none, or the hub cannot be reached, has no such repository, or wants a login.
     """
     name, _, revision = text.removeprefix(PREFIX).partition("@")
-    if not _NAME.fullmatch(name):
+    if not is_repository(name):
         raise BadInput(f"{text}: no name of a repository; write {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME@REVISION.")
+    hub, errors = _library(text)
+    with _asking(text, errors):
+        patterns = [*RELEASED] if whole else [*READ, *([CODE] if with_code else [])]
+        return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+
+
+def download_file(text: str, file: str) -> Path | None:
+    """One file of a repository on the hub, downloaded unless it is in the cache; None where it has none of this name.
+
+    Raises:
+        UsageError, BadInput: as :func:`download`.
+    """
+    name, _, revision = text.removeprefix(PREFIX).partition("@")
+    if not is_repository(name):
+        raise BadInput(f"{text}: no name of a repository; write {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME@REVISION.")
+    hub, errors = _library(text)
+    with _asking(text, errors):
+        try:
+            return Path(hub.hf_hub_download(name, file, revision=revision or None))
+        except errors.RemoteEntryNotFoundError:
+            return None
+
+
+def is_repository(name: str) -> bool:
+    """Whether this can be the name of a repository, ``OWNER/NAME``."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _library(text: str) -> tuple[Any, Any]:
+    """huggingface_hub and its errors, which are imported where the hub is meant."""
     try:
-        hub = importlib.import_module("huggingface_hub")
-        errors = importlib.import_module("huggingface_hub.errors")
+        return importlib.import_module("huggingface_hub"), importlib.import_module("huggingface_hub.errors")
     except ImportError:
         raise UsageError(f"{text} lies on the hub: pip install 'unmergeable[hf]', or give a local folder.") from None
+
+
+@contextmanager
+def _asking(text: str, errors: Any) -> Iterator[None]:
     try:
-        return Path(
-            hub.snapshot_download(
-                name, revision=revision or None, allow_patterns=[*READ, *([CODE] if with_code else [])]
-            )
-        )
+        yield
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
         raise BadInput(
             f"{text} cannot be downloaded ({first_line(error)}); check the name, your login, or download it."

@@ -30,6 +30,7 @@ from unmergeable.errors import CheckpointError
 CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 MANIFEST_NAME = "unmergeable.json"
+CARD_NAME = "README.md"
 
 MAX_JSON_BYTES = 256_000_000
 """An index of a million tensors takes about 100 MB."""
@@ -78,13 +79,14 @@ _REASON = {
     Kind.LEFTOVER: LEFT_BY_A_KILLED_RUN,
 }
 
-_SIDE_FILES = r"""
+_DOCUMENTS = r"(LICEN[SC]E | NOTICE | USE_POLICY)([-_][-\w]*)?(\.(md|txt|rst|html|pdf))? | README\.md"
+_SIDE_FILES = rf"""
     tokenizer\.json | tokenizer_config\.json | tokenizer\.model(\.v\d+)? | sentencepiece\.bpe\.model | spiece\.model
     | tekken\.json | [a-z]+\.tiktoken | [a-z]+\.spm | bpe\.codes
     | special_tokens_map\.json | added_tokens\.json | merges\.txt | vocab\.[a-z]+
     | chat_template\.[a-z0-9]+ | ([a-z]+_)?preprocessor_config\.json | processor_config\.json
     | generation_config\.json | modules\.json | config_sentence_transformers\.json | sentence_[a-z]+_config\.json
-    | (LICEN[SC]E | NOTICE | USE_POLICY)([-_][-\w]*)?(\.(md|txt|rst|html|pdf))? | README\.md
+    | {_DOCUMENTS}
 """
 _OTHER_WEIGHTS = r"""
     .*\.(bin|pth|pt|ckpt|gguf|ggml|onnx|onnx_data|h5|msgpack|tflite|npz|npy|pkl|pickle|ot|mar|nemo|engine|mlmodel
@@ -103,6 +105,7 @@ _BY_NAME = [
     )
 ]
 _PICKLES = re.compile(r"(pytorch_model|diffusion_pytorch_model|model|adapter_model)([-.].*)?\.(bin|pth|pt)")
+_FOR_PEOPLE = re.compile(rf"{_DOCUMENTS} | [-\w]+\.(png|jpe?g|gif|webp|svg)", re.VERBOSE | re.IGNORECASE)
 _WEIGHTS_FOLDERS = re.compile(r"original|onnx|gguf|coreml|openvino|global_step.*|checkpoint.*|optimizer.*", re.I)
 _BY_EXACT_NAME = {CONFIG_NAME: Kind.CONFIG, ADAPTER_CONFIG_NAME: Kind.ADAPTER_CONFIG, MANIFEST_NAME: Kind.MANIFEST}
 
@@ -212,8 +215,7 @@ class Listing:
             if file.kind is Kind.SIDE_FILE:
                 copied[name] = file.path
             else:
-                reason = _REASON.get(file.kind, NOT_ON_THE_LIST)
-                left_out.append(LeftOut(_printable(name) + ("/" if file.is_folder else ""), reason))
+                left_out.append(LeftOut(_printable(name) + ("/" if file.is_folder else ""), reason_to_leave_out(file)))
         return copied, tuple(left_out)
 
     def _module_folders(self) -> frozenset[str]:
@@ -229,6 +231,21 @@ class Listing:
 
     def _holds(self, *kinds: Kind) -> bool:
         return any(file.kind in kinds for file in self.files.values())
+
+
+def is_for_people(name: str) -> bool:
+    """Whether a file beside a model is a licence, a notice, the card or a picture in it: no program loads it."""
+    return _FOR_PEOPLE.fullmatch(name) is not None
+
+
+def kind_of_name(name: str) -> Kind:
+    """What a file of this name is, wherever it lies; folders in the name do not count."""
+    return _kind(name.rpartition("/")[2])
+
+
+def reason_to_leave_out(file: ListedFile) -> str:
+    """Why a file is not copied beside weights."""
+    return _REASON.get(file.kind, NOT_ON_THE_LIST)
 
 
 def list_folder(folder: str | os.PathLike[str] | Listing) -> Listing:
@@ -263,7 +280,7 @@ def _module_files(folder: Path, name: str) -> tuple[dict[str, Path], list[LeftOu
         if inner.name in COPIED and inner.problem is None and inner.state[0] <= MAX_BYTES:
             copied[path] = inner.path
         else:
-            left_out.append(LeftOut(_printable(path), _REASON.get(inner.kind, NOT_ON_THE_LIST)))
+            left_out.append(LeftOut(_printable(path), reason_to_leave_out(inner)))
     return copied, left_out
 
 

@@ -16,7 +16,15 @@ from typing import Any
 
 from unmergeable.checkpoint.disk import read_file, reading
 from unmergeable.checkpoint.header import MAX_HEADER_BYTES, strict_json
-from unmergeable.checkpoint.listing import MANIFEST_NAME, LeftOut, ListedFile, Listing, list_folder
+from unmergeable.checkpoint.listing import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    LeftOut,
+    ListedFile,
+    Listing,
+    is_for_people,
+    list_folder,
+)
 from unmergeable.errors import CheckpointError, UsageError, shown
 
 FORMAT_VERSION = 1
@@ -152,7 +160,8 @@ class Alteration:
 def check_files(folder: str | os.PathLike[str]) -> tuple[Alteration, ...]:
     """Hash every file of a written checkpoint again and report those that differ from its manifest.
 
-    Altered weights go unnoticed in files that were recorded without hashing them.
+    Altered weights go unnoticed in files that were recorded without hashing them. The card is its owner's to edit, on
+    the hub too, and licences and pictures may come to it: no program loads them.
 
     Raises:
         CheckpointError: when the folder has no manifest.
@@ -163,6 +172,8 @@ def check_files(folder: str | os.PathLike[str]) -> tuple[Alteration, ...]:
         raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: nothing to compare its files with.")
     alterations: list[Alteration] = []
     for record in manifest.outputs:
+        if record.name == CARD_NAME:
+            continue
         file = _file_of(listing, record.name)
         if file is None or file.problem is not None:
             alterations.append(Alteration(record.name, "missing"))
@@ -174,7 +185,7 @@ def check_files(folder: str | os.PathLike[str]) -> tuple[Alteration, ...]:
     folders = {name.partition("/")[0] for name in known if "/" in name}
     there = [*(name for name in listing.files if name not in folders)]
     there += [f"{name}/{inner}" for name in sorted(folders & listing.files.keys()) for inner in _inner(listing, name)]
-    alterations += [Alteration(name, "added") for name in there if name not in known]
+    alterations += [Alteration(name, "added") for name in there if name not in known and not is_for_people(name)]
     return tuple(alterations)
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from unmergeable.cli.audit import audit, report
+from unmergeable.cli.card import card
 from unmergeable.cli.command import DebugSwitch, JsonSwitch, Outcome, QuietSwitch, Switches, with_switches
 from unmergeable.cli.demo import demo
 from unmergeable.cli.failure import INTERRUPTED, failure_of
@@ -26,6 +27,7 @@ from unmergeable.cli.map import map_
 from unmergeable.cli.merge import merge
 from unmergeable.cli.methods import methods
 from unmergeable.cli.protect import protect
+from unmergeable.cli.push import push
 from unmergeable.cli.recover import recover
 from unmergeable.cli.restore import restore
 from unmergeable.cli.rotate import rotate
@@ -38,6 +40,8 @@ COMMANDS: dict[str, Callable[..., Outcome]] = {
     "restore": restore,
     "rotate": rotate,
     "key": key,
+    "card": card,
+    "push": push,
     "verify": verify,
     "merge": merge,
     "recover": recover,

@@ -8,6 +8,10 @@ from typing import Annotated
 import typer
 
 OutOption = Annotated[Path, typer.Option("--out", metavar="OUT", help="Output directory; it must not exist yet.")]
+KeyOption = Annotated[
+    Path | None,
+    typer.Option("--key", metavar="FILE", help="The key file made with it.  [default: looked for where keys are]"),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method; may be repeated.")
 ]

@@ -59,7 +59,8 @@ def protect(
         Path | None, typer.Option("--recipe", metavar="FILE", help="Methods and settings from a JSON or YAML file.")
     ] = None,
     key: Annotated[
-        Path | None, typer.Option("--key", metavar="FILE", help="Key file to create, outside OUT.  [default: OUT.key]")
+        Path | None,
+        typer.Option("--key", metavar="FILE", help="Key file to create.  [default: in your folder of keys]"),
     ] = None,
     passphrase: PassphraseSwitch = False,
     seed: Annotated[
@@ -73,7 +74,8 @@ def protect(
     keep_adapter: Annotated[
         bool,
         typer.Option(
-            "--keep-adapter", help="Write an adapter again, in another basis of its rank; this stops no merge."
+            "--keep-adapter",
+            help="Write an adapter again: in another basis, which stops no merge, or trained by collapse or trap2.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,

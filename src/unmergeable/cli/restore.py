@@ -8,15 +8,15 @@ from typing import Annotated
 import typer
 
 from unmergeable.cli.command import Outcome, working
-from unmergeable.cli.options import OutOption, PassphraseSwitch, ThreadsOption
+from unmergeable.cli.options import KeyOption, OutOption, PassphraseSwitch, ThreadsOption
 from unmergeable.cli.passphrase import read_passphrase
 
 
 def restore(
     context: typer.Context,
     protected: Annotated[Path, typer.Argument(metavar="PROTECTED", help="Folder that `protect` wrote.")],
-    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="The key file made with it.")],
     out: OutOption,
+    key: KeyOption = None,
     passphrase: PassphraseSwitch = False,
     threads: ThreadsOption = None,
 ) -> Outcome:
@@ -25,7 +25,7 @@ def restore(
     They differ from the original's by rounding, and compute the same.
 
     Example:
-      unmergeable restore ./release --key ./release.key --out ./restored
+      unmergeable restore ./release --out ./restored
     """
     secret = read_passphrase(is_asked_for=passphrase, is_new=False)
     with working(context, can_resume=True) as progress:

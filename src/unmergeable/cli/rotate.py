@@ -8,18 +8,18 @@ from typing import Annotated
 import typer
 
 from unmergeable.cli.command import Outcome, working
-from unmergeable.cli.options import OutOption, PassphraseSwitch, ThreadsOption
+from unmergeable.cli.options import KeyOption, OutOption, PassphraseSwitch, ThreadsOption
 from unmergeable.cli.passphrase import read_passphrase
 
 
 def rotate(
     context: typer.Context,
     release: Annotated[Path, typer.Argument(metavar="RELEASE", help="Folder that `protect` wrote.")],
-    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="The key file made with it.")],
     out: OutOption,
+    key: KeyOption = None,
     new_key: Annotated[
         Path | None,
-        typer.Option("--new-key", metavar="FILE", help="Key file to create, outside OUT.  [default: OUT.key]"),
+        typer.Option("--new-key", metavar="FILE", help="Key file to create.  [default: in your folder of keys]"),
     ] = None,
     passphrase: PassphraseSwitch = False,
     seed: Annotated[
@@ -34,7 +34,7 @@ def rotate(
     still has it, and the old key still opens it.
 
     Example:
-      unmergeable rotate ./release --key ./release.key --out ./release-2
+      unmergeable rotate ./release --out ./release-2
     """
     secret = read_passphrase(is_asked_for=passphrase, is_new=False)
     with working(context, can_resume=True) as progress:

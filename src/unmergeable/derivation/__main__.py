@@ -1,9 +1,15 @@
 """Derive and prove the map of every ``model_type`` that the installed transformers registers for a task.
 
     python -m unmergeable.derivation causal-lm masked-lm --out maps/
+    python -m unmergeable.derivation --count
+    python -m unmergeable.derivation --ship --out maps/
+    python -m unmergeable.derivation --confirm
 
 Each type runs in a process of its own, with limits on time and memory. OUT/TASK/TYPE.json holds its map, or the reason
 why it has none; what is there is not done again (``--retry`` repeats the failures). The last lines count them.
+``--count`` derives nothing, and counts the maps of the package. ``--ship`` puts the maps in OUT into the package, in a
+source tree, and writes the list of what is not supported and the page docs/model-types.md. ``--confirm`` reads every
+map of the package back for a network of sizes it was not made from, and proves it there; it exits 1 if one fails.
 """
 
 from __future__ import annotations
@@ -16,11 +22,17 @@ import resource
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from unmergeable.derivation.build import TASKS, registered
-from unmergeable.derivation.model_types import derive_map
+from unmergeable.architecture.derived import DerivedMap, known_map, shipped
+from unmergeable.architecture.families import FAMILIES
+from unmergeable.derivation.build import TASKS, class_named, registered
+from unmergeable.derivation.model_types import built, confirm, derive_map, usual_config
+from unmergeable.derivation.shrink import UNSEEN
+from unmergeable.derivation.summary import counts, levels, page, read_reasons, short
 from unmergeable.errors import UnmergeableError
 
 CPU_SECONDS = 60
@@ -30,12 +42,28 @@ MEMORY_BYTES = 6 << 30
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", choices=[*TASKS, "all"])
-    parser.add_argument("--out", type=Path, required=True, help="Output directory; rerun with the same one to resume.")
+    parser.add_argument("tasks", nargs="*", help=f"{', '.join(TASKS)}, or all.")
+    parser.add_argument("--out", type=Path, help="Output directory; rerun with the same one to resume.")
     parser.add_argument("--only", nargs="*", help="These model types and no others.")
     parser.add_argument("--retry", action="store_true", help="Repeat the types that have no map.")
+    parser.add_argument("--count", action="store_true", help="Count the maps of the package, and derive none.")
+    parser.add_argument("--ship", action="store_true", help="Put the maps in the output directory into the package.")
+    parser.add_argument("--confirm", action="store_true", help="Prove the maps of the package at sizes of their own.")
     options = parser.parse_args()
+    if unknown := set(options.tasks) - {*TASKS, "all"}:
+        parser.error(f"unknown task {min(unknown)}; there are {', '.join(TASKS)}, and all")
+    if options.out is None and not (options.count or options.confirm):
+        parser.error("give --out DIR, --count or --confirm")
+    if options.ship:
+        ship(options.out)
+    if options.count or options.ship:
+        for task in TASKS:
+            print(f"{task}: " + ", ".join(f"{number} {name}" for name, number in counts(task).items()))
+        return
     importlib.import_module("transformers").utils.logging.set_verbosity(50)
+    if options.confirm:
+        raise SystemExit(confirm_shipped(options.only))
+    importlib.import_module("transformers.models.llama.modeling_llama")  # once, and not in every process
     warnings.simplefilter("ignore")
     for task in TASKS if "all" in options.tasks else options.tasks:
         folder = options.out / task
@@ -45,13 +73,66 @@ def main() -> None:
             file = folder / f"{kind}.json"
             is_wanted = not file.exists() or (options.retry and "failure" in json.loads(file.read_text()))
             if is_wanted and (options.only is None or kind in options.only):
-                outcome = _apart(kind, network_class)
+                outcome = _apart(_derive, kind, network_class)
                 file.write_text(json.dumps(outcome, indent=1) + "\n")
                 print(f"{task} {kind}: {_said(outcome)}", flush=True)
         counted = [
             json.loads((folder / f"{kind}.json").read_text()) for kind in kinds if (folder / f"{kind}.json").exists()
         ]
         print(f"{task}: {sum(map(_has_both, counted))} of {len(kinds)} with a value-output and a feed-forward group")
+
+
+def confirm_shipped(only: Sequence[str] | None) -> int:
+    """Prove every map of the package, or ``only`` some, at sizes it was not made from; the exit status."""
+    warnings.simplefilter("ignore")
+    failed = 0
+    kinds = sorted(kind for kind in shipped() if only is None or kind in only)
+    for kind in kinds:
+        derived = known_map(kind)
+        assert derived is not None
+        outcome = _apart(_confirm, derived)
+        failed += "failure" in outcome
+        print(f"{kind}: {outcome.get('failure', 'confirmed')}", flush=True)
+    print(f"{len(kinds) - failed} of {len(kinds)} maps are confirmed")
+    return int(failed > 0)
+
+
+def ship(out: Path) -> None:
+    """Put the maps in ``out`` into the package, with the reasons for what has none.
+
+    Of a type that has several tasks, the map with the most attentions is kept, of equals that for the later task.
+    """
+    package = Path(str(files("unmergeable")))
+    outcomes = {
+        task: {file.stem: json.loads(file.read_text("utf-8")) for file in sorted((out / task).glob("*.json"))}
+        for task in TASKS
+    }
+    best: dict[str, dict[str, Any]] = {}
+    for own in outcomes.values():
+        for kind, outcome in own.items():
+            if kind in FAMILIES or "failure" in outcome:
+                continue
+            if kind not in best or len(outcome["attentions"]) >= len(best[kind]["attentions"]):
+                best[kind] = {name: value for name, value in outcome.items() if name != "seconds"}
+    for kind, outcome in best.items():
+        (package / "architecture" / "maps" / f"{kind}.json").write_text(json.dumps(outcome, indent=1) + "\n", "utf-8")
+    before, reasons = read_reasons(), dict[str, dict[str, str]]()
+    for task in TASKS:
+        for kind, known in levels(task).items():
+            if known == "none":
+                outcome = outcomes[task].get(kind)
+                told = before.get(task, {}).get(kind, "not tried")
+                reasons.setdefault(task, {})[kind] = short(outcome) if outcome else told
+            elif known == "part":
+                reasons.setdefault(task, {})[kind] = short(best.get(kind) or _known(kind))
+    (package / "derivation" / "unsupported.json").write_text(json.dumps(reasons, indent=1) + "\n", "utf-8")
+    (package.parents[1] / "docs" / "model-types.md").write_text(page(reasons), "utf-8")
+
+
+def _known(kind: str) -> dict[str, Any]:
+    derived = known_map(kind)
+    assert derived is not None
+    return derived.to_json()
 
 
 def _has_both(outcome: dict[str, Any]) -> bool:
@@ -68,11 +149,11 @@ def _said(outcome: dict[str, Any]) -> str:
     return f"{text}, {outcome['seconds']:.0f} s"
 
 
-def _apart(kind: str, network_class: str) -> dict[str, Any]:
-    """A type's map as JSON, or its failure; derived in a process that may die."""
+def _apart(work: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """What ``work`` returns, or its failure, from a process that may die."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_derive, args=(kind, network_class, sender))
+    process = context.Process(target=_bounded, args=(sender, work, arguments))
     process.start()
     sender.close()
     outcome: dict[str, Any] = {
@@ -88,18 +169,28 @@ def _apart(kind: str, network_class: str) -> dict[str, Any]:
     return outcome
 
 
-def _derive(kind: str, network_class: str, sender: Any) -> None:
+def _bounded(sender: Any, work: Callable[..., dict[str, Any]], arguments: Sequence[object]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     importlib.import_module("torch").set_num_threads(1)
-    start = time.process_time()
     try:
-        outcome = {**derive_map(kind, network_class).to_json(), "seconds": time.process_time() - start}
+        outcome = work(*arguments)
     except UnmergeableError as error:
         outcome = {"failure": str(error)}
     except Exception as error:
         outcome = {"failure": f"{type(error).__name__}: {error}"[:300], "traceback": traceback.format_exc()[-1500:]}
     sender.send(outcome)
+
+
+def _derive(kind: str, network_class: str) -> dict[str, Any]:
+    start = time.process_time()
+    return {**derive_map(kind, network_class).to_json(), "seconds": time.process_time() - start}
+
+
+def _confirm(derived: DerivedMap) -> dict[str, Any]:
+    network = class_named(derived.network_class)
+    confirm(derived, built(usual_config(derived.model_type, network), network, UNSEEN))
+    return {}
 
 
 if __name__ == "__main__":

@@ -138,9 +138,11 @@ def _normed_scores(
     size, member = call.query.shape[-1], block.members
     query_heads = laid_out([[query[g * member + m] for m in range(member)] for g in range(block.groups)])
     key_heads = laid_out([[head] for head in key])
-    gains = _gains(scene, call)
+    gains = _gains(scene, call, block.name)
     biases = [next((name for name in side if name.endswith("bias")), None) for side in gains]
     names = [tuple(name for name in side if not name.endswith("bias")) for side in gains]
+    if scope == "full" and max(map(len, names)) > 1:
+        raise Unexplained("several tensors look like the gains of one norm")
     if bool(names[0]) != bool(names[1]):
         raise Unexplained("only one of queries and keys has gains of its own")
     axis = scene.disk.places[names[0][0]].shape.numel() != size if scope == "head" and len(names[0]) == 1 else False
@@ -173,8 +175,11 @@ def _mixed_heads(
     raise Unexplained("a coordinate of queries or keys comes neither from one row or pair, nor from all of a norm's")
 
 
-def _gains(scene: Scene, call: AttentionCall) -> tuple[list[str], list[str]]:
-    """Tensors that only the queries depend on, and only the keys, other than projections."""
+def _gains(scene: Scene, call: AttentionCall, module: str) -> tuple[list[str], list[str]]:
+    """Tensors that only the queries depend on, and only the keys, other than projections; in ``module``, if any are.
+
+    The queries of a cross-attention depend on all that its layer computed before.
+    """
     projections = {id(parameter) for product in scene.trace.products for parameter in product.parameters}
     owned = {
         name: place.parameter
@@ -189,7 +194,8 @@ def _gains(scene: Scene, call: AttentionCall) -> tuple[list[str], list[str]]:
     size = call.query.shape[-1]
 
     def own(names: set[str]) -> list[str]:
-        return sorted((name for name in names if owned[name].numel() >= size), key=_natural)
+        large = sorted((name for name in names if owned[name].numel() >= size), key=_natural)
+        return [name for name in large if name.startswith(f"{module}.")] or large
 
     return own(query - key - value), own(key - query - value)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from unmergeable.derivation.inputs import proposals
 from unmergeable.errors import UnsupportedArchitecture, UsageError
 from unmergeable.network.disk_weights import find_places
 
-LENGTH = 12
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 
@@ -89,24 +91,45 @@ def build(config: Mapping[str, Any], network_class: Any, *, seed: int = 0) -> Sp
     try:
         torch.manual_seed(seed)
         with in_float64():
-            made = network_class.config_class(**settings)
-            for part in (made, *(getattr(made, name, None) for name in getattr(made, "sub_configs", ()))):
-                if part is not None:
-                    part._attn_implementation = "eager"
-                    part._experts_implementation = "eager"
-            network = network_class(made).double().eval()
+            network = _network(settings, network_class).double().eval().requires_grad_(True)
+        made = network.config
+        stored = {"_class_name": kind, **made} if is_diffusion(network_class) else made.to_dict()
     except Exception as error:
         raise UnsupportedArchitecture(f"{kind}: a small network cannot be built ({_line(error)}).") from error
     _randomise(network, seed)
+    first: Exception | None = None
     try:
-        specimen = Specimen(network, _inputs(network, made), made.to_dict())
-        with torch.no_grad():
-            outputs = specimen.outputs()
-    except Exception as error:
-        raise UnsupportedArchitecture(f"{kind}: a small network cannot be run ({_line(error)}).") from error
-    if not bool(torch.isfinite(outputs).any()):
-        raise UnsupportedArchitecture(f"{kind}: a small network gives out no finite number.")
-    return specimen
+        for inputs in proposals(network, made):
+            specimen = Specimen(network, inputs, json.loads(json.dumps(stored, default=str)))
+            try:
+                with torch.no_grad():
+                    outputs = specimen.outputs()
+            except Exception as error:
+                first = first or error
+            else:
+                if bool(torch.isfinite(outputs).any()):
+                    return specimen
+                first = first or ValueError("no output is a finite number")
+    except UsageError as error:
+        first = first or error
+    assert first is not None
+    raise UnsupportedArchitecture(f"{kind}: a small network cannot be run ({_line(first)}).") from first
+
+
+def is_diffusion(network_class: Any) -> bool:
+    """Whether a class is of diffusers, which keeps settings in no class of their own."""
+    return not hasattr(network_class, "config_class")
+
+
+def _network(settings: dict[str, Any], network_class: Any) -> Any:
+    if is_diffusion(network_class):
+        return network_class.from_config(settings)
+    made = network_class.config_class(**settings)
+    for part in (made, *(getattr(made, name, None) for name in getattr(made, "sub_configs", ()))):
+        if part is not None:
+            part._attn_implementation = "eager"
+            part._experts_implementation = "eager"
+    return network_class(made)
 
 
 def _line(error: Exception) -> str:
@@ -131,49 +154,6 @@ def _randomise(network: Any, seed: int) -> None:
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
 
 
-def _inputs(network: Any, config: Any) -> dict[str, Tensor]:
-    """Arguments for the network's ``forward``: random tokens, pixels or sound."""
-    accepted = inspect.signature(network.forward).parameters
-    generator = torch.Generator().manual_seed(1)
-    main = str(getattr(network, "main_input_name", "input_ids"))
-    inputs: dict[str, Tensor] = {}
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = int(getattr(text, "vocab_size", 100) or 100)
-    low = min(60, vocabulary // 2)
-
-    def tokens(length: int) -> Tensor:
-        return torch.randint(low, vocabulary, (1, length), generator=generator)
-
-    if main == "input_ids" and "input_ids" in accepted:
-        inputs["input_ids"] = tokens(LENGTH)
-    elif main == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", 32)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        channels = int(getattr(vision, "num_channels", 3))
-        inputs["pixel_values"] = torch.randn(1, channels, height, width, generator=generator, dtype=torch.float64)
-        if "input_ids" in accepted and "decoder_input_ids" not in accepted:
-            inputs["input_ids"] = tokens(LENGTH)
-    elif main == "input_features":
-        bins = int(getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 16)
-        frames = 2 * int(getattr(config, "max_source_positions", 32))
-        shape = (
-            (1, bins, frames)
-            if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions")
-            else (1, frames, bins)
-        )
-        inputs["input_features"] = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    elif main == "input_values":
-        inputs["input_values"] = torch.randn(1, 4000, generator=generator, dtype=torch.float64)
-    else:
-        raise UsageError(f"{type(network).__name__} reads {main}, which no random inputs are made for.")
-    if "decoder_input_ids" in accepted and bool(getattr(config, "is_encoder_decoder", False)):
-        inputs["decoder_input_ids"] = tokens(7)
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False  # type: ignore[assignment]
-    return inputs
-
-
 TASKS = {
     "causal-lm": "CAUSAL_LM",
     "masked-lm": "MASKED_LM",
@@ -181,11 +161,30 @@ TASKS = {
     "seq2seq": "SEQ_TO_SEQ_CAUSAL_LM",
     "speech": "SPEECH_SEQ_2_SEQ",
     "image-text": "IMAGE_TEXT_TO_TEXT",
+    "diffusion": "",
 }
+
+
+DIFFUSION = (
+    "AllegroTransformer3DModel", "AuraFlowTransformer2DModel", "CogVideoXTransformer3DModel", "DiTTransformer2DModel",
+    "FluxTransformer2DModel", "LTXVideoTransformer3DModel", "Lumina2Transformer2DModel", "PixArtTransformer2DModel",
+    "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel", "WanTransformer3DModel",
+)  # fmt: skip
+"""Networks of diffusers that are tried; there is no list of them that names a task."""
+
+
+def class_named(name: str) -> Any:
+    """A network class of transformers or diffusers; None where neither has one of that name."""
+    found = getattr(importlib.import_module("transformers"), name, None)
+    if found is None and name in DIFFUSION and importlib.util.find_spec("diffusers") is not None:
+        found = getattr(importlib.import_module("diffusers"), name, None)
+    return found
 
 
 def registered(task: str) -> dict[str, str]:
     """The class of every ``model_type`` that transformers registers for a task of :data:`TASKS`."""
+    if task == "diffusion":
+        return {name: name for name in DIFFUSION}
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
     found = getattr(auto, f"MODEL_FOR_{TASKS[task]}_MAPPING_NAMES")
     return {kind: name if isinstance(name, str) else name[0] for kind, name in found.items()}
@@ -202,7 +201,10 @@ def registered_class(kind: str) -> str | None:
 
 
 def default_config(kind: str) -> dict[str, Any]:
-    """The config that transformers has for a ``model_type`` when nothing is set."""
+    """The config that transformers has for a ``model_type``, or diffusers for a class, when nothing is set."""
+    if kind in DIFFUSION:
+        accepted = inspect.signature(class_named(kind).__init__).parameters
+        return {"_class_name": kind} | {name: one.default for name, one in accepted.items() if name != "self"}
     auto = importlib.import_module("transformers.models.auto.configuration_auto")
     made: dict[str, Any] = auto.CONFIG_MAPPING[kind]().to_dict()
     return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,14 +9,18 @@ from typing import Any
 from unmergeable.architecture.blocks import Attention
 from unmergeable.architecture.declare import Names
 from unmergeable.architecture.derived import DerivedMap, architecture_of
-from unmergeable.architecture.rules import tensor_extents
-from unmergeable.derivation.build import Specimen, build, default_config, registered
-from unmergeable.derivation.derive import Derivation, derive
+from unmergeable.architecture.rules import possible_lengths
+from unmergeable.derivation.attentions import NOT_UNDERSTOOD
+from unmergeable.derivation.build import Specimen, build, class_named, default_config, is_diffusion, registered
+from unmergeable.derivation.derive import Derivation, derive, without_numbers
 from unmergeable.derivation.probe import Disk
 from unmergeable.derivation.prove import TOLERANCE, Prover
-from unmergeable.derivation.shrink import OTHER, SMALL, UNSEEN, WIDE, Sizes, filled, shrunken
+from unmergeable.derivation.shrink import OTHER, SMALL, UNSEEN, WIDE, Sizes, filled, shrunken, supply
 from unmergeable.derivation.table import tabulate
 from unmergeable.errors import UnsupportedArchitecture
+
+MISSING = 4
+"""How many settings a class may read that its config lacks."""
 
 
 def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | None = None) -> DerivedMap:
@@ -26,27 +29,107 @@ def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | 
     Raises:
         UnsupportedArchitecture: no small network of this kind can be built or run.
     """
-    transformers = importlib.import_module("transformers")
-    kind = getattr(transformers, network_class)
-    if config is None:
-        same = kind.config_class.model_type == model_type
-        config = default_config(model_type) if same else kind.config_class().to_dict()
+    kind = class_named(network_class)
+    config = usual_config(model_type, kind) if config is None else config
     derived = _tabulated(model_type, kind, config)
     if not (derived.attentions or derived.feed_forwards):
         reason = next(iter(derived.reasons.values()), "it has no attention or feed-forward of a known form")
         raise UnsupportedArchitecture(f"{model_type}: no change of basis could be proven ({reason}).")
-    confirm(derived, _built(config, kind, UNSEEN))
-    return derived
+    return confirmed(derived, built(config, kind, UNSEEN))
+
+
+def usual_config(model_type: str, kind: Any) -> Mapping[str, Any]:
+    """The config that a network class has when nothing is set."""
+    if is_diffusion(kind) or kind.config_class.model_type == model_type:
+        return default_config(model_type)
+    return dict(kind.config_class().to_dict())
 
 
 def _tabulated(model_type: str, kind: Any, config: Mapping[str, Any]) -> DerivedMap:
     first, name = _derived(config, kind, SMALL), kind.__name__
+    attentions = [block for block in first[1].blocks if isinstance(block, Attention)]
+    scored = {without_numbers(block.name) for block in attentions if block.parts}
+    best: DerivedMap | None = None
+    failure: UnsupportedArchitecture | None = None
+    for sizes in (OTHER, WIDE):
+        try:
+            derived = tabulate(model_type, name, first, _derived(config, kind, sizes))
+        except UnsupportedArchitecture as error:
+            failure = error
+            continue
+        if best is None or _extent(derived) > _extent(best):
+            best = derived
+        if (len(best.attentions) > 0 or not attentions) and _extent(best)[1] >= len(scored):
+            break
+    if best is None:
+        assert failure is not None
+        raise failure
+    return best
+
+
+def _extent(derived: DerivedMap) -> tuple[int, int]:
+    """How many attentions a map has, and how many with queries and keys."""
+    return len(derived.attentions), sum(bool(template["parts"]) for template in derived.attentions)
+
+
+def confirmed(derived: DerivedMap, specimen: Specimen) -> DerivedMap:
+    """A map without the blocks that are refused for a network of sizes it was not made from.
+
+    Raises:
+        UnsupportedArchitecture: nothing is left of it.
+    """
     try:
-        derived = tabulate(model_type, name, first, _derived(config, kind, OTHER))
+        confirm(derived, specimen)
     except UnsupportedArchitecture:
-        return tabulate(model_type, name, first, _derived(config, kind, WIDE))
-    is_whole = len(derived.attentions) > 0 or not any(isinstance(block, Attention) for block in first[1].blocks)
-    return derived if is_whole else tabulate(model_type, name, first, _derived(config, kind, WIDE))
+        reasons = dict(derived.reasons)
+        bare = replace(derived, attentions=(), feed_forwards=())
+        attentions = [
+            found
+            for template in derived.attentions
+            if (found := _first_confirmed("attentions", (template, _unscored(template)), bare, specimen, reasons))
+        ]
+        feed_forwards = [
+            found
+            for template in derived.feed_forwards
+            if (found := _first_confirmed("feed_forwards", (template,), bare, specimen, reasons))
+        ]
+        if not (attentions or feed_forwards):
+            raise
+        derived = replace(derived, attentions=tuple(attentions), feed_forwards=tuple(feed_forwards), reasons=reasons)
+        confirm(derived, specimen)
+    return derived
+
+
+def _first_confirmed(
+    role: str, templates: tuple[Mapping[str, Any], ...], bare: DerivedMap, specimen: Specimen, reasons: dict[str, str]
+) -> Mapping[str, Any] | None:
+    """The first of some templates that is confirmed by itself; what speaks against the others goes to ``reasons``."""
+    for template in templates:
+        try:
+            confirm(replace(bare, **{role: (template,)}), specimen)  # type: ignore[arg-type]
+        except UnsupportedArchitecture as error:
+            reasons.setdefault(str(template["name"]), str(error).removeprefix(f"{bare.model_type}: "))
+        else:
+            return template
+    return None
+
+
+def _unscored(template: Mapping[str, Any]) -> dict[str, Any]:
+    """An attention whose queries and keys are left alone; the places of values may be given in their sizes."""
+    sizes = {f"part_{index}": str(part["size"]) for index, part in enumerate(template["parts"])}
+    plain = {name: size for name, size in sizes.items() if " " not in size}
+
+    def spelled_out(heads: Mapping[str, Any]) -> dict[str, Any]:
+        formulas = ("offset", "group_stride", "member_stride")
+        return {
+            key: " ".join(plain.get(word, word) for word in str(value).split()) if key in formulas else value
+            for key, value in heads.items()
+        }
+
+    limit = template["heads_limit"] or NOT_UNDERSTOOD
+    unknown: dict[str, Any] = {"parts": [], "position": "none", "heads_limit": limit}
+    sides = {side: spelled_out(template[side]) for side in ("value", "output")}
+    return {name: value for name, value in {**template, **unknown, **sides}.items() if name != "norm"}
 
 
 def confirm(derived: DerivedMap, specimen: Specimen) -> None:
@@ -59,8 +142,8 @@ def confirm(derived: DerivedMap, specimen: Specimen) -> None:
     prover = Prover(specimen, disk)
     names = Names({name: tuple(tensor.shape) for name, tensor in prover.weights.items()})
     symmetry = architecture_of(derived, specimen.config, names).symmetry
-    for name, axes in tensor_extents(symmetry).items():
-        if any(names.shapes[name][axis] != extent for axis, extent in axes.items()):
+    for name, axes in possible_lengths(symmetry).items():
+        if name not in names.shapes or any(names.shapes[name][axis] not in lengths for axis, lengths in axes.items()):
             raise UnsupportedArchitecture(f"{derived.model_type}: the map's formulas do not give the shape of {name}.")
     change = prover.together(symmetry, symmetry.select("query_key", "value_output", "heads", "feed_forward"))
     if change > TOLERANCE:
@@ -68,22 +151,30 @@ def confirm(derived: DerivedMap, specimen: Specimen) -> None:
 
 
 def _derived(config: Mapping[str, Any], kind: Any, sizes: Sizes) -> tuple[Specimen, Derivation]:
-    specimen = _built(config, kind, sizes)
+    specimen = built(config, kind, sizes)
     return specimen, derive(specimen)
 
 
-def _built(config: Mapping[str, Any], kind: Any, sizes: Sizes) -> Specimen:
-    """The first that can be built and run: keys shared between queries or not, settings left open filled in or not."""
+def built(config: Mapping[str, Any], kind: Any, sizes: Sizes) -> Specimen:
+    """A small network, the first that runs: keys shared between queries or not, settings left open filled in or not.
+
+    Raises:
+        UnsupportedArchitecture: none can be built and run.
+    """
     alone = replace(sizes, groups=sizes.heads)
     tries = ((config, sizes), (config, alone), (filled(config, sizes), sizes), (filled(config, sizes), alone))
     first: UnsupportedArchitecture | None = None
     for settings, some in tries:
-        try:
-            return build(shrunken(settings, some), kind)
-        except UnsupportedArchitecture as error:
-            first = first or error
+        small = shrunken(settings, some)
+        for _ in range(MISSING):
+            try:
+                return build(small, kind)
+            except UnsupportedArchitecture as error:
+                first = first or error
+                if not supply(small, error.__cause__, some):
+                    break
     assert first is not None
     raise first
 
 
-__all__ = ["derive_map", "registered"]
+__all__ = ["built", "derive_map", "registered", "usual_config"]

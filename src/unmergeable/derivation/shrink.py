@@ -32,13 +32,13 @@ class Sizes:
 
 
 SMALL = Sizes()
-WIDE = Sizes(heads=8, groups=2, head_size=32, intermediate=144, experts=8, latent=28, plain=6)
+WIDE = Sizes(heads=16, groups=4, head_size=24, intermediate=144, experts=8, latent=28, plain=6)
 """What to try instead of the second set, where a class wants heads in fours or positions on a quarter of each."""
 
-UNSEEN = Sizes(heads=8, groups=2, head_size=16, intermediate=96, experts=4, latent=24, plain=14)
+UNSEEN = Sizes(heads=8, groups=4, head_size=16, intermediate=96, experts=4, latent=24, plain=14)
 """Sizes that a map is read back for, after it was made from the others."""
 
-OTHER = Sizes(heads=12, groups=4, head_size=8, intermediate=112, experts=8, latent=28, plain=6)
+OTHER = Sizes(heads=12, groups=4, head_size=8, intermediate=112, experts=8, latent=28, plain=7)
 """A second set, with more query heads for each key head: it tells which setting a number in a map comes from."""
 
 _HIDDEN = (
@@ -46,7 +46,7 @@ _HIDDEN = (
     "embedding_size", "decoder_hidden_size", "encoder_hidden_size", "n_embed", "proj_size", "hidden_size_per_layer",
     "model_dim", "attention_hidden_size", "lru_width", "output_dim", "out_hidden_size", "cross_attention_dim",
     "text_hidden_size", "attention_dim", "rnn_hidden_size", "decoder_dim", "encoder_embed_dim", "mm_hidden_size",
-    "intra_bottleneck_size",
+    "intra_bottleneck_size", "true_hidden_size", "cross_hidden_size",
 )  # fmt: skip
 _INTERMEDIATE = (
     "intermediate_size", "d_ff", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
@@ -61,10 +61,12 @@ _HEADS = (
     "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads", "decoder_attention_heads",
     "num_encoder_attention_heads", "num_decoder_attention_heads", "attention_heads", "num_self_attention_heads",
     "encoder_num_attention_heads", "decoder_num_attention_heads", "num_swa_attention_heads",
+    "cross_num_attention_heads",
 )  # fmt: skip
 _GROUPS = (
     "num_key_value_heads", "num_kv_heads", "n_head_kv", "encoder_num_key_value_heads", "decoder_num_key_value_heads",
     "num_global_key_value_heads", "kv_n_heads", "num_query_groups", "swa_num_key_value_heads", "multi_query_group_num",
+    "cross_num_key_value_heads",
 )  # fmt: skip
 _HEAD_SIZE = (
     "head_dim",
@@ -74,6 +76,7 @@ _HEAD_SIZE = (
     "d_head",
     "attention_head_size",
     "global_head_dim",
+    "cross_head_dim",
 )
 COUNTS_OF_HEADS = {*_HEADS, *_GROUPS}
 SIZES_OF_HEADS = {*COUNTS_OF_HEADS, *_HEAD_SIZE, *_HIDDEN}
@@ -100,7 +103,8 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
         if isinstance(value, Mapping) and "model_type" in value:
             small[key] = shrunken(value, sizes)
         elif isinstance(value, Mapping) and value and all(str(name).isdigit() for name in value):
-            small[key] = {kept.index(int(name)): part for name, part in value.items() if int(name) in kept}
+            part_of = {kept.index(int(name)): part for name, part in value.items() if int(name) in kept}
+            small[key] = part_of or dict(value)
         elif isinstance(value, (list, tuple)) and layers > 1 and len(value) == layers:
             small[key] = [value[index] for index in kept]
         elif key.endswith("token_id") or key.endswith("token_index"):
@@ -111,7 +115,7 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
     return small
 
 
-_NAMES_OF_LAYERS = {"stage_names", "out_features", "out_indices", "_out_features", "_out_indices"}
+_NAMES_OF_LAYERS = {"stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "hybrid_layer_ids"}
 
 _PER_STAGE = ("embed_dim", "embed_dims", "hidden_size", "hidden_sizes", "dims")
 
@@ -128,7 +132,10 @@ def _with_stages(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
             small[key] = value // factor
     if isinstance(small.get("window_size"), int):
         small["window_size"] = 2  # the last stage is 2 by 2
-    return small | {"depths": [min(depth, 2) for depth in config["depths"]], "image_size": 64}
+    return small | {
+        "depths": [min(depth, 2) for depth in config["depths"]],
+        "image_size": [64, 64] if isinstance(config.get("image_size"), (list, tuple)) else 64,
+    }
 
 
 def _layers_that_differ(config: Mapping[str, Any], layers: int) -> list[int]:
@@ -145,16 +152,27 @@ def _layers_that_differ(config: Mapping[str, Any], layers: int) -> list[int]:
 
 def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers: int) -> Any:
     """The small value of one setting; the value itself where it is no size."""
+    if key == "attn_layer_indices" and value is None:
+        return [1]
     if isinstance(value, bool) or value is None:
         return value
+    if key == "block_types" and isinstance(value, (list, tuple)):
+        return list(value)[::-1]  # attention comes last, and few layers are kept
     if isinstance(value, Mapping):
-        return _small_rope(value, sizes) if "rope_theta" in value else dict(value)
+        return _small_rope(value, config, sizes) if "rope_theta" in value else dict(value)
     if key == "mrope_section":
         return _sections(value, sizes)
+    if key in {"axes_dims_rope", "axes_dim_rope"}:
+        third = sizes.head_size // 6 * 2
+        return [sizes.head_size - 2 * third, third, third]
+    if key == "vision_feature_layer" and isinstance(value, (list, tuple)):
+        return list(range(-len(value), 0))
     if key in {"attention_window", "block_sizes"} and isinstance(value, (list, tuple)):
         return [4 if key == "attention_window" else 1] * len(value)
     if not isinstance(value, int):
         return value
+    if key == "attention_hidden_size" and value == 2 * int(config.get("hidden_size") or 0):
+        return 2 * sizes.hidden
     if key in _HIDDEN:
         return sizes.hidden
     if key in _INTERMEDIATE:
@@ -175,15 +193,22 @@ def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers
     return _OTHER[key](value, sizes) if key in _OTHER else value
 
 
-def _small_rope(rope: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+def _small_rope(rope: Mapping[str, Any], config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     small = {**rope, "rope_theta": rope["rope_theta"] or 10000.0}
+    if "partial_rotary_factor" in rope and "qk_rope_head_dim" in config and "qk_nope_head_dim" in config:
+        rotary, plain = (_OTHER[f"qk_{part}_head_dim"](0, sizes) for part in ("rope", "nope"))
+        small["partial_rotary_factor"] = 1.0 if "head_dim" in config else rotary / (rotary + plain)
     return small | {"mrope_section": _sections(rope["mrope_section"], sizes)} if "mrope_section" in rope else small
 
 
 def _sections(sections: Any, sizes: Sizes) -> list[int]:
     """Rotary pairs for time, height and width in about the same shares."""
     whole, pairs = sum(sections), sizes.head_size // 2
+    if whole <= pairs:
+        return list(sections)
     small = [max(1, part * pairs // whole) for part in sections]
+    if len(sections) == 3 and sections[0] == sections[1]:
+        return [*small[:2], pairs - sum(small[:2])]
     return [pairs - sum(small[1:]), *small[1:]]
 
 
@@ -202,17 +227,67 @@ def filled(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
     """``config`` with the settings that it leaves open and that some classes do not fill in by themselves."""
     layers = next((int(config[key]) for key in _LAYERS if isinstance(config.get(key), int)), 2)
     unset = {
-        **dict.fromkeys(("head_dim",), sizes.head_size),
+        **_usual(sizes),
+        **dict.fromkeys(("layer_types", "layers_block_type"), ["full_attention"] * layers),
+        "mlp_layer_types": ["dense", *["sparse"] * (layers - 1)],
+        "sliding_window": 4,
+        "deepstack_layer_map": [],
+        "downsample_rate": "1/2",
+        "vocabulary_map": {"<image>": 5},
+        "default_language": next(iter(config.get("languages") or [None])),
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        **dict.fromkeys(("image_token_id", "image_token_index", "pad_token_id"), 5),
+    }
+    full: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and "model_type" in value:
+            full[key] = filled(value, sizes)
+        elif key == "rope_parameters" and isinstance(value, Mapping):
+            full[key] = _filled_rope(value, sizes)
+        elif key in {"layer_types", "layers_block_type"} and value and set(value) == {"linear_attention"}:
+            full[key] = [("linear_attention", "full_attention")[place % 2] for place in range(len(value))]
+        else:
+            full[key] = unset[key] if value is None and key in unset else value
+    return full
+
+
+def _filled_rope(rope: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """Rotary settings with those for time, height and width, or for the one kind of layers, where there are none."""
+    if not rope:
+        return {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    if "mrope_section" in rope or "rope_theta" not in rope:
+        return dict(rope)
+    pairs = int(sizes.head_size * (rope.get("partial_rotary_factor") or 1)) // 2
+    third = pairs // 3
+    return {**rope, "mrope_section": [pairs - 2 * third, third, third]}
+
+
+def supply(small: dict[str, Any], error: BaseException | None, sizes: Sizes) -> bool:
+    """Put a setting into a small config that ``error`` says is missing from it, or from a part; False if unknown."""
+    usual = _usual(sizes)
+    if not isinstance(error, AttributeError) or error.name not in usual:
+        return False
+    kind = getattr(error.obj, "model_type", None)
+    for part in (small, *(value for value in small.values() if isinstance(value, dict))):
+        if part.get("model_type") == kind and error.name not in part:
+            part[error.name] = usual[error.name]
+            return True
+    return False
+
+
+def _usual(sizes: Sizes) -> dict[str, Any]:
+    """Small values of settings that a config may leave open."""
+    return {
+        "head_dim": sizes.head_size,
         **dict.fromkeys(_GROUPS, sizes.groups),
         **dict.fromkeys(_INTERMEDIATE, sizes.intermediate),
         **dict.fromkeys(_EXPERTS, sizes.experts),
-        **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
-        **dict.fromkeys(("layer_types", "layers_block_type"), ["full_attention"] * layers),
+        **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts"), 2),
         "n_shared_experts": 1,
-        "attn_layer_indices": [0],
+        "rope_theta": 10000.0,
         "vocab_size": sizes.vocabulary,
     }
-    return {key: unset[key] if value is None and key in unset else value for key, value in config.items()}
 
 
 _OTHER: dict[str, Callable[[int, Sizes], int]] = {
@@ -226,6 +301,8 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "moe_k": lambda value, sizes: min(value, 2),
     "top_k_experts": lambda value, sizes: min(value, 2),
     "n_group": lambda value, sizes: min(value, 2),
+    "num_expert_group": lambda value, sizes: min(value, 2),
+    "encoder_hash_byte_group_vocab": lambda value, sizes: 64,
     "topk_group": lambda value, sizes: 1,
     "n_shared_experts": lambda value, sizes: min(value, 1),
     "first_k_dense_replace": lambda value, sizes: min(value, 1),
@@ -239,6 +316,22 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "rotary_dim": lambda value, sizes: sizes.head_size // 2,
     "image_size": lambda value, sizes: 32,
     "patch_size": lambda value, sizes: 8,
+    **dict.fromkeys(
+        ("caption_channels", "joint_attention_dim", "text_dim", "text_embed_dim", "cap_feat_dim"),
+        lambda value, sizes: sizes.latent,
+    ),
+    "caption_projection_dim": lambda value, sizes: sizes.hidden,
+    "pooled_projection_dim": lambda value, sizes: sizes.plain,
+    **dict.fromkeys(("time_embed_dim", "freq_dim"), lambda value, sizes: 32),
+    **dict.fromkeys(("num_single_layers", "num_mmdit_layers", "num_single_dit_layers"), lambda value, sizes: 2),
+    **dict.fromkeys(("sample_size", "sample_height", "sample_width"), lambda value, sizes: min(value, 8)),
+    "sample_frames": lambda value, sizes: 9 if value % 2 else 2,
+    "max_text_seq_length": lambda value, sizes: 6,
+    "latent_query_num": lambda value, sizes: 4,
+    "share_expert_dim": lambda value, sizes: sizes.intermediate,
+    "upsample_groups": lambda value, sizes: sizes.hidden,
+    "input_feat_per_channel": lambda value, sizes: 16,
+    "conv_channels": lambda value, sizes: sizes.hidden,
     "sliding_window": lambda value, sizes: 4,
     "num_mel_bins": lambda value, sizes: 16,
     "max_source_positions": lambda value, sizes: 32,
@@ -251,6 +344,8 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "attn_layer_period": lambda value, sizes: min(value, 2),
     "attn_layer_offset": lambda value, sizes: min(value, 1),
     "mamba_n_heads": lambda value, sizes: 2 * sizes.heads,
+    "n_mamba_heads": lambda value, sizes: 2 * sizes.heads,
+    "mamba_headdim": lambda value, sizes: sizes.head_size,
     "mamba_d_head": lambda value, sizes: sizes.head_size,
     "mamba_d_ssm": lambda value, sizes: 2 * sizes.heads * sizes.head_size,
     "num_group": lambda value, sizes: min(value, 2),

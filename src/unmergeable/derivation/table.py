@@ -7,6 +7,7 @@ both: a setting of the config, a quotient of two, or a sum of products of the nu
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -37,6 +38,11 @@ class _Pair:
     settings: tuple[dict[str, float], dict[str, float]]
     scope: tuple[dict[str, float], dict[str, float]]
     used: set[str]
+
+    def named(self, tensor: str) -> str:
+        """A tensor's name with ``{}`` in place of the numbers that the block's own name has; others are no layers'."""
+        count = without_numbers(self.first.name).count("{}")
+        return re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", tensor, count=count) if count else tensor
 
     def know(self, name: str, values: tuple[float, float]) -> None:
         for scope, value in zip(self.scope, values, strict=True):
@@ -116,6 +122,7 @@ def tabulate(
         without_numbers(name): text for name, text in found.reasons.items() if "not proven" in text or " " in name
     }
     used: set[str] = set()
+    singles: dict[str, bool] = {}
     dropped: set[str] = set()
     for block in found.blocks:
         if block.name not in {twin.name for twin in other.blocks}:
@@ -139,11 +146,16 @@ def tabulate(
             reasons[without_numbers(block.name)] = str(reason)
             continue
         name = str(template["name"])
+        is_single = all(isinstance(one, Attention) and one.groups == 1 for one in (block, twin))
         known = kept.setdefault(name, template)
         if known == template:
+            singles[name] = is_single
             continue
+        if singles[name] != is_single:
+            known, template = _with_strides(known, template) if singles[name] else _with_strides(template, known)
+        singles[name] = False
         try:
-            kept[name] = _common(known, template)
+            kept[name] = known if known == template else _common(known, template)
         except Unexplained as reason:
             reasons[name] = str(reason)
             dropped.add(name)
@@ -159,7 +171,7 @@ def tabulate(
         defaults=defaults,
         known=tuple(sorted({without_numbers(name) for name in first.stored_names()})),
         reasons=dict(sorted(reasons.items())),
-        proof=_proof(found, other),
+        proof=_proof(str(type(first.network).__module__).partition(".")[0], found, other),
     )
 
 
@@ -170,6 +182,20 @@ def _matched(first: Sequence[Block], second: Sequence[Block]) -> Iterator[tuple[
         twin = twins.get(block.name)
         if twin is not None and type(twin) is type(block):
             yield block, twin
+
+
+def _with_strides(single: dict[str, Any], other: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The template of a layer with one head, with the distances between heads of another layer, and the other."""
+
+    def heads(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
+        return {**here, **({"group_stride": there["group_stride"]} if "group_stride" in there else {})}
+
+    parts = [
+        {**here, **{side: heads(here[side], there[side]) for side in ("query", "key")}}
+        for here, there in zip(single["parts"], other["parts"], strict=False)
+    ]
+    sides = {side: heads(single[side], other[side]) for side in ("value", "output")}
+    return {**single, **sides, "parts": parts if len(parts) == len(single["parts"]) else single["parts"]}, other
 
 
 _PROPERTIES = {"parts": (), "norm": None, "position": "none", "heads_limit": "", "value_group": "general_linear"}
@@ -209,7 +235,7 @@ def _spans(plain: Sequence[Mapping[str, Any]], rotary: Sequence[Mapping[str, Any
 
 def _attention(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]:
     same = ("position", "is_cross", "heads_limit", "value_group")
-    if any(getattr(block, name) != getattr(twin, name) for name in same) or len(block.parts) != len(twin.parts):
+    if block.is_cross != twin.is_cross or block.value_group != twin.value_group:
         raise Unexplained("two sizes of the network have different groups")
     template: dict[str, Any] = {"name": without_numbers(block.name)}
     heads = (block.num_heads, twin.num_heads)
@@ -219,6 +245,24 @@ def _attention(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]
     both.know("members", (block.members, twin.members))
     template["value_size"] = "columns / groups / members"
     both.know("value_size", (block.value_size, twin.value_size))
+    changed: dict[str, Any] = {}
+    known = tuple(dict(scope) for scope in both.scope)
+    try:
+        template["parts"] = _score_parts(both, block, twin)
+    except Unexplained:  # the values need no queries and keys
+        both.scope = (known[0], known[1])
+        template["parts"] = []
+        changed = {"position": "none", "heads_limit": block.heads_limit or NOT_UNDERSTOOD}
+    template["value"] = _heads(both, block.value, twin.value)
+    template["output"] = _heads(both, block.output, twin.output)
+    if block.norm is not None and template["parts"]:
+        template["norm"] = _norm(both, block.norm)
+    return template | {name: getattr(block, name) for name in same} | changed
+
+
+def _score_parts(both: _Pair, block: Attention, twin: Attention) -> list[dict[str, Any]]:
+    if (len(block.parts), block.position, block.heads_limit) != (len(twin.parts), twin.position, twin.heads_limit):
+        raise Unexplained("two sizes of the network have different groups")
     parts = []
     for index, (part, other) in enumerate(zip(block.parts, twin.parts, strict=True)):
         rest = " - ".join(["value_size", *(f"part_{before}" for before in range(index))])
@@ -228,7 +272,7 @@ def _attention(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]
         both.know(f"part_{index}", (part.size, other.size))
     if block.parts:
         both.know("query_size", (sum(p.size for p in block.parts), sum(p.size for p in twin.parts)))
-    template["parts"] = [
+    return [
         {
             **data,
             "query": _heads(both, part.query, other.query),
@@ -238,11 +282,6 @@ def _attention(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]
         }
         for data, part, other in zip(parts, block.parts, twin.parts, strict=True)
     ]
-    template["value"] = _heads(both, block.value, twin.value)
-    template["output"] = _heads(both, block.output, twin.output)
-    if block.norm is not None:
-        template["norm"] = _norm(block.norm)
-    return template | {name: getattr(block, name) for name in same}
 
 
 def _members(both: _Pair, block: Attention, twin: Attention, heads: tuple[int, int]) -> str | int:
@@ -254,11 +293,9 @@ def _members(both: _Pair, block: Attention, twin: Attention, heads: tuple[int, i
     return f"{formula} / groups"
 
 
-def _norm(norm: QueryKeyNorm) -> dict[str, Any]:
-    names = {side: [without_numbers(name) for name in getattr(norm, side)] for side in ("query_gains", "key_gains")}
-    biases = {
-        side: name and without_numbers(name) for side in ("query_bias", "key_bias") for name in (getattr(norm, side),)
-    }
+def _norm(both: _Pair, norm: QueryKeyNorm) -> dict[str, Any]:
+    names = {side: [both.named(name) for name in getattr(norm, side)] for side in ("query_gains", "key_gains")}
+    biases = {side: name and both.named(name) for side in ("query_bias", "key_bias") for name in (getattr(norm, side),)}
     return names | biases | {key: getattr(norm, key) for key in ("kind", "scope", "epsilon", "gain_axis", "offset")}
 
 
@@ -277,9 +314,9 @@ def _feed_forward(both: _Pair, block: FeedForward, twin: FeedForward) -> dict[st
 def _heads(both: _Pair, here: Heads, there: Heads) -> dict[str, Any]:
     if (without_numbers(here.weight), here.axis) != (without_numbers(there.weight), there.axis):
         raise Unexplained("two sizes of the network are stored differently")
-    data: dict[str, Any] = {"weight": without_numbers(here.weight), "axis": here.axis}
+    data: dict[str, Any] = {"weight": both.named(here.weight), "axis": here.axis}
     if here.bias is not None:
-        data["bias"] = without_numbers(here.bias)
+        data["bias"] = both.named(here.bias)
     for key in ("offset", "group_stride", "member_stride"):
         values = (getattr(here, key), getattr(there, key))
         if values != (0, 0):
@@ -287,7 +324,7 @@ def _heads(both: _Pair, here: Heads, there: Heads) -> dict[str, Any]:
     return data
 
 
-def _proof(*derivations: Derivation) -> dict[str, Any]:
+def _proof(library: str, *derivations: Derivation) -> dict[str, Any]:
     """The versions a map was proven with, and the worst figures for every kind of group."""
     figures: dict[str, dict[str, Any]] = {}
     for derivation in derivations:
@@ -305,4 +342,4 @@ def _proof(*derivations: Derivation) -> dict[str, Any]:
         kind: {key: value and float(f"{value:.2g}") for key, value in row.items()} for kind, row in figures.items()
     }
     joint = max(derivation.joint for derivation in derivations)
-    return {"transformers": version("transformers"), "torch": version("torch"), "joint": joint, "groups": rounded}
+    return {library: version(library), "torch": version("torch"), "joint": joint, "groups": rounded}

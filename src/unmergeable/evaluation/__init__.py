@@ -3,6 +3,7 @@
     audit, Audit, AuditResult          the worst case over a menu of attacks, with controls
     table, TableResult                 merges with published settings, as a paper's table has them
     write_report, model_card           an audit as a page, and as a block for a model card
+    release_card                       the section of a release's card: what was done, what it is worth
     connectivity, landscape, ...       what weights look like from outside
 
 An audit starts in :mod:`unmergeable.evaluation.audits`; the measure is in :mod:`unmergeable.evaluation.worst_case`.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unmergeable.evaluation.analysis import *  # noqa: F403
     from unmergeable.evaluation.audits import Audit, audit, estimate_audit
+    from unmergeable.evaluation.cards import release_card
     from unmergeable.evaluation.estimate import Estimate
     from unmergeable.evaluation.released import audit_of_releases
     from unmergeable.evaluation.report.page import render_report, write_report
@@ -30,8 +32,8 @@ __all__ = [
     "NoiseSensitivity", "PartGram", "Place", "Plane", "Score", "Scored", "Sharpness", "TableResult", "ThreatModel",
     "audit", "audit_of_releases", "backpropagate_task", "barrier", "canonical_source", "connectivity",
     "estimate_audit", "grid", "landscape", "model_card", "noise_sensitivity", "part_grams", "plane_through",
-    "principal_plane", "read_audit", "render_report", "scaling", "score_task", "sharpness", "summary", "table",
-    "taken_together", "task_vector_gram", "write_report",
+    "principal_plane", "read_audit", "release_card", "render_report", "scaling", "score_task", "sharpness", "summary",
+    "table", "taken_together", "task_vector_gram", "write_report",
 ]  # fmt: skip
 
 _HOMES = {
@@ -45,6 +47,7 @@ _HOMES = {
     "estimate_audit": "audits",
     "model_card": "report.verdict",
     "read_audit": "results",
+    "release_card": "cards",
     "render_report": "report.page",
     "summary": "report.verdict",
     "table": "tables",

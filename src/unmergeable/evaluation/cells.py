@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unmergeable.checkpoint.disk import replace_file
-from unmergeable.checkpoint.manifest import record_file
+from unmergeable.checkpoint.manifest import FileRecord, record_file
 from unmergeable.errors import CheckpointError
 
 FORMAT = 2
@@ -111,5 +111,11 @@ def digest_of(path: Path) -> str:
         records = [record_file(file, "" if file == path else str(file.relative_to(path))) for file in files]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
+    return digest_of_records(records)
+
+
+def digest_of_records(records: Iterable[FileRecord]) -> str:
+    """That of a folder with these files."""
+    records = sorted(records, key=lambda record: Path(record.name))
     listing = json.dumps([[record.name, record.size, record.sha256] for record in records])
     return hashlib.sha256(listing.encode()).hexdigest()

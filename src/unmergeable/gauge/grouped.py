@@ -153,7 +153,7 @@ def cheapest_order(cost: Tensor, sizes: tuple[int, ...]) -> Tensor:
 def _assigned(costs: np.ndarray, members: int) -> tuple[np.ndarray, np.ndarray]:
     """The least cost of every pair of groups of ``members``, and for each the member that comes to each place."""
     groups = len(costs) // members
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     pairs = costs.reshape(groups, members, groups, members).transpose(0, 2, 1, 3)
     if members == 2:

@@ -111,10 +111,10 @@ class Home(DerivedSource):
             ours = self.moved(norm.gain).double() + norm.offset
             theirs = self._of_base(norm.gain) + norm.offset
             pairs = [
-                pair
+                (columns, _seen(of_base, theirs) if norm.is_blind else of_base)
                 for reader in norm.readers
                 if self._is_comparable(reader.weight)
-                for pair in zip(
+                for columns, of_base in zip(
                     copies_of(self.moved(reader.weight).double(), reader, len(ours)),
                     copies_of(self._of_base(reader.weight), reader, len(ours)),
                     strict=True,
@@ -132,12 +132,17 @@ class Home(DerivedSource):
         if name not in self._scales:
             # Not by its bias, which holds other constants as well.
             writers = [writer for writer in self.freedoms.writers if writer.layer_scale == name and writer.is_matrix]
+            theirs = self._of_base(name)
             pairs = [
-                (along(self.moved(item.tensor).double(), item.axis), along(self._of_base(item.tensor), item.axis))
+                (
+                    along(self.moved(item.tensor).double(), item.axis),
+                    _seen(of_base, theirs) if item.is_blind else of_base,
+                )
                 for item in writers
                 if self._is_comparable(item.tensor)
+                for of_base in [along(self._of_base(item.tensor), item.axis)]
             ]
-            self._scales[name] = _nearest_scale(self.moved(name).double(), self._of_base(name), pairs)
+            self._scales[name] = _nearest_scale(self.moved(name).double(), theirs, pairs)
         return self._scales[name]
 
 
@@ -163,6 +168,13 @@ def _nearest_scale(ours: Tensor, theirs: Tensor, beside: list[tuple[Tensor, Tens
     to_base = torch.where((ours == 0) | (theirs == 0), 1.0, theirs / torch.where(ours == 0, 1.0, ours))
     scale = torch.where(is_alike, norms / torch.where(is_alike, products, 1.0), to_base)
     return torch.where(ours == 0, 1.0, scale)
+
+
+def _seen(rows: Tensor, scale: Tensor) -> Tensor:
+    """``rows`` without what a norm that is blind to a common number does not see: as in neutral forms."""
+    if not bool((scale != 0).all()):
+        return rows
+    return rows - (rows * scale).mean(-1, keepdim=True) / scale
 
 
 def _add_nearest(ours: Tensor, theirs: Tensor, direction: Tensor) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ MAX_SCRYPT_WORK = 1 << 28
 """Bytes of memory times passes: eight times what SCRYPT asks for, so that a damaged file cannot ask for hours."""
 MAX_BYTES = 1 << 28
 """Key files are small but for the orders some methods keep there: 4 bytes for each hidden unit of each layer."""
+
+_IN_A_KEY = re.compile(rb'"format"\s*:\s*"unmergeable-key/\d')
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,11 @@ def _read_document(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise _foreign(path)
     return document
+
+
+def is_key(content: bytes) -> bool:
+    """Whether a file of this content is a key, or holds a copy of one, whatever it is called."""
+    return _IN_A_KEY.search(content) is not None
 
 
 def _foreign(path: Path) -> KeyFileError:

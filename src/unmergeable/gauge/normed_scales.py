@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -190,7 +190,9 @@ def _of_stream(stream: Residual, architecture: Architecture, source: TensorSourc
     down = [*raw, *(_of_norm(last) if stream.tied else ())]
     if not embeddings:
         return
-    length = _row_length(embeddings[0], next(axis.axis for axis in stream.axes if axis.tensor == embeddings[0]))
+    length = _row_length(
+        embeddings[0], next(axis.axis for axis in stream.axes if axis.tensor == embeddings[0]), stream.kind
+    )
     if not behind:
         yield _scale(f"stream {stream.name}", [*embeddings, *_with_biases(blocks, source)], down, stream, length)
     elif behind == [stream.norms[0]]:  # a norm on the sum of embeddings; what follows begins with it
@@ -222,7 +224,9 @@ def _between_norms(stream: Residual, architecture: Architecture, source: TensorS
         up = [axis.tensor for axis in embeddings if axis.tensor.startswith(together)]
         # The norm before an output head that is the embedding takes back what the embedding is multiplied by.
         down = [axis.tensor for axis in embeddings if axis.tensor not in up]
-        yield _scale(f"embeddings of {stream.name}", up, down, stream, _row_length(up[0], embeddings[0].axis))
+        yield _scale(
+            f"embeddings of {stream.name}", up, down, stream, _row_length(up[0], embeddings[0].axis, stream.kind)
+        )
     for norm in stream.norms[:-1]:
         if not norm.then:
             continue
@@ -256,18 +260,23 @@ def _read(source: TensorSource, name: str) -> Tensor | None:
     return source.tensor(name).double()
 
 
-def _row_length(name: str, axis: int) -> Measure:
-    """The median length of what an embedding writes: a few rows that nobody reads say nothing then."""
+def _row_length(name: str, axis: int, kind: Literal["rms", "layer"]) -> Measure:
+    """The median length of what an embedding writes: a few rows that nobody reads say nothing then.
+
+    What a LayerNorm sees of it, which is all but the mean.
+    """
 
     def measure(source: TensorSource) -> float | None:
         tensor = _read(source, name)
         if tensor is None or not tensor.numel():
             return None
         rows = tensor.movedim(axis, -1)
+        if kind == "layer":
+            rows = rows - rows.mean(-1, keepdim=True)
         if rows.dim() > 1 and rows[..., 0].numel() > 1:
             lengths = rows.reshape(-1, rows.shape[-1]).square().sum(-1).sqrt()
             return float(lengths.median())
-        return float(tensor.norm())
+        return float(rows.norm())
 
     return measure
 

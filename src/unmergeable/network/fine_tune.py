@@ -18,6 +18,8 @@ from unmergeable.network.training_state import Kept
 from unmergeable.progress import Progress, silent
 
 _MASK = "attention_mask"
+_DECODER = "decoder_"
+"""What names of a decoder's inputs begin with."""
 
 
 def gather_examples(task: Task, count: int, *, pad: int = 0) -> EncodedBatch:
@@ -48,12 +50,15 @@ def padding_token(network: Any) -> int:
 def select(examples: EncodedBatch, numbers: Tensor) -> EncodedBatch:
     """The examples of these numbers, int64 [chosen]. Places that are padding in all of them are left out."""
     inputs = {name: tensor[numbers] for name, tensor in examples.inputs.items()}
-    mask = inputs.get(_MASK)
-    if mask is not None:
-        is_seen = mask.bool().any(dim=0)
-        inputs = {
-            name: tensor[:, is_seen] if tensor.shape[:2] == mask.shape else tensor for name, tensor in inputs.items()
-        }
+    for side in ("", _DECODER):
+        mask = inputs.get(side + _MASK)
+        if mask is not None:
+            is_seen = mask.bool().any(dim=0)
+            inputs |= {
+                name: tensor[:, is_seen]
+                for name, tensor in inputs.items()
+                if tensor.shape[:2] == mask.shape and name.startswith(_DECODER) == bool(side)
+            }
     return EncodedBatch(inputs, None if examples.labels is None else examples.labels[numbers])
 
 

@@ -1,8 +1,9 @@
 """What a network is asked: examples, and how its output is read as a choice among classes.
 
 A classifier chooses one class per example. A causal language model chooses a token at every place of a text but the
-first, so an example has many choices. Either way the choices are rows of logits, and everything that only needs a
-likelihood, an entropy or an accuracy works on both. Encoders that end in features bring a ``predict`` of their own,
+first, so an example has many choices; so does an encoder and decoder, of the tokens that its decoder reads
+(``decoder_input_ids``). Either way the choices are rows of logits, and everything that only needs a likelihood, an
+entropy or an accuracy works on all of them. Encoders that end in features bring a ``predict`` of their own,
 which holds the head of the task.
 """
 
@@ -41,19 +42,24 @@ Predict = Callable[[Any, EncodedBatch], Prediction]
 
 
 def predict(network: Any, batch: EncodedBatch) -> Prediction:
-    """The choices of a transformers classifier or causal language model.
+    """The choices of a transformers classifier or language model.
 
     Raises:
-        BadInput: the network is neither; the message says what to do.
+        BadInput: the network is neither, or lacks what its decoder reads; the message says what to do.
     """
+    if is_encoder_decoder(network) and "decoder_input_ids" not in batch.inputs:
+        raise BadInput(
+            f"{type(network).__name__} reads with an encoder and writes with a decoder: give both, as input_ids and "
+            "decoder_input_ids (the tokens to write, behind the one it starts with) in an npz file."
+        )
     output = answer(network, batch)
     logits: Tensor | None = getattr(output, "logits", None)
     if logits is not None and logits.dim() == 2:
         return Prediction(logits, batch.labels)
-    if logits is not None and logits.dim() == 3 and is_causal_language_model(network):
+    if logits is not None and logits.dim() == 3 and (is_causal_language_model(network) or is_encoder_decoder(network)):
         return _next_tokens(logits, batch)
     raise BadInput(
-        f"{type(network).__name__} is no classifier and no causal language model; give a checkpoint that is one, or "
+        f"{type(network).__name__} is no classifier and no language model; give a checkpoint that is one, or "
         "from Python a predict function with the head of the task."
     )
 
@@ -101,14 +107,20 @@ def _is_listed(network: Any, listing: str) -> bool:
 def _next_tokens(logits: Tensor, batch: EncodedBatch) -> Prediction:
     """Each token from those before it; what the mask hides is left out."""
     is_asked = asks_next_token(batch)
-    return Prediction(logits[:, :-1][is_asked], batch.inputs["input_ids"][:, 1:][is_asked])
+    return Prediction(logits[:, :-1][is_asked], _written(batch)[0][:, 1:][is_asked])
 
 
 def asks_next_token(batch: EncodedBatch) -> Tensor:
-    """Where a causal language model is asked for the next token, bool [examples, length - 1]: inside what is seen."""
-    ids = batch.inputs["input_ids"]
-    mask = batch.inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    return mask[:, :-1] & mask[:, 1:]
+    """Where a language model is asked for the next token, bool [examples, length - 1]: inside what is seen."""
+    ids, mask = _written(batch)
+    shown = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    return shown[:, :-1] & shown[:, 1:]
+
+
+def _written(batch: EncodedBatch) -> tuple[Tensor, Tensor | None]:
+    """The tokens that a language model predicts, those that its decoder reads where it has one; and their mask."""
+    prefix = "decoder_" if "decoder_input_ids" in batch.inputs else ""
+    return batch.inputs[f"{prefix}input_ids"], batch.inputs.get(f"{prefix}attention_mask")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from unmergeable.ops.map import derive_map
 from unmergeable.ops.merging import merge
 from unmergeable.ops.methods import methods, schema
 from unmergeable.ops.protection import protect
+from unmergeable.ops.publishing import push
 from unmergeable.ops.recovery import recover
 from unmergeable.ops.restoring import restore
 from unmergeable.ops.rotation import rotate
@@ -25,6 +26,7 @@ __all__ = [
     "methods",
     "protect",
     "protect_state_dict",
+    "push",
     "recover",
     "restore",
     "restore_state_dict",

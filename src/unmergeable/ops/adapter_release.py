@@ -21,6 +21,9 @@ from unmergeable.errors import BadInput, NotEquivalent
 from unmergeable.gauge.equivalence import UNIT_ROUNDOFF
 from unmergeable.gauge.groups import haar
 from unmergeable.ops.protect_result import ProtectResult, StepReport
+from unmergeable.protections.base import Inputs
+from unmergeable.protections.trained import TrainedFacts, TrainedProtection
+from unmergeable.protections.trained_adapter import check_adapter, train_adapter
 from unmergeable.randomness import Stream, new_entropy
 
 NAME = "rank_basis"
@@ -73,6 +76,38 @@ def release_adapter(adapter: Path, *, base: Path, out: Path, seed: int | None, i
         (NAME,), out, (f"Largest error of a product B A: {worst:.1e} relative", STOPS_NOTHING), document
     )
     return ProtectResult(out=out, base=base, key=None, steps=(report,), is_dry_run=is_dry_run)
+
+
+def release_trained_adapter(
+    protection: TrainedProtection, inputs: Inputs, adapter: Path, *, out: Path, is_dry_run: bool
+) -> ProtectResult:
+    """Train the A and B of ``adapter`` as the method says, and write them to ``out``; W stays the base's.
+
+    Raises:
+        BadInput: no LoRA adapter, more in it than A and B of linear layers, data of no use, or ``out`` exists.
+        UnmergeableError: the training diverged.
+    """
+    opened = LoneAdapter.open(adapter)
+    require_creatable(out)
+    require_outside(out, adapter)
+    facts = TrainedFacts()
+    if is_dry_run:
+        check_adapter(protection, inputs, opened)
+    else:
+        trained = train_adapter(protection, inputs, opened)
+        facts = trained.facts
+        details = {"kind": "protected", "recipe": trained.job.recipe, "note": protection.limits}
+        listings = {"source": [opened.listing]}
+        write_adapter(opened.listing, out, trained.tensors, None, details=details, inputs=listings)
+    document = {
+        **protection.recipe(),
+        "architecture": "adapter",
+        **facts.to_json(),
+        "dry_run": is_dry_run,
+        "note": protection.limits,
+    }
+    report = StepReport((protection.name,), out, (protection.limits,), document, facts)
+    return ProtectResult(out=out, base=inputs.base_folder, key=None, steps=(report,), is_dry_run=is_dry_run)
 
 
 def turned_factors(a: Tensor, b: Tensor, product: Product, stream: Stream) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.hub import folder_of
-from unmergeable.checkpoint.listing import MANIFEST_NAME
+from unmergeable.checkpoint.hub import download, is_on_hub
+from unmergeable.checkpoint.listing import CARD_NAME, MANIFEST_NAME
 from unmergeable.checkpoint.manifest import Alteration, check_files, read_manifest
 from unmergeable.errors import CheckpointError, UsageError
 from unmergeable.gauge.signature import is_signed
@@ -54,6 +55,8 @@ class ManifestResult:
         lines = [f"Altered: {item.name!r} ({item.problem})" for item in self.alterations]
         if not self.alterations:
             lines += [f"Every file of {self.folder} is as its {MANIFEST_NAME} says."]
+        if (self.folder / CARD_NAME).exists():
+            lines += [f"  {CARD_NAME} is its owner's to edit, and was not compared."]
         if self.problem is not None:
             return [*lines, f"Signature: {self.problem}."]
         if self.signer is None:
@@ -78,7 +81,8 @@ def verify_manifest(release: AnyPath, *, public_key: str | None = None) -> Manif
     """
     if public_key is not None and not _PUBLIC_KEY.fullmatch(public_key):
         raise UsageError("a public key is 64 hexadecimal digits, in lower case; `unmergeable key show` prints them.")
-    folder = folder_of(release)
+    text = os.fspath(release)
+    folder = download(text, whole=True) if is_on_hub(text) else Path(text)
     manifest = read_manifest(folder)
     if manifest is None:
         raise CheckpointError(f"{folder} has no {MANIFEST_NAME}: nothing to compare its files with.")

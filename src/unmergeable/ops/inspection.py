@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from unmergeable.architecture import Architecture
-from unmergeable.attacks import Estimate, Fit, NearestOrbit
+from unmergeable.attacks import Estimate, Fit, Inputs, NearestOrbit
 from unmergeable.attacks.distance import relative_distance
-from unmergeable.attacks.signs import Sign, find_signs, halves, idle_structure, is_near, structure_signs
+from unmergeable.attacks.prepared import prepared
+from unmergeable.attacks.signs import Sign, find_signs, halves, hidden_signs, idle_structure, is_near, structure_signs
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.manifest import Manifest, read_manifest
 from unmergeable.checkpoint.open import open_checkpoint
@@ -253,9 +254,11 @@ def _compare(
         if sign is None:
             raise
         return BaseComparison(base, None, (sign,))
-    estimate = NearestOrbit().estimate(source, opened, architecture, progress=progress)
-    signs = find_signs(source, opened, architecture, estimate, sources, progress)
-    return BaseComparison(base, estimate, signs)
+    first = prepared(Inputs(source, opened, architecture))
+    looked_at = first.inputs.protected
+    estimate = NearestOrbit().estimate(looked_at, opened, architecture, progress=progress)
+    signs = find_signs(looked_at, opened, architecture, estimate, sources, progress)
+    return BaseComparison(base, estimate, (*hidden_signs(first), *signs))
 
 
 def _restructured(

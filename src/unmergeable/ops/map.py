@@ -46,14 +46,15 @@ def derive_map(model: str | os.PathLike[str], *, out: str | os.PathLike[str] | N
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise UsageError("deriving a map needs transformers; pip install 'unmergeable[hf]'") from None
-    from unmergeable.derivation.build import registered_class
+    from unmergeable.derivation.build import DIFFUSION, class_named, registered_class
     from unmergeable.derivation.model_types import derive_map as derived_map
     from unmergeable.optional import quiet
 
     config = _config(model)
-    kind = str(config.get("model_type") or "")
-    network_class = next(iter(config.get("architectures") or ()), None) or registered_class(kind)
-    if network_class is None or not hasattr(transformers, network_class):
+    kind = str(config.get("model_type") or config.get("_class_name") or "")
+    named = kind if kind in DIFFUSION else next(iter(config.get("architectures") or ()), None)
+    network_class = named or registered_class(kind)
+    if network_class is None or class_named(network_class) is None:
         raise BadInput(
             f"{os.fspath(model)}: model type {kind or 'missing'!r} names no network class of transformers "
             f"{transformers.__version__}; check the name, or install a version that has it."

@@ -123,7 +123,9 @@ class ProtectResult:
         if self.fingerprint is None:
             return [f"Key: {self.key}, not made yet"]
         gives = "the original" if len(self.steps) == 1 else "what the steps before it made"
+        beside = [f"  It lies beside {self.out}: upload {self.out} alone, never the folder around both."]
         return [
             f"Key: {self.key} (fingerprint {self.fingerprint[:8]})",
             f"  Keep this file, with a backup, and never upload it: it gives {gives} back to whoever holds it.",
+            *(beside if self.key.parent.resolve() == self.out.parent.resolve() else []),
         ]

@@ -39,14 +39,16 @@ from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import CheckpointError, KeyFileError, UsageError
 from unmergeable.gauge.key import Key, read_key, write_key
 from unmergeable.gauge.signature import sign
-from unmergeable.ops.adapter_release import release_adapter
+from unmergeable.ops.adapter_release import release_adapter, release_trained_adapter
+from unmergeable.ops.key_places import default_key, make_key_folder
 from unmergeable.ops.opened import AnyPath, open_base, open_with_architecture
 from unmergeable.ops.protect_result import ProtectResult, StepReport
 from unmergeable.ops.recorded import EARLIER_STEPS, earlier_steps, methods_of
 from unmergeable.ops.relation import look_at_base
 from unmergeable.ops.steps import Methods, Step, steps_of
 from unmergeable.progress import Progress, silent
-from unmergeable.protections import CONTROLS, Extras, Facts, Inputs, Protection, Rewrite
+from unmergeable.protections import CONTROLS, PROTECTIONS, Extras, Facts, Inputs, Protection, Rewrite
+from unmergeable.protections.trained import LEFTOVERS, TrainedProtection
 from unmergeable.settings import configure, nearest
 from unmergeable.threads import one_thread_per_kernel, worker_threads
 
@@ -90,8 +92,9 @@ def protect(
         method: protections, applied left to right; exact ones that stand next to each other are rounded once. None for
             the default, ``gauge``. Exact ones keep quantised models as they were, unless their settings say otherwise
             (:mod:`unmergeable.defaults`).
-        key: key file to create where a method is exact; ``out`` with ``.key`` appended when None. An existing one is
-            used only if it was made by this very call, to resume.
+        key: key file to create where a method is exact; one in the folder of keys when None
+            (:mod:`unmergeable.ops.key_places`). An existing one is used only if it was made by this very call, to
+            resume.
         settings: of the methods, by name, or by ``method.name`` where several have it.
         seed: of training and of random choices, 0 when None. Of an exact method it draws the key from a public number
             instead of the operating system: for experiments only.
@@ -102,8 +105,8 @@ def protect(
         siblings: other fine-tunes of the base, for ``sensitivity_shield``.
         generic: inputs of other kinds than the task's, for ``collapse``; without labels.
         keep_adapter: write an adapter again, its A and B in another basis of their rank: the one exact change that
-            leaves the base alone. It stops nothing (:mod:`unmergeable.ops.adapter_release`), and takes no method and no
-            key.
+            leaves the base alone. It stops nothing (:mod:`unmergeable.ops.adapter_release`), and takes no key. With a
+            method that trains, A and B are trained instead.
         dry_run: check everything, write nothing.
         allow_pickle: read a checkpoint that has no safetensors files; exact methods only.
         threads: how many tensors are worked on at a time; None for one per processor.
@@ -112,14 +115,8 @@ def protect(
         UsageError, BadInput, KeyFileError: before the first byte is written.
         NotEquivalent: the written file does not compute what it should; it is removed.
     """
-    if keep_adapter:
-        others: dict[str, object] = {
-            "method": method,
-            "settings": settings,
-            "key": key,
-            "passphrase": passphrase,
-            "data": data,
-        }
+    if keep_adapter and not method:
+        others: dict[str, object] = {"settings": settings, "key": key, "passphrase": passphrase, "data": data}
         others |= {"head": head, "encoder": encoder, "siblings": siblings, "generic": generic}
         for name, value in others.items():
             if value:
@@ -142,7 +139,7 @@ def protect(
         expert=folder_of(expert),
         base=folder_of(base),
         out=out,
-        key=(Path(key) if key is not None else out.with_name(f"{out.name}.key")),
+        key=(Path(key) if key is not None else default_key(out)),
         extras=extras,
         seed=seed,
         passphrase=passphrase,
@@ -150,7 +147,12 @@ def protect(
         threads=worker_threads(threads),
         progress=progress,
     )
-    request.require_places(steps)
+    has_own_place = key is not None or default_key(out).parent == out.parent
+    request.require_places(steps, has_folder=has_own_place)
+    if not has_own_place and not dry_run and any(step.has_key for step in steps):
+        make_key_folder(request.key)
+    if keep_adapter:
+        return request.train_adapter(steps, is_dry_run=dry_run)
     if len(steps) > 1:
         return _compose(request, steps, is_dry_run=dry_run)
     (step,) = steps
@@ -267,12 +269,15 @@ class _Request:
     threads: int
     progress: Progress
 
-    def require_places(self, steps: Sequence[Step]) -> None:
-        """Refuse places that cannot be written to: training and calibration come before the writing."""
+    def require_places(self, steps: Sequence[Step], *, has_folder: bool) -> None:
+        """Refuse places that cannot be written to: training and calibration come before the writing.
+
+        ``has_folder``: whether the key's folder must be there already.
+        """
         require_creatable(self.out, *_BESIDE)
         if any(step.has_key for step in steps):
             require_apart(self.key, self.out)
-            if not self.key.parent.is_dir():
+            if has_folder and not self.key.parent.is_dir():
                 raise KeyFileError(
                     f"key file {self.key} cannot be created: its folder does not exist; create it first: "
                     f"{shlex.join(['mkdir', '-p', str(self.key.parent)])}"
@@ -291,6 +296,23 @@ class _Request:
             work=out.with_name(out.name + _TRAINING),
             progress=self.progress,
         )
+
+    def train_adapter(self, steps: Sequence[Step], *, is_dry_run: bool) -> ProtectResult:
+        """Train an adapter that stays one."""
+        step, *more = steps
+        if more or not (isinstance(step.protection, TrainedProtection) and step.protection.trains_adapters):
+            methods = [name for name, method in PROTECTIONS.items() if getattr(method, "trains_adapters", False)]
+            raise UsageError(
+                f"{','.join(one.name for one in steps)} changes whole weights: with keep_adapter give one of "
+                f"{', '.join(sorted(methods))}, or no method, or leave out keep_adapter."
+            )
+        if not is_adapter(self.expert):
+            raise UsageError(f"{self.expert} is no adapter: leave out keep_adapter.")
+        inputs = self.inputs(step, self.expert, self.out)
+        result = release_trained_adapter(step.protection, inputs, self.expert, out=self.out, is_dry_run=is_dry_run)
+        if inputs.work is not None and not is_dry_run:
+            _remove([inputs.work / name for name in LEFTOVERS], inputs.work)
+        return result
 
     def key_of(self, steps: Sequence[Step]) -> Key | None:
         """The key that one of the steps made; None where none does."""

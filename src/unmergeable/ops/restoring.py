@@ -15,6 +15,7 @@ from unmergeable.checkpoint.manifest import Manifest, read_manifest
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, KeyFileError, shown
 from unmergeable.gauge.key import Key, read_key
+from unmergeable.ops.key_places import find_key
 from unmergeable.ops.opened import AnyPath, open_with_architecture
 from unmergeable.ops.protection import without_files, write_prepared
 from unmergeable.ops.recorded import EARLIER_STEPS, earlier_steps, methods_of
@@ -62,7 +63,7 @@ class RestoreResult:
 def restore(
     protected: AnyPath,
     *,
-    key: AnyPath,
+    key: AnyPath | None = None,
     out: AnyPath,
     passphrase: str | None = None,
     threads: int | None = None,
@@ -73,7 +74,7 @@ def restore(
     Args:
         protected: folder that ``protect`` wrote, or ``hub:OWNER/NAME``; or a copy that something else saved, without
             its ``unmergeable.json``.
-        key: the key file made with it.
+        key: the key file made with it; None to look for it where keys are, by the fingerprint in the manifest.
         out: folder to create.
         passphrase: of the key file, where it is encrypted.
         threads: how many tensors are worked on at a time; None for one per processor.
@@ -84,11 +85,11 @@ def restore(
         NotEquivalent: the result does not compute what the protected checkpoint computes (its weights were altered).
     """
     folder, out = folder_of(protected), Path(out)
-    opened = open_with_key(folder, Path(key), passphrase)
+    opened = open_with_key(folder, None if key is None else Path(key), passphrase)
     source, architecture, secret, methods = opened.source, opened.architecture, opened.key, opened.methods
     prepared = methods.restore(source, architecture, secret, threads=worker_threads(threads), progress=progress)
     if not opened.is_recorded:
-        _require_marks(prepared, secret, f"key file {key}", folder)
+        _require_marks(prepared, secret, f"key file {opened.path}", folder)
     # What remains is the protected release that was protected again: its own record, and so its own way back.
     details: dict[str, Any] = {
         "kind": "restored",
@@ -110,28 +111,33 @@ def restore(
 class Opened:
     """A protected checkpoint with the key that opens it.
 
-    ``earlier`` is what is said of the steps before the last. ``is_recorded``: whether its manifest names the key; where
-    it has none, only what comes out can tell whether the key fits.
+    ``path`` is that of the key. ``earlier`` is what is said of the steps before the last. ``is_recorded``: whether its
+    manifest names the key; where it has none, only what comes out can tell whether the key fits.
     """
 
     source: TensorSource
     architecture: Architecture
+    path: Path
     key: Key
     methods: ExactSequence
     earlier: tuple[Mapping[str, Any], ...]
     is_recorded: bool
 
 
-def open_with_key(folder: Path, path: Path, passphrase: str | None) -> Opened:
-    """Open what a key protects, reading headers only.
+def open_with_key(folder: Path, path: Path | None, passphrase: str | None) -> Opened:
+    """Open what a key protects, reading headers only; ``path`` None for the key that lies where keys are.
 
     Raises:
         KeyFileError: no key, or not the key of this checkpoint.
         BadInput: ``folder`` was not made by ``protect``, or its last step has no key.
         UsageError: the key was made by a method that this version does not know.
     """
+    manifest = None
+    if path is None:
+        manifest = read_manifest(folder)
+        path = find_key(folder, _fingerprint(manifest))
     key = read_key(path, passphrase)
-    manifest = read_manifest(folder)
+    manifest = manifest or read_manifest(folder)
     made_with = None if manifest is None else manifest.details.get("key_fingerprint")
     earlier = earlier_steps(manifest)
     _require_way_back(folder, manifest, key)
@@ -142,7 +148,12 @@ def open_with_key(folder: Path, path: Path, passphrase: str | None) -> Opened:
             f"({shown(made_with)[1:9]}); give the one made with it."
         )
     methods = ExactSequence.from_recipe(key.recipe, PROTECTIONS)
-    return Opened(source, architecture, key, methods, earlier, is_recorded=made_with is not None)
+    return Opened(source, architecture, path, key, methods, earlier, is_recorded=made_with is not None)
+
+
+def _fingerprint(manifest: Manifest | None) -> str | None:
+    found = None if manifest is None else manifest.details.get("key_fingerprint")
+    return found if isinstance(found, str) else None
 
 
 def _require_way_back(folder: Path, manifest: Manifest | None, secret: Key) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.partial import require_absent_or_written, require_creatable, require_outside
 from unmergeable.errors import BadInput
+from unmergeable.ops.key_places import default_key, make_key_folder
 from unmergeable.ops.opened import AnyPath
 from unmergeable.ops.protection import kept_key, require_apart, write_prepared
 from unmergeable.ops.recorded import EARLIER_STEPS
@@ -53,7 +54,7 @@ class RotateResult:
 def rotate(
     protected: AnyPath,
     *,
-    key: AnyPath,
+    key: AnyPath | None = None,
     out: AnyPath,
     new_key: AnyPath | None = None,
     passphrase: str | None = None,
@@ -67,10 +68,10 @@ def rotate(
 
     Args:
         protected: folder that ``protect`` wrote, or ``hub:OWNER/NAME``.
-        key: the key file made with it.
+        key: the key file made with it; None to look for it where keys are.
         out: folder to create.
-        new_key: key file to create; ``out`` with ``.key`` appended when None. One that exists is used only if it was
-            made by this very call, to resume.
+        new_key: key file to create; one in the folder of keys when None (:mod:`unmergeable.ops.key_places`). One that
+            exists is used only if it was made by this very call, to resume.
         passphrase: of the old key file; it encrypts the new one too.
         seed: draws the new key from a public number: for experiments only.
         threads: how many tensors are worked on at a time; None for one per processor.
@@ -82,12 +83,14 @@ def rotate(
         NotEquivalent: the result does not compute what the release computes.
     """
     folder, out = folder_of(protected), Path(out)
-    path = Path(new_key) if new_key is not None else out.with_name(f"{out.name}.key")
+    path = Path(new_key) if new_key is not None else default_key(out)
     require_creatable(out)
     require_outside(out, folder)
     require_apart(path, out)
     require_absent_or_written(out)
-    opened = open_with_key(folder, Path(key), passphrase)
+    opened = open_with_key(folder, None if key is None else Path(key), passphrase)
+    if new_key is None and path.parent != out.parent:
+        make_key_folder(path)
     if not opened.is_recorded:
         raise BadInput(f"{folder} has no unmergeable.json, which says how it was made; copy that of the release there.")
     workers = worker_threads(threads)

@@ -3,7 +3,7 @@
 Exact methods that stand next to each other are one step, applied at once and rounded once. Every other method is a step
 of its own. Not every order makes sense:
 
-    weights        mergeguard, sensitivity_shield    work on the task vector, so before the basis changes
+    weights        mergeguard, collapse, trap2, …    work on the task vector, so before the basis changes
     basis          exact ones, mergebarrier parts=attention
     structure      taylor_mlp, mergebarrier          a network of polynomials has no symmetry map: last
 """

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from unmergeable.checkpoint.plan import output_like
 from unmergeable.errors import UsageError
+from unmergeable.protections.anchor_repulsive import AnchorRepulsive
 from unmergeable.protections.base import Extras, Facts, Inputs, Protection, ProtectionRequirements, Rewrite
 from unmergeable.protections.collapse import Collapse
 from unmergeable.protections.controls import Control, Identity, Noise, Scale
@@ -16,11 +17,13 @@ from unmergeable.protections.mergelock import MergeLock
 from unmergeable.protections.params import PaRaMS
 from unmergeable.protections.sensitivity_shield import SensitivityShield
 from unmergeable.protections.taylor_mlp import TaylorMLP
+from unmergeable.protections.trap2 import Trap2
 from unmergeable.registry import Registry
 
 __all__ = [
     "CONTROLS",
     "PROTECTIONS",
+    "AnchorRepulsive",
     "Collapse",
     "Control",
     "ExactProtection",
@@ -37,6 +40,7 @@ __all__ = [
     "Rewrite",
     "SensitivityShield",
     "TaylorMLP",
+    "Trap2",
     "Weights",
     "output_like",
     "register_protection",
@@ -45,7 +49,18 @@ __all__ = [
 PROTECTIONS = Registry(
     "protection",
     "unmergeable.protections",
-    (MergeLock, PaRaMS, LargestGauge, TaylorMLP, MergeBarrier, MergeGuard, SensitivityShield, Collapse),
+    (
+        MergeLock,
+        PaRaMS,
+        LargestGauge,
+        TaylorMLP,
+        MergeBarrier,
+        MergeGuard,
+        SensitivityShield,
+        Collapse,
+        Trap2,
+        AnchorRepulsive,
+    ),
 )
 CONTROLS: Mapping[str, type[Control]] = {cls.name: cls for cls in (Identity, Noise, Scale)}
 """Protections in form only, for audits; ``protect`` refuses them."""

@@ -561,7 +561,8 @@ def key_for(recipe: Mapping[str, Any], path: Path | None, passphrase: str | None
         existing = read_key(path, passphrase)
         if existing.recipe != recipe:
             raise KeyFileError(
-                f"key file {path} belongs to another checkpoint or recipe and is never overwritten; name another."
+                f"key file {path} belongs to another checkpoint or recipe and is never overwritten; name another file "
+                "for the key, or move this one away."
             )
         return existing, False
     if seed is None:

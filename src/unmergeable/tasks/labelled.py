@@ -8,7 +8,7 @@ from typing import Any
 
 from unmergeable.data import DataSource
 from unmergeable.network.encoding import EncodedBatch, EncodedData, Encoder, class_names_of
-from unmergeable.network.tasks import Task, is_causal_language_model, predict
+from unmergeable.network.tasks import Task, is_causal_language_model, is_encoder_decoder, predict
 from unmergeable.tasks.heads import read_head
 
 
@@ -29,8 +29,8 @@ class LabelledData:
     def task(self, network: Any, name: str, *, batch_size: int) -> Task:
         """The task for a network, encoded once and kept in memory.
 
-        Classes have the names of ``network``, or are numbered as the rows of the head. A causal language model without
-        a head has no classes: it is asked for the next token of every text.
+        Classes have the names of ``network``, or are numbered as the rows of the head. A language model without a head
+        has no classes: it is asked for the next token of every text, or of what its decoder reads.
 
         Raises:
             BadInput: the examples or the head cannot be read, or a label is none of the classes.
@@ -42,4 +42,5 @@ class LabelledData:
 
 
 def _class_names(network: Any) -> list[str] | None:
-    return None if is_causal_language_model(network) else list(class_names_of(network))
+    is_language_model = is_causal_language_model(network) or is_encoder_decoder(network)
+    return None if is_language_model else list(class_names_of(network))

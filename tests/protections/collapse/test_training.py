@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,21 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import select
 from unmergeable.network.tasks import Prediction, predict
 from unmergeable.protections import Collapse
 from unmergeable.protections.collapse.training import (
+    DOUBT,
     SCALES,
     Reading,
     SampledMerge,
     collapse,
-    merged,
+    noise_of,
     reader_of,
+    right_answers,
     sample_merge,
     scatter,
-    trap_of,
 )
+from unmergeable.protections.merged_loss import merged
+from unmergeable.protections.trained import TrainingRun
 from unmergeable.randomness import Stream
 from zoo import TOYS, random_network
 
@@ -66,6 +71,20 @@ def test_scatter() -> None:
     assert float(scatter(one_way)) == pytest.approx(0, abs=1e-6)
     assert float(scatter(torch.eye(4))) == pytest.approx(1 - 1 / 4)
     assert float(scatter(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))) == pytest.approx(1)
+
+
+def test_right_answers_are_trapped_where_they_are_sure() -> None:
+    """At a probability p: -log(1 - p), and a slope of p by the logit, up to what DOUBT takes."""
+    for probability in (0.01, 0.5, 0.9):
+        logits = torch.log(torch.tensor([[probability, 1 - probability]])).requires_grad_()
+        value = right_answers(Reading(torch.zeros(1, 2), logits, torch.tensor([0])))
+        assert float(value.detach()) == pytest.approx(-math.log(1 - probability), rel=DOUBT / (1 - probability))
+        (slope,) = torch.autograd.grad(value, logits)
+        assert float(slope[0, 0]) == pytest.approx(probability, rel=DOUBT / (1 - probability))
+    certain = Reading(torch.zeros(1, 2), torch.tensor([[200.0, 0.0]]), torch.tensor([0]))
+    assert float(right_answers(certain)) == pytest.approx(-math.log(DOUBT), rel=1e-3)
+    with pytest.raises(BadInput, match="give a label with each"):
+        right_answers(Reading(torch.zeros(1, 2), torch.zeros(1, 2), None))
 
 
 class Small(nn.Module):
@@ -123,38 +142,16 @@ def test_features_of_a_language_model_are_those_of_its_choices() -> None:
     assert torch.allclose(network.lm_head(reading.features), reading.logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.7])
-def test_the_gradient_is_that_of_the_scatter_at_the_merge(noise: float) -> None:
-    network = Small().double()
-    base = base_of(network)
-    batch = EncodedBatch({"x": examples(8).inputs["x"].double()}, examples(8).labels)
-    read = reader_of(network, predict_small, batch)
-    parameters = {name: parameter for name, parameter in network.named_parameters() if name in base}
-    sizes = dict.fromkeys(base, 0.2)
-    coefficients = {name: 0.6 if "blocks.0" in name else 0.0 for name in base}
-    merge, stream = SampledMerge(coefficients, noise), Stream.from_seed(9)
+def test_noise_is_as_large_as_the_task_vector_times_a_number_drawn() -> None:
+    sizes = {"first": 0.2, "second": 3.0}
 
-    def value() -> float:
-        with merged(parameters, base, sizes, merge, stream), torch.no_grad():
-            return float(scatter(read(network, batch).features))
-
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    found, gradients = trap_of(network, read, batch, parameters, base, sizes, merge, stream)
-    assert found == pytest.approx(value())
-    assert all(torch.equal(parameters[name], before[name]) for name in before)  # the network has its own weights again
-    assert set(gradients) == {name for name in base if "blocks.0" in name}
-
-    weight = parameters["blocks.0.weight"]
-    step = 1e-3  # scatter is computed in float32
-    for row, column in ((0, 0), (2, 5)):
-        with torch.no_grad():
-            weight[row, column] += step
-            above = value()
-            weight[row, column] -= 2 * step
-            below = value()
-            weight[row, column] += step
-        slope = (above - below) / (2 * step)
-        assert float(gradients["blocks.0.weight"][row, column]) == pytest.approx(slope, abs=2e-4)
+    assert noise_of(SampledMerge({}, 0.0), sizes, Stream.from_seed(0))[0] == {}
+    drawn = [noise_of(SampledMerge({}, 0.5), sizes, Stream.from_seed(seed))[0] for seed in range(50)]
+    for name, size in sizes.items():
+        relative = [noise[name] / size / 0.5 for noise in drawn]
+        assert min(relative) >= 0.5
+        assert max(relative) <= 1.5
+        assert max(relative) - min(relative) > 0.5
 
 
 def mean_scatter(network: nn.Module, base: dict[str, Tensor]) -> float:
@@ -164,7 +161,8 @@ def mean_scatter(network: nn.Module, base: dict[str, Tensor]) -> float:
     for seed in range(100, 120):
         stream = Stream.from_seed(seed)
         drawn = sample_merge(list(parameters), stream)
-        with merged(parameters, base, dict.fromkeys(base, 0.2), drawn, stream), torch.no_grad():
+        noise, generator = noise_of(drawn, dict.fromkeys(base, 0.2), stream)
+        with merged(parameters, base, drawn.coefficients, noise, generator), torch.no_grad():
             total += float(scatter(read(network, examples()).features))
     return total / 20
 
@@ -176,7 +174,7 @@ def trained(strength: float) -> tuple[float, float]:
     read = reader_of(network, predict_small, examples(2))
     before = read(network, examples()).features.detach()
     method = Collapse(steps=60, learning_rate=1e-2, batch_size=12, strength=strength)
-    losses = collapse(network, base, predict_small, examples(), None, method, seed=0)
+    losses = collapse(TrainingRun(network, base, predict_small, examples(), disturbed=dict.fromkeys(base, 0.2)), method)
     assert len(losses) == 60
     after = read(network, examples()).features.detach()
     return mean_scatter(network, base), float(functional.cosine_similarity(before, after, dim=-1).mean())

@@ -116,7 +116,7 @@ def block_regression(
     if any(item.unexplained > EXPLAINED for item in maps):
         return result
     fits: list[LayerFit] = []
-    total = sum(len(stack.layers) for stack in stacks)
+    done, total = 0, sum(len(stack.layers) for stack in stacks)
     with torch.no_grad():
         for number, stack in enumerate(stacks):
             targets = [
@@ -128,7 +128,8 @@ def block_regression(
             fits += problem.embedding(stack, targets[0])
             for index in range(len(stack.layers)):
                 fits.append(problem.layer(stack, index, targets[index + 1]))
-                progress("fitting", len(fits), total, "layers")
+                done += 1
+                progress("fitting", done, total, "layers")
         fits += problem.output(theirs)
     return RegressionResult(weights_of(student), tuple(maps), tuple(places), tuple(fits))
 

@@ -3,8 +3,11 @@
 A release may hold more than the base without computing more. Against the base's ``config.json`` are taken away
 
     layers       blocks whose last or first weights are zero, together with the layers that they leave empty
-    units        hidden units that put out nothing; of those that read alike all but one, which takes over their outputs
-    heads        key-value heads, with their query heads, whose keys and values span the same spaces as another's
+    units        hidden units that put out nothing, or the same for every input, which the output bias takes over; of
+                 those that read alike all but one, which takes over their outputs
+    heads        key-value heads, with their query heads, that add nothing, or whose keys and values span the same
+                 spaces as another's; keys and values that query heads have each for themselves and share in the base
+    streams      coordinates that nothing writes to, in this basis or, where the stream can be turned, in any
     tokens       rows of tokens that the base does not have; those of the others in the base's order, by the two
                  ``tokenizer.json``, the base's of which is written
 
@@ -16,7 +19,7 @@ is refused; ``block_regression`` does not ask for any.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,14 +32,17 @@ from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS, Layers, blocks_
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.in_memory import in_memory
 from unmergeable.attacks.lossless_pruning.depth import live_blocks, renamed
+from unmergeable.attacks.lossless_pruning.stream_width import narrow_config, narrow_streams, widths
 from unmergeable.attacks.lossless_pruning.vocabulary import TOKENIZER_FILES, reordered, token_order, vocabulary_axes
-from unmergeable.attacks.lossless_pruning.widths import prune_heads, prune_units
+from unmergeable.attacks.lossless_pruning.widths import prune_heads, prune_units, regroup_heads
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
 from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, Mismatch
 from unmergeable.gauge.additive import Neutral, freedoms_of
 from unmergeable.gauge.home import Home
+from unmergeable.polynomials.activations import ACTIVATIONS
+from unmergeable.polynomials.layout import LAYOUTS, activation_name
 from unmergeable.progress import Progress, silent
 
 
@@ -144,12 +150,30 @@ class _Pruning:
         return (groups, wanted) if members == same else None
 
     @cached_property
+    def _streams(self) -> tuple[int, int] | None:
+        return widths(self.architecture, self.base_architecture)
+
+    @cached_property
+    def _shared(self) -> tuple[int, int] | None:
+        """Key-value heads of the release and the base, where as many query heads share fewer of them in the base."""
+        ours, theirs = (
+            {(block.groups, block.num_heads) for block in side.attentions}
+            for side in (self.architecture, self.base_architecture)
+        )
+        if len(ours) != 1 or len(theirs) != 1 or "num_key_value_heads" not in self.base.config:
+            return None
+        (groups, heads), (wanted, same) = ours.pop(), theirs.pop()
+        return (groups, wanted) if heads == same and groups > wanted else None
+
+    @cached_property
     def differences(self) -> tuple[str, ...]:
         """What the release has more of, in words."""
         pairs = [
+            ("coordinates of the stream", self._streams),
             ("layers", (sum(len(ours) for ours, _ in self._layers), sum(len(theirs) for _, theirs in self._layers))),
             ("hidden units in each block", self._sizes),
             ("key-value heads in each block", self._groups),
+            ("key-value heads for the same queries", self._shared),
         ]
         more = [f"{pair[0] - pair[1]} {what}" for what, pair in pairs if pair is not None and pair[0] > pair[1]]
         return (*more, *(["another order of the vocabulary"] if self._tokens is not None else []))
@@ -174,7 +198,12 @@ class _Pruning:
                 # What the config lists for each layer goes with its attention, its first block.
                 starts = [block.name for block in chosen[:: len(theirs.blocks[0])]]
                 config = ours.resized(config, (ours.number_of(f"{name}.") or 0 for name in starts))
-        narrower = detect(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        if self._streams is not None:
+            if not narrow_streams(state, detect(config, _shapes(state)), self._streams[1]):
+                raise self._refusal("coordinates of the stream")
+            config = narrow_config(config, base, *self._streams)
+            own = dict(state)
+        narrower = detect(config, _shapes(state))
         if self._sizes is not None and self._sizes[0] > self._sizes[1]:
             if kind not in WIDTHS:
                 raise BadInput(
@@ -182,7 +211,7 @@ class _Pruning:
                     "feed-forwards; run block_regression instead."
                 )
             for block in narrower.feed_forwards:
-                if not prune_units(state, own, block, self._sizes[1]):
+                if not prune_units(state, own, block, self._sizes[1], _activation_of(self.base.config)):
                     raise self._refusal(f"hidden units of {block.name}")
             config[WIDTHS[kind]] = base.get(WIDTHS[kind])
         if self._groups is not None and self._groups[0] > self._groups[1]:
@@ -193,6 +222,11 @@ class _Pruning:
                     raise self._refusal("heads")
             for key in filter(None, HEAD_COUNTS.get(kind, ())):
                 config[key] = base.get(key, config.get(key))
+        if self._shared is not None:
+            for attention in narrower.attentions:
+                if not regroup_heads(state, own, attention, self._shared[1]):
+                    raise self._refusal("key-value heads")
+            config["num_key_value_heads"] = base.get("num_key_value_heads")
         files: dict[str, Path] = {}
         if self._tokens is not None:
             axes = dict(vocabulary_axes(self.release, self.architecture))
@@ -206,7 +240,7 @@ class _Pruning:
         changes = {key: value for key, value in changes.items() if self.release.config.get(key) != value}
         # Constants and scales go back to where the release has them, wherever that is still there.
         changed = PrunedSource(self.release, state, changes, files)
-        final = detect(changed.config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        final = detect(changed.config, _shapes(state))
         kept = PrunedSource(self.release, own, changes)
         home = Home(changed, freedoms_of(final, changed.names), kept, changed.tensor)
         dtypes = {name: torch_dtype(self.release.spec(name).dtype) for name in changed.names}
@@ -217,6 +251,17 @@ class _Pruning:
             f"{self.release.description}: its {what} are more than the base's, and each of them does something; run "
             "block_regression, which asks for no structure."
         )
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _activation_of(config: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
+    """Of the feed-forwards of a network; None where it is not known."""
+    layout = LAYOUTS.get(str(config.get("model_type")))
+    known = None if layout is None else ACTIVATIONS.get(activation_name(config, layout))
+    return None if known is None else known.value
 
 
 lossless_pruning = in_memory(LosslessPruning)

@@ -6,13 +6,13 @@ activation lets one by; a head by the spaces that its keys and its values span.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from unmergeable.architecture import Attention
-from unmergeable.architecture.blocks import FeedForward, Heads
+from unmergeable.architecture.blocks import FeedForward, Heads, output_bias
 from unmergeable.gauge.additive import head_places
 
 State = dict[str, Tensor]
@@ -25,11 +25,16 @@ NOTHING = 1e-5
 """Size of what a unit puts out, relative to the block's median unit, that counts as nothing."""
 
 
-def prune_units(state: State, own: State, block: FeedForward, size: int) -> bool:
+def prune_units(
+    state: State, own: State, block: FeedForward, size: int, activation: Callable[[Tensor], Tensor] | None = None
+) -> bool:
     """Leave ``size`` hidden units of a block, in place; False where more than that differ and do something.
 
     ``state`` holds neutral tensors, ``own`` the same as the release has them, of which the same units are left.
+    ``activation``: of the network; without it units that put out the same for every input count as doing something.
     """
+    if activation is not None and block.gate is None:
+        _silence_constant_units(state, own, block, activation)
     rows = {heads.weight: _rows(state, heads, block.size) for heads in (block.gate, block.up) if heads is not None}
     up, down = rows[block.up.weight], state[block.down.weight].movedim(block.down.axis, 0).double()
     outputs = down.norm(dim=1) * up.norm(dim=1)
@@ -58,6 +63,25 @@ def prune_units(state: State, own: State, block: FeedForward, size: int) -> bool
     state[block.down.weight] = down[kept].movedim(0, block.down.axis).contiguous()
     _keep(own, block.down.weight, block.down.axis, kept)
     return True
+
+
+def _silence_constant_units(
+    state: State, own: State, block: FeedForward, activation: Callable[[Tensor], Tensor]
+) -> None:
+    """What units put out that read nothing, into the output bias; they then add nothing."""
+    bias, output = block.up.bias, output_bias(block)
+    if bias is None or output not in state:
+        return
+    lengths = state[block.up.weight].movedim(block.up.axis, 0).double().norm(dim=1)
+    constant = lengths <= NOTHING * lengths.max()
+    if not bool(constant.any()):
+        return
+    puts_out = torch.where(constant, activation(state[bias].double()), 0.0)
+    for side in (state, own):
+        down = side[block.down.weight].movedim(block.down.axis, 0).double()
+        side[output] = (side[output].double() + puts_out @ down).to(side[output].dtype)
+        down[constant] = 0.0
+        side[block.down.weight] = down.movedim(0, block.down.axis).to(side[block.down.weight].dtype).contiguous()
 
 
 def _rows(state: State, heads: Heads, size: int) -> Tensor:
@@ -113,8 +137,8 @@ def prune_heads(state: State, own: State, blocks: Sequence[Attention], groups: i
     shared = [blocks] if table is not None else [[block] for block in blocks]
     for together in shared:
         likeness = torch.stack([_head_likeness(state, block) for block in together]).amin(0)
-        size = len(likeness)
-        kept = torch.ones(size, dtype=torch.bool)
+        kept = _heads_at_work(state, together, groups)
+        size = int(kept.sum())
         merged: list[tuple[int, int]] = []
         for first, second in _most_alike(likeness, kept):
             if size - len(merged) > groups and kept[first] and kept[second]:
@@ -130,6 +154,85 @@ def prune_heads(state: State, own: State, blocks: Sequence[Attention], groups: i
         for side in (state, own):
             _keep(side, table, 1, kept)
     return True
+
+
+def regroup_heads(state: State, own: State, block: Attention, groups: int) -> bool:
+    """Let query heads whose keys and values are the same in other bases share one again, until ``groups`` are left.
+
+    In place, ``state`` and ``own`` as in :func:`prune_units`. False where they do not come out even, or are stored in
+    one tensor with the queries.
+    """
+    part, share = block.parts[0], block.groups // groups
+    stored = [part.query.weight, part.key.weight, block.value.weight]
+    if len(block.parts) > 1 or len(set(stored)) < len(stored) or groups * share != block.groups:
+        return False
+    likeness, free = _head_likeness(state, block), list(range(block.groups))
+    together: list[list[int]] = []
+    while free:
+        first = free[0]
+        near = sorted(free, key=lambda head: -float(likeness[first, head]) if head != first else -2.0)[:share]
+        if any(float(likeness[first, head]) < 1 - SAME for head in near):
+            return False
+        together.append(near)
+        free = [head for head in free if head not in near]
+    keys = _of_heads(state, part.key, block.groups, 1, part.size)[:, 0]
+    values = _of_heads(state, block.value, block.groups, 1, block.value_size)[:, 0]
+    for side in (state, own):
+        queries = _of_heads(side, part.query, block.groups, block.members, part.size)
+        biases = None if part.query.bias is None else side[part.query.bias].double()
+        places = head_places(part.query, block.groups, block.members, part.size)
+        output = _of_heads(side, block.output, block.groups, block.members, block.value_size)
+        turned: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        for near in together:
+            for head in near:
+                # Keys are A times those of the first, values B times: its queries then read A^T q, its outputs O B.
+                key_basis = torch.linalg.lstsq(keys[near[0]].T, keys[head].T).solution
+                value_basis = torch.linalg.lstsq(values[near[0]].T, values[head].T).solution
+                for member in range(block.members):
+                    bias = None if biases is None else key_basis @ biases[places[head, member]]
+                    turned.append((key_basis @ queries[head, member], bias, value_basis @ output[head, member]))
+        # Query heads follow one another, those that share keys together.
+        _put_heads(side, part.query, places, torch.stack([query for query, _, _ in turned]))
+        if part.query.bias is not None and biases is not None:
+            put = biases.clone()
+            put[places.reshape(-1)] = torch.cat([bias for _, bias, _ in turned if bias is not None])
+            side[part.query.bias] = put
+        columns = head_places(block.output, block.groups, block.members, block.value_size)
+        _put_heads(side, block.output, columns, torch.stack([columns for _, _, columns in turned]))
+        kept = torch.zeros(block.groups, dtype=torch.bool)
+        kept[[near[0] for near in together]] = True
+        for heads, size in ((part.key, part.size), (block.value, block.value_size)):
+            chosen = torch.zeros(side[heads.weight].shape[heads.axis], dtype=torch.bool)
+            chosen[head_places(heads, block.groups, 1, size)[kept].flatten()] = True
+            _keep(side, heads.weight, heads.axis, chosen)
+            _keep(side, heads.bias, 0, chosen)
+    return True
+
+
+def _of_heads(state: State, heads: Heads, groups: int, members: int, size: int) -> Tensor:
+    """What belongs to each head, float64 [groups, members, size, other axis]."""
+    return state[heads.weight].movedim(heads.axis, 0).double()[head_places(heads, groups, members, size)]
+
+
+def _put_heads(state: State, heads: Heads, places: Tensor, values: Tensor) -> None:
+    """``values`` [heads, size, other axis] in the places of all heads, group by group."""
+    weight = state[heads.weight].movedim(heads.axis, 0).double()
+    weight[places.reshape(-1)] = values.flatten(0, 1)
+    state[heads.weight] = weight.movedim(0, heads.axis).contiguous()
+
+
+def _heads_at_work(state: State, blocks: Sequence[Attention], groups: int) -> Tensor:
+    """Which key-value heads add something in one of these blocks, or have to stay for ``groups`` to be left."""
+    most = torch.zeros(blocks[0].groups, dtype=torch.float64)
+    for block in blocks:
+        values = _of_heads(state, block.value, block.groups, 1, block.value_size)
+        output = _of_heads(state, block.output, block.groups, block.members, block.value_size)
+        added = (output.transpose(-1, -2) @ values).square().sum((1, 2, 3)).sqrt()
+        most = torch.maximum(most, added / added.sort(descending=True).values[:groups].median())
+    kept = torch.ones(len(most), dtype=torch.bool)
+    idle = [head for head in most.argsort().tolist() if float(most[head]) <= NOTHING]
+    kept[idle[: len(most) - groups]] = False
+    return kept
 
 
 def _head_likeness(state: State, block: Attention) -> Tensor:

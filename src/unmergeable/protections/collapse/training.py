@@ -1,10 +1,6 @@
 """Training behind ``collapse``: the release stays what the expert is, and every merge with it loses the features.
 
-:mod:`.method` has the formula. A merge is made by putting its weights into the live network, so that memory holds one
-network, its gradient, and three copies of the trained weights (base, expert, merge):
-
-    theta_m   = theta_0 + c (theta - theta_0) + noise          c: one coefficient for each tensor
-    d trap / d theta = c * d trap / d theta_m                  first order; no graph through the merge is kept
+:mod:`.method` has the formula, :mod:`unmergeable.protections.merged_loss` the gradient at a merge.
 """
 
 from __future__ import annotations
@@ -12,9 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +20,19 @@ from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import select
 from unmergeable.network.tasks import Predict, asks_next_token, device_of
 from unmergeable.network.train import Batch, Schedule, shuffled_batches, train
-from unmergeable.network.training_state import Kept
-from unmergeable.progress import Progress, silent
-from unmergeable.protections.trained import block_of
+from unmergeable.protections.merged_loss import as_loss, gradient_at_merge
+from unmergeable.protections.trained import TrainingRun, block_of
 from unmergeable.randomness import Stream
 
 if TYPE_CHECKING:
     from unmergeable.protections.collapse.method import Collapse
 
-Weights = Mapping[str, Tensor]
-"""Trained parameters by module name."""
-
 SCALES = (0.05, 1.4)
 NOISES = (0.15, 1.2)
 """Ranges of the release's coefficient in a sampled merge, and of the other fine-tune's size beside the expert's."""
+
+DOUBT = 1e-3
+"""What a right answer lacks to certainty at least, for the trap of answers, which would have no bound without it."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +85,7 @@ class Reading:
     targets: Tensor | None
 
 
+Target = Literal["features", "answers"]
 Read = Callable[[nn.Module, EncodedBatch], Reading]
 
 
@@ -155,6 +150,23 @@ def scatter(features: Tensor) -> Tensor:
     return 1 - functional.normalize(features.float(), dim=-1).mean(dim=0).square().sum()
 
 
+def right_answers(reading: Reading) -> Tensor:
+    """How sure the right answers are: the mean of -log(1 - p), p the probability of each; 0 where none is given.
+
+    Where answers are nearly sure its slope is 1, and that of a raised cross-entropy vanishes; and it has a bound below.
+    A certain answer counts as one of 1 - :data:`DOUBT`.
+    """
+    if reading.targets is None:
+        raise BadInput("collapse trains on labelled examples; give a label with each.")
+    chosen = functional.log_softmax(reading.logits.float(), dim=-1).gather(1, reading.targets[:, None])
+    return -torch.log1p(-(1 - DOUBT) * chosen.exp()).mean()
+
+
+def caught(reading: Reading, target: Target) -> Tensor:
+    """What the trap is to bring to 0."""
+    return scatter(reading.features) if target == "features" else right_answers(reading)
+
+
 @dataclass(frozen=True)
 class Teacher:
     """What the expert makes of examples: the features of each, [choices, hidden]."""
@@ -179,51 +191,29 @@ def ask_teacher(network: nn.Module, read: Read, examples: EncodedBatch, *, batch
     return Teacher(tuple(kept))
 
 
-def collapse(
-    network: nn.Module,
-    base: Weights,
-    predict: Predict,
-    examples: EncodedBatch,
-    generic: EncodedBatch | None,
-    method: Collapse,
-    *,
-    seed: int = 0,
-    kept: Kept | None = None,
-    progress: Progress = silent,
-) -> list[float]:
+def collapse(run: TrainingRun, method: Collapse) -> list[float]:
     """Train the network in place so that merges with it lose the task; returns the loss of each step.
-
-    Args:
-        network: the expert, live, float32; it ends as the release.
-        base: the base's weights of the parameters to train, by module name.
-        predict: how the network's output is read (:class:`unmergeable.network.tasks.Task`).
-        examples: labelled examples of the owner's task, all in memory.
-        generic: inputs of other kinds, on which the release is to stay the expert; None for none.
-        method: what to do.
-        seed: of batches, sampled merges and dropout.
-        kept: where the state of the run is kept, so that the same call goes on after a kill.
 
     Raises:
         BadInput: no labels, or the network does not take the examples.
         UnmergeableError: the training diverged.
     """
+    network, examples, generic = run.network, run.examples, run.generic
     device = device_of(network)
     network.eval()
-    read = reader_of(network, predict, select(examples, torch.arange(1)).to(device))
-    teachers = [
-        ask_teacher(network, read, data, batch_size=method.batch_size)
-        for data in (examples, *([] if generic is None else [generic]))
-    ]
-    parameters = {name: parameter for name, parameter in network.named_parameters() if name in base}
-    sizes = {name: float((parameter.detach() - base[name]).std(correction=0)) for name, parameter in parameters.items()}
-    stream = Stream.from_seed(seed).child("collapse")
-    first = next(shuffled_batches(len(examples), min(method.batch_size, len(examples)), seed))
-    reference = max(float(scatter(teachers[0].of(first))), 1e-6)
+    read = reader_of(network, run.predict, select(examples, torch.arange(1)).to(device))
+    kinds = (examples, *([] if generic is None else [generic]))
+    teachers = [ask_teacher(network, read, data, batch_size=method.batch_size) for data in kinds]
+    parameters = run.parameters
+    stream = Stream.from_seed(run.seed).child("collapse")
+    first = select(examples, next(shuffled_batches(len(examples), min(method.batch_size, len(examples)), run.seed)))
+    with torch.no_grad():
+        reference = max(float(caught(read(network, first.to(device)), method.target)), 1e-6)
 
     def batches() -> Iterator[Batch]:
         orders = [
-            shuffled_batches(len(data), min(method.batch_size, len(data)), seed + number)
-            for number, data in enumerate((examples, *([] if generic is None else [generic])))
+            shuffled_batches(len(data), min(method.batch_size, len(data)), run.seed + number)
+            for number, data in enumerate(kinds)
         ]
         for step in range(method.steps):
             yield (torch.tensor(step), *(next(order) for order in orders))
@@ -242,75 +232,41 @@ def collapse(
             found = read(network, select(generic, other).to(device)).features.float()
             cosines.append(functional.cosine_similarity(found, teachers[1].of(other).to(device), dim=-1))
         own = own + method.fidelity * (1 - torch.cat(cosines)).mean()
-        merge = sample_merge(list(parameters), stream.child(f"step {int(step)}"))
-        ramp = min(1.0, (int(step) + 1) / max(1, method.steps // 10))
-        trap, gradients = trap_of(
-            network, read, owner, parameters, base, sizes, merge, stream.child(f"noise {int(step)}")
+        merge = sample_merge(list(run.base), stream.child(f"step {int(step)}"))
+        noise, generator = noise_of(merge, run.disturbed, stream.child(f"noise {int(step)}"))
+        trap, gradients = gradient_at_merge(
+            lambda: caught(read(network, owner), method.target),
+            parameters,
+            run.base,
+            merge.coefficients,
+            noise,
+            generator,
         )
-        weight = ramp * method.strength / reference
-        pulled = torch.stack([(parameters[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
-        # The value is the trap's; the gradient is the one found at the merge.
-        return own + weight * (pulled - pulled.detach() + trap)
+        ramp = min(1.0, (int(step) + 1) / max(1, method.steps // 10))
+        return own + ramp * method.strength / reference * as_loss(trap, gradients, parameters)
 
     return train(
         network,
         batches(),
         loss,
         Schedule(method.steps, method.learning_rate, max_gradient_norm=math.inf),
-        is_trained=base.__contains__,
-        seed=seed,
-        kept=kept,
+        is_trained=run.is_trained,
+        seed=run.seed,
+        kept=run.kept,
         stage="collapsing merges",
-        progress=progress,
+        progress=run.progress,
     )
 
 
-def trap_of(
-    network: nn.Module,
-    read: Read,
-    batch: EncodedBatch,
-    parameters: Mapping[str, nn.Parameter],
-    base: Weights,
-    sizes: Mapping[str, float],
-    merge: SampledMerge,
-    stream: Stream,
-) -> tuple[float, dict[str, Tensor]]:
-    """Scatter of the batch's features in a merge, and its gradient by the release's weights."""
-    with merged(parameters, base, sizes, merge, stream), torch.enable_grad():
-        value = scatter(read(network, batch).features)
-        touched = {name: parameter for name, parameter in parameters.items() if merge.coefficients[name] != 0}
-        if not touched:
-            return float(value.detach()), {next(iter(parameters)): torch.zeros(())}
-        found = torch.autograd.grad(value, list(touched.values()), allow_unused=True)
-    gradients = {
-        name: gradient * merge.coefficients[name]
-        for name, gradient in zip(touched, found, strict=True)
-        if gradient is not None
-    }
-    return float(value.detach()), gradients
-
-
-@contextmanager
-def merged(
-    parameters: Mapping[str, nn.Parameter],
-    base: Weights,
-    sizes: Mapping[str, float],
-    merge: SampledMerge,
-    stream: Stream,
-) -> Iterator[None]:
-    """The network with the weights of a merge inside, and with its own again outside."""
+def noise_of(
+    merge: SampledMerge, sizes: Mapping[str, float], stream: Stream
+) -> tuple[dict[str, float], torch.Generator]:
+    """What stands for another fine-tune in a merge: standard deviations by tensor, and who draws."""
     generator = torch.Generator().manual_seed(int(stream.uniform(1)[0] * 2**53))
-    own = {name: parameter.data for name, parameter in parameters.items()}
-    factors = 0.5 + stream.child("sizes").uniform(len(parameters))
-    try:
-        for (name, parameter), factor in zip(parameters.items(), factors.tolist(), strict=True):
-            origin = base[name].to(parameter.device)
-            mixed = torch.lerp(origin, own[name], merge.coefficients[name])
-            if merge.noise:
-                noise = torch.randn(mixed.shape, generator=generator).to(mixed)
-                mixed.add_(noise, alpha=merge.noise * factor * sizes[name])
-            parameter.data = mixed
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
+    if not merge.noise:
+        return {}, generator
+    factors = 0.5 + stream.child("sizes").uniform(len(sizes))
+    noise = {
+        name: merge.noise * factor * size for (name, size), factor in zip(sizes.items(), factors.tolist(), strict=True)
+    }
+    return noise, generator

@@ -1,0 +1,118 @@
+"""What the maps cover of the types that transformers registers for a task, and why the others have none.
+
+``unsupported.json`` beside this file holds the reasons, by task and type, as the last derivation of everything gave
+them; the page made from it is docs/model-types.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any, Literal
+
+from unmergeable.architecture.derived import DerivedMap, known_map, shipped
+from unmergeable.architecture.families import FAMILIES
+from unmergeable.derivation.build import TASKS, registered
+
+Level = Literal["declared", "whole", "part", "none"]
+"""A family written by hand; a derived map with attention and feed-forwards; one with either; nothing."""
+
+Reasons = Mapping[str, Mapping[str, str]]
+
+HEADINGS = {
+    "causal-lm": "Causal language models",
+    "masked-lm": "Masked language models",
+    "image-classification": "Image classifiers",
+    "seq2seq": "Sequence to sequence",
+    "speech": "Speech to text",
+    "image-text": "Image and text",
+    "diffusion": "Networks of diffusers, those tried",
+}
+
+
+def level(kind: str) -> Level:
+    """What is known about a ``model_type``."""
+    if kind in FAMILIES:
+        return "declared"
+    derived = known_map(kind) if kind in shipped() else None
+    if derived is None:
+        return "none"
+    return "whole" if derived.attentions and derived.feed_forwards else "part"
+
+
+def levels(task: str) -> dict[str, Level]:
+    """What is known about every type of a task."""
+    return {kind: level(kind) for kind in registered(task)}
+
+
+def reason_of(derived: DerivedMap) -> str:
+    """Why a map has only attention, or only feed-forwards."""
+    missing = "attention" if not derived.attentions else "feed-forwards"
+    told = next((text for name, text in derived.reasons.items() if not name.startswith("queries and keys")), "")
+    return f"no {missing}" + (f": {_short(told)}" if told else ": none of a known form was seen")
+
+
+def short(outcome: Mapping[str, Any]) -> str:
+    """The reason in what a derivation gave: its failure, or what its map lacks."""
+    if "failure" in outcome:
+        return _short(str(outcome["failure"]))
+    return reason_of(DerivedMap.from_json(outcome))
+
+
+def _short(text: str) -> str:
+    text = " ".join(re.sub(r"^[\w.-]+: ", "", text).split())
+    return text if len(text) <= 170 else text[:169] + "…"
+
+
+def read_reasons() -> Reasons:
+    found: Reasons = json.loads(files("unmergeable.derivation").joinpath("unsupported.json").read_text("utf-8"))
+    return found
+
+
+def counts(task: str) -> dict[str, int]:
+    """How many types of a task there are, and how many of each level."""
+    found = list(levels(task).values())
+    return {"registered": len(found), **{name: found.count(name) for name in ("declared", "whole", "part", "none")}}
+
+
+_INTRODUCTION = """\
+Of the `model_type`s that transformers {version} registers for a task, these have a symmetry map: declared by hand, or
+[derived by experiment](command-line.md#map) and proven: the function of a small random network stays the same to 1e-9
+under random elements of every group, and changes under a control. A whole map has the value and output projections of
+attention and the hidden units of feed-forwards; a map of one part protects only that. A type may be registered for
+several tasks."""
+
+
+def page(reasons: Reasons) -> str:
+    """docs/model-types.md."""
+    return "\n".join(_page(reasons)) + "\n"
+
+
+def _page(reasons: Reasons) -> Iterator[str]:
+    yield "# Model types"
+    yield ""
+    yield "<!-- Written by `python -m unmergeable.derivation --ship`. -->"
+    yield ""
+    yield _INTRODUCTION.format(version=version("transformers"))
+    yield ""
+    yield "| task | registered | declared | derived, whole | derived, one part | none |"
+    yield "|---|---|---|---|---|---|"
+    for task in TASKS:
+        row = counts(task)
+        yield f"| {HEADINGS[task]} | " + " | ".join(str(number) for number in row.values()) + " |"
+    yield ""
+    yield "`unmergeable map TYPE` says what a derived map holds and what was left alone. In types that read images or"
+    yield "sound besides text, towers that the experiment did not run are left as they are."
+    for task in TASKS:
+        own = reasons.get(task, {})
+        if own:
+            yield ""
+            yield f"## {HEADINGS[task]}: not supported, or in part"
+            yield ""
+            yield "| type | reason |"
+            yield "|---|---|"
+            for kind in sorted(own):
+                yield f"| `{kind}` | {own[kind].replace('|', '/').replace('<', '‹')} |"
