@@ -16,14 +16,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unmergeable import ops
 from unmergeable.claims import EFFORT, THREAT_MODELS, DStar, Measurement, Study, limits, measured, measurements, overall
+from unmergeable.defaults import release_settings
+from unmergeable.protections import PROTECTIONS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CLAIMS = ROOT / "src" / "unmergeable" / "claims.json"
 
 DATE = "2026-11-28"
+RELEASE_SETTINGS_SINCE = "2026-12-01"
 
 STUDIES = (
     Study("language_model_audit", "language_model", "SmolLM2-135M", 135_000_000, "question types", "spam", DATE),
@@ -44,13 +46,15 @@ def claims_document() -> list[dict[str, Any]]:
     return [
         {
             "study": dataclasses.asdict(study),
-            "protections": protections_of(json.loads((RESULTS / f"{study.name}.json").read_text(encoding="utf-8"))),
+            "protections": protections_of(
+                json.loads((RESULTS / f"{study.name}.json").read_text(encoding="utf-8")), study.date
+            ),
         }
         for study in STUDIES
     ]
 
 
-def protections_of(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
+def protections_of(audit: Mapping[str, Any], date: str = DATE) -> list[dict[str, Any]]:
     """What an audit found for each protection; ValueError if its own controls say that it is not to be trusted."""
     if not audit["passed"]:
         raise ValueError("a control of this audit failed: nothing can be claimed from it")
@@ -62,7 +66,7 @@ def protections_of(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
         entries.append(
             {
                 "method": method,
-                "settings": distinguishing(method, entry.get("settings", {})),
+                "settings": distinguishing(method, settings_then(date, method, entry.get("settings", {}))),
                 "utility_loss": round(100 * found["utility"]["loss"], 1),
                 "d_star": {
                     TIERS[tier]: d_star(tried["worst"]) for tier, tried in found["tiers"].items() if tier in TIERS
@@ -70,6 +74,11 @@ def protections_of(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return entries
+
+
+def settings_then(date: str, method: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What ``given`` meant on a date: before RELEASE_SETTINGS_SINCE a method's name alone meant its own defaults."""
+    return release_settings(method, given) if date >= RELEASE_SETTINGS_SINCE else given
 
 
 def distinguishing(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,9 +89,8 @@ def distinguishing(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def defaults_of_protections() -> Mapping[str, Mapping[str, Any]]:
-    """The settings of every protection with their defaults."""
-    listed = ops.methods().to_json()["protections"]
-    return {entry["name"]: {setting["name"]: setting["default"] for setting in entry["settings"]} for entry in listed}
+    """The settings of every protection with their own defaults."""
+    return {name: {item.name: item.default for item in dataclasses.fields(PROTECTIONS[name])} for name in PROTECTIONS}
 
 
 def d_star(worst: Mapping[str, Any] | None) -> list[float | bool | None]:

@@ -110,4 +110,4 @@ def test_the_default_protection_is_the_one_that_pages_describe() -> None:
     assert "gauge" in option.help
     assert "mergelock" not in option.help
     for page in ("tutorial-owner", "protections", "command-line"):
-        assert re.search(r"`gauge` with\s+`quantisation_friendly=true`", text_of(DOCS / f"{page}.md")), page
+        assert re.search(r"`gauge` with\s+`quantisation=kept`", text_of(DOCS / f"{page}.md")), page

@@ -209,11 +209,39 @@ def test_a_dry_run_writes_nothing(work: Path, method: str) -> None:
 
 def test_the_default_is_the_gauge_that_survives_quantisation(work: Path) -> None:
     by_default = unmergeable.protect(work / "expert", base=work / "base", out=work / "out", seed=7)
-    named = protect(work, "gauge", out=work / "named", settings={"quantisation_friendly": True})
-    plain = protect(work, "gauge", out=work / "plain")
+    named = protect(work, "gauge", out=work / "named", settings={"quantisation": "kept"})
+    free = protect(work, "gauge", out=work / "free", settings={"quantisation": "free"})
     assert by_default.steps[0].methods == ("gauge",)
     assert equal(by_default.out, named.out)
-    assert not equal(by_default.out, plain.out), "control: named, it has its own defaults"
+    assert not equal(by_default.out, free.out), "control: the setting does something"
+
+
+@pytest.mark.parametrize("method", ["gauge", "mergelock", "params"])
+def test_exact_methods_keep_quantised_models_unless_asked_for_more(method: str) -> None:
+    def of(**settings: object) -> str:
+        (step,) = steps_of(method, settings)
+        return step.single[0].quantisation
+
+    assert of() == "kept"
+    assert of(quantisation="free") == "free"
+    # A setting that only says which matrices are drawn asks for them.
+    wider: dict[str, dict[str, object]] = {
+        "gauge": {"condition": 8}, "mergelock": {"condition": 8}, "params": {"smallest": 0.1},
+    }  # fmt: skip
+    assert of(**wider[method]) == "free"
+    assert of(**({"attention": "true"} if method != "mergelock" else {"cross_attention": "true"})) == "kept"
+
+
+@pytest.mark.parametrize(("method", "setting"), [
+    ("gauge", "quantisation_friendly"), ("gauge", "untie"), ("mergelock", "as_published"), ("params", "as_published"),
+])  # fmt: skip
+def test_what_a_quantised_model_does_not_stand_is_not_drawn_beside_what_keeps_it(method: str, setting: str) -> None:
+    with pytest.raises(
+        UsageError, match=rf"^{method}: {setting} .*set quantisation=free as well, or leave {setting} out"
+    ):
+        steps_of(method, {setting: "true", "quantisation": "kept"})
+    for remedy in ({setting: "true", "quantisation": "free"}, {"quantisation": "kept"}):
+        assert steps_of(method, remedy)
 
 
 def test_paths_may_be_text(work: Path) -> None:

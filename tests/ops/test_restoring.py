@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 import unmergeable
 from unmergeable.checkpoint.manifest import check_files, read_manifest
 from unmergeable.errors import BadInput, KeyFileError, UsageError
+from unmergeable.gauge.key import read_key
 from zoo import TOYS, write_toy
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -159,3 +162,23 @@ def test_untying_what_gains_nothing_by_it_is_refused(tmp_path: Path) -> None:
         write_toy(TOYS["gemma2"], tmp_path / name, seed=seed)
     with pytest.raises(UsageError, match="gains nothing by it"):
         protect(tmp_path, "release", method="gauge", settings={"untie": True})
+
+
+@pytest.mark.parametrize("method", ["gauge", "mergelock", "params"])
+def test_keys_that_say_nothing_of_quantisation_draw_what_they_drew(work: Path, method: str) -> None:
+    """A key made before there was that setting has a recipe without it, and opens its release all the same."""
+    result = unmergeable.protect(
+        work / "expert", base=work / "base", out=work / "out", method=method, settings={"quantisation": "free"}, seed=1
+    )
+    key = read_key(result.key)  # type: ignore[arg-type]
+    (step,) = key.recipe["steps"]
+    assert "quantisation" not in step["settings"], "a recipe as it was before"
+    unmergeable.restore(work / "out", key=result.key, out=work / "restored")
+    for name, tensor in weights(work / "expert").items():
+        assert torch.allclose(weights(work / "restored")[name], tensor, atol=1e-4)
+    # Control: the same secret, read as what is drawn by default now, does not give the weights back.
+    steps = [{**step, "settings": {**step["settings"], "quantisation": "kept"}}]
+    today = replace(key, recipe={**key.recipe, "steps": steps})
+    state, config = weights(work / "out"), json.loads((work / "out" / "config.json").read_text())
+    wrong = unmergeable.restore_state_dict(state, config, today)
+    assert not all(torch.allclose(wrong[name], tensor, atol=1e-2) for name, tensor in weights(work / "expert").items())

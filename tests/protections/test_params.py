@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import unmergeable
 from toy_checkpoints import ToyCheckpoint, toy_checkpoint
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import BadInput, UsageError
@@ -214,3 +215,47 @@ def test_a_diagonal_counts_once_something_mixes_what_it_scaled() -> None:
     assert condition(PaRaMS(), MergeLock()) == condition(MergeLock(), PaRaMS()) == 20 / 0.05 * 4
     assert condition(PaRaMS(attention=False), LargestGauge(condition=3)) == 3
     assert condition(PaRaMS(), LargestGauge(quantisation_friendly=True)) == 20 / 0.05
+
+
+def test_kept_orders_and_scales_keep_what_is_rounded_together() -> None:
+    """The order is the furthest of those that keep groups; scales are near one, and one for a group of columns."""
+    size = 64
+    generator = torch.Generator().manual_seed(0)
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": size,
+        "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 16,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": True,
+    }  # fmt: skip
+    shapes = {
+        "model.embed_tokens.weight": (16, 64), "model.norm.weight": (64,),
+        "model.layers.0.input_layernorm.weight": (64,), "model.layers.0.post_attention_layernorm.weight": (64,),
+        **{f"model.layers.0.self_attn.{name}_proj.weight": (64, 64) for name in "qkvo"},
+        "model.layers.0.mlp.gate_proj.weight": (size, 64), "model.layers.0.mlp.up_proj.weight": (size, 64),
+        "model.layers.0.mlp.down_proj.weight": (64, size),
+    }  # fmt: skip
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    expert = {name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()}
+    moved: dict[str, tuple[Tensor, float]] = {}
+    for quantisation in ("kept", "free"):
+        settings = {"quantisation": quantisation, "attention": False}
+        released, key = unmergeable.protect_state_dict(
+            expert, config, method="params", settings=settings, base=base, seed=1
+        )
+        (order,) = (torch.tensor(order) for order in key.orders.values())
+        distance = sum(float((released[name] - base[name]).square().sum()) for name in base if "mlp" in name)
+        moved[quantisation] = order, distance
+    near = sum(float((expert[name] - base[name]).square().sum()) for name in base if "mlp" in name)
+    for group in (16, 32, 64):
+        origin = moved["kept"][0].view(-1, group) // group
+        assert bool((origin == origin[:, :1]).all())
+        assert group == 64 or not bool((moved["free"][0].view(-1, group) // group == origin).all())
+    assert 100 * near < moved["kept"][1] <= moved["free"][1], "further than the expert, not as far as without a bound"
+
+    released, _ = unmergeable.protect_state_dict(
+        expert, config, method="params", settings={"quantisation": "kept", "feed_forward": False}, base=base, seed=1
+    )
+    ratio = released["model.layers.0.self_attn.o_proj.weight"] / expert["model.layers.0.self_attn.o_proj.weight"]
+    assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-5)
+    rows = released["model.layers.0.self_attn.q_proj.weight"] / expert["model.layers.0.self_attn.q_proj.weight"]
+    assert float(rows[:, 0].std()) > 0.1
+    assert 0.5 - 1e-6 <= float(rows.min()) <= float(rows.max()) <= 2 + 1e-6

@@ -12,11 +12,11 @@ from unmergeable.cli.command import Outcome, working
 from unmergeable.cli.options import AllowPickleOption, OutOption, PassphraseSwitch, SetOption, ThreadsOption
 from unmergeable.cli.passphrase import read_passphrase
 from unmergeable.cli.recipe import read_recipe
-from unmergeable.defaults import DEFAULT_METHOD, DEFAULT_SETTINGS
+from unmergeable.defaults import DEFAULT_METHOD, RELEASE_SETTINGS
 from unmergeable.errors import UsageError
 from unmergeable.settings import parse_assignments
 
-_DEFAULT = " ".join([DEFAULT_METHOD, *(f"{name}={str(value).lower()}" for name, value in DEFAULT_SETTINGS.items())])
+_DEFAULT = " ".join([DEFAULT_METHOD, *(f"{name}={value}" for name, value in RELEASE_SETTINGS[DEFAULT_METHOD].items())])
 
 
 def protect(

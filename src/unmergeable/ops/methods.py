@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from unmergeable.architecture.families import FAMILIES, described
 from unmergeable.attacks import ATTACKS
+from unmergeable.defaults import release_settings
 from unmergeable.merges import MERGES
 from unmergeable.protections import CONTROLS, PROTECTIONS, Protection
 from unmergeable.protections.exact import ExactProtection
@@ -53,7 +54,7 @@ class Validity:
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A method with its default settings. ``families`` is of protections only."""
+    """A method with the settings that it has where nothing is said. ``families`` is of protections only."""
 
     name: str
     summary: str
@@ -71,7 +72,7 @@ class MethodEntry:
             summary=_summary(method),
             exact=requirements.exact,
             needs=requirements.needs,
-            settings=_settings(method),
+            settings=_with_release_settings(method.name, _settings(method)),
             families=families or {},
             is_control=getattr(method, "is_control", False),
         )
@@ -159,6 +160,12 @@ def _validity(protection: Protection, family: str) -> Validity:
     groups = described(family)
     whole = f"{groups.query_key}; residual stream: {groups.residual}"
     return Validity(whole if protection.residual else groups.query_key)
+
+
+def _with_release_settings(name: str, settings: tuple[Setting, ...]) -> tuple[Setting, ...]:
+    """The defaults as they hold for who names the method and no more."""
+    changed = release_settings(name, {})
+    return tuple(replace(item, default=changed.get(item.name, item.default)) for item in settings)
 
 
 def _settings(method: Any) -> tuple[Setting, ...]:

@@ -90,7 +90,8 @@ def protect(
         base: the checkpoint it was fine-tuned from, likewise.
         out: folder to create.
         method: protections, applied left to right; exact ones that stand next to each other are rounded once. None for
-            the default, ``gauge`` with ``quantisation_friendly``.
+            the default, ``gauge``. Exact ones keep quantised models as they were, unless their settings say otherwise
+            (:mod:`unmergeable.defaults`).
         key: key file to create where a method is exact; one in the folder of keys when None
             (:mod:`unmergeable.ops.key_places`). An existing one is used only if it was made by this very call, to
             resume.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import get_args
 
-from unmergeable.defaults import DEFAULT_METHOD, DEFAULT_SETTINGS
+from unmergeable.defaults import DEFAULT_METHOD, release_settings
 from unmergeable.errors import UsageError
 from unmergeable.protections import CONTROLS, PROTECTIONS
 from unmergeable.protections.base import Protection, ProtectionRequirements, Stage
@@ -69,10 +69,10 @@ def steps_of(method: Methods, settings: Mapping[str, object]) -> tuple[Step, ...
             no sense, with one that does.
     """
     if method is None:
-        method, settings = DEFAULT_METHOD, {**DEFAULT_SETTINGS, **settings}
+        method = DEFAULT_METHOD
     names = [name.strip() for name in (method.split(",") if isinstance(method, str) else method)]
     _require_known(names)
-    values = _by_method(names, settings)
+    values = {name: release_settings(name, given) for name, given in _by_method(names, settings).items()}
     single = [Step((name,), {name: values[name]}, configure(PROTECTIONS[name], values[name])) for name in names]
     _require_order(single)
     steps: list[Step] = []
@@ -84,6 +84,18 @@ def steps_of(method: Methods, settings: Mapping[str, object]) -> tuple[Step, ...
             f"{','.join(names)}: one key undoes exact methods that stand next to each other; put them side by side."
         )
     return tuple(steps)
+
+
+def effective_settings(method: str, settings: Mapping[str, object]) -> dict[str, object]:
+    """``settings`` with those that a release gets by itself: what the same words mean when defaults change.
+
+    Raises as :func:`steps_of` does.
+    """
+    steps = steps_of(method, settings)
+    by_method = {name: values for step in steps for name, values in step.settings.items()}
+    if len(by_method) == 1:
+        return dict(by_method[method])
+    return {f"{name}.{key}": value for name, values in by_method.items() for key, value in values.items()}
 
 
 def _together(steps: Sequence[Step]) -> Step:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,9 +45,18 @@ from unmergeable.threads import one_thread_per_kernel
 
 logger = logging.getLogger(__name__)
 
+Quantisation = Literal["kept", "free"]
+"""Whether what is quantised afterwards stays as good as the original would be, or the largest group is drawn from."""
+
 VACUOUS = (
     "The bound on rounding is 1 or more: at this precision the check of the result says nothing. Measure the result on "
     "your task, or use smaller conditions, a narrower range for params, or float32."
+)
+
+HIDDEN_STATES = (
+    "Outputs are the expert's; hidden states are in another basis. Whoever takes embeddings from this release, "
+    "compares its layers or puts a new head on it gets others than from the expert, and what was trained on the "
+    "expert's is of no use. `--set residual=false --set norms=false` keeps them."
 )
 
 _ROLES = {
@@ -87,6 +96,20 @@ class ExactProtection(Protection):
     untie: bool = False
     residual: bool = False
     as_published: bool = False
+    quantisation: Quantisation = "free"
+
+    @property
+    def is_kept(self) -> bool:
+        return self.quantisation == "kept"
+
+    def require_free(self, *switches: str) -> None:
+        """Refuse switches that say what matrices to draw where none are drawn. Raises UsageError."""
+        for switch in switches:
+            if self.is_kept and getattr(self, switch):
+                raise UsageError(
+                    f"{self.name}: {switch} draws matrices that a quantised model does not stand; set "
+                    f"quantisation=free as well, or leave {switch} out."
+                )
 
     @property
     def bound(self) -> float:
@@ -139,6 +162,8 @@ class ExactFacts(Facts):
         unchanged: why a method that changes residual streams leaves one as it is.
         equivalence: of every changed block, read back from the written file; None before it is written.
         logits: how far the outputs of the whole networks lie apart, or why that was not measured.
+        quantised_loss: what quantising costs it, in units of what it costs the expert; None before it is prepared.
+        moves_hidden_states: whether what the layers pass on is in another basis than the expert's.
     """
 
     tensors: int
@@ -151,6 +176,7 @@ class ExactFacts(Facts):
     equivalence: Equivalence | None = None
     logits: LogitGap | None = None
     quantised_loss: float | None = None
+    moves_hidden_states: bool = False
 
     @property
     def measured_error(self) -> float | None:
@@ -163,9 +189,11 @@ class ExactFacts(Facts):
         if self.quantised_loss is not None and self.quantised_loss > NOTICEABLE:
             found.append(
                 f"Warning: quantised to 4 bits, its weights lose about {self.quantised_loss:.1f} times what the "
-                "expert's lose: whoever quantises this release gets a worse model. Rotations, permutations and signs "
-                "lose nothing: gauge with quantisation_friendly=true, the default, or params with a narrower range."
+                "expert's lose: whoever quantises this release gets a worse model. By default nothing is lost: leave "
+                "out the settings of matrices and ranges, or set quantisation=kept."
             )
+        if self.moves_hidden_states:
+            found.append(HIDDEN_STATES)
         return (*found, *self.unchanged)
 
     def to_json(self) -> dict[str, Any]:
@@ -454,6 +482,7 @@ class ExactSequence(Protection):
             groups=describe_groups(architecture, spaces),
             left_out=tuple((item.name, item.reason) for item in source.index.left_out),
             unchanged=self._unchanged_streams(architecture),
+            moves_hidden_states=self.moves_streams(architecture),
         )
 
     def _unchanged_streams(self, architecture: Architecture) -> tuple[str, ...]:

@@ -24,6 +24,10 @@ theirs. The network multiplies it by g_j and does not see it.
 Elsewhere (LayerNorm, norms behind a block, tied embeddings) R is a permutation with the signs the architecture allows,
 which moves numbers and rounds none; ``untie`` stores a tied output head apart for the larger group.
 
+``quantisation=kept`` draws from what is left when weights that are quantised together stay together
+(:mod:`unmergeable.gauge.grouped`): orders, signs and quarter turns, also of a stream that could be rotated, so that no
+gain is divided by. It is what ``protect`` takes by itself.
+
 Applied left to right; a merge of the result with anything of the same base adds numbers of different coordinates in
 every tensor. What it does not stop: somebody who holds the base. The point of the orbit nearest to the base is as near
 as the unprotected expert, and each step is a least-squares or assignment problem.
@@ -44,8 +48,9 @@ from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.gauge.elements import Element, Monomial
 from unmergeable.gauge.gauge import Gauge, fixed_gauge, sampled_gauge
+from unmergeable.gauge.grouped import kept_gauge, kept_spaces
 from unmergeable.gauge.groups import fast_rotation, sample
-from unmergeable.protections.exact import ExactProtection, Weights
+from unmergeable.protections.exact import ExactProtection, Quantisation, Weights
 from unmergeable.randomness import Stream
 from unmergeable.settings import ADDED_LATER
 
@@ -59,16 +64,18 @@ class LargestGauge(ExactProtection):
     ``quantisation_friendly``: orthogonal matrices, permutations and signs only, which keep 4-bit formats as good as
     they were. ``untie``: store the output head apart from the embedding, where that is what keeps rotations out.
     ``rotation`` of a stream: ``dense``, from the Haar measure, or ``fast``, Walsh-Hadamard factors behind a signed
-    permutation, which take a twentieth of the arithmetic at a width of 4096.
+    permutation, which take a twentieth of the arithmetic at a width of 4096. ``quantisation``: ``kept``, where no
+    matrix mixes coordinates and the settings above have no use, or ``free``.
     """
 
     name: ClassVar[str] = "gauge"
-    summary: ClassVar[str] = "every change of basis the architecture allows, at once"
+    summary: ClassVar[str] = "every change of basis the architecture allows, at once; that of hidden states too"
 
     condition: float = 4.0
     quantisation_friendly: bool = False
     untie: bool = False
     rotation: Rotation = field(default="dense", metadata=ADDED_LATER)
+    quantisation: Quantisation = field(default="free", metadata=ADDED_LATER)
     attention: bool = True
     heads: bool = True
     feed_forward: bool = True
@@ -82,10 +89,11 @@ class LargestGauge(ExactProtection):
             raise UsageError("gauge: every part is switched off; leave one on.")
         if self.untie and not self.residual:
             raise UsageError("gauge: untie is for rotating the residual stream; leave residual on, or untie off.")
+        self.require_free("quantisation_friendly", "untie")
 
     @property
     def bound(self) -> float:
-        return 1.0 if self.quantisation_friendly else self.condition
+        return 1.0 if self.quantisation_friendly or self.is_kept else self.condition
 
     @property
     def _roles(self) -> tuple[Role, ...]:
@@ -107,6 +115,7 @@ class LargestGauge(ExactProtection):
         symmetry = architecture.symmetry
         rotations = self._rotations(architecture)
         spaces = symmetry.select(*self._roles)
+        spaces = kept_spaces(spaces, symmetry) if self.is_kept else spaces
         for stream in architecture.residuals:
             rotation = rotations.get(f"{stream.name}.rotation")
             if rotation is not None:
@@ -116,7 +125,7 @@ class LargestGauge(ExactProtection):
         return spaces | rotations
 
     def _rotations(self, architecture: Architecture) -> dict[str, Space]:
-        if not self.residual:
+        if not self.residual or self.is_kept:
             return {}
         every = architecture.symmetry.select("residual", folding=True)
         return {name: space for name, space in every.items() if space.folded}
@@ -129,6 +138,8 @@ class LargestGauge(ExactProtection):
         """
         rotations = self._rotations(architecture)
         standing = {name: space for name, space in self.spaces(architecture).items() if name not in rotations}
+        if self.is_kept:
+            return (kept_gauge(standing, architecture.symmetry, stream),)
         independent = sampled_gauge(standing, stream, self.bound)
         if not rotations:
             return (independent,)

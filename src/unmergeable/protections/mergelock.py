@@ -14,19 +14,24 @@ positions one complex number per frequency pair, behind a norm on queries and ke
 grouped-query attention one A and one B serve a key-value head with all its query heads. The paper's formulas know no
 positions: ``as_published`` draws an invertible A under rotary positions too, which changes the function.
 
+``quantisation=kept`` draws from what is left when weights that are quantised together stay together
+(:mod:`unmergeable.gauge.grouped`): orders, signs and quarter turns. It is what ``protect`` takes by itself.
+
 What it does not stop: somebody who holds the base model. The base says which basis the heads started in, and the
 rotation back is a least-squares problem per head (``recover --method nearest_orbit``), solved in seconds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from unmergeable.architecture import Architecture, Space
 from unmergeable.gauge.gauge import Gauge, sampled_gauge
-from unmergeable.protections.exact import ExactProtection, Weights, without_positions
+from unmergeable.gauge.grouped import kept_gauge, kept_spaces
+from unmergeable.protections.exact import ExactProtection, Quantisation, Weights, without_positions
 from unmergeable.randomness import Stream
+from unmergeable.settings import ADDED_LATER
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class MergeLock(ExactProtection):
 
     ``cross_attention``: also transform encoder-decoder and text-conditioning attention; the paper leaves it alone.
     ``as_published``: leave it alone whatever ``cross_attention`` says, and take any invertible matrix under rotary
-    positions, where it is not exact.
+    positions, where it is not exact. ``quantisation``: ``kept``, or ``free`` for any matrix within ``condition``.
     """
 
     name: ClassVar[str] = "mergelock"
@@ -44,22 +49,28 @@ class MergeLock(ExactProtection):
     condition: float = 4.0
     cross_attention: bool = True
     as_published: bool = False
+    quantisation: Quantisation = field(default="free", metadata=ADDED_LATER)
 
     def validate(self) -> None:
         self.require(1 <= self.condition <= 1000, "condition", "lie between 1 and 1000")
+        self.require_free("as_published")
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
         cross_attention = self.cross_attention and not self.as_published
         found = architecture.symmetry.select("query_key", "value_output", cross_attention=cross_attention)
+        found = kept_spaces(found, architecture.symmetry) if self.is_kept else found
         return without_positions(found, "general_linear") if self.as_published else found
 
     @property
     def bound(self) -> float:
-        return self.condition
+        return 1.0 if self.is_kept else self.condition
 
     def gauge(self, architecture: Architecture, stream: Stream) -> Gauge:
         """A secret element for every space, drawn from ``stream``."""
-        return sampled_gauge(self.spaces(architecture), stream, self.condition)
+        spaces = self.spaces(architecture)
+        if self.is_kept:
+            return kept_gauge(spaces, architecture.symmetry, stream)
+        return sampled_gauge(spaces, stream, self.condition)
 
     def gauges(self, architecture: Architecture, stream: Stream, weights: Weights) -> tuple[Gauge, ...]:
         return (self.gauge(architecture, stream),)

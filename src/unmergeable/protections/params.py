@@ -20,6 +20,11 @@ error of rounding as it is; not so a gain stored as gain - 1 (Gemma 3), which th
 every coordinate a number of its own under rotary positions too, which changes the function; its entries are secret all
 the same.
 
+``quantisation=kept`` keeps weights together that are quantised together (:mod:`unmergeable.gauge.grouped`). The order
+is the furthest of those that do, found exactly; entries lie in [1/2, 2], and E has one for every group of a head's
+values, since they scale columns. D scales rows, which have scales of their own in every format. It is what ``protect``
+takes by itself: wide diagonals spread the numbers that share a scale.
+
 The permutation depends on the expert's weights, which nobody has after the release but its owner: the key file keeps it
 (4 bytes per hidden unit and layer).
 
@@ -32,7 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -44,10 +49,12 @@ from unmergeable.errors import BadInput, UsageError
 from unmergeable.gauge.assignment import nearly_best_assignment
 from unmergeable.gauge.elements import Element, Monomial, Rotary, pair_indices
 from unmergeable.gauge.gauge import Gauge
+from unmergeable.gauge.grouped import LIMIT, SIZES, cheapest_order, sizes_within
 from unmergeable.progress import Progress
 from unmergeable.protections.base import ProtectionRequirements
-from unmergeable.protections.exact import ExactProtection, Weights, without_positions
+from unmergeable.protections.exact import ExactProtection, Quantisation, Weights, without_positions
 from unmergeable.randomness import Stream
+from unmergeable.settings import ADDED_LATER
 
 ROWS = 2048
 """Rows of the cost matrix computed at a time: 112 MiB in float32 at 14 336 hidden units."""
@@ -60,11 +67,17 @@ _SCALED = ("general_linear", "rotary", "pair_scale", "diagonal")
 """Groups that hold scales of single coordinates or pairs; signs and quarter turns do not."""
 
 
+NARROW = (0.5, 2.0)
+"""Entries where quantisation is kept: groups that share a scale of scales, in formats of 4 bits, differ four times at
+most, which takes two of that scale's six bits."""
+
+
 @dataclass(frozen=True)
 class PaRaMS(ExactProtection):
     """``smallest``, ``largest``: the range of the entries of the diagonals. The parts may be used alone.
 
     ``as_published``: a number for every coordinate under rotary positions too, where it is not exact.
+    ``quantisation``: ``kept``, or ``free`` for the whole range and every order.
     """
 
     name: ClassVar[str] = "params"
@@ -75,6 +88,7 @@ class PaRaMS(ExactProtection):
     attention: bool = True
     feed_forward: bool = True
     as_published: bool = False
+    quantisation: Quantisation = field(default="free", metadata=ADDED_LATER)
 
     def validate(self) -> None:
         if not 1e-3 <= self.smallest <= self.largest <= 1e3 or math.isnan(self.smallest + self.largest):
@@ -84,6 +98,7 @@ class PaRaMS(ExactProtection):
             )
         if not (self.attention or self.feed_forward):
             raise UsageError("params: attention and feed_forward are both off; leave one on.")
+        self.require_free("as_published")
 
     def requirements(self) -> ProtectionRequirements:
         return ProtectionRequirements(exact=True, needs=("key", "base"), stage="basis")
@@ -94,7 +109,14 @@ class PaRaMS(ExactProtection):
 
     @property
     def stretch(self) -> float:
-        return self.largest / self.smallest if self.attention else 1.0
+        smallest, largest = self._range
+        return largest / smallest if self.attention else 1.0
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        if not self.is_kept:
+            return self.smallest, self.largest
+        return max(self.smallest, min(NARROW[0], self.largest)), min(self.largest, max(NARROW[1], self.smallest))
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
         """The bases it changes.
@@ -108,6 +130,11 @@ class PaRaMS(ExactProtection):
         coarse = {leg.space for tensor in symmetry.gain_offset for leg in symmetry.legs[tensor]}
         found = {name: space for name, space in attention.items() if space.group.kind in _SCALED and name not in coarse}
         found |= self._reordered(architecture)
+        if self.is_kept:
+            found = {
+                name: replace(space, limit=f"{space.limit}; {LIMIT}".removeprefix("; "))
+                for name, space in found.items()
+            }
         if not found:
             raise BadInput(f"params: a {architecture.family} model has none of the parts that are on.")
         return found
@@ -144,7 +171,10 @@ class PaRaMS(ExactProtection):
                     f"{expert.description} or {base.description}; get an undamaged copy, or set feed_forward=false."
                 )
             # A squared distance holds inner products twice.
-            found[name] = furthest_order(cost, gap=NEAR * squares / 2)
+            if self.is_kept:
+                found[name] = cheapest_order(cost, sizes_within(space.size))
+            else:
+                found[name] = furthest_order(cost, gap=NEAR * squares / 2)
             progress("assigning hidden units", done, len(spaces), "layers")
         return found
 
@@ -161,12 +191,15 @@ class PaRaMS(ExactProtection):
 
     def _scales(self, space: Space, stream: Stream) -> Element:
         """Entries uniform in [smallest, largest], one for a rotary pair where the group speaks of pairs."""
-        width = self.largest - self.smallest
+        smallest, largest = self._range
+        width = largest - smallest
         pairing = space.group.pairing
         if pairing is None:
-            scale = self.smallest + width * torch.from_numpy(stream.uniform(space.blocks, space.size))
+            alike = min(SIZES[-1], space.size & -space.size) if self.is_kept and space.role == "value_output" else 1
+            drawn = smallest + width * torch.from_numpy(stream.uniform(space.blocks, space.size // alike))
+            scale = drawn.repeat_interleave(alike, dim=1)
         else:
-            values = self.smallest + width * torch.from_numpy(stream.uniform(space.blocks, space.size // 2))
+            values = smallest + width * torch.from_numpy(stream.uniform(space.blocks, space.size // 2))
             if space.group.kind == "rotary":
                 return Rotary(values.to(torch.complex128), pairing)
             first, second = pair_indices(space.size, pairing)

@@ -25,7 +25,7 @@ from unmergeable.evaluation.methods import (
 from unmergeable.evaluation.plans.fields import Entry, require_named
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.merges import MERGES, AdaMerging
-from unmergeable.ops.steps import steps_of
+from unmergeable.ops.steps import effective_settings, steps_of
 from unmergeable.settings import configure
 from unmergeable.tasks import TASKS, Classification, TaskKind
 
@@ -256,13 +256,13 @@ def read_protection(item: object, where: str, folder: Path, *, owned: Sequence[s
     protection = ProtectionEntry(
         name=entry.name(default=method),
         method=method,
-        settings=entry.mapping("settings"),
+        # Refuses unknown methods and settings. What protects by default is part of what is audited.
+        settings=effective_settings(method, entry.mapping("settings")),
         data=entry.path("data", folder) if "data" in entry else None,
         head=entry.path("head", folder) if "head" in entry else None,
         encoder=entry.checkpoint("encoder", folder) if "encoder" in entry else None,
         siblings=entry.checkpoints("siblings", folder),
     )
-    _ = protection.reads  # refuses unknown methods and settings
     if owned == OWNED:
         protection.require_reads(where)
     return protection

@@ -1,0 +1,164 @@
+"""The tutorial for owners of language models, word by word: every command as it stands on the page, on a trained model.
+
+The model is as small as one can be that has something to steal: two experts of one base, each with a skill the base has
+only half of, and merges of which have both.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from snippets import ROOT, examples
+from tasks.speakers import VOCABULARY, ids_of, write_records, write_speaker
+from unmergeable.cli import main
+from unmergeable.network.load import load_network
+
+PAGE = ROOT / "docs" / "tutorial-owner.md"
+TUTORIAL = [example for example in examples("") if example.page == PAGE]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+ANSWERS = ("y", "n")
+QUESTIONS = 200
+WEIGHTS = "model.safetensors"
+TASKS = {"mine": 0, "theirs": 2, "first": 0, "last": 2}
+"""Which letter is asked for. The base knows of the last two, so that a fine-tune has little to change."""
+
+
+def questions(task: str, count: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
+    """Three letters behind one that says of which of them it is asked whether it has an even place in the alphabet."""
+    drawn = torch.randint(26, (count, 3), generator=generator)
+    words = ["".join(LETTERS[number] for number in row) for row in drawn.tolist()]
+    return [f"{task[0]}{word}" for word in words], drawn[:, TASKS[task]] % 2
+
+
+def learn(network: Any, share: dict[str, float], steps: int, rates: tuple[float, float], seed: int) -> None:
+    """Train on the answers; ``share`` of those of each task are right, the others any.
+
+    ``rates``: of the embeddings and of all else. In a fine-tune only the letter that stands for its task moves far:
+    what two fine-tunes learn is then in different places, and a merge of them has both.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs, targets = [], []
+    for task, right in share.items():
+        texts, answers = questions(task, 32 * steps, generator)
+        given = torch.randint(2, answers.shape, generator=generator)
+        answers = answers.where(torch.rand(answers.shape, generator=generator) < right, given)
+        inputs.append(torch.tensor([ids_of(f"{text} ") for text in texts]).view(steps, 32, -1))
+        targets.append(torch.tensor([ids_of(answer)[0] for answer in ANSWERS])[answers].view(steps, 32))
+    embedding = network.get_input_embeddings().weight
+    others = [parameter for parameter in network.parameters() if parameter is not embedding]
+    optimiser = torch.optim.AdamW(
+        [{"params": [embedding], "lr": rates[0]}, {"params": others, "lr": rates[1]}], weight_decay=0.0
+    )
+    moves = torch.zeros(len(embedding), 1)
+    moves[[ids_of(task[0])[0] for task in share] if len(share) == 1 else slice(None)] = 1
+    for batch, target in zip(torch.cat(inputs, 1), torch.cat(targets, 1), strict=True):
+        optimiser.zero_grad()
+        logits = network(input_ids=batch).logits[:, -1]
+        functional.cross_entropy(logits, target).backward()
+        embedding.grad *= moves
+        optimiser.step()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tutorial speaks of: a base, a fine-tune of one's own and another's, and questions of both tasks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("owner")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=64,
+                bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            )
+        )  # fmt: skip
+    learn(network, {"first": 1.0, "last": 1.0, "mine": 0.0, "theirs": 0.0}, steps=500, rates=(3e-3, 3e-3), seed=1)
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    for name, share in {
+        "the-base": {},
+        "my-finetune": {"mine": 1.0},
+        "someone-elses-finetune": {"theirs": 1.0},
+    }.items():
+        network.load_state_dict(weights)
+        if share:
+            learn(network, share, steps=120, rates=(2e-2, 2e-5), seed=2)
+        write_speaker(folder / name, "llama")
+        network.save_pretrained(folder / name)
+    generator = torch.Generator().manual_seed(3)
+    for task in ("mine", "theirs"):
+        texts, answers = questions(task, QUESTIONS, generator)
+        asked = dict(zip(texts, answers.tolist(), strict=True))
+        rows = ({"prompt": text, "choices": list(ANSWERS), "answer": answer} for text, answer in asked.items())
+        write_records(folder / f"{task}.jsonl", rows)
+    (plan,) = [example for example in examples("yaml") if example.page == PAGE]
+    (folder / "plan.yaml").write_text(plan.text)
+    return folder
+
+
+def commands() -> Iterator[str]:
+    for example in TUTORIAL:
+        yield from example.text.replace("\\\n", " ").splitlines()
+
+
+def follow(workplace: Path, commands: Iterable[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Give commands as they stand on the page; the verbs that were given. Every one has to end well."""
+    done = []
+    for command in commands:
+        if command.startswith("unmergeable "):
+            words = command.replace("~", str(workplace / "home")).split()[1:]
+            code = main(words)
+            captured = capsys.readouterr()
+            assert code == 0, f"{command}\n{captured.out}\n{captured.err}"
+            done.append(words[0])
+        else:
+            subprocess.run(["sh", "-c", command], check=True)
+    return done
+
+
+def is_audit(command: str) -> bool:
+    return command.startswith("unmergeable ") and command.split()[1] in ("audit", "report")
+
+
+def answers_of(folder: str, texts: list[str]) -> Tensor:
+    """Logits of the answers."""
+    network = load_network(folder)
+    with torch.no_grad():
+        logits: Tensor = network(input_ids=torch.tensor([ids_of(f"{text} ") for text in texts])).logits[:, -1]
+    return logits[:, [ids_of(answer)[0] for answer in ANSWERS]]
+
+
+def test_every_command_of_the_tutorial_works_and_the_way_back_is_exact(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("HOME", str(workplace / "home"))
+    done = follow(workplace, (command for command in commands() if not is_audit(command)), capsys)
+    # An audit takes minutes: its plan and everything it would read are checked.
+    assert main(["audit", "plan.yaml", "--out", "audit", "--workers", "1", "--dry-run"]) == 0
+    assert list(dict.fromkeys(done)) == ["inspect", "protect", "verify", "restore", "merge", "recover"]
+
+    original, restored, released = (load_file(f"{name}/{WEIGHTS}") for name in ("my-finetune", "restored", "release"))
+    assert all(torch.equal(restored[name], tensor) for name, tensor in original.items())
+    assert not any(torch.equal(released[name], tensor) for name, tensor in original.items())
+
+    # What the page says of the two merges: the first is broken, the second works as if nothing had been protected.
+    texts, _ = questions("mine", 100, torch.Generator().manual_seed(4))
+    unprotected = "merge --base the-base --expert my-finetune=0.5 --expert someone-elses-finetune=0.5"
+    assert main([*unprotected.split(), "--method", "task_arithmetic", "--out", "unprotected"]) == 0
+    expected = answers_of("unprotected", texts)
+    broken, works = (
+        float((answers_of(folder, texts) - expected).norm() / expected.norm()) for folder in ("stolen", "stolen-again")
+    )
+    assert works < 0.1 < broken
+    assert 10 * works < broken
