@@ -86,7 +86,11 @@ def whole_plan() -> dict[str, Any]:
     return {
         "base": "base",
         "experts": [{"name": name, "path": name, "task": f"{name}-task"} for name in ("mine", "theirs")],
-        "protect": {"expert": "mine", "methods": ["mergelock"]},
+        "protect": {
+            "expert": "mine",
+            # Heads as small as a toy's have no blocks to permute.
+            "methods": [{"name": "mergelock", "method": "mergelock", "settings": {"quantisation": "free"}}],
+        },
         "merges": ["task_arithmetic"],
         "recoveries": ["nearest_orbit", "lossless_pruning, nearest_orbit"],
         "coefficients": {"defended": [0.3, 0.65, 1.0, 1.5], "rider": [0.75, 1.0], "refinements": 4},

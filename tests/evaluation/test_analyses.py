@@ -36,7 +36,13 @@ def models(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     paths = {name: workshop / name for name in ("base", "mine", "theirs")}
     paths["released"] = folder / "released"
     ops.protect(
-        paths["mine"], base=paths["base"], out=paths["released"], method="params", key=folder / "release.key", seed=0
+        paths["mine"],
+        base=paths["base"],
+        out=paths["released"],
+        method="params",
+        settings={"quantisation": "free"},
+        key=folder / "release.key",
+        seed=0,
     )
     for name in ("released", "mine"):
         paths[f"{name}, canonical"] = folder / f"{name}-canonical"

@@ -33,7 +33,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_toy(TOYS["llama"], folder / name, seed=seed)
     (folder / "expert" / "README.md").write_text(CARD)
     (folder / "base" / "README.md").write_text(BASE_CARD)
-    ops.protect(folder / "expert", base=folder / "base", out=folder / "release", method="gauge")
+    # As the committed audit has it.
+    settings = {"quantisation": "free"}
+    ops.protect(folder / "expert", base=folder / "base", out=folder / "release", method="gauge", settings=settings)
     return folder
 
 
@@ -45,7 +47,7 @@ def work(made: Path, tmp_path: Path) -> Path:
 
 def test_it_says_what_was_done_and_what_that_is_worth(work: Path) -> None:
     text = release_card(work / "release", base="owner/base").text
-    assert "changed by `gauge` (" in text
+    assert "changed by `gauge` with `quantisation=free` (" in text
     assert as_markdown(claims.limits("gauge")) in text, "the sentence is that of the committed audits"
     assert "not audited" in text
     assert "[owner/base](https://huggingface.co/owner/base)" in text
@@ -214,7 +216,9 @@ def test_an_audit_of_the_methods_must_have_the_same_settings(work: Path) -> None
 
 def test_several_of_one_kind_want_a_name(work: Path) -> None:
     document = json.loads(AUDIT.read_text())
-    document["plan"]["protect"]["methods"] += [{"name": "again", "method": "gauge", "settings": {}}]
+    document["plan"]["protect"]["methods"] += [
+        {"name": "again", "method": "gauge", "settings": {"quantisation": "free"}}
+    ]
     document["protections"]["again"] = document["protections"]["gauge"]
     path = work / "audit.json"
     path.write_text(json.dumps(document))

@@ -51,6 +51,8 @@ def test_a_tensor_is_merged_as_if_its_terms_held_for_all(name: str) -> None:
         "amplify": 0.5,
         "most": 0.9,
         "width": 0.5,
+        "iterations": 5,
+        "tolerance": 1e-3,
     }
     if name == "nearswap":
         values["t"] = 1e-3

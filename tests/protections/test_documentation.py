@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from unmergeable.defaults import RELEASE_SETTINGS
 from unmergeable.protections import CONTROLS, PROTECTIONS, ExactProtection, SensitivityShield
 from unmergeable.protections.trained import TrainedProtection
 
@@ -21,7 +22,7 @@ def test_every_method_and_setting_is_documented() -> None:
         section = PAGE.split(f"\n## `{name}`\n")[1].split("\n## ")[0]
         for setting in dataclasses.fields(method):
             (row,) = (line for line in section.splitlines() if line.startswith("| ") and f"`{setting.name}`" in line)
-            default = setting.default
+            default = RELEASE_SETTINGS.get(name, {}).get(setting.name, setting.default)
             shown = f"{default:g}" if isinstance(default, float) else str(default).lower()
             assert shown in row, (name, setting.name)
     assert all(f"`{name}`" in PAGE for name in CONTROLS)

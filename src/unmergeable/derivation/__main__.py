@@ -19,6 +19,7 @@ import importlib
 import json
 import multiprocessing
 import resource
+import sys
 import time
 import traceback
 import warnings
@@ -62,7 +63,7 @@ def main() -> None:
         return
     importlib.import_module("transformers").utils.logging.set_verbosity(50)
     if options.confirm:
-        raise SystemExit(confirm_shipped(options.only))
+        sys.exit(confirm_shipped(options.only))
     importlib.import_module("transformers.models.llama.modeling_llama")  # once, and not in every process
     warnings.simplefilter("ignore")
     for task in TASKS if "all" in options.tasks else options.tasks:

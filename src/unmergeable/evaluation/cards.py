@@ -25,6 +25,7 @@ from unmergeable.checkpoint.listing import (
     list_folder,
 )
 from unmergeable.checkpoint.manifest import Manifest, read_manifest, record_file
+from unmergeable.defaults import RELEASE_SETTINGS
 from unmergeable.errors import BadInput, UsageError, shown
 from unmergeable.evaluation.cells import digest_of, digest_of_records
 from unmergeable.evaluation.report.verdict import as_markdown, caveats, model_card, verdict
@@ -156,8 +157,10 @@ def _named(step: Mapping[str, Any]) -> str:
     """A method with the settings that are not its defaults; of one that is not known here, all that there are."""
     settings = step.get("settings")
     known = _protection(step)
-    given = settings if isinstance(settings, dict) else {}
-    defaults = {} if known is None else settings_of(type(known)())
+    given = dict(settings) if isinstance(settings, dict) else {}
+    # Recipes leave out what a method's class has; a release may have something else by itself.
+    given |= {name: getattr(known, name) for name in RELEASE_SETTINGS.get(step["method"], {}) if hasattr(known, name)}
+    defaults = {} if known is None else {**settings_of(type(known)()), **RELEASE_SETTINGS.get(step["method"], {})}
     changed = [f"{name}={_value(value)}" for name, value in given.items() if defaults.get(name, ...) != value]
     name = f"`{_code(step['method'])}`"
     return f"{name} with `{_code(' '.join(changed))}`" if changed else name

@@ -49,13 +49,17 @@ _EPSILON = re.compile(r"(^|_)eps(ilon)?$")
 
 @dataclass(frozen=True)
 class NormedScale:
-    """``up`` are multiplied, ``down`` divided by one number; ``offsets``: gains that are stored less that."""
+    """``up`` are multiplied, ``down`` divided by one number; ``offsets``: gains that are stored less that.
+
+    ``width`` of the stream: lengths are only comparable with those in a stream of the same width.
+    """
 
     name: str
     up: tuple[str, ...]
     down: tuple[str, ...]
     offsets: Mapping[str, float]
     measure: Measure
+    width: int
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ def as_in_base(protected: TensorSource, base: TensorSource, architecture: Archit
     factors: list[float] = []
     is_told = False
     for scale in normed_scales(architecture, protected):
+        if not _is_as_wide(scale, protected, base):
+            continue
         # What is found of a stream changes the weights by which a block reads it.
         ours, theirs = scale.measure(rescaled(protected, moved, factors, {})), scale.measure(base)
         if not ours or not theirs or not math.isfinite(ours):
@@ -138,6 +144,16 @@ def as_in_base(protected: TensorSource, base: TensorSource, architecture: Archit
     if not moved:
         return None
     return rescaled(protected, moved, factors, epsilons_of(base.config) if is_told else {})
+
+
+def _is_as_wide(scale: NormedScale, protected: TensorSource, base: TensorSource) -> bool:
+    name = scale.up[0]
+    if name not in base.index.entries:
+        return False
+    ours, theirs = protected.spec(name).shape, base.spec(name).shape
+    return len(ours) == len(theirs) and all(
+        length == same for length, same in zip(ours, theirs, strict=True) if length == scale.width
+    )
 
 
 def epsilons_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,7 +254,7 @@ def _between_norms(stream: Residual, architecture: Architecture, source: TensorS
 
 def _scale(name: str, up: Sequence[str], down: Sequence[str], stream: Residual, measure: Measure) -> NormedScale:
     offsets = {norm.gain: norm.offset for norm in stream.norms if norm.offset}
-    return NormedScale(name, tuple(dict.fromkeys(up)), tuple(down), offsets, measure)
+    return NormedScale(name, tuple(dict.fromkeys(up)), tuple(down), offsets, measure, stream.size)
 
 
 def _of_norm(norm: Norm) -> list[str]:
