@@ -188,3 +188,16 @@ def test_a_folder_of_keys_inside_the_release_is_refused(work: Path, monkeypatch:
     with pytest.raises(KeyFileError, match="would lie inside"):
         protect(work)
     assert not (work / "release").exists(), "nor is the folder left behind"
+
+
+def test_out_key_means_the_key_of_out(work: Path, keys: Path, tmp_path: Path) -> None:
+    """As when keys lay beside their releases; a file of that name comes first, and other names mean themselves."""
+    result = protect(work)
+    beside = work / "release.key"
+    ops.restore(work / "release", key=beside, out=tmp_path / "restored")
+    assert (tmp_path / "restored").is_dir()
+    assert ops.show_key(beside).fingerprint == result.fingerprint
+    other = protect(work, "other", key=beside)
+    assert ops.show_key(beside).fingerprint == other.fingerprint != result.fingerprint
+    with pytest.raises(KeyFileError, match=r"elsewhere\.key does not exist"):
+        ops.show_key(work / "elsewhere.key")

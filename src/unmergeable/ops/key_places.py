@@ -66,6 +66,17 @@ def make_key_folder(path: Path) -> None:
         raise KeyFileError(f"others may write to the folder of keys {folder}; run: chmod 700 {folder}")
 
 
+def named_key(path: Path) -> Path:
+    """The key file that ``path`` means: itself, or where it is not there, and is called OUT.key, the key of OUT.
+
+    Commands and scripts that were written when keys lay beside their releases go on working.
+    """
+    if path.suffix != ".key" or os.path.lexists(path):
+        return path
+    moved = default_key(path.with_suffix(""))
+    return moved if moved.is_file() else path
+
+
 def find_key(release: Path, fingerprint: str | None) -> Path:
     """The key of a release by its fingerprint: in the folder of keys, or beside the release.
 

@@ -12,6 +12,7 @@ from unmergeable.checkpoint.manifest import read_manifest
 from unmergeable.errors import KeyFileError, shown
 from unmergeable.gauge import key as key_files
 from unmergeable.gauge.signature import public_key_of
+from unmergeable.ops.key_places import named_key
 from unmergeable.ops.opened import AnyPath
 from unmergeable.ops.recorded import methods_of
 
@@ -73,7 +74,7 @@ def show_key(path: AnyPath, *, releases: Sequence[AnyPath] = (), passphrase: str
         KeyFileError: it is no key file, it is not well kept, or the passphrase is wrong.
         CheckpointError: one of the folders cannot be read.
     """
-    path = Path(path)
+    path = named_key(Path(path))
     described = key_files.describe_key(path)
     public_key = None
     if passphrase is not None or not described.is_encrypted:
@@ -97,7 +98,7 @@ def change_passphrase(path: AnyPath, *, passphrase: str | None = None, new: str 
         KeyFileError: it cannot be read, or the passphrase is wrong.
         DiskError: it cannot be written; the old file stays as it was.
     """
-    path = Path(path)
+    path = named_key(Path(path))
     key = _already(path, new) or key_files.change_passphrase(path, passphrase, new)
     # Not read again: the work is done, and must not be said to have failed.
     return KeyResult(path, key.fingerprint, key.recipe, new is not None, public_key_of(key), {})

@@ -15,7 +15,7 @@ from unmergeable.checkpoint.manifest import Manifest, read_manifest
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, KeyFileError, shown
 from unmergeable.gauge.key import Key, read_key
-from unmergeable.ops.key_places import find_key
+from unmergeable.ops.key_places import find_key, named_key
 from unmergeable.ops.opened import AnyPath, open_with_architecture
 from unmergeable.ops.protection import without_files, write_prepared
 from unmergeable.ops.recorded import EARLIER_STEPS, earlier_steps, methods_of
@@ -136,6 +136,7 @@ def open_with_key(folder: Path, path: Path | None, passphrase: str | None) -> Op
     if path is None:
         manifest = read_manifest(folder)
         path = find_key(folder, _fingerprint(manifest))
+    path = named_key(path)
     key = read_key(path, passphrase)
     manifest = manifest or read_manifest(folder)
     made_with = None if manifest is None else manifest.details.get("key_fingerprint")
