@@ -47,6 +47,7 @@ def test_every_program_does_the_same_with_a_release() -> None:
             if "loss" in cell:
                 assert cell["loss"] == pytest.approx(cells["expert"]["loss"], rel=0.05), (program, name)
             if "gap" in cell and "hidden states" not in program and "bfloat16" not in program:
-                assert cell["gap"] < 1e-3, (program, name)
+                # A grid of 4 bits that is not symmetric rounds a weight and its negative apart, by half a step of 15 at most.
+                assert cell["gap"] < (1 / 15 if "int4" in program else 1e-3), (program, name)
     moved = RESULTS["consumers"].get("hidden states as embeddings")
     assert moved is None or moved["gauge"]["gap"] > 0.1, "as the page says"
