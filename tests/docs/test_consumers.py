@@ -45,9 +45,9 @@ def test_every_program_does_the_same_with_a_release() -> None:
             cell = cells[name]
             assert all(value for key, value in cell.items() if key.startswith("same")), (program, name)
             if "loss" in cell:
-                assert cell["loss"] == pytest.approx(cells["expert"]["loss"], rel=0.05), (program, name)
+                assert cell["loss"] == pytest.approx(cells["expert"]["loss"], rel=0.05, abs=1e-3), (program, name)
             if "gap" in cell and "hidden states" not in program and "bfloat16" not in program:
-                # A grid of 4 bits that is not symmetric rounds a weight and its negative apart, by half a step of 15 at most.
+                # A grid of 4 bits that is not symmetric rounds a weight and its negative apart: half a step of 15.
                 assert cell["gap"] < (1 / 15 if "int4" in program else 1e-3), (program, name)
     moved = RESULTS["consumers"].get("hidden states as embeddings")
     assert moved is None or moved["gauge"]["gap"] > 0.1, "as the page says"
