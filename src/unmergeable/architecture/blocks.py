@@ -127,9 +127,14 @@ class FeedForward:
     scale_limit: str = ""
 
 
+def output_weight(block: Attention | FeedForward) -> str:
+    """Name of the weight through which a block adds to the stream."""
+    return block.output.weight if isinstance(block, Attention) else block.down.weight
+
+
 def output_bias(block: Attention | FeedForward) -> str:
     """Name of the bias of what a block adds, where there is one: in no head's basis, but part of the block."""
-    weight = block.output.weight if isinstance(block, Attention) else block.down.weight
+    weight = output_weight(block)
     return weight.removesuffix("weight") + "bias"
 
 

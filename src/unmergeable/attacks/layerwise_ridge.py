@@ -41,8 +41,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from unmergeable.architecture import Architecture, Attention
-from unmergeable.architecture.blocks import output_bias
+from unmergeable.architecture import Architecture
+from unmergeable.architecture.blocks import output_bias, output_weight
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.live import edits_to, is_polynomial, load, state_for
 from unmergeable.errors import BadInput, UsageError
@@ -341,10 +341,7 @@ def _fit(
 
 def stream_writers(architecture: Architecture) -> tuple[str, ...]:
     """The weights through which blocks write to the residual stream, in the order of the blocks."""
-    weights = [
-        block.output.weight if isinstance(block, Attention) else block.down.weight for block in architecture.blocks
-    ]
-    return tuple(dict.fromkeys(weights))
+    return tuple(dict.fromkeys(output_weight(block) for block in architecture.blocks))
 
 
 def block_tensors(architecture: Architecture) -> frozenset[str]:

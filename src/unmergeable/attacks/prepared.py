@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unmergeable.architecture import Architecture, detect
 from unmergeable.attacks.base import Finding, Inputs, Recovered
-from unmergeable.checkpoint.finite import is_finite
+from unmergeable.checkpoint.finite import is_sound
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, UnsupportedArchitecture
 from unmergeable.gauge.normed_scales import as_in_base
@@ -78,7 +78,7 @@ class Prepared:
 def prepared(inputs: Inputs) -> Prepared:
     """Inputs without what the network does not see."""
     release, found = inputs.protected, dict[str, Finding]()
-    holed = frozenset(name for name in release.names if not _is_sound(release, name))
+    holed = frozenset(name for name in release.names if not is_sound(release, name))
     if holed:
         release = FiniteSource(release, inputs.base, holed)
         found["not_finite"] = ", ".join(sorted(holed))
@@ -94,11 +94,6 @@ def prepared(inputs: Inputs) -> Prepared:
     if not found:
         return Prepared(inputs)
     return Prepared(replace(inputs, protected=release), found, {} if scaled is None else scaled.changes)
-
-
-def _is_sound(source: TensorSource, name: str) -> bool:
-    tensor = source.tensor(name)
-    return not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2 or is_finite(tensor)
 
 
 def _architecture_of(release: TensorSource) -> Architecture | None:

@@ -44,7 +44,9 @@ def require_finite(
     named = [(label, source, name) for label, source in sources.items() for name in source.names]
     pool = ThreadPoolExecutor(worker_threads(threads))
     try:
-        for done, (found, (label, _, name)) in enumerate(zip(pool.map(_is_sound, named), named, strict=True), start=1):
+        for done, (found, (label, _, name)) in enumerate(
+            zip(pool.map(_is_sound_at, named), named, strict=True), start=1
+        ):
             if not found:
                 raise BadInput(not_finite(name, label))
             progress("looking for NaN", done, len(named), "tensors")
@@ -52,13 +54,18 @@ def require_finite(
         pool.shutdown(cancel_futures=True)
 
 
-def _is_sound(place: tuple[str, TensorSource, str]) -> bool:
-    label, source, name = place
+def _is_sound_at(place: tuple[str, TensorSource, str]) -> bool:
+    _, source, name = place
+    return is_sound(source, name)
+
+
+def is_sound(source: TensorSource, name: str) -> bool:
+    """Whether a tensor holds no NaN or infinity; one of whole numbers, or of a byte each, cannot be told to."""
     dtype = torch_dtype(source.spec(name).dtype)
     if not dtype.is_floating_point or dtype.itemsize < 2:
         return True
     if isinstance(source, RenamedSource):
-        return _is_sound((label, source.original, source.original_name.get(name, name)))
+        return is_sound(source.original, source.original_name.get(name, name))
     if isinstance(source, Checkpoint):  # piece by piece, so that a large tensor is never held
         return all(is_finite(torch.frombuffer(piece, dtype=dtype)) for piece in source.raw_chunks(name, _PIECE_BYTES))
     return is_finite(source.tensor(name))

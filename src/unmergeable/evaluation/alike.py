@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput
@@ -39,7 +40,7 @@ class _Known:
         squares = (
             float((source.tensor(name).double() - base.tensor(name).double()).square().sum())
             for name in source.names
-            if source.tensor(name).dtype.is_floating_point
+            if torch_dtype(source.spec(name).dtype).is_floating_point
         )
         self._most = SAME**2 * sum(squares)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.architecture import Architecture, Attention
-from unmergeable.architecture.blocks import FeedForward, output_bias, stream_readers
+from unmergeable.architecture.blocks import FeedForward, Heads, output_bias, output_weight, stream_readers
 from unmergeable.architecture.residual import Norm, Residual
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
@@ -198,8 +198,8 @@ def _of_stream(stream: Residual, architecture: Architecture, source: TensorSourc
     read = {reader.tensor for norm in stream.norms for reader in norm.readers}
     raw = [axis.tensor for axis in stream.axes if axis.variance == "covector" and axis.tensor not in read]
     written = {axis.tensor for axis in stream.axes if axis.variance == "vector"}
-    blocks = [block for block in architecture.blocks if _writer(block) in written]
-    added = [name for block in blocks for name in (_writer(block), output_bias(block)) if name in written]
+    blocks = [block for block in architecture.blocks if output_weight(block) in written]
+    added = [name for block in blocks for name in (output_weight(block), output_bias(block)) if name in written]
     embeddings = [axis.tensor for axis in stream.axes if axis.variance == "vector" and axis.tensor not in added]
     last = stream.norms[-1]
     behind = [norm for norm in stream.norms[:-1] if not norm.readers]
@@ -225,15 +225,20 @@ def _of_stream(stream: Residual, architecture: Architecture, source: TensorSourc
         )
         readers = {axis.tensor: norm for norm in stream.norms for axis in norm.readers}
         for block in blocks:
-            names = [_writer(block), *([output_bias(block)] if output_bias(block) in source.index.entries else [])]
             norms = [readers[axis.tensor] for axis in stream_readers(block) if axis.tensor in readers]
-            yield _scale(f"what {block.name} adds", names, [], stream, _strength(block, norms[0] if norms else None))
+            yield _scale(
+                f"what {block.name} adds",
+                _with_biases([block], source),
+                [],
+                stream,
+                _strength(block, norms[0] if norms else None),
+            )
 
 
 def _between_norms(stream: Residual, architecture: Architecture, source: TensorSource) -> Iterator[NormedScale]:
     """Where norms stand behind blocks, and what a norm gives out is all that the next block sees."""
     blocks = {block.name: block for block in architecture.blocks}
-    added = {name for block in blocks.values() for name in (_writer(block), output_bias(block))}
+    added = {name for block in blocks.values() for name in (output_weight(block), output_bias(block))}
     embeddings = [axis for axis in stream.axes if axis.variance == "vector" and axis.tensor not in added]
     if embeddings and stream.norms[0].then == architecture.blocks[0].name:  # a norm on the sum of embeddings
         together = stream.norms[0].gain.rsplit(".", 2)[0]
@@ -261,12 +266,8 @@ def _of_norm(norm: Norm) -> list[str]:
     return [norm.gain, *([norm.bias] if norm.bias is not None else [])]
 
 
-def _writer(block: Attention | FeedForward) -> str:
-    return block.output.weight if isinstance(block, Attention) else block.down.weight
-
-
 def _with_biases(blocks: Sequence[Attention | FeedForward], source: TensorSource) -> list[str]:
-    names = [name for block in blocks for name in (_writer(block), output_bias(block))]
+    names = [name for block in blocks for name in (output_weight(block), output_bias(block))]
     return [name for name in names if name in source.index.entries]
 
 
@@ -309,14 +310,14 @@ def _strength(block: Attention | FeedForward, norm: Norm | None) -> Measure:
     """What a block makes of lengths: of the product of its outer weights, which no basis inside it alters."""
 
     def measure(source: TensorSource) -> float | None:
-        names = _outer(block)
-        if any(name not in source.index.entries for name in names):
+        reader, writer = _outer(block)
+        first, last = _read(source, reader.weight), _read(source, writer.weight)
+        if first is None or last is None:
             return None
-        first, last = (source.tensor(name).double() for name in names)
         gain = None if norm is None else _read(source, norm.gain)
-        reads = first.movedim(_axis_of(block, 0), 0).flatten(1)
+        reads = first.movedim(reader.axis, 0).flatten(1)
         reads = reads * (gain + norm.offset) if gain is not None and norm is not None else reads
-        writes = last.movedim(_axis_of(block, 1), 0).flatten(1)
+        writes = last.movedim(writer.axis, 0).flatten(1)
         if isinstance(block, FeedForward):
             rows = block.up.offset + torch.arange(block.size)
             columns = block.down.offset + torch.arange(block.size)
@@ -334,13 +335,5 @@ def _strength(block: Attention | FeedForward, norm: Norm | None) -> Measure:
     return measure
 
 
-def _outer(block: Attention | FeedForward) -> tuple[str, str]:
-    if isinstance(block, Attention):
-        return block.value.weight, block.output.weight
-    return block.up.weight, block.down.weight
-
-
-def _axis_of(block: Attention | FeedForward, side: int) -> int:
-    if isinstance(block, Attention):
-        return (block.value, block.output)[side].axis
-    return (block.up, block.down)[side].axis
+def _outer(block: Attention | FeedForward) -> tuple[Heads, Heads]:
+    return (block.value, block.output) if isinstance(block, Attention) else (block.up, block.down)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.architecture import Architecture, Attention
-from unmergeable.architecture.blocks import FeedForward, output_bias, stream_readers
+from unmergeable.architecture.blocks import FeedForward, output_bias, output_weight, stream_readers
 from unmergeable.architecture.layers import Layers, blocks_in_order, stream_of
 from unmergeable.architecture.residual import Norm
 from unmergeable.gauge.additive import head_places
@@ -126,7 +126,7 @@ def _owners(state: State, architecture: Architecture, layers: Layers) -> dict[st
     for block in blocks:
         for name in _tensors_of(block):
             owners[name] = block.name
-    stream = stream_of(architecture, _down(blocks[0]))
+    stream = stream_of(architecture, output_weight(blocks[0]))
     readers = {axis.tensor: block.name for block in blocks for axis in stream_readers(block)}
     previous: dict[int, str] = {}
     for norm in stream.norms if stream is not None else ():
@@ -166,7 +166,7 @@ def _norms_behind(architecture: Architecture, chosen: Blocks) -> list[tuple[Norm
     """Where norms stand behind blocks: the one before all layers and that behind each of ``chosen``, each with the norm
     that the next of them reads. None elsewhere.
     """
-    stream = stream_of(architecture, _down(chosen[0]))
+    stream = stream_of(architecture, output_weight(chosen[0]))
     if stream is None or not any(norm.then for norm in stream.norms):
         return None
     feeding = {norm.then: norm for norm in stream.norms if norm.then}
@@ -174,7 +174,3 @@ def _norms_behind(architecture: Architecture, chosen: Blocks) -> list[tuple[Norm
     before = [stream.norms[0], *(following[block.name] for block in chosen)]
     after = [*(feeding[block.name] for block in chosen), stream.norms[-1]]
     return list(zip(before, after, strict=True))
-
-
-def _down(block: Attention | FeedForward) -> str:
-    return block.output.weight if isinstance(block, Attention) else block.down.weight

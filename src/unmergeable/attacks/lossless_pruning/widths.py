@@ -202,10 +202,7 @@ def regroup_heads(state: State, own: State, block: Attention, groups: int) -> bo
         kept = torch.zeros(block.groups, dtype=torch.bool)
         kept[[near[0] for near in together]] = True
         for heads, size in ((part.key, part.size), (block.value, block.value_size)):
-            chosen = torch.zeros(side[heads.weight].shape[heads.axis], dtype=torch.bool)
-            chosen[head_places(heads, block.groups, 1, size)[kept].flatten()] = True
-            _keep(side, heads.weight, heads.axis, chosen)
-            _keep(side, heads.bias, 0, chosen)
+            _keep_places(side, heads, head_places(heads, block.groups, 1, size)[kept])
     return True
 
 
@@ -269,7 +266,11 @@ def _keep_heads(state: State, block: Attention, kept: Tensor) -> None:
         (block.output, block.members, block.value_size),
     )
     for heads, members, size in sides:
-        chosen = torch.zeros(state[heads.weight].shape[heads.axis], dtype=torch.bool)
-        chosen[head_places(heads, block.groups, members, size)[kept].flatten()] = True
-        _keep(state, heads.weight, heads.axis, chosen)
-        _keep(state, heads.bias, 0, chosen)
+        _keep_places(state, heads, head_places(heads, block.groups, members, size)[kept])
+
+
+def _keep_places(state: State, heads: Heads, places: Tensor) -> None:
+    chosen = torch.zeros(state[heads.weight].shape[heads.axis], dtype=torch.bool)
+    chosen[places.flatten()] = True
+    _keep(state, heads.weight, heads.axis, chosen)
+    _keep(state, heads.bias, 0, chosen)
