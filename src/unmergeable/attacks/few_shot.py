@@ -156,6 +156,7 @@ def few_shot(
     method: FewShot,
     *,
     trained: Trained | None = None,
+    precision: torch.dtype = torch.float32,
     progress: Progress = silent,
 ) -> FewShotResult:
     """Train ``weights`` on the first ``method.samples`` examples of a task.
@@ -167,6 +168,7 @@ def few_shot(
         train_task: labelled examples, or texts for a causal language model, in an order that means nothing.
         method: the settings.
         trained: what may change, and how; None for what ``method.low_rank`` says.
+        precision: of the training, see :func:`unmergeable.network.train.train`.
         progress: called with the steps done.
 
     Raises:
@@ -176,7 +178,7 @@ def few_shot(
     """
     method.validate()
     examples = gather_examples(train_task, method.samples, pad=padding_token(network))
-    training = _Training(network, weights, train_task, method, trained or _trained(method), progress)
+    training = _Training(network, weights, train_task, method, trained or _trained(method), precision, progress)
     rates = parse_rates(method.learning_rates)
     trials: tuple[Trial, ...] = ()
     with swapped(network, weights):
@@ -200,6 +202,7 @@ class _Training:
     task: Task
     method: FewShot
     trained: Trained
+    precision: torch.dtype
     progress: Progress
 
     def run(self, places: Mapping[str, Place], examples: EncodedBatch, learning_rate: float) -> tuple[float, ...]:
@@ -216,6 +219,7 @@ class _Training:
                 batch_size=self.method.batch_size,
                 is_trained=is_trained,
                 seed=self.method.seed,
+                precision=self.precision,
                 stage=f"training at rate {learning_rate:g}",
                 progress=self.progress,
             )

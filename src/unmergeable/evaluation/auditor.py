@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from unmergeable.data import Part
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.alike import scored_once
@@ -25,7 +27,7 @@ from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
 from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.preflight import asked
-from unmergeable.evaluation.results import AuditResult, Line, ModelRecord, Refusal
+from unmergeable.evaluation.results import AuditResult, Line, ModelRecord, Refusal, SearchPrecision
 from unmergeable.evaluation.run import Run
 from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, score_points
 from unmergeable.evaluation.search import best_starts
@@ -33,6 +35,7 @@ from unmergeable.evaluation.selection import KEPT_SHARE, skill_to_keep
 from unmergeable.evaluation.stages import by_part, first_merges, other_merges
 from unmergeable.evaluation.threat_models import ThreatModel, least
 from unmergeable.evaluation.tuning import Tuning, tune
+from unmergeable.network.precision import FULL
 
 _ADDED = MergeEntry("task_arithmetic", "task_arithmetic", {})
 
@@ -120,6 +123,25 @@ class Auditor:
             riders={contest.rider: contest.packed_rider for contest in contests},
             analyses=analyses,
             refused=tuple(refused),
+            search=self._search_precision(alone),
+        )
+
+    def _search_precision(self, alone: _Alone) -> SearchPrecision | None:
+        """How far from float32 attackers choose, on the base and the free-riders' models."""
+        plan = self.plan
+        if plan.search_precision == FULL:
+            return None
+        models = {name: replace(group, search_precision=FULL) for name, group in self._given().items()}
+        exact = self._scored(models, "validation")
+        differences = [
+            alone.validation[name].credits[task] - credited
+            for name, cell in exact.items()
+            for task, credited in cell.credits.items()
+        ]
+        return SearchPrecision(
+            plan.search_precision,
+            float(np.mean(np.concatenate(differences) != 0)),
+            max(abs(float(difference.mean())) for difference in differences),
         )
 
     def _without_paths(self, reason: str, variants: Sequence[Variant]) -> str:
@@ -132,7 +154,7 @@ class Auditor:
     def _group(self, rider: ExpertEntry, *models: Checkpoint, merge: MergeEntry | None = None) -> Group:
         """Models to merge, or one that is scored as it is, on the defended task and a free-rider's."""
         tasks = tuple(self.run.scored(self.plan.task(name)) for name in (self.plan.defended_task, rider.task))
-        return Group(self.run.checkpoint(self.plan.base), models, merge, tasks)
+        return Group(self.run.checkpoint(self.plan.base), models, merge, tasks, self.plan.search_precision)
 
     def _released(self, variant: Variant) -> Group:
         """What was released, to be scored as it is; what was made elsewhere knows the defended task only."""
@@ -141,12 +163,15 @@ class Auditor:
             return self._group(self.plan.riders[0], variant.checkpoint)
         release = next(release for release in self.plan.releases if release.name == variant.protection)
         task, model = asked(self.plan, release, self.run.digests, self.run.scored)
-        return Group(self.run.checkpoint(self.plan.base), (model,), None, (task,))
+        return Group(self.run.checkpoint(self.plan.base), (model,), None, (task,), self.plan.search_precision)
+
+    def _given(self) -> dict[str, Group]:
+        """The base and the free-riders' models as they are."""
+        models = {BASE: self._group(self.plan.riders[0], self.run.checkpoint(self.plan.base))}
+        return models | {rider.name: self._group(rider, self.run.checkpoint(rider.path)) for rider in self.plan.riders}
 
     def _alone(self, variants: Iterable[Variant]) -> _Alone:
-        models = {BASE: self._group(self.plan.riders[0], self.run.checkpoint(self.plan.base))}
-        for rider in self.plan.riders:
-            models[rider.name] = self._group(rider, self.run.checkpoint(rider.path))
+        models = self._given()
         for variant in variants:
             if variant.recovery is None and variant.checkpoint is not None and variant.protection != PLANTED_STRUCTURE:
                 models[variant.label] = self._released(variant)

@@ -260,6 +260,21 @@ class Refusal(Record):
         return {"protection": self.protection, "seed": self.seed, "recovery": self.recovery, **document}
 
 
+@dataclass(frozen=True)
+class SearchPrecision(Record):
+    """How far what attackers choose by is from float32, on validation examples of models that are not merged.
+
+    Attributes:
+        precision: in which attackers' networks compute.
+        changed: share of the credits that are others than in float32.
+        largest_difference: of a model's mean score on a task.
+    """
+
+    precision: str
+    changed: float
+    largest_difference: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class AuditResult(Record):
     """An audit.
@@ -276,6 +291,7 @@ class AuditResult(Record):
             enough for :func:`unmergeable.evaluation.recompute.recomputed`. None in older ones that were stored without.
             Both say how many there were (``scored``) and how base and experts were made (``prepared``).
         riders: packed credits of each free-rider's own model on its own task, by part.
+        search: None where attackers chose by float32 too.
     """
 
     plan: Mapping[str, Any]
@@ -295,6 +311,7 @@ class AuditResult(Record):
     analyses: Analyses | None = field(default=None, metadata=OPTIONAL)
     refused: tuple[Refusal, ...]
     prepared: Mapping[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    search: SearchPrecision | None = field(default=None, metadata=OPTIONAL)
     scored: int | None = field(default=None, metadata=OPTIONAL)
 
     @property

@@ -9,8 +9,8 @@ are; merging refuses what has not the base's structure.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from unmergeable.merges.task_vectors import CoefficientsOf, TaskVectors
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.load import load_network
 from unmergeable.network.polynomial_network import load_polynomial_network
+from unmergeable.network.precision import FULL, Precision, computing_in
 from unmergeable.network.tasks import Task
 from unmergeable.ops.opened import open_with_architecture
 from unmergeable.polynomials.layout import SECTION
@@ -88,12 +89,14 @@ class Group:
             victim and the free-rider's, or the free-rider's alone for attacks without the victim.
         merge: None to score the only model as it is.
         tasks: those of the models, the victim's first.
+        search_precision: in which validation examples are scored, and trained on.
     """
 
     base: Checkpoint
     models: tuple[Checkpoint, ...]
     merge: MergeEntry | None
     tasks: tuple[ScoredTask, ...]
+    search_precision: Precision = FULL
 
     @property
     def alone(self) -> Checkpoint | None:
@@ -108,6 +111,8 @@ class Group:
             "tasks": [[task.entry.name, task.digests[part], task.entry.size(part)] for task in self.tasks],
             "part": part,
         }
+        if part == "validation" and self.search_precision != FULL:
+            recipe["precision"] = self.search_precision
         if self.alone is not None:
             recipe["network"] = "its own"
         if self.merge is not None:
@@ -169,7 +174,7 @@ class Scoring:
         """
         found = meet(
             self._group.recipe(point, self._part),
-            lambda: self._network_at(point),
+            lambda: self._computing_at(point),
             lambda: scorers_of(self._group, self._part),
             self._store,
             batches=self._batches,
@@ -180,10 +185,20 @@ class Scoring:
             return None
         return found
 
+    @contextmanager
+    def _computing_at(self, point: Coefficients | None) -> Iterator[Any]:
+        with self._network_at(point) as network, scored_in(self._group, self._part):
+            yield network
+
     @cached_property
     def _network_at(self) -> Callable[[Coefficients | None], AbstractContextManager[Any]]:
         """Made when first needed, and then kept with its buffers."""
         return _networks_of(self._group)
+
+
+def scored_in(group: Group, part: Part) -> AbstractContextManager[None]:
+    """The precision in which a part of the examples is scored, for as long as the context lasts."""
+    return computing_in(group.search_precision if part == "validation" else FULL, _device())
 
 
 def _networks_of(group: Group) -> Callable[[Coefficients | None], AbstractContextManager[Any]]:

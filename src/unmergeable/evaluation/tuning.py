@@ -34,6 +34,7 @@ from unmergeable.evaluation.scoring import Coefficients, Group, ScoredTask
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import select
+from unmergeable.network.precision import FULL, dtype_of
 from unmergeable.network.tasks import Prediction, Task, answer
 from unmergeable.settings import settings_of
 from unmergeable.tasks import ChoiceScorer, TaskScorer
@@ -68,6 +69,7 @@ class Tuning:
             "few_shot": settings_of(self.method),
             "learns_from": [task.digests["train"] for task in self.group.tasks],
             **own,
+            **({} if self.group.search_precision == FULL else {"precision": self.group.search_precision}),
         }
 
     @property
@@ -105,7 +107,13 @@ def tune(tuning: Tuning, rules: Rules, folder: Path) -> Tuned:
     for part, batches in parts:
         scorers = partial(scoring.scorers_of, tuning.group, part)
         met = meet(
-            tuning.recipe(part), training.network, scorers, store, batches=batches, enough=race.is_out, refusal=_Refused
+            tuning.recipe(part),
+            partial(training.network, part),
+            scorers,
+            store,
+            batches=batches,
+            enough=race.is_out,
+            refusal=_Refused,
         )
         if isinstance(met, str):
             return Tuned(None, met)
@@ -122,9 +130,10 @@ class _Training:
     tuning: Tuning
 
     @contextmanager
-    def network(self) -> Iterator[Any]:
+    def network(self, part: Part) -> Iterator[Any]:
         """What was trained, for as long as the context lasts. Raises BadInput for what comes to nothing."""
-        with swapped(scoring.network_to_train(self.tuning.group), self._weights) as network:
+        group = self.tuning.group
+        with swapped(scoring.network_to_train(group), self._weights) as network, scoring.scored_in(group, part):
             yield network
 
     @cached_property
@@ -134,7 +143,8 @@ class _Training:
         try:
             weights = scoring.weights_of(self.tuning.group)(self.tuning.point)
             method = replace(self.tuning.method, samples=sum(len(batch) for batch in mixture.batches))
-            return few_shot(network, weights, mixture, method).weights
+            precision = dtype_of(self.tuning.group.search_precision)
+            return few_shot(network, weights, mixture, method, precision=precision).weights
         except (CheckpointError, DiskError):
             raise
         except UnmergeableError as error:  # a merge that is refused, or training that diverges

@@ -53,6 +53,7 @@ from unmergeable.evaluation.plans.plan import Plan
 from unmergeable.evaluation.plans.releases import ReleaseEntry, is_release, read_release
 from unmergeable.evaluation.race import DOUBT
 from unmergeable.evaluation.threat_models import ThreatModel, least
+from unmergeable.network.precision import FULL, PRECISIONS, Precision
 from unmergeable.settings import configure
 from unmergeable.tasks import Classification, Generation, MultipleChoice, Perplexity
 
@@ -85,6 +86,7 @@ WITHOUT_DATA = (ThreatModel.OFF_THE_SHELF, ThreatModel.WHITE_BOX)
 _TOP = (
     "base", "experts", "protect", "attacker", "merges", "recoveries", "coefficients", "tiers", "threat_models",
     "few_shot", "retrain", "tasks", "seeds", "connectivity", "analyses", "doubt",
+    "search_precision",
 )  # fmt: skip
 
 
@@ -155,6 +157,7 @@ class AuditPlan(Plan):
         defended: name of the expert as it was before it was protected; None where nobody has it.
         task_without_expert: the defended task, where it is not the expert that names it.
         doubt: the largest probability with which the race of attacks drops the attacker's choice; 0 for no race.
+        search_precision: in which networks compute while attackers choose and train. Tests are always in float32.
         connectivity: points of the line between two models that are scored, its ends among them; 0 for none.
         analyses: None for an audit without.
     """
@@ -164,6 +167,7 @@ class AuditPlan(Plan):
     task_without_expert: str | None = None
     coefficients: Grid
     doubt: float
+    search_precision: Precision = FULL
     threat_models: tuple[ThreatModel, ...]
     few_shot: FewShotEntry
     retrain: RetrainEntry
@@ -253,6 +257,7 @@ def parse_plan(document: object, folder: Path, where: str = "the plan") -> Audit
             grid.flag("extends") if "extends" in grid else attacker.extends,
         ),
         doubt=_doubt(top),
+        search_precision=_search_precision(top),
         threat_models=_threat_models(top),
         few_shot=_few_shot(top, attacker),
         retrain=_retrain(top),
@@ -353,6 +358,12 @@ def _doubt(top: Entry) -> float:
     if isinstance(doubt, bool) or not isinstance(doubt, int | float) or not 0 <= doubt < 1:
         raise top.wrong("doubt", "must be a number from 0, which leaves no attack out, to below 1", doubt)
     return float(doubt)
+
+
+def _search_precision(top: Entry) -> Precision:
+    given = top.text("search_precision", FULL)
+    require_named(given, PRECISIONS, "precision", f"{top.where}, search_precision")
+    return next(precision for precision in PRECISIONS if precision == given)
 
 
 def _connectivity(top: Entry) -> int:
