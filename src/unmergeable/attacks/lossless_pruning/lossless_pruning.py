@@ -4,7 +4,8 @@ A release may hold more than the base without computing more. Against the base's
 
     layers       blocks whose last or first weights are zero, together with the layers that they leave empty
     units        hidden units that put out nothing, or the same for every input, which the output bias takes over; of
-                 those that read alike all but one, which takes over their outputs
+                 those that read alike all but one, which takes over their outputs; of those that were turned round,
+                 what makes up for it
     heads        key-value heads, with their query heads, that add nothing, or whose keys and values span the same
                  spaces as another's; keys and values that query heads have each for themselves and share in the base
     streams      coordinates that nothing writes to, in this basis or, where the stream can be turned, in any
@@ -19,7 +20,7 @@ is refused; ``block_regression`` does not ask for any.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,8 +42,7 @@ from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, Mismatch
 from unmergeable.gauge.additive import Neutral, freedoms_of
 from unmergeable.gauge.home import Home
-from unmergeable.polynomials.activations import ACTIVATIONS
-from unmergeable.polynomials.layout import LAYOUTS, activation_name
+from unmergeable.polynomials.layout import activation_of
 from unmergeable.progress import Progress, silent
 
 
@@ -210,8 +210,9 @@ class _Pruning:
                     f"{self.release.description}: it is not known what its config calls the width of its "
                     "feed-forwards; run block_regression instead."
                 )
+            activation = activation_of(self.base.config)
             for block in narrower.feed_forwards:
-                if not prune_units(state, own, block, self._sizes[1], _activation_of(self.base.config)):
+                if not prune_units(state, own, block, self._sizes[1], activation):
                     raise self._refusal(f"hidden units of {block.name}")
             config[WIDTHS[kind]] = base.get(WIDTHS[kind])
         if self._groups is not None and self._groups[0] > self._groups[1]:
@@ -255,13 +256,6 @@ class _Pruning:
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _activation_of(config: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
-    """Of the feed-forwards of a network; None where it is not known."""
-    layout = LAYOUTS.get(str(config.get("model_type")))
-    known = None if layout is None else ACTIVATIONS.get(activation_name(config, layout))
-    return None if known is None else known.value
 
 
 lossless_pruning = in_memory(LosslessPruning)

@@ -13,30 +13,23 @@ from torch import Tensor
 
 from unmergeable.architecture import Attention
 from unmergeable.architecture.blocks import FeedForward, Heads, output_bias
+from unmergeable.attacks.lossless_pruning.turned_units import NOTHING, SAME, can_turn, turn_units_back
 from unmergeable.gauge.additive import head_places
+from unmergeable.polynomials.activations import Activation
 
 State = dict[str, Tensor]
 
-SAME = 1e-3
-"""How far from 1 the likeness of two units or heads may be that say the same: rounding in half precision leaves 1e-5.
-"""
 
-NOTHING = 1e-5
-"""Size of what a unit puts out, relative to the block's median unit, that counts as nothing."""
-
-
-def prune_units(
-    state: State, own: State, block: FeedForward, size: int, activation: Callable[[Tensor], Tensor] | None = None
-) -> bool:
+def prune_units(state: State, own: State, block: FeedForward, size: int, activation: Activation | None = None) -> bool:
     """Leave ``size`` hidden units of a block, in place; False where more than that differ and do something.
 
     ``state`` holds neutral tensors, ``own`` the same as the release has them, of which the same units are left.
     ``activation``: of the network; without it units that put out the same for every input count as doing something.
     """
     if activation is not None and block.gate is None:
-        _silence_constant_units(state, own, block, activation)
+        _silence_constant_units(state, own, block, activation.value)
     rows = {heads.weight: _rows(state, heads, block.size) for heads in (block.gate, block.up) if heads is not None}
-    up, down = rows[block.up.weight], state[block.down.weight].movedim(block.down.axis, 0).double()
+    up, down = rows[block.up.weight], state[block.down.weight].movedim(block.down.axis, 0).double().clone()
     outputs = down.norm(dim=1) * up.norm(dim=1)
     kept = torch.ones(block.size, dtype=torch.bool)
     usual = outputs.sort(descending=True).values[:size].median()
@@ -54,7 +47,7 @@ def prune_units(
                 kept[second] = False
                 excess -= 1
     if excess:
-        return False
+        return activation is not None and can_turn(activation.value) and turn_units_back(state, own, block, size)
     for heads in (block.gate, block.up):
         if heads is not None:
             for side in (state, own):

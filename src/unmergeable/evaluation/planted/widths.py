@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.gauge.additive import head_places
+from unmergeable.polynomials.layout import activation_of
 from unmergeable.randomness import Stream
 
 MORE_UNITS = 0.125
@@ -23,6 +24,36 @@ MORE_UNITS = 0.125
 
 def wider_feed_forwards(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
     """Every feed-forward with more hidden units, in another order: copies of units drawn, and units without outputs."""
+    wider = _wider(source, architecture)
+    if wider is None:
+        return None
+    added, changes = wider
+    state = {name: source.tensor(name) for name in source.names}
+    for block in architecture.feed_forwards:
+        _widen(state, block, added, stream.child(block.name))
+    return MemorySource(state, {**source.config, **changes}, source.folder)
+
+
+def turned_units(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
+    """Every feed-forward with hidden units turned round, and others that make up for it.
+
+    act(u) = act(-u) + u for every activation that is known here, so that a unit that is turned round lacks a part
+    that is linear in what the block reads. Two units give one, act(u) - act(-u); those of a block are mixed by a random
+    matrix first, so that none of them points where a unit did. In a gated block act(g) h = act(-g) h + g h, and the
+    product is act(h) g - act(-h) g. No unit can be left out, and none is like another.
+    """
+    wider = _wider(source, architecture)
+    if wider is None or activation_of(source.config) is None:
+        return None
+    added, changes = wider
+    state = {name: source.tensor(name) for name in source.names}
+    for block in architecture.feed_forwards:
+        _turn(state, block, added, stream.child(block.name))
+    return MemorySource(state, {**source.config, **changes}, source.folder)
+
+
+def _wider(source: TensorSource, architecture: Architecture) -> tuple[int, dict[str, Any]] | None:
+    """By how many units feed-forwards become wider, and what the config says then; None where they cannot."""
     key = WIDTHS.get(str(source.config.get("model_type")))
     blocks = architecture.feed_forwards
     if key is None or architecture.mixtures or not blocks or not all(_has_own_rows(source, block) for block in blocks):
@@ -34,12 +65,7 @@ def wider_feed_forwards(source: TensorSource, architecture: Architecture, stream
     else:
         added = max(2, int(MORE_UNITS * blocks[0].size))
         changes = {key: blocks[0].size + added}
-    if added == 0 or len({block.size for block in blocks}) > 1:
-        return None
-    state = {name: source.tensor(name) for name in source.names}
-    for block in blocks:
-        _widen(state, block, added, stream.child(block.name))
-    return MemorySource(state, {**source.config, **changes}, source.folder)
+    return (added, changes) if added and len({block.size for block in blocks}) == 1 else None
 
 
 def _has_own_rows(source: TensorSource, block: FeedForward) -> bool:
@@ -70,6 +96,43 @@ def _widen(state: dict[str, Tensor], block: FeedForward, added: int, stream: Str
     dtype = state[block.down.weight].dtype
     wide = torch.cat([rows, more])[order].movedim(0, block.down.axis)
     state[block.down.weight] = wide.contiguous().to(dtype)
+
+
+def _turn(state: dict[str, Tensor], block: FeedForward, added: int, stream: Stream) -> None:
+    """Turn half as many units round as are added; one more that puts out nothing where that is an odd number."""
+    turned = torch.from_numpy(stream.child("turned").permutations(1, block.size)[0])[: added // 2]
+    order = torch.from_numpy(stream.child("order").permutations(1, block.size + added)[0])
+    reading = block.up if block.gate is None else block.gate
+    mixing = torch.eye(len(turned), dtype=torch.float64)
+    if block.gate is None:
+        drawn = torch.from_numpy(stream.child("mixing").normal(len(turned), len(turned)))
+        mixing = torch.linalg.qr(drawn).Q
+    ours = dict(_stored(reading))
+    others = dict(_stored(block.up if block.gate is not None else None))
+    for name, axis in {**ours, **others}.items():
+        rows = state[name].movedim(axis, 0).double()
+        # What is squashed in a pair: the sum that the units lack; of a gated block what the gate was multiplied by.
+        part = name if block.gate is None else _counterpart(name, ours, others)
+        lent = state[part].movedim(axis, 0).double()[turned]
+        if name in ours:
+            lent = torch.tensordot(mixing, lent, dims=1)
+            rows = rows.index_copy(0, turned, -rows[turned])
+        more = torch.cat([lent, -lent if name in ours else lent, rows.new_zeros(added % 2, *rows.shape[1:])])
+        wide = torch.cat([rows, more])[order].movedim(0, axis)
+        state[f"{name} turned"] = wide.contiguous().to(state[name].dtype)
+    for name in (*ours, *others):
+        state[name] = state.pop(f"{name} turned")
+    weight, axis = block.down.weight, block.down.axis
+    rows = state[weight].movedim(axis, 0).double()
+    lacking = torch.tensordot(mixing, rows[turned], dims=1)  # an orthogonal matrix is its own inverse's transpose
+    more = torch.cat([lacking, -lacking, rows.new_zeros(added % 2, *rows.shape[1:])])
+    state[weight] = torch.cat([rows, more])[order].movedim(0, axis).contiguous().to(state[weight].dtype)
+
+
+def _counterpart(name: str, ours: Mapping[str, int], others: Mapping[str, int]) -> str:
+    """The tensor of the other matrix that has this one's part, weight or bias."""
+    gates, values = list(ours), list(others)
+    return values[gates.index(name)] if name in ours else gates[values.index(name)]
 
 
 def _stored(heads: Heads | None) -> Iterable[tuple[str, int]]:
