@@ -55,6 +55,7 @@ RELEASES: Mapping[str, tuple[str, ...]] = {
     "every basis": ("gauge",),
     "all that a norm reads times one number": ("streams",),
     "hidden units turned round": ("turned_units",),
+    "hidden units that never bend": ("saturated_units",),
     "everything": KINDS,
 }
 

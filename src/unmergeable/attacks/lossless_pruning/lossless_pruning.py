@@ -20,6 +20,7 @@ is refused; ``block_regression`` does not ask for any.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,13 +30,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from unmergeable.architecture import Architecture, Attention, detect
+from unmergeable.architecture.blocks import FeedForward
 from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS, Layers, blocks_in_order, layers_of
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.in_memory import in_memory
 from unmergeable.attacks.lossless_pruning.depth import live_blocks, renamed
 from unmergeable.attacks.lossless_pruning.stream_width import narrow_config, narrow_streams, widths
+from unmergeable.attacks.lossless_pruning.turned_units import largest_bias
 from unmergeable.attacks.lossless_pruning.vocabulary import TOKENIZER_FILES, reordered, token_order, vocabulary_axes
-from unmergeable.attacks.lossless_pruning.widths import prune_heads, prune_units, regroup_heads
+from unmergeable.attacks.lossless_pruning.widths import prune_heads, prune_units, regroup_heads, silence_units
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
 from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
@@ -188,6 +191,12 @@ class _Pruning:
         own = {name: self.release.tensor(name) for name in self.release.names}
         config, base = dict(self.release.config), self.base.config
         kind = str(config.get("model_type"))
+        activation = activation_of(self.base.config)
+        if activation is not None and any(len(ours) > len(theirs) for ours, theirs in self._layers):
+            usual = max(map(self._largest_bias, self.base_architecture.feed_forwards), default=math.inf)
+            for block in self.architecture.feed_forwards:  # or what is idle would seem to do something
+                size = block.size if self._sizes is None else self._sizes[1]
+                silence_units(state, own, block, size, activation, usual)
         for ours, theirs in self._layers:
             if len(ours) > len(theirs):
                 pattern = [isinstance(block, Attention) for block in blocks_in_order(self.base_architecture, theirs)]
@@ -210,9 +219,8 @@ class _Pruning:
                     f"{self.release.description}: it is not known what its config calls the width of its "
                     "feed-forwards; run block_regression instead."
                 )
-            activation = activation_of(self.base.config)
             for block in narrower.feed_forwards:
-                if not prune_units(state, own, block, self._sizes[1], activation):
+                if not prune_units(state, own, block, self._sizes[1], activation, self._largest_bias(block)):
                     raise self._refusal(f"hidden units of {block.name}")
             config[WIDTHS[kind]] = base.get(WIDTHS[kind])
         if self._groups is not None and self._groups[0] > self._groups[1]:
@@ -246,6 +254,13 @@ class _Pruning:
         home = Home(changed, freedoms_of(final, changed.names), kept, changed.tensor)
         dtypes = {name: torch_dtype(self.release.spec(name).dtype) for name in changed.names}
         return replace(changed, tensors={name: home.tensor(name).to(dtypes[name]) for name in changed.names})
+
+    def _largest_bias(self, block: FeedForward) -> float:
+        """Of the base's units in the same block."""
+        if block.gate is not None or block.up.bias is None or block.up.bias not in self.base.names:
+            return math.inf
+        neutral = Neutral(self.base, freedoms_of(self.base_architecture, self.base.names))
+        return largest_bias({name: neutral.tensor(name) for name in (block.up.weight, block.up.bias)}, block)
 
     def _refusal(self, what: str) -> Mismatch:
         return Mismatch(

@@ -11,12 +11,17 @@ alone. Of the units that are left the signs s are those with which they make up 
     sum_i s_i v_i (w_i x) = sum_j v_j (w_j x)               i: units left, j: all units
 
 least squares in s, whose normal equations are as many as there are units, whatever the width of the stream.
+
+A bias may keep a unit from ever bending: far below zero it puts out nothing, far above what it reads, and counts as
+twice the second part and none of the first. How far is far, the biases
+of the base's own units say, and of as many here as the base has: the scale of what they read may be another.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +36,9 @@ SAME = 1e-3
 NOTHING = 1e-5
 """Size of what a unit puts out, relative to the block's median unit, that counts as nothing."""
 
+FAR = 4.0
+"""Times the largest bias of the base's units, in units of their input weights, that nothing a unit reads outweighs."""
+
 UNEXPLAINED = 0.05
 """Of the second part, what signs may leave: rounding in half precision, of a thousand units fewer than one sign."""
 
@@ -41,7 +49,22 @@ def can_turn(activation: Callable[[Tensor], Tensor]) -> bool:
     return bool(torch.allclose(activation(places) - activation(-places), places, atol=1e-9))
 
 
-def turn_units_back(state: State, own: State, block: FeedForward, size: int) -> bool:
+def largest_bias(state: State, block: FeedForward, size: int | None = None) -> float:
+    """Of the units of a block without a gate, or of the ``size`` with the smallest, in units of their input weights."""
+    rows = _rows(state, block.up)
+    lengths = rows[:, :-1].norm(dim=1)
+    reads = lengths > NOTHING * lengths.max()
+    biases = torch.where(reads, rows[:, -1].abs() / lengths.clamp_min(1e-300), math.inf).sort().values
+    return float(biases[: int(reads.sum()) if size is None else size].amax()) if bool(reads.any()) else math.inf
+
+
+def far(state: State, block: FeedForward, size: int, usual: float) -> float:
+    """Biases beyond it keep a unit from bending: farther than those of the base's units, and than so many here."""
+    is_scaled = block.gate is None and block.up.bias is not None
+    return FAR * max(usual, largest_bias(state, block, size)) if is_scaled and math.isfinite(usual) else math.inf
+
+
+def turn_units_back(state: State, own: State, block: FeedForward, size: int, usual: float = math.inf) -> bool:
     """Leave ``size`` hidden units of a block that compute what all of them do, in place; False where there are none.
 
     Args:
@@ -49,8 +72,9 @@ def turn_units_back(state: State, own: State, block: FeedForward, size: int) -> 
         own: the same as the release has them.
         block: whose activation :func:`can_turn`.
         size: hidden units of the base.
+        usual: their :func:`largest_bias`.
     """
-    units = _Units.of(state, block)
+    units = _Units.of(state, block).saturated(far(state, block, size, usual))
     leaders, scales = _leaders(units, block)
     outputs = units.led_by(leaders, scales)
     amount = outputs.norm(dim=1) * units.beside.norm(dim=1)
@@ -62,7 +86,8 @@ def turn_units_back(state: State, own: State, block: FeedForward, size: int) -> 
     if signs is None:
         return False
     for side in (state, own):
-        _leave(side, block, _Units.of(side, block).led_by(leaders, scales), kept, signs)
+        own_units = replace(_Units.of(side, block), slopes=units.slopes)
+        _leave(side, block, own_units, own_units.led_by(leaders, scales), kept, signs)
     return True
 
 
@@ -74,18 +99,28 @@ class _Units:
         turned: the input weights whose sign the even part does not see.
         other: of a gated block what the gate is multiplied by, with biases as one more input; None of others.
         down: what units put out.
+        slopes: of units that never bend 0 or 2, of others 1.
     """
 
     turned: Tensor
     other: Tensor | None
     down: Tensor
+    slopes: Tensor
 
     @classmethod
     def of(cls, state: State, block: FeedForward) -> _Units:
         reading = block.up if block.gate is None else block.gate
         other = None if block.gate is None else _rows(state, block.up)
         down = state[block.down.weight].movedim(block.down.axis, 0).double()
-        return cls(_rows(state, reading), other, down)
+        return cls(_rows(state, reading), other, down, down.new_ones(len(down)))
+
+    def saturated(self, least: float) -> _Units:
+        """With the slopes of units whose bias is beyond ``least``, in units of their input weights."""
+        if self.other is not None or not math.isfinite(least):
+            return self
+        reach = least * self.turned[:, :-1].norm(dim=1)
+        bias = self.turned[:, -1]
+        return replace(self, slopes=torch.where(bias.abs() > reach, 1 + bias.sign(), 1.0).double())
 
     @property
     def beside(self) -> Tensor:
@@ -94,7 +129,13 @@ class _Units:
 
     def led_by(self, leaders: Tensor, scales: Tensor) -> Tensor:
         """What units put out together with those that are led by them; of others zero."""
-        return torch.zeros_like(self.down).index_add(0, leaders, scales[:, None] * self.down)
+        bends = (self.slopes == 1).double()
+        return torch.zeros_like(self.down).index_add(0, leaders, (bends * scales)[:, None] * self.down)
+
+    @property
+    def seconds(self) -> Tensor:
+        """What units put out, as it counts in the second part."""
+        return self.slopes[:, None] * self.down
 
     def second_parts(self, rows: Tensor) -> Tensor:
         """Scalar products of what units multiply their outputs by in the second part, [rows, units].
@@ -143,7 +184,7 @@ def _likeness(rows: Tensor) -> Tensor:
 def _signs(units: _Units, outputs: Tensor, kept: Tensor) -> Tensor | None:
     """Of the units ``kept``, 1 or -1 each, with ``outputs`` of all; None where no signs explain the second part."""
     parts = units.second_parts(kept)
-    of_all = (parts * (outputs[kept] @ units.down.T)).sum(1)
+    of_all = (parts * (outputs[kept] @ units.seconds.T)).sum(1)
     matrix = parts[:, kept] * (outputs[kept] @ outputs[kept].T)
     diagonal = matrix.diagonal()
     does = diagonal > NOTHING**2 * diagonal.median()
@@ -151,20 +192,19 @@ def _signs(units: _Units, outputs: Tensor, kept: Tensor) -> Tensor | None:
     signs = torch.where(does & (solved < 0), -1.0, 1.0).double()
     every = torch.arange(len(units.down))
     total = sum(
-        float((units.second_parts(rows) * (units.down[rows] @ units.down.T)).sum()) for rows in every.split(1024)
+        float((units.second_parts(rows) * (units.seconds[rows] @ units.seconds.T)).sum()) for rows in every.split(1024)
     )
     left = float(signs @ matrix @ signs - 2 * signs @ of_all) + total
     is_clear = bool(((solved.abs() - 1).abs()[does] < 0.5).all())
     return signs if is_clear and left <= UNEXPLAINED**2 * max(total, 0.0) else None
 
 
-def _leave(side: State, block: FeedForward, outputs: Tensor, kept: Tensor, signs: Tensor) -> None:
+def _leave(side: State, block: FeedForward, before: _Units, outputs: Tensor, kept: Tensor, signs: Tensor) -> None:
     """The units ``kept`` with these signs and outputs; a constant that they put out less goes into the output bias."""
     reading = block.up if block.gate is None else block.gate
-    before = _Units.of(side, block)
     bias = output_bias(block)
     if block.gate is None and reading.bias is not None and bias in side:
-        lacks = before.turned[:, -1] @ before.down - (signs * before.turned[kept, -1]) @ outputs[kept]
+        lacks = before.turned[:, -1] @ before.seconds - (signs * before.turned[kept, -1]) @ outputs[kept]
         side[bias] = (side[bias].double() + lacks / 2).to(side[bias].dtype)
     weight = side[reading.weight].movedim(reading.axis, 0)[kept]
     side[reading.weight] = (weight * signs.to(weight.dtype)[:, None]).movedim(0, reading.axis).contiguous()
