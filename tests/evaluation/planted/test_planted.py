@@ -41,7 +41,7 @@ EXPECTED = {
     "opt": GPT | DEEPER | {"saturated_units"},
     "opt-350m-like": BERT | WIDER | {"saturated_units"},
     "mixtral": RMS | {"router"},
-    "bert-embedding": BERT | DEEPER,
+    "bert-embedding": BERT | DEEPER | {"saturated_units"},
     "roberta": BERT | DEEPER | {"saturated_units"},
     "vit": GPT | DEEPER | {"saturated_units"},
     "dinov2": GPT | DEEPER | {"layer_scale", "saturated_units"},

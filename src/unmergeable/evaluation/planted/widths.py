@@ -14,7 +14,7 @@ from unmergeable.architecture.blocks import FeedForward, Heads, output_bias
 from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.gauge.additive import head_places
+from unmergeable.gauge.additive import freedoms_of, head_places
 from unmergeable.polynomials.layout import activation_of
 from unmergeable.randomness import Stream
 
@@ -62,10 +62,8 @@ def saturated_units(source: TensorSource, architecture: Architecture, stream: St
     units that are turned round, one for each, as in :func:`turned_units`. A norm bounds what a unit can read.
     """
     wider = _wider(source, architecture)
-    every = [norm for residual in architecture.residuals for norm in residual.norms]
-    norms = {axis.tensor: norm for norm in every for axis in norm.readers}
-    behind = {norm.then: norm for norm in every if norm.then}
-    norms |= {block.up.weight: behind[block.name] for block in architecture.feed_forwards if block.name in behind}
+    freedoms = freedoms_of(architecture, source.names)
+    norms = {reader.weight: norm for norm in freedoms.norms for reader in norm.readers}
     blocks = architecture.feed_forwards
     can = all(
         block.gate is None and block.up.bias is not None and output_bias(block) in source.names
@@ -79,7 +77,8 @@ def saturated_units(source: TensorSource, architecture: Architecture, stream: St
     for block in blocks:
         norm = norms[block.up.weight]
         gain = state[norm.gain].double() + norm.offset
-        shift = gain.new_zeros(len(gain)) if norm.bias is None else state[norm.bias].double()
+        bias = norm.bias or norm.scaled_bias
+        shift = gain.new_zeros(len(gain)) if bias is None else state[bias].double()
         _saturate(state, block, (gain, shift), added, stream.child(block.name))
     return MemorySource(state, {**source.config, **changes}, source.folder)
 
