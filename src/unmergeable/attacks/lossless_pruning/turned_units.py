@@ -30,8 +30,8 @@ from unmergeable.architecture.blocks import FeedForward, Heads, output_bias
 
 State = dict[str, Tensor]
 
-SAME = 1e-3
-"""How far from 1 the likeness of two units may be that read the same."""
+SAME = 1e-5
+"""How far from 1 the likeness of two units may be that read the same: rounding in half precision leaves 1e-6."""
 
 NOTHING = 1e-5
 """Size of what a unit puts out, relative to the block's median unit, that counts as nothing."""
@@ -182,21 +182,27 @@ def _likeness(rows: Tensor) -> Tensor:
 
 
 def _signs(units: _Units, outputs: Tensor, kept: Tensor) -> Tensor | None:
-    """Of the units ``kept``, 1 or -1 each, with ``outputs`` of all; None where no signs explain the second part."""
-    parts = units.second_parts(kept)
-    of_all = (parts * (outputs[kept] @ units.seconds.T)).sum(1)
-    matrix = parts[:, kept] * (outputs[kept] @ outputs[kept].T)
-    diagonal = matrix.diagonal()
-    does = diagonal > NOTHING**2 * diagonal.median()
-    solved = torch.linalg.solve(matrix + torch.diag(1e-12 * diagonal + 1e-300), of_all)
-    signs = torch.where(does & (solved < 0), -1.0, 1.0).double()
+    """Of the units ``kept``, 1 or -1 each, with ``outputs`` of all; None where no signs explain the second part.
+
+    Units that put out next to nothing, of which real networks have some, have any sign.
+    """
+    amounts = outputs[kept].norm(dim=1) * units.beside[kept].norm(dim=1)
+    does = amounts > NOTHING * amounts.median()
+    live = kept[does]
+    parts = units.second_parts(live)
+    of_all = (parts * (outputs[live] @ units.seconds.T)).sum(1)
+    matrix = parts[:, live] * (outputs[live] @ outputs[live].T)
+    solved = torch.linalg.solve(matrix + torch.diag(1e-12 * matrix.diagonal()), of_all)
+    found = torch.where(solved < 0, -1.0, 1.0).double()
     every = torch.arange(len(units.down))
     total = sum(
         float((units.second_parts(rows) * (units.seconds[rows] @ units.seconds.T)).sum()) for rows in every.split(1024)
     )
-    left = float(signs @ matrix @ signs - 2 * signs @ of_all) + total
-    is_clear = bool(((solved.abs() - 1).abs()[does] < 0.5).all())
-    return signs if is_clear and left <= UNEXPLAINED**2 * max(total, 0.0) else None
+    left = float(found @ matrix @ found - 2 * found @ of_all) + total
+    is_clear = bool(((solved.abs() - 1).abs() < 0.5).all())
+    if not is_clear or left > UNEXPLAINED**2 * max(total, 0.0):
+        return None
+    return torch.ones(len(kept), dtype=torch.float64).masked_scatter(does, found)
 
 
 def _leave(side: State, block: FeedForward, before: _Units, outputs: Tensor, kept: Tensor, signs: Tensor) -> None:

@@ -14,11 +14,15 @@ from torch import Tensor
 
 from unmergeable.architecture import Attention
 from unmergeable.architecture.blocks import FeedForward, Heads, output_bias
-from unmergeable.attacks.lossless_pruning.turned_units import NOTHING, SAME, can_turn, far, turn_units_back
+from unmergeable.attacks.lossless_pruning.turned_units import NOTHING, can_turn, far, turn_units_back
 from unmergeable.gauge.additive import head_places
 from unmergeable.polynomials.activations import Activation
 
 State = dict[str, Tensor]
+
+
+SAME = 1e-3
+"""How far from 1 the likeness of two units or heads may be that say the same; the most alike are taken first."""
 
 
 def prune_units(
@@ -41,8 +45,8 @@ def prune_units(
     up, down = rows[block.up.weight], state[block.down.weight].movedim(block.down.axis, 0).double().clone()
     outputs = down.norm(dim=1) * up.norm(dim=1)
     kept = torch.ones(block.size, dtype=torch.bool)
-    usual = outputs.sort(descending=True).values[:size].median()
-    idle = (outputs <= NOTHING * usual).nonzero().flatten().tolist()
+    median = outputs.sort(descending=True).values[:size].median()
+    idle = (outputs <= NOTHING * median).nonzero().flatten().tolist()
     kept[sorted(idle, key=lambda unit: float(outputs[unit]))[: block.size - size]] = False
     excess = int(kept.sum()) - size
     if excess:
