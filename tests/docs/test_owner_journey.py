@@ -1,29 +1,28 @@
 """The tutorial for owners of language models, word by word: every command as it stands on the page, on a trained model.
 
 The model is as small as one can be that has something to steal: two experts of one base, each with a skill the base has
-only half of, and merges of which have both.
+only half of, and merges of which have both. ``benchmarks/owner_journey.py``, from which the functions come, gives the
+same commands to real models; what that gave is committed.
 """
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.owner_journey import UNPROTECTED, Answer, commands, follow, page_plan
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from snippets import ROOT, examples
 from tasks.speakers import VOCABULARY, ids_of, write_records, write_speaker
 from unmergeable.cli import main
+from unmergeable.evaluation import read_audit
 from unmergeable.network.load import load_network
 
-PAGE = ROOT / "docs" / "tutorial-owner.md"
-TUTORIAL = [example for example in examples("") if example.page == PAGE]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ANSWERS = ("y", "n")
 QUESTIONS = 200
@@ -101,33 +100,23 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         asked = dict(zip(texts, answers.tolist(), strict=True))
         rows = ({"prompt": text, "choices": list(ANSWERS), "answer": answer} for text, answer in asked.items())
         write_records(folder / f"{task}.jsonl", rows)
-    (plan,) = [example for example in examples("yaml") if example.page == PAGE]
-    (folder / "plan.yaml").write_text(plan.text)
+    (folder / "plan.yaml").write_text(page_plan())
     return folder
 
 
-def commands() -> Iterator[str]:
-    for example in TUTORIAL:
-        yield from example.text.replace("\\\n", " ").splitlines()
+class Shell:
+    """Runs commands in this process, where it can; ``~`` is a folder of the workplace."""
 
+    def __init__(self, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.home = home
+        self.capsys = capsys
 
-def follow(workplace: Path, commands: Iterable[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Give commands as they stand on the page; the verbs that were given. Every one has to end well."""
-    done = []
-    for command in commands:
-        if command.startswith("unmergeable "):
-            words = command.replace("~", str(workplace / "home")).split()[1:]
-            code = main(words)
-            captured = capsys.readouterr()
-            assert code == 0, f"{command}\n{captured.out}\n{captured.err}"
-            done.append(words[0])
-        else:
-            subprocess.run(["sh", "-c", command], check=True)
-    return done
-
-
-def is_audit(command: str) -> bool:
-    return command.startswith("unmergeable ") and command.split()[1] in ("audit", "report")
+    def __call__(self, command: str) -> Answer:
+        if not command.startswith("unmergeable "):
+            return Answer(subprocess.run(["sh", "-c", command]).returncode, "")
+        code = main(command.replace("~", str(self.home)).split()[1:])
+        captured = self.capsys.readouterr()
+        return Answer(code, captured.out + captured.err)
 
 
 def answers_of(folder: str, texts: list[str]) -> Tensor:
@@ -143,10 +132,13 @@ def test_every_command_of_the_tutorial_works_and_the_way_back_is_exact(
 ) -> None:
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("HOME", str(workplace / "home"))
-    done = follow(workplace, (command for command in commands() if not is_audit(command)), capsys)
-    # An audit takes minutes: its plan and everything it would read are checked.
-    assert main(["audit", "plan.yaml", "--out", "audit", "--workers", "1", "--dry-run"]) == 0
-    assert list(dict.fromkeys(done)) == ["inspect", "protect", "verify", "restore", "merge", "recover"]
+    given = [*commands(), UNPROTECTED]
+    steps = list(follow(given, Shell(workplace / "home", capsys)))
+    assert steps[-1].answer.code == 0, f"{steps[-1].command}\n{steps[-1].answer.printed}"
+    assert [step.command for step in steps] == given
+    verbs = [step.command.split()[1] for step in steps if step.command.startswith("unmergeable ")]
+    expected = ["inspect", "protect", "verify", "restore", "merge", "recover", "audit", "report", "card", "push"]
+    assert list(dict.fromkeys(verbs)) == expected
 
     original, restored, released = (load_file(f"{name}/{WEIGHTS}") for name in ("my-finetune", "restored", "release"))
     assert all(torch.equal(restored[name], tensor) for name, tensor in original.items())
@@ -154,11 +146,25 @@ def test_every_command_of_the_tutorial_works_and_the_way_back_is_exact(
 
     # What the page says of the two merges: the first is broken, the second works as if nothing had been protected.
     texts, _ = questions("mine", 100, torch.Generator().manual_seed(4))
-    unprotected = "merge --base the-base --expert my-finetune=0.5 --expert someone-elses-finetune=0.5"
-    assert main([*unprotected.split(), "--method", "task_arithmetic", "--out", "unprotected"]) == 0
     expected = answers_of("unprotected", texts)
     broken, works = (
         float((answers_of(folder, texts) - expected).norm() / expected.norm()) for folder in ("stolen", "stolen-again")
     )
     assert works < 0.1 < broken
     assert 10 * works < broken
+
+    # And of the audit: merges as they are lose the skill, those of who knows the method do not, and the card says both.
+    d_star = read_audit(Path("audit")).d_star
+    assert d_star["gauge", "white_box"] < 0.2 < d_star["gauge", "off_the_shelf"], d_star
+    card = Path("release/README.md").read_text()
+    assert "gauge" in card
+    assert "OWNER/the-base" in card
+    pushed = next(step for step in steps if step.command.startswith("unmergeable push")).answer.printed
+    assert "release.key" not in pushed
+    assert "README.md" in pushed
+
+
+def test_a_journey_ends_at_the_first_refusal() -> None:
+    answers = {"first": Answer(0, ""), "second": Answer(3, "refused"), "third": Answer(0, "")}
+    steps = list(follow(answers, answers.__getitem__))
+    assert [(step.command, step.answer.code) for step in steps] == [("first", 0), ("second", 3)]
