@@ -4,7 +4,8 @@ A release may hold more than the base without computing more. Against the base's
 
     layers       blocks whose last or first weights are zero, together with the layers that they leave empty
     units        hidden units that put out nothing, or the same for every input, which the output bias takes over; of
-                 those that read alike all but one, which takes over their outputs
+                 those that read alike all but one, which takes over their outputs; of those that were turned round,
+                 what makes up for it
     heads        key-value heads, with their query heads, that add nothing, or whose keys and values span the same
                  spaces as another's; keys and values that query heads have each for themselves and share in the base
     streams      coordinates that nothing writes to, in this basis or, where the stream can be turned, in any
@@ -19,7 +20,8 @@ is refused; ``block_regression`` does not ask for any.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,21 +30,22 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from unmergeable.architecture import Architecture, Attention, detect
+from unmergeable.architecture.blocks import FeedForward
 from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS, Layers, blocks_in_order, layers_of
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.in_memory import in_memory
 from unmergeable.attacks.lossless_pruning.depth import live_blocks, renamed
 from unmergeable.attacks.lossless_pruning.stream_width import narrow_config, narrow_streams, widths
+from unmergeable.attacks.lossless_pruning.turned_units import largest_bias
 from unmergeable.attacks.lossless_pruning.vocabulary import TOKENIZER_FILES, reordered, token_order, vocabulary_axes
-from unmergeable.attacks.lossless_pruning.widths import prune_heads, prune_units, regroup_heads
+from unmergeable.attacks.lossless_pruning.widths import prune_heads, prune_units, regroup_heads, silence_units
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
 from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, Mismatch
 from unmergeable.gauge.additive import Neutral, freedoms_of
 from unmergeable.gauge.home import Home
-from unmergeable.polynomials.activations import ACTIVATIONS
-from unmergeable.polynomials.layout import LAYOUTS, activation_name
+from unmergeable.polynomials.layout import activation_of
 from unmergeable.progress import Progress, silent
 
 
@@ -188,6 +191,12 @@ class _Pruning:
         own = {name: self.release.tensor(name) for name in self.release.names}
         config, base = dict(self.release.config), self.base.config
         kind = str(config.get("model_type"))
+        activation = activation_of(self.base.config)
+        if activation is not None and any(len(ours) > len(theirs) for ours, theirs in self._layers):
+            usual = max(map(self._largest_bias, self.base_architecture.feed_forwards), default=math.inf)
+            for block in self.architecture.feed_forwards:  # or what is idle would seem to do something
+                size = block.size if self._sizes is None else self._sizes[1]
+                silence_units(state, own, block, size, activation, usual)
         for ours, theirs in self._layers:
             if len(ours) > len(theirs):
                 pattern = [isinstance(block, Attention) for block in blocks_in_order(self.base_architecture, theirs)]
@@ -211,7 +220,7 @@ class _Pruning:
                     "feed-forwards; run block_regression instead."
                 )
             for block in narrower.feed_forwards:
-                if not prune_units(state, own, block, self._sizes[1], _activation_of(self.base.config)):
+                if not prune_units(state, own, block, self._sizes[1], activation, self._largest_bias(block)):
                     raise self._refusal(f"hidden units of {block.name}")
             config[WIDTHS[kind]] = base.get(WIDTHS[kind])
         if self._groups is not None and self._groups[0] > self._groups[1]:
@@ -246,6 +255,13 @@ class _Pruning:
         dtypes = {name: torch_dtype(self.release.spec(name).dtype) for name in changed.names}
         return replace(changed, tensors={name: home.tensor(name).to(dtypes[name]) for name in changed.names})
 
+    def _largest_bias(self, block: FeedForward) -> float:
+        """Of the base's units in the same block."""
+        if block.gate is not None or block.up.bias is None or block.up.bias not in self.base.names:
+            return math.inf
+        neutral = Neutral(self.base, freedoms_of(self.base_architecture, self.base.names))
+        return largest_bias({name: neutral.tensor(name) for name in (block.up.weight, block.up.bias)}, block)
+
     def _refusal(self, what: str) -> Mismatch:
         return Mismatch(
             f"{self.release.description}: its {what} are more than the base's, and each of them does something; run "
@@ -255,13 +271,6 @@ class _Pruning:
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _activation_of(config: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
-    """Of the feed-forwards of a network; None where it is not known."""
-    layout = LAYOUTS.get(str(config.get("model_type")))
-    known = None if layout is None else ACTIVATIONS.get(activation_name(config, layout))
-    return None if known is None else known.value
 
 
 lossless_pruning = in_memory(LosslessPruning)
