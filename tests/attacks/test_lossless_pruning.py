@@ -27,7 +27,16 @@ from zoo import TOYS, load_toy, outputs
 TOLERANCE = 256 * torch.finfo(torch.float32).eps
 """The release is stored in float32, and what is traded there is some ten times the weights."""
 
-STRUCTURES = ("idle_layer", "split_layer", "wider_feed_forwards", "turned_units", "saturated_units", "more_heads")
+STRUCTURES = (
+    "idle_layer",
+    "split_layer",
+    "wider_feed_forwards",
+    "turned_units",
+    "saturated_units",
+    "more_heads",
+    "split_heads",
+    "wider_heads",
+)
 HIDDEN = (*STRUCTURES, *(kind for kind in KINDS if kind not in STRUCTURES and kind != "untied"))
 COVERING = ("llama", "bert-embedding", "dinov2", "t5")
 MORE = ("qwen3", "gemma2", "gpt2", "opt", "vit", "roberta", "flan-t5")

@@ -26,28 +26,29 @@ GPT = {"value_bias", "key_bias", "norm_bias", "norm_gain", "unseen_reading", "un
 BERT = {"value_bias", "key_bias", "norm_bias", "unseen_reading", "unseen_writing", "gauge", "scales"}
 RMS = {"norm_gain", "gauge", "scales"}
 WIDER = {"wider_feed_forwards", "turned_units"}
+HEADS = {"more_heads", "split_heads", "wider_heads"}
 DEEPER = {"idle_layer", "split_layer"} | WIDER
 
 UNSAID_EPSILON = {"opt", "opt-350m-like"}
 """Families whose config does not say what the norms add to the variance, so that streams cannot be scaled exactly."""
 
 EXPECTED = {
-    "llama": RMS | DEEPER | {"more_heads"},
-    "llama-bias-tied-mqa": RMS | DEEPER | {"more_heads", "untied", "value_bias"},
-    "qwen3": RMS | DEEPER | {"more_heads"},
-    "gemma2": RMS | DEEPER | {"more_heads", "untied"},
+    "llama": RMS | DEEPER | HEADS,
+    "llama-bias-tied-mqa": RMS | DEEPER | HEADS | {"untied", "value_bias"},
+    "qwen3": RMS | DEEPER | {"split_heads"} | {"more_heads"},
+    "gemma2": RMS | DEEPER | HEADS | {"untied"},
     "phi": GPT,
     "gpt2": GPT | DEEPER | {"saturated_units"},
     "opt": GPT | DEEPER | {"saturated_units"},
     "opt-350m-like": BERT | WIDER | {"saturated_units"},
     "mixtral": RMS | {"router"},
-    "bert-embedding": BERT | DEEPER,
+    "bert-embedding": BERT | DEEPER | {"saturated_units"},
     "roberta": BERT | DEEPER | {"saturated_units"},
     "vit": GPT | DEEPER | {"saturated_units"},
     "dinov2": GPT | DEEPER | {"layer_scale", "saturated_units"},
     "clip": GPT,
-    "t5": RMS | WIDER | {"more_heads"},
-    "flan-t5": RMS | WIDER | {"more_heads"},
+    "t5": RMS | WIDER | HEADS,
+    "flan-t5": RMS | WIDER | HEADS,
 }
 QUICK = ("llama-bias-tied-mqa", "bert-embedding", "dinov2", "t5")
 

@@ -6,8 +6,9 @@ A release may hold more than the base without computing more. Against the base's
     units        hidden units that put out nothing, or the same for every input, which the output bias takes over; of
                  those that read alike all but one, which takes over their outputs; of those that were turned round,
                  what makes up for it
-    heads        key-value heads, with their query heads, that add nothing, or whose keys and values span the same
-                 spaces as another's; keys and values that query heads have each for themselves and share in the base
+    heads        key-value heads, with their query heads, that add nothing; of those with the same scores all but one,
+                 which adds what all of them do; coordinates of a head that nothing goes through, in any basis;
+                 keys and values that query heads have each for themselves and share in the base
     streams      coordinates that nothing writes to, in this basis or, where the stream can be turned, in any
     tokens       rows of tokens that the base does not have; those of the others in the base's order, by the two
                  ``tokenizer.json``, the base's of which is written
@@ -35,6 +36,7 @@ from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS, Layers, blocks_
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.in_memory import in_memory
 from unmergeable.attacks.lossless_pruning.depth import live_blocks, renamed
+from unmergeable.attacks.lossless_pruning.head_forms import HeadShape, State, rebuild_heads
 from unmergeable.attacks.lossless_pruning.stream_width import narrow_config, narrow_streams, widths
 from unmergeable.attacks.lossless_pruning.turned_units import largest_bias
 from unmergeable.attacks.lossless_pruning.vocabulary import TOKENIZER_FILES, reordered, token_order, vocabulary_axes
@@ -153,6 +155,14 @@ class _Pruning:
         return (groups, wanted) if members == same else None
 
     @cached_property
+    def _head_sizes(self) -> tuple[int, int] | None:
+        """Coordinates of the release's heads and the base's, where all are alike."""
+        ours, theirs = (
+            {block.value_size for block in s.attentions} for s in (self.architecture, self.base_architecture)
+        )
+        return (ours.pop(), theirs.pop()) if len(ours) == len(theirs) == 1 and self._groups is not None else None
+
+    @cached_property
     def _streams(self) -> tuple[int, int] | None:
         return widths(self.architecture, self.base_architecture)
 
@@ -177,6 +187,7 @@ class _Pruning:
             ("hidden units in each block", self._sizes),
             ("key-value heads in each block", self._groups),
             ("key-value heads for the same queries", self._shared),
+            ("coordinates in each head", self._head_sizes),
         ]
         more = [f"{pair[0] - pair[1]} {what}" for what, pair in pairs if pair is not None and pair[0] > pair[1]]
         return (*more, *(["another order of the vocabulary"] if self._tokens is not None else []))
@@ -223,14 +234,13 @@ class _Pruning:
                 if not prune_units(state, own, block, self._sizes[1], activation, self._largest_bias(block)):
                     raise self._refusal(f"hidden units of {block.name}")
             config[WIDTHS[kind]] = base.get(WIDTHS[kind])
-        if self._groups is not None and self._groups[0] > self._groups[1]:
+        if self._heads_differ:
             tables = {name: heads.bias_tensor for heads in narrower.shared_heads for name in heads.blocks}
-            for table in sorted({tables.get(block.name, "") for block in narrower.attentions}):
-                together = [block for block in narrower.attentions if tables.get(block.name, "") == table]
-                if not prune_heads(state, own, together, self._groups[1], table or None):
-                    raise self._refusal("heads")
+            for together in _sharing(narrower.attentions, tables):
+                self._put_heads_together(state, own, together, tables.get(together[0].name), config)
             for key in filter(None, HEAD_COUNTS.get(kind, ())):
                 config[key] = base.get(key, config.get(key))
+            config |= {key: base.get(key) for key in HEAD_COUNTS.get(kind, ())[2:]}
         if self._shared is not None:
             for attention in narrower.attentions:
                 if not regroup_heads(state, own, attention, self._shared[1]):
@@ -255,6 +265,22 @@ class _Pruning:
         dtypes = {name: torch_dtype(self.release.spec(name).dtype) for name in changed.names}
         return replace(changed, tensors={name: home.tensor(name).to(dtypes[name]) for name in changed.names})
 
+    def _put_heads_together(
+        self, state: State, own: State, blocks: Sequence[Attention], table: str | None, config: Mapping[str, Any]
+    ) -> None:
+        """The base's heads for blocks that share ``table``, in place."""
+        ours = HeadShape.of(blocks[0], config)
+        theirs = HeadShape.of(self.base_architecture.attentions[0], self.base.config)
+        if rebuild_heads(state, own, blocks, ours, theirs, table):
+            return
+        if ours.size != theirs.size or not prune_heads(state, own, blocks, theirs.groups, table):
+            raise self._refusal("heads")
+
+    @property
+    def _heads_differ(self) -> bool:
+        """Whether there are more heads than the base has, or larger ones."""
+        return any(pair is not None and pair[0] > pair[1] for pair in (self._groups, self._head_sizes))
+
     def _largest_bias(self, block: FeedForward) -> float:
         """Of the base's units in the same block."""
         if block.gate is not None or block.up.bias is None or block.up.bias not in self.base.names:
@@ -267,6 +293,12 @@ class _Pruning:
             f"{self.release.description}: its {what} are more than the base's, and each of them does something; run "
             "block_regression, which asks for no structure."
         )
+
+
+def _sharing(blocks: Sequence[Attention], tables: Mapping[str, str]) -> list[list[Attention]]:
+    """Blocks that share a table of position biases together, all others by themselves."""
+    shared = [[block for block in blocks if tables.get(block.name) == table] for table in sorted({*tables.values()})]
+    return [*filter(None, shared), *([block] for block in blocks if block.name not in tables)]
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

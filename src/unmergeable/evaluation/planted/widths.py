@@ -1,20 +1,19 @@
-"""Wider feed-forwards and more heads: copies that share what the original puts out, and units that put out nothing."""
+"""Wider feed-forwards: copies that share what the original puts out, and units that make up for one another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unmergeable.architecture import Architecture, Attention
+from unmergeable.architecture import Architecture
 from unmergeable.architecture.blocks import FeedForward, Heads, output_bias
-from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS
+from unmergeable.architecture.layers import WIDTHS
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.gauge.additive import head_places
+from unmergeable.gauge.additive import freedoms_of
 from unmergeable.polynomials.layout import activation_of
 from unmergeable.randomness import Stream
 
@@ -62,10 +61,8 @@ def saturated_units(source: TensorSource, architecture: Architecture, stream: St
     units that are turned round, one for each, as in :func:`turned_units`. A norm bounds what a unit can read.
     """
     wider = _wider(source, architecture)
-    every = [norm for residual in architecture.residuals for norm in residual.norms]
-    norms = {axis.tensor: norm for norm in every for axis in norm.readers}
-    behind = {norm.then: norm for norm in every if norm.then}
-    norms |= {block.up.weight: behind[block.name] for block in architecture.feed_forwards if block.name in behind}
+    freedoms = freedoms_of(architecture, source.names)
+    norms = {reader.weight: norm for norm in freedoms.norms for reader in norm.readers}
     blocks = architecture.feed_forwards
     can = all(
         block.gate is None and block.up.bias is not None and output_bias(block) in source.names
@@ -79,7 +76,8 @@ def saturated_units(source: TensorSource, architecture: Architecture, stream: St
     for block in blocks:
         norm = norms[block.up.weight]
         gain = state[norm.gain].double() + norm.offset
-        shift = gain.new_zeros(len(gain)) if norm.bias is None else state[norm.bias].double()
+        bias = norm.bias or norm.scaled_bias
+        shift = gain.new_zeros(len(gain)) if bias is None else state[bias].double()
         _saturate(state, block, (gain, shift), added, stream.child(block.name))
     return MemorySource(state, {**source.config, **changes}, source.folder)
 
@@ -113,7 +111,7 @@ def _widen(state: dict[str, Tensor], block: FeedForward, added: int, stream: Str
     is_idle = torch.from_numpy(stream.child("idle").uniform(added)) < 0.5
     order = torch.from_numpy(stream.child("order").permutations(1, block.size + added)[0])
     for heads in (block.gate, block.up):
-        for name, axis in _stored(heads):
+        for name, axis in stored(heads):
             rows = state[name].movedim(axis, 0)
             more = rows[copied].clone()
             noise = torch.from_numpy(stream.child(name).normal(*more.shape)) * float(
@@ -139,8 +137,8 @@ def _turn(state: dict[str, Tensor], block: FeedForward, added: int, stream: Stre
     if block.gate is None:
         drawn = torch.from_numpy(stream.child("mixing").normal(len(turned), len(turned)))
         mixing = torch.linalg.qr(drawn).Q
-    ours = dict(_stored(reading))
-    others = dict(_stored(block.up if block.gate is not None else None))
+    ours = dict(stored(reading))
+    others = dict(stored(block.up if block.gate is not None else None))
     for name, axis in {**ours, **others}.items():
         rows = state[name].movedim(axis, 0).double()
         # What is squashed in a pair: the sum that the units lack; of a gated block what the gate was multiplied by.
@@ -203,75 +201,8 @@ def _counterpart(name: str, ours: Mapping[str, int], others: Mapping[str, int]) 
     return values[gates.index(name)] if name in ours else gates[values.index(name)]
 
 
-def _stored(heads: Heads | None) -> Iterable[tuple[str, int]]:
+def stored(heads: Heads | None) -> Iterable[tuple[str, int]]:
     """The tensors along which heads or units lie, each with its axis."""
     if heads is None:
         return ()
     return ((heads.weight, heads.axis),) if heads.bias is None else ((heads.weight, heads.axis), (heads.bias, 0))
-
-
-@dataclass(frozen=True)
-class _Side:
-    """Heads of one projection: ``members`` of ``size`` coordinates in a group."""
-
-    heads: Heads
-    members: int
-    size: int
-
-
-def more_heads(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
-    """Every attention with more key-value heads: copies, with their query heads, that share the output."""
-    keys = HEAD_COUNTS.get(str(source.config.get("model_type")))
-    blocks = architecture.attentions
-    if keys is None or len({(block.groups, block.members) for block in blocks}) != 1 or not _are_plain(source, blocks):
-        return None
-    queries, groups, size = keys
-    first = blocks[0]
-    width = source.config.get("hidden_size", 0)
-    # transformers refuses a number of heads that does not divide the width, whatever their size.
-    added = next(n for n in range(1, first.groups + 1) if width % (first.members * (first.groups + n)) == 0)
-    state = {name: source.tensor(name) for name in source.names}
-    tables = {name: heads.bias_tensor for heads in architecture.shared_heads for name in heads.blocks}
-    # Where a table of position biases belongs to the heads, all blocks copy the same ones.
-    shared = stream.child("copied")
-    for block in blocks:
-        drawn = shared if tables else stream.child(block.name)
-        copied = torch.from_numpy(drawn.permutations(1, block.groups)[0])[:added]
-        _add_heads(state, block, copied, stream.child(block.name))
-    for table in set(tables.values()):
-        copied = torch.from_numpy(shared.permutations(1, first.groups)[0])[:added]
-        state[table] = torch.cat([state[table], state[table][:, copied]], dim=1).contiguous()
-    changes = {queries: first.members * (first.groups + added), size: first.value_size}
-    if groups is not None:
-        changes[groups] = first.groups + added
-    return MemorySource(state, {**source.config, **changes}, source.folder)
-
-
-def _are_plain(source: TensorSource, blocks: Iterable[Attention]) -> bool:
-    """Whether each projection holds its heads side by side and nothing else, and norms do not tell heads apart."""
-    for block in blocks:
-        sides = [*((part.query, block.members) for part in block.parts), *((part.key, 1) for part in block.parts)]
-        for heads, members in (*sides, (block.value, 1), (block.output, block.members)):
-            rows = source.spec(heads.weight).shape[heads.axis]
-            if rows != block.groups * members * block.value_size or heads.group_stride != members * block.value_size:
-                return False
-        if len(block.parts) != 1 or (block.norm is not None and (block.norm.scope == "full" or block.norm.gain_axis)):
-            return False
-    return True
-
-
-def _add_heads(state: dict[str, Tensor], block: Attention, copied: Tensor, stream: Stream) -> None:
-    (part,) = block.parts
-    size, members = block.value_size, block.members
-    for side in (_Side(part.query, members, size), _Side(part.key, 1, size), _Side(block.value, 1, size)):
-        places = head_places(side.heads, block.groups, side.members, size)[copied].flatten()
-        for name, axis in _stored(side.heads):
-            rows = state[name].movedim(axis, 0)
-            state[name] = torch.cat([rows, rows[places]]).movedim(0, axis).contiguous()
-    weight, axis = block.output.weight, block.output.axis
-    places = head_places(block.output, block.groups, members, size)[copied].flatten()
-    rows = state[weight].movedim(axis, 0).double()
-    share = torch.from_numpy(0.2 + 0.6 * stream.child("share").uniform(len(copied))).repeat_interleave(members * size)
-    more = rows[places] * share[:, None]
-    wide = torch.cat([rows.index_add(0, places, -more), more]).movedim(0, axis)
-    state[weight] = wide.contiguous().to(state[weight].dtype)
