@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from tasks.speakers import VOCABULARY, ids_of, write_records, write_speaker
 from unmergeable.cli import main
-from unmergeable.evaluation import read_audit
 from unmergeable.network.load import load_network
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -167,26 +166,6 @@ def test_every_command_of_the_tutorial_works_and_the_way_back_is_exact(
     )
     assert works < 0.1 < broken
     assert 10 * works < broken
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the control planted_structure of attacker quick-1 is not undone on this network: the audit is invalid",
-)
-def test_the_audit_of_the_tutorial_is_valid_and_the_card_tells_of_it(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(workplace)
-    monkeypatch.setenv("HOME", str(workplace / "home"))
-    made = [] if Path("release").exists() else [line for line in commands() if verb(line) == "protect"][1:2]
-    answered([*made, *(line for line in commands() if verb(line) in NEEDS_THE_AUDIT)], Shell(Path("home"), capsys))
-    d_star = read_audit(Path("audit")).d_star
-    assert d_star["gauge", "white_box"] < 0.2 < d_star["gauge", "off_the_shelf"], d_star
-    card = Path("release/README.md").read_text()
-    assert "gauge" in card
-    assert "OWNER/the-base" in card
 
 
 def test_a_journey_ends_at_the_first_refusal() -> None:
