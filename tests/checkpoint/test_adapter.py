@@ -235,7 +235,11 @@ def test_the_adapter_that_is_spoiled_is_good(base: Checkpoint, tmp_path: Path) -
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "another kind": ({"peft_type": "IA3"}, "type IA3: only LORA, .* can be merged here; merge it with peft first"),
-    "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, "only LORA"),
+    "prompt tuning": (
+        {"peft_type": "PROMPT_TUNING"},
+        "trained vectors before the input, which no weights of the base do, .*; train one of type LORA instead",
+    ),
+    "a kind that is no text": ({"peft_type": ["LORA"]}, "only LORA"),
     "VeRA without projections": (
         {"peft_type": "VERA", "lora_alpha": None, "save_projection": False},
         "save_projection=True",

@@ -1,29 +1,27 @@
 """The tutorial for owners of language models, word by word: every command as it stands on the page, on a trained model.
 
 The model is as small as one can be that has something to steal: two experts of one base, each with a skill the base has
-only half of, and merges of which have both.
+only half of, and merges of which have both. ``benchmarks/owner_journey.py``, from which the functions come, gives the
+same commands to real models; what that gave is committed.
 """
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.owner_journey import UNPROTECTED, Answer, Step, commands, follow, page_plan
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from snippets import ROOT, examples
 from tasks.speakers import VOCABULARY, ids_of, write_records, write_speaker
 from unmergeable.cli import main
 from unmergeable.network.load import load_network
 
-PAGE = ROOT / "docs" / "tutorial-owner.md"
-TUTORIAL = [example for example in examples("") if example.page == PAGE]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ANSWERS = ("y", "n")
 QUESTIONS = 200
@@ -101,33 +99,23 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         asked = dict(zip(texts, answers.tolist(), strict=True))
         rows = ({"prompt": text, "choices": list(ANSWERS), "answer": answer} for text, answer in asked.items())
         write_records(folder / f"{task}.jsonl", rows)
-    (plan,) = [example for example in examples("yaml") if example.page == PAGE]
-    (folder / "plan.yaml").write_text(plan.text)
+    (folder / "plan.yaml").write_text(page_plan())
     return folder
 
 
-def commands() -> Iterator[str]:
-    for example in TUTORIAL:
-        yield from example.text.replace("\\\n", " ").splitlines()
+class Shell:
+    """Runs commands in this process, where it can; ``~`` is a folder of the workplace."""
 
+    def __init__(self, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.home = home
+        self.capsys = capsys
 
-def follow(workplace: Path, commands: Iterable[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Give commands as they stand on the page; the verbs that were given. Every one has to end well."""
-    done = []
-    for command in commands:
-        if command.startswith("unmergeable "):
-            words = command.replace("~", str(workplace / "home")).split()[1:]
-            code = main(words)
-            captured = capsys.readouterr()
-            assert code == 0, f"{command}\n{captured.out}\n{captured.err}"
-            done.append(words[0])
-        else:
-            subprocess.run(["sh", "-c", command], check=True)
-    return done
-
-
-def is_audit(command: str) -> bool:
-    return command.startswith("unmergeable ") and command.split()[1] in ("audit", "report")
+    def __call__(self, command: str) -> Answer:
+        if not command.startswith("unmergeable "):
+            return Answer(subprocess.run(["sh", "-c", command]).returncode, "")
+        code = main(command.replace("~", str(self.home)).split()[1:])
+        captured = self.capsys.readouterr()
+        return Answer(code, captured.out + captured.err)
 
 
 def answers_of(folder: str, texts: list[str]) -> Tensor:
@@ -138,15 +126,33 @@ def answers_of(folder: str, texts: list[str]) -> Tensor:
     return logits[:, [ids_of(answer)[0] for answer in ANSWERS]]
 
 
+def answered(given: list[str], shell: Shell) -> list[Step]:
+    """Every command has to end well."""
+    steps = list(follow(given, shell))
+    assert steps[-1].answer.code == 0, f"{steps[-1].command}\n{steps[-1].answer.printed}"
+    assert [step.command for step in steps] == given
+    return steps
+
+
+def verb(command: str) -> str:
+    return command.split()[1] if command.startswith("unmergeable ") else ""
+
+
+NEEDS_THE_AUDIT = ("audit", "report", "card")
+
+
 def test_every_command_of_the_tutorial_works_and_the_way_back_is_exact(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("HOME", str(workplace / "home"))
-    done = follow(workplace, (command for command in commands() if not is_audit(command)), capsys)
-    # An audit takes minutes: its plan and everything it would read are checked.
+    given = [command for command in commands() if verb(command) not in NEEDS_THE_AUDIT]
+    steps = answered([*given, UNPROTECTED], Shell(workplace / "home", capsys))
+    # The audit takes longer: its plan and everything it would read are checked.
     assert main(["audit", "plan.yaml", "--out", "audit", "--workers", "1", "--dry-run"]) == 0
-    assert list(dict.fromkeys(done)) == ["inspect", "protect", "verify", "restore", "merge", "recover"]
+    verbs = list(dict.fromkeys(filter(None, map(verb, given))))
+    assert verbs == ["inspect", "protect", "verify", "restore", "merge", "recover", "push"]
+    assert "release.key" not in next(step for step in steps if verb(step.command) == "push").answer.printed
 
     original, restored, released = (load_file(f"{name}/{WEIGHTS}") for name in ("my-finetune", "restored", "release"))
     assert all(torch.equal(restored[name], tensor) for name, tensor in original.items())
@@ -154,11 +160,15 @@ def test_every_command_of_the_tutorial_works_and_the_way_back_is_exact(
 
     # What the page says of the two merges: the first is broken, the second works as if nothing had been protected.
     texts, _ = questions("mine", 100, torch.Generator().manual_seed(4))
-    unprotected = "merge --base the-base --expert my-finetune=0.5 --expert someone-elses-finetune=0.5"
-    assert main([*unprotected.split(), "--method", "task_arithmetic", "--out", "unprotected"]) == 0
     expected = answers_of("unprotected", texts)
     broken, works = (
         float((answers_of(folder, texts) - expected).norm() / expected.norm()) for folder in ("stolen", "stolen-again")
     )
     assert works < 0.1 < broken
     assert 10 * works < broken
+
+
+def test_a_journey_ends_at_the_first_refusal() -> None:
+    answers = {"first": Answer(0, ""), "second": Answer(3, "refused"), "third": Answer(0, "")}
+    steps = list(follow(answers, answers.__getitem__))
+    assert [(step.command, step.answer.code) for step in steps] == [("first", 0), ("second", 3)]

@@ -55,12 +55,34 @@ _WITHOUT_EFFECT: Mapping[Kind, frozenset[str]] = {
     "LN_TUNING": frozenset(),
 }
 # fmt: on
-_REASONS = {
+_REASONS = {"use_effective_conv2d": "it stores kernels as a product of four factors"}
+
+# What peft refuses to merge, or merges (X-LoRA, replicated layers) into what does not compute what the adapter does.
+_NO_WEIGHTS_OF_SETTINGS = {
     "alora_invocation_tokens": "an activated LoRA applies to some tokens only",
+    "arrow_config": "it chooses among adapters by the input",
     "layer_replication": "it changes the number of layers",
-    "use_qalora": "it pools the input",
-    "use_effective_conv2d": "it stores kernels as a product of four factors",
+    "use_qalora": "it pools the input of quantised layers",
 }
+_VECTORS = "it puts trained vectors before the input"
+_KEYS_AND_VALUES = "it puts trained keys and values before those of the input"
+_NO_WEIGHTS_OF_KINDS = {
+    "ADAPTION_PROMPT": "it attends to a trained prompt as well",
+    "CARTRIDGE": _KEYS_AND_VALUES,
+    "CPT": _VECTORS,
+    "LILY": "it mixes its updates by the input",
+    "MULTITASK_PROMPT_TUNING": _VECTORS,
+    "POLY": "it mixes its updates by the task",
+    "PREFIX_TUNING": _KEYS_AND_VALUES,
+    "PROMPT_TUNING": _VECTORS,
+    "P_TUNING": _VECTORS,
+    "SHADOW": "it runs a second network beside the layers",
+    "XLORA": "it mixes its updates by the input",
+}
+_NOT_BY_PEFT_EITHER = "which no weights of the base do, so that peft cannot merge it either"
+
+_REASONS_OF_KINDS = {"BEFT": "it trains biases, which peft can merge only where the base has them; "}
+
 # These start from a changed base (W minus the initial B A), which is not the base on disk. The others only choose
 # where training starts.
 _INITS_KEEPING_BASE = ("gaussian", "eva", "orthogonal", "mica")
@@ -143,9 +165,14 @@ class AdapterSettings:
 def _kind(config: Any, where: str) -> Kind:
     kind: Any = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in get_args(Kind):
+        named = f"{where}: adapter of type {str(kind)[:100]}:"
+        if str(kind) in _NO_WEIGHTS_OF_KINDS:
+            raise CheckpointError(
+                f"{named} {_NO_WEIGHTS_OF_KINDS[str(kind)]}, {_NOT_BY_PEFT_EITHER}; train one of type LORA instead."
+            )
         known = ", ".join(get_args(Kind))
-        raise CheckpointError(f"{where}: adapter of type {str(kind)[:100]}: only {known} can be merged here; "
-                              f"{MERGE_WITH_PEFT}.")  # fmt: skip
+        reason = _REASONS_OF_KINDS.get(str(kind), "")
+        raise CheckpointError(f"{named} {reason}only {known} can be merged here; {MERGE_WITH_PEFT}.")
     result: Kind = kind
     return result
 
@@ -153,6 +180,11 @@ def _kind(config: Any, where: str) -> Kind:
 def _require_known(config: Mapping[str, Any], kind: Kind, where: str) -> None:
     known = _OF_EVERY_KIND | _WITHOUT_EFFECT[kind]
     for key, value in config.items():
+        if value and key in _NO_WEIGHTS_OF_SETTINGS:
+            raise CheckpointError(
+                f"{where}: setting {key}: {_NO_WEIGHTS_OF_SETTINGS[key]}, {_NOT_BY_PEFT_EITHER}; train an adapter "
+                "without it."
+            )
         if value and key not in known:
             reason = _REASONS.get(key, "this version does not know what it does")
             raise CheckpointError(f"{where}: setting {key[:100]}: {reason}; {MERGE_WITH_PEFT}.")
