@@ -117,6 +117,15 @@ def test_a_network_with_other_flags_is_refused() -> None:
             architecture_of(derived, {**CONFIG, **refused}, names)
 
 
+def test_a_flag_that_classes_set_differently_is_accepted_as_either() -> None:
+    derived = replace(granite(), flags={"is_decoder": [False, True], "kind": ["a", "b"]})
+    names = Names(shapes())
+    for accepted in ({"is_decoder": True}, {"is_decoder": False}, {"kind": "b"}):
+        assert architecture_of(derived, {**CONFIG, **accepted}, names).attentions
+    with pytest.raises(UnsupportedArchitecture, match=r"^config\.json: kind is 'ab'"):
+        architecture_of(derived, {**CONFIG, "kind": "ab"}, names)
+
+
 def test_settings_of_a_tower_count_only_where_the_map_changes_one() -> None:
     flags = {"vision_config.hidden_act": "relu", "projector_bias": True}
     config = {**CONFIG, "vision_config": {"hidden_act": "gelu"}, "projector_bias": False}
