@@ -102,6 +102,12 @@ def test_a_tensor_beside_a_blocks_own_is_refused_and_one_elsewhere_is_copied() -
     assert extra not in detect(CONFIG, {**shapes(), extra: (4,)}).symmetry.legs
 
 
+def test_rotary_coordinates_that_are_no_pairs_are_refused() -> None:
+    assert detect({**CONFIG, "hidden_size": 40}, shapes(head=4)).attentions
+    with pytest.raises(UnsupportedArchitecture, match=r"q_proj\.weight: config\.json implies 3 coordinates that go in"):
+        detect({**CONFIG, "hidden_size": 30}, shapes(head=3))
+
+
 def test_another_network_under_the_name_is_refused() -> None:
     with pytest.raises(UnsupportedArchitecture, match="none of the blocks"):
         detect({"model_type": "granite"}, {"transformer.wte.weight": (99, 40)})

@@ -259,7 +259,12 @@ class _Reader:
         self.scope["columns"] = self.length(data["output"])
         value_size = self.value("value_size", data["value_size"])
         for index, part in enumerate(data["parts"]):
-            self.value(f"part_{index}", part["size"])
+            size = self.value(f"part_{index}", part["size"])
+            if size % 2 and (part["rotary"] or data.get("norm")):
+                raise UnsupportedArchitecture(
+                    f"tensor {self.name(part['query']['weight'])}: config.json implies {size} coordinates that go in "
+                    "pairs; config.json and weights do not belong together."
+                )
         self.scope["query_size"] = sum(self.scope[f"part_{index}"] for index in range(len(data["parts"])))
         parts = [
             ScorePart(
