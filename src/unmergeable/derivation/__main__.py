@@ -112,9 +112,9 @@ def ship(out: Path) -> None:
     for task in TASKS:
         for kind, known in levels(task).items():
             if known == "none":
-                outcome = outcomes[task].get(kind)
+                tried = outcomes[task].get(kind)
                 told = before.get(task, {}).get(kind, "not tried")
-                reasons.setdefault(task, {})[kind] = short(outcome) if outcome else told
+                reasons.setdefault(task, {})[kind] = short(tried) if tried else told
             elif known == "part":
                 reasons.setdefault(task, {})[kind] = short(best.get(kind) or _known(kind))
     (package / "derivation" / "unsupported.json").write_text(json.dumps(reasons, indent=1) + "\n", "utf-8")
