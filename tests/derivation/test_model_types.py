@@ -155,3 +155,13 @@ def test_a_norm_before_positions_on_a_part_of_each_head_is_found() -> None:
     assert block.norm is not None
     assert (block.norm.kind, block.norm.scope, block.norm.offset) == ("rms", "head", 1.0)
     assert [(part.size, part.rotary) for part in block.parts] == [(4, "half"), (12, None)]
+
+
+@pytest.mark.parametrize("kind", ["PixArtTransformer2DModel", "DiTTransformer2DModel"])
+def test_small_images_have_more_than_one_token(kind: str) -> None:
+    """Of a single token the attention is no choice, and nothing shows what its queries and keys let through."""
+    small = shrunken(default_config(kind))
+    assert (small["sample_size"] // small["patch_size"]) ** 2 > 1
+    derived = known_map(kind)
+    assert derived is not None
+    assert all(template["parts"] for template in derived.attentions)
