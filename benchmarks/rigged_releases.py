@@ -54,6 +54,8 @@ RELEASES: Mapping[str, tuple[str, ...]] = {
     "output head apart": ("untied",),
     "every basis": ("gauge",),
     "all that a norm reads times one number": ("streams",),
+    "hidden units turned round": ("turned_units",),
+    "hidden units that never bend": ("saturated_units",),
     "everything": KINDS,
 }
 

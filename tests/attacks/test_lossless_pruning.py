@@ -16,16 +16,27 @@ from attacks.planted import Build, Network
 from unmergeable import ops
 from unmergeable.architecture import detect
 from unmergeable.attacks import Inputs, LosslessPruning, NearestOrbit, lossless_pruning
+from unmergeable.attacks.lossless_pruning import turned_units
 from unmergeable.attacks.prepared import prepared
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import Mismatch
 from unmergeable.evaluation.planted import KINDS, planted
+from unmergeable.polynomials.activations import ACTIVATIONS
 from zoo import TOYS, load_toy, outputs
 
 TOLERANCE = 256 * torch.finfo(torch.float32).eps
 """The release is stored in float32, and what is traded there is some ten times the weights."""
 
-STRUCTURES = ("idle_layer", "split_layer", "wider_feed_forwards", "more_heads")
+STRUCTURES = (
+    "idle_layer",
+    "split_layer",
+    "wider_feed_forwards",
+    "turned_units",
+    "saturated_units",
+    "more_heads",
+    "split_heads",
+    "wider_heads",
+)
 HIDDEN = (*STRUCTURES, *(kind for kind in KINDS if kind not in STRUCTURES and kind != "untied"))
 COVERING = ("llama", "bert-embedding", "dinov2", "t5")
 MORE = ("qwen3", "gemma2", "gpt2", "opt", "vit", "roberta", "flan-t5")
@@ -302,3 +313,28 @@ def test_in_memory(network: Build) -> None:
     assert result.config["num_hidden_layers"] == config["num_hidden_layers"]
     shapes = {key: tuple(tensor.shape) for key, tensor in result.state_dict.items()}
     assert detect(result.config, shapes).family == toy.architecture.family
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_units_that_were_turned_round_come_back_from_half_precision(
+    name: str, network: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signs are told apart through roundings a hundred times as large as what tells float32 apart."""
+    toy = network(name)
+    expected = output(name, toy.expert(0.1), tmp_path / "expert")
+    exact, done = released(toy, ("turned_units",))
+    assert done == ("turned_units",)
+    release = MemorySource({key: tensor.bfloat16() for key, tensor in exact.tensors.items()}, exact.config)
+    rounded = output(name, MemorySource(dict(release.tensors), release.config), tmp_path / "release") - expected
+    gap = output(name, pruned(toy, release), tmp_path / "pruned") - expected
+    assert float(gap.norm()) <= 2 * float(rounded.norm()), "the roundings of the release, and of what comes back"
+    # Control: the same units, all with the sign they came with, are another network.
+    monkeypatch.setattr(turned_units, "_signs", lambda units, outputs, kept: torch.ones(len(kept)).double())
+    wrong = output(name, pruned(toy, exact), tmp_path / "wrong") - expected
+    assert float(wrong.norm()) > 20 * float(gap.norm())
+
+
+def test_every_known_activation_lets_units_turn() -> None:
+    for name, activation in ACTIVATIONS.items():
+        assert turned_units.can_turn(activation.value), name
+    assert not turned_units.can_turn(torch.tanh), "control: its odd part is not the identity"

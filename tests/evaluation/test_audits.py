@@ -23,6 +23,7 @@ from unmergeable.evaluation.cells import Cell, CellStore, identity
 from unmergeable.evaluation.packing import pack, unpack
 from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.recompute import recomputed
+from unmergeable.evaluation.report.page import render_report
 from unmergeable.evaluation.report.verdict import verdict
 from unmergeable.evaluation.results import AuditResult, ProtectionResult, read_audit
 from unmergeable.evaluation.run import locked
@@ -229,6 +230,43 @@ def test_a_race_finds_what_every_example_would(
     assert all(cell["scores"]["test"] is None for cell in left)
     assert examples_met(finished) < examples_met(tmp_path / "out")
     assert not [cell for cell in found["cells"] if "met" in cell], "control: without a race all meet all"
+
+
+def cells_of(folder: Path, part: str) -> dict[str, Any]:
+    """Credits by what they depend on but for the precision of the search, which is returned with them."""
+    cells = [json.loads(path.read_text()) for path in (folder / "cells").iterdir()]
+    chosen = [cell for cell in cells if cell["recipe"]["part"] == part]
+    precisions = [cell["recipe"].pop("precision", "float32") for cell in chosen]
+    return {
+        json.dumps(cell["recipe"], sort_keys=True): (precision, cell["credits"])
+        for cell, precision in zip(chosen, precisions, strict=True)
+    }
+
+
+def test_attackers_may_choose_in_bfloat16_and_are_judged_in_float32(
+    plan_file: Path, document: dict[str, Any], small: Path, expected: Any, tmp_path: Path
+) -> None:
+    """What decides is bit for bit what it was; how far the choice is from float32 is measured and said."""
+    document |= {"search_precision": "bfloat16", "tiers": ["T0"], "doubt": 0}
+    document["coefficients"] = {"defended": [0.65, 1.0], "rider": [1.0], "refinements": 0}
+    plan_file.write_text(yaml.safe_dump(document))
+    found = run(plan_file, out=tmp_path / "out")
+    exact, searched = cells_of(small, "test"), cells_of(tmp_path / "out", "test")
+    shared = exact.keys() & searched.keys()
+    assert len(shared) > 10
+    assert all(exact[recipe] == searched[recipe] for recipe in shared)
+    assert {precision for precision, _ in searched.values()} == {"float32"}
+    looked_at = cells_of(tmp_path / "out", "validation")
+    rounded = [credited for precision, credited in looked_at.values() if precision == "bfloat16"]
+    assert len(rounded) > 10
+    gap = found["search"]
+    assert gap["precision"] == "bfloat16"
+    assert 0 <= gap["changed"] <= 0.05
+    assert gap["largest_difference"] <= gap["changed"] * 4 + 1e-12, "base and free-rider, two tasks of one length"
+    assert "in bfloat16" in render_report(AuditResult.from_json(found))
+    # Control: where attackers choose in float32 nothing is said.
+    assert expected.get("search") is None
+    assert "bfloat16" not in render_report(AuditResult.from_json(expected))
 
 
 def test_what_was_lost_is_computed_again_and_nothing_else(workshop: Path, finished: Path, tmp_path: Path) -> None:

@@ -99,9 +99,9 @@ def test_own_inputs_are_each_free_riders_own(
 @pytest.mark.parametrize(
     ("attacker", "confidence", "regressed"),
     [
-        ("quick-1", 0.995, {"planted", "planted_structure"}),
-        ("quick-1", 0.9, {"identity", "scale", "planted", "planted_structure", "mergelock"}),
-        ("full-1", 0.995, {"identity", "scale", "planted", "planted_structure", "mergelock"}),
+        ("quick-1", 0.995, {"somebody's"}),
+        ("quick-1", 0.9, {"identity", "scale", "planted", "planted_structure", "mergelock", "somebody's"}),
+        ("full-1", 0.995, {"identity", "scale", "planted", "planted_structure", "mergelock", "somebody's"}),
     ],
 )
 def test_what_costs_most_is_left_out_where_a_basis_was_found(
@@ -113,8 +113,9 @@ def test_what_costs_most_is_left_out_where_a_basis_was_found(
     confidence: float,
     regressed: set[str],
 ) -> None:
-    """Of what may be in any form, the planted and those of others, no confidence of a fit tells enough."""
+    """What was done is known there, or a control tells; a release of somebody else's is always asked what it does."""
     del document["merges"], document["recoveries"]
+    document["protect"]["methods"].append({"name": "somebody's", "checkpoint": "mine"})
     plan_file.write_text(yaml.safe_dump(document | {"attacker": attacker}))
     recovering.facts["confidence"] = confidence
     variants = made(read_plan(plan_file), tmp_path / "models")

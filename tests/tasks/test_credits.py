@@ -59,3 +59,25 @@ def test_labels_are_needed() -> None:
     task = Task("x", batches(None), first_answer)
     with pytest.raises(BadInput, match="no labels"):
         example_credits(nn.Linear(1, 1), task)
+
+
+@pytest.mark.parametrize(("side", "computed"), [("right", 12 * 2 + 12 * 3 + 6 * 40), ("left", 30 * 40)])
+def test_short_texts_are_not_computed_at_the_length_of_the_longest(side: str, computed: int) -> None:
+    """Credits stay in the order of the examples; where padding is on the left, positions would move."""
+    lengths = torch.tensor([2, 3, 40, 2, 3] * 6)
+    places = torch.arange(40).expand(30, 40)
+    mask = places < lengths[:, None] if side == "right" else places >= 40 - lengths[:, None]
+    ids = torch.where(mask, torch.arange(30)[:, None] % 3, 7)
+    seen: list[tuple[int, ...]] = []
+
+    def predict(network: Any, batch: EncodedBatch) -> Prediction:
+        tokens, shown = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+        seen.append(tuple(tokens.shape))
+        return Prediction(says(torch.where(shown, tokens, 0).amax(dim=1)), batch.labels)
+
+    labels = torch.tensor([0, 1, 2, 0, 0, 0] * 5)
+    task = Task("x", [EncodedBatch({"input_ids": ids, "attention_mask": mask.long()}, labels)], predict)
+    expected = (torch.arange(30) % 3 == labels).double().numpy()
+    np.testing.assert_array_equal(example_credits(nn.Linear(1, 1), task), expected)
+    assert 0 < expected.mean() < 1
+    assert sum(rows * width for rows, width in seen) == computed

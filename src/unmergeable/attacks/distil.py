@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -37,9 +37,11 @@ from unmergeable.network.comparison import Comparison
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import drawn_batches, encoded, gather_examples, padding_token, select
 from unmergeable.network.outputs import LOGITS, widths_of, with_answers
+from unmergeable.network.precision import FULL, Precision
 from unmergeable.network.tasks import Task, is_encoder_decoder
 from unmergeable.network.train import Batch, Schedule, train
 from unmergeable.progress import Progress, silent
+from unmergeable.settings import ADDED_LATER
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Distil:
         max_length: tokens after which texts are cut. Logits take batch_size * max_length * vocabulary numbers.
         start: "base", or "source": the model that is given as one.
         seed: of the examples and their order.
+        precision: in which both networks compute while the student is trained.
     """
 
     name: ClassVar[str] = "distil"
@@ -70,6 +73,7 @@ class Distil:
     max_length: int = 128
     start: Literal["base", "source"] = "base"
     seed: int = 0
+    precision: Precision = field(default=FULL, metadata=ADDED_LATER)
 
     def validate(self) -> None:
         for name, least in (("examples", 1), ("steps", 1), ("batch_size", 1), ("layers", 0), ("max_length", 2)):
@@ -203,6 +207,7 @@ def distil(teacher: Any, student: Any, task: Task, method: Distil, *, progress: 
         loss,
         Schedule(steps, method.learning_rate),
         seed=method.seed,
+        precision=method.precision,
         stage="training the student",
         progress=progress,
     )

@@ -38,6 +38,7 @@ from unmergeable.network.disk_weights import Place, find_places, show, swapped
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import Judgement, added, fine_tune, gather_examples, judge, padding_token, select
 from unmergeable.network.low_rank import low_rank_updates
+from unmergeable.network.precision import FULL, Precision
 from unmergeable.network.tasks import Task
 from unmergeable.network.train import Schedule
 from unmergeable.progress import Progress, silent
@@ -156,7 +157,7 @@ def few_shot(
     method: FewShot,
     *,
     trained: Trained | None = None,
-    precision: torch.dtype = torch.float32,
+    precision: Precision = FULL,
     progress: Progress = silent,
 ) -> FewShotResult:
     """Train ``weights`` on the first ``method.samples`` examples of a task.
@@ -202,7 +203,7 @@ class _Training:
     task: Task
     method: FewShot
     trained: Trained
-    precision: torch.dtype
+    precision: Precision
     progress: Progress
 
     def run(self, places: Mapping[str, Place], examples: EncodedBatch, learning_rate: float) -> tuple[float, ...]:

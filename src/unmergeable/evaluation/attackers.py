@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from unmergeable.evaluation.plans.fields import require_named
+from unmergeable.network.precision import FULL, Precision
 
 Combining = Literal["all", "best"]
 
@@ -130,11 +131,15 @@ ATTACKERS = {
     )
 }
 
-STUDENTS: tuple[Mapping[str, Any] | str, ...] = (
-    "distil",
-    {"name": "distil, from its own model", "method": "distil", "settings": {"start": "source"}},
-)
-"""What an attacker does who only runs the release, as a plan lists it: students of it, to merge with."""
+
+def students(precision: Precision) -> tuple[Mapping[str, Any], ...]:
+    """What an attacker does who only runs the release, as a plan lists it: students of it, to merge with."""
+    computing = {} if precision == FULL else {"precision": precision}
+    return (
+        {"name": "distil", "method": "distil", "settings": computing},
+        {"name": "distil, from its own model", "method": "distil", "settings": {"start": "source", **computing}},
+    )
+
 
 NEWEST = {"standard": "standard-1", "quick": "quick-1", "full": "full-1"}
 

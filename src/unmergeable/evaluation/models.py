@@ -114,11 +114,11 @@ def _is_last(entry: RecoveryEntry, plan: AuditPlan) -> bool:
 
 
 def _is_found(released: Variant, recovered: Sequence[Variant]) -> bool:
-    """Whether there is no basis left to find: there was a key, or nothing was done, and the base explains the result.
+    """Whether there is no basis left to find: the base explains the result, and what was done is known.
 
-    Of what else a release may be, a planted one or somebody's, no confidence tells whether all of it was seen.
+    Of somebody's release no confidence tells whether all of it was seen. Of a planted one the verdict tells.
     """
-    if not (released.has_key or released.protection in (IDENTITY, SCALE)):
+    if released.checkpoint is not None and released.checkpoint.is_foreign:
         return False
     return any((variant.facts.get("confidence") or 0.0) >= CLEAR for variant in recovered)
 

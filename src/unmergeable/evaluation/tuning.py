@@ -34,7 +34,7 @@ from unmergeable.evaluation.scoring import Coefficients, Group, ScoredTask
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import select
-from unmergeable.network.precision import FULL, dtype_of
+from unmergeable.network.precision import FULL
 from unmergeable.network.tasks import Prediction, Task, answer
 from unmergeable.settings import settings_of
 from unmergeable.tasks import ChoiceScorer, TaskScorer
@@ -143,7 +143,7 @@ class _Training:
         try:
             weights = scoring.weights_of(self.tuning.group)(self.tuning.point)
             method = replace(self.tuning.method, samples=sum(len(batch) for batch in mixture.batches))
-            precision = dtype_of(self.tuning.group.search_precision)
+            precision = self.tuning.group.search_precision
             return few_shot(network, weights, mixture, method, precision=precision).weights
         except (CheckpointError, DiskError):
             raise

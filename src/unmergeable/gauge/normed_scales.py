@@ -306,6 +306,15 @@ def _vector_length(norm: Norm) -> Measure:
     return measure
 
 
+def _holds(block: Attention | FeedForward, reads: int, writes: int) -> bool:
+    """Whether weights with so many rows and columns have all units, or all heads, of a block."""
+    if isinstance(block, FeedForward):
+        return block.up.offset + block.size <= reads and block.down.offset + block.size <= writes
+    of_values = head_places(block.value, block.groups, 1, block.value_size)
+    of_output = head_places(block.output, block.groups, block.members, block.value_size)
+    return int(of_values.max()) < reads and int(of_output.max()) < writes
+
+
 def _strength(block: Attention | FeedForward, norm: Norm | None) -> Measure:
     """What a block makes of lengths: of the product of its outer weights, which no basis inside it alters."""
 
@@ -318,6 +327,8 @@ def _strength(block: Attention | FeedForward, norm: Norm | None) -> Measure:
         reads = first.movedim(reader.axis, 0).flatten(1)
         reads = reads * (gain + norm.offset) if gain is not None and norm is not None else reads
         writes = last.movedim(writer.axis, 0).flatten(1)
+        if not _holds(block, len(reads), len(writes)):
+            return None
         if isinstance(block, FeedForward):
             rows = block.up.offset + torch.arange(block.size)
             columns = block.down.offset + torch.arange(block.size)

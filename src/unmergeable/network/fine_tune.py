@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
+from unmergeable.network.precision import FULL, Precision
 from unmergeable.network.tasks import Predict, Task, device_of
 from unmergeable.network.train import Batch, Schedule, shuffled_batches, train
 from unmergeable.network.training_state import Kept
@@ -73,7 +74,7 @@ def fine_tune(
     penalty: Callable[[], Tensor] | None = None,
     seed: int = 0,
     kept: Kept | None = None,
-    precision: torch.dtype = torch.float32,
+    precision: Precision = FULL,
     stage: str = "fine-tuning",
     progress: Progress = silent,
 ) -> list[float]:

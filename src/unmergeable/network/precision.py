@@ -20,14 +20,17 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 FULL: Precision = "float32"
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
-    """That of products of matrices."""
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-
 @contextmanager
-def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Inside, networks on the device compute so."""
+def computing_in(precision: Precision, device: torch.device, *, keeps_rounded: bool = True) -> Iterator[None]:
+    """Inside, networks on the device compute so.
+
+    Args:
+        precision: of products of matrices.
+        device: of the networks.
+        keeps_rounded: whether a weight is rounded once for the whole context. Torch does not see that a weight's
+            ``data`` are others than before: where weights change inside, each use has to round them again.
+    """
     is_mixed = precision != FULL
-    with torch.autocast(device.type, dtype=dtype_of(precision) if is_mixed else None, enabled=is_mixed):
+    dtype = torch.bfloat16 if is_mixed else None
+    with torch.autocast(device.type, dtype=dtype, enabled=is_mixed, cache_enabled=keeps_rounded):
         yield

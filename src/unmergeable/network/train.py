@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from unmergeable.errors import UnmergeableError, UsageError
+from unmergeable.network.precision import FULL, Precision, computing_in
 from unmergeable.network.training_state import Kept, restore_state, write_state
 from unmergeable.progress import Progress, silent
 
@@ -53,7 +54,7 @@ def train(
     is_trained: Callable[[str], bool] = lambda name: True,
     seed: int = 0,
     kept: Kept | None = None,
-    precision: torch.dtype = torch.float32,
+    precision: Precision = FULL,
     stage: str = "training",
     progress: Progress = silent,
 ) -> list[float]:
@@ -68,7 +69,7 @@ def train(
         is_trained: which parameters may change, by module name; the others stay bit for bit.
         seed: of the network's own randomness (dropout); the global generator is put back afterwards.
         kept: where the run keeps its state; None keeps nothing.
-        precision: in which the loss is computed, bfloat16 by automatic mixed precision; weights keep theirs.
+        precision: in which the loss is computed; weights keep theirs.
 
     Returns:
         The loss of each step, before that step was taken.
@@ -82,7 +83,6 @@ def train(
     if not trained:
         raise UsageError("no parameter is left to train; widen the choice of parameters.")
     device = trained[0].device
-    is_mixed = precision != torch.float32
     with _only_these_learn(network, trained), _seeded(seed, device):
         optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
         network.train()
@@ -92,7 +92,7 @@ def train(
             progress(stage, step, schedule.steps, "steps")
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
-            with torch.autocast(device.type, dtype=precision if is_mixed else None, enabled=is_mixed):
+            with computing_in(precision, device, keeps_rounded=False):
                 value = loss(network, tuple(tensor.to(device) for tensor in batch))
             optimizer.zero_grad()
             value.backward()

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from unmergeable.architecture import Architecture, FeedForward
 from unmergeable.checkpoint.source import RenamedSource, TensorSource
 from unmergeable.errors import BadInput, UnsupportedArchitecture
-from unmergeable.polynomials.activations import Basis
+from unmergeable.polynomials.activations import ACTIVATIONS, Activation, Basis
 
 MODEL_TYPE_PREFIX = "polynomial_"
 CLASS_PREFIX = "Polynomial"
@@ -82,6 +82,9 @@ LAYOUTS: Mapping[str, Layout] = {
     "dinov2": Layout("Dinov2", "dinov2.", "activation_fn", default="gelu", renames=_DINOV2_RENAMES),
     "t5": Layout("T5", "", "act", "feed_forward_proj", "relu"),
 }
+
+_ACTIVATION_SETTINGS = ("hidden_activation", "hidden_act", "activation_function")
+"""What configs of other families call the activation, the first that says one."""
 
 _TASKS = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -210,6 +213,14 @@ def activation_name(config: Mapping[str, Any], layout: Layout) -> str:
         return name
     # T5: "gated-gelu" means the tanh form there, and "gated-X" otherwise X.
     return "gelu_new" if name == "gated-gelu" else name.removeprefix("gated-")
+
+
+def activation_of(config: Mapping[str, Any]) -> Activation | None:
+    """The activation of a network's feed-forwards, of any family; None where its config names none that is known."""
+    layout = LAYOUTS.get(str(config.get("model_type")))
+    named = (value for key in _ACTIVATION_SETTINGS if isinstance(value := config.get(key), str))
+    name = next(named, "") if layout is None else activation_name(config, layout)
+    return ACTIVATIONS.get(name)
 
 
 def prefix_of(architecture: Architecture, layout: Layout) -> str:

@@ -23,16 +23,18 @@ the release was, and near enough to merge it: ``docs/fine-tuned.md`` has figures
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from unmergeable.network.fine_tune import fine_tune
+from unmergeable.network.precision import FULL, Precision
 from unmergeable.network.train import Schedule
 from unmergeable.protections.trained import TrainedProtection, TrainingRun
 from unmergeable.randomness import Stream
+from unmergeable.settings import ADDED_LATER
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class AnchorRepulsive(TrainedProtection):
 
     ``strength`` of the penalty, and the ``margin``, in norms of the base's matrix, beyond which there is none.
     ``examples`` of the data are used at most.
+    ``precision`` in which the losses are computed.
     """
 
     name: ClassVar[str] = "anchor_repulsive"
@@ -59,6 +62,7 @@ class AnchorRepulsive(TrainedProtection):
     strength: float = 1.0
     margin: float = 1.0
     examples: int = 4000
+    precision: Precision = field(default=FULL, metadata=ADDED_LATER)
 
     def validate(self) -> None:
         super().validate()
@@ -83,6 +87,7 @@ class AnchorRepulsive(TrainedProtection):
             penalty=(lambda: self.strength * too_near(repelled, base, self.margin)) if self.strength and base else None,
             seed=run.seed,
             kept=run.kept,
+            precision=self.precision,
             stage="leaving the base",
             progress=run.progress,
         )

@@ -21,7 +21,7 @@ another model's update is outside of what is trained, and an attacker who holds 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -29,11 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unmergeable.network.fine_tune import select
+from unmergeable.network.precision import FULL, Precision
 from unmergeable.network.tasks import device_of
 from unmergeable.network.train import Batch, Schedule, shuffled_batches, train
 from unmergeable.protections.merged_loss import as_loss, gradient_at_merge
 from unmergeable.protections.trained import TrainedProtection, TrainingRun
 from unmergeable.randomness import Stream
+from unmergeable.settings import ADDED_LATER
 
 Weighting = Literal["inverse", "inverse_root", "none"]
 
@@ -46,6 +48,7 @@ class Trap2(TrainedProtection):
 
     ``weight`` of the raised loss, ``weighting`` of scales; ``smallest_scale``, ``largest_scale`` and ``gap`` say which
     scales are drawn. ``examples`` of the data are used at most.
+    ``precision`` in which the losses are computed.
     """
 
     name: ClassVar[str] = "trap2"
@@ -64,6 +67,7 @@ class Trap2(TrainedProtection):
     largest_scale: float = 2.0
     gap: float = 0.05
     examples: int = 4000
+    precision: Precision = field(default=FULL, metadata=ADDED_LATER)
 
     def validate(self) -> None:
         super().validate()
@@ -106,6 +110,7 @@ class Trap2(TrainedProtection):
             is_trained=run.is_trained,
             seed=run.seed,
             kept=run.kept,
+            precision=self.precision,
             stage="raising the loss at other scales",
             progress=run.progress,
         )

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
+from unmergeable.network.fine_tune import select
 from unmergeable.network.tasks import Predict, Prediction, Task, device_of, predict
 from unmergeable.tasks.task_kind import Scores
 
@@ -65,6 +66,12 @@ class ChoiceScorer:
         return example_losses(network, self.task)
 
 
+GROUP = 12
+"""Texts of like length that are computed together."""
+
+WORTHWHILE = 0.8
+"""Share of a batch's tokens, padding among them, that its groups may have together; with more it stays one."""
+
 _Measure = Callable[[Prediction], Tensor]
 """Of choices, one number each: [choices]."""
 
@@ -72,7 +79,23 @@ _Measure = Callable[[Prediction], Tensor]
 @torch.no_grad()
 def _means(network: Any, task: Task, measure: _Measure) -> Scores:
     device = device_of(network)
-    return np.concatenate([_of_batch(network, batch.to(device), task, measure) for batch in task.batches])
+    return np.concatenate([_by_length(network, batch.to(device), task, measure) for batch in task.batches])
+
+
+def _by_length(network: Any, batch: EncodedBatch, task: Task, measure: _Measure) -> Scores:
+    """A batch in groups of texts of like length, so that short ones are not computed at the length of the longest."""
+    mask = batch.inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or bool((mask[:, 1:] > mask[:, :-1]).any()):
+        return _of_batch(network, batch, task, measure)  # padding on the left would move positions
+    lengths, order = mask.sum(dim=1).cpu().sort(stable=True)
+    widths = [int(group[-1]) * len(group) for group in lengths.split(GROUP)]
+    if sum(widths) > WORTHWHILE * mask.numel():
+        return _of_batch(network, batch, task, measure)
+    found = np.empty(len(batch))
+    found[order.numpy()] = np.concatenate(
+        [_of_batch(network, select(batch, rows), task, measure) for rows in order.split(GROUP)]
+    )
+    return found
 
 
 def _of_batch(network: Any, batch: EncodedBatch, task: Task, measure: _Measure) -> Scores:

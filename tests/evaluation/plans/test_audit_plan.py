@@ -27,6 +27,8 @@ def test_a_plan(workshop: Path, document: dict[str, Any]) -> None:
     del document["connectivity"]
     assert parse_plan(document, workshop).connectivity == 11
     assert (plan.doubt, parse_plan({**document, "doubt": 0}, workshop).doubt) == (0.001, 0.0)
+    asked = parse_plan({**document, "search_precision": "bfloat16"}, workshop)
+    assert (plan.search_precision, asked.search_precision) == ("float32", "bfloat16")
     assert plan.task("mine-task").validation == workshop / "mine-validation.npz"
 
 
@@ -145,6 +147,7 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("tiers twice", lambda d: d.update(tiers=["T0"], threat_models=["T0"]), "tiers is the older name of threat_models"),
     ("doubt", lambda d: d.update(doubt=1), "doubt: must be a number from 0, which leaves no attack out, to below 1"),
     ("no doubt", lambda d: d.update(doubt=True), "doubt: must be a number"),
+    ("a precision", lambda d: d.update(search_precision="bf16"), "'bf16'; did you mean 'bfloat16'"),
     ("a line without a middle", lambda d: d.update(connectivity=2), "must be at least 3, or 0 to leave it out"),
     ("an analysis", lambda d: d.update(analyses={"exmaples": 5}), "did you mean 'examples'"),
     ("an expert called base", lambda d: d["experts"][1].update(name="base"), "'base' is what every audit calls"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 
 from unmergeable.architecture import Architecture, detect
 from unmergeable.checkpoint.memory import MemorySource
@@ -24,28 +25,30 @@ TOLERANCE = 64 * torch.finfo(torch.float32).eps
 GPT = {"value_bias", "key_bias", "norm_bias", "norm_gain", "unseen_reading", "unseen_writing", "gauge", "scales"}
 BERT = {"value_bias", "key_bias", "norm_bias", "unseen_reading", "unseen_writing", "gauge", "scales"}
 RMS = {"norm_gain", "gauge", "scales"}
-DEEPER = {"idle_layer", "split_layer", "wider_feed_forwards"}
+WIDER = {"wider_feed_forwards", "turned_units"}
+HEADS = {"more_heads", "split_heads", "wider_heads"}
+DEEPER = {"idle_layer", "split_layer"} | WIDER
 
 UNSAID_EPSILON = {"opt", "opt-350m-like"}
 """Families whose config does not say what the norms add to the variance, so that streams cannot be scaled exactly."""
 
 EXPECTED = {
-    "llama": RMS | DEEPER | {"more_heads"},
-    "llama-bias-tied-mqa": RMS | DEEPER | {"more_heads", "untied", "value_bias"},
-    "qwen3": RMS | DEEPER | {"more_heads"},
-    "gemma2": RMS | DEEPER | {"more_heads", "untied"},
+    "llama": RMS | DEEPER | HEADS,
+    "llama-bias-tied-mqa": RMS | DEEPER | HEADS | {"untied", "value_bias"},
+    "qwen3": RMS | DEEPER | {"split_heads"} | {"more_heads"},
+    "gemma2": RMS | DEEPER | HEADS | {"untied"},
     "phi": GPT,
-    "gpt2": GPT | DEEPER,
-    "opt": GPT | DEEPER,
-    "opt-350m-like": BERT | {"wider_feed_forwards"},
+    "gpt2": GPT | DEEPER | {"saturated_units"},
+    "opt": GPT | DEEPER | {"saturated_units"},
+    "opt-350m-like": BERT | WIDER | {"saturated_units"},
     "mixtral": RMS | {"router"},
-    "bert-embedding": BERT | DEEPER,
-    "roberta": BERT | DEEPER,
-    "vit": GPT | DEEPER,
-    "dinov2": GPT | DEEPER | {"layer_scale"},
+    "bert-embedding": BERT | DEEPER | {"saturated_units"},
+    "roberta": BERT | DEEPER | {"saturated_units"},
+    "vit": GPT | DEEPER | {"saturated_units"},
+    "dinov2": GPT | DEEPER | {"layer_scale", "saturated_units"},
     "clip": GPT,
-    "t5": RMS | {"wider_feed_forwards", "more_heads"},
-    "flan-t5": RMS | {"wider_feed_forwards", "more_heads"},
+    "t5": RMS | WIDER | HEADS,
+    "flan-t5": RMS | WIDER | HEADS,
 }
 QUICK = ("llama-bias-tied-mqa", "bert-embedding", "dinov2", "t5")
 
@@ -127,6 +130,21 @@ def test_the_seed_decides_what_is_planted(model: Callable[[str], Model]) -> None
     first, again, other = (toy.planted(seed=seed).source.tensors for seed in (5, 5, 6))
     assert all(torch.equal(tensor, again[key]) for key, tensor in first.items())
     assert any(key not in other or not torch.equal(tensor, other[key]) for key, tensor in first.items())
+
+
+def test_no_unit_that_was_turned_round_is_left_as_it_was(model: Callable[[str], Model]) -> None:
+    """Half as many as are added are gone from the block, and no other has their direction; the rest are there."""
+    for name in ("llama", "dinov2"):
+        toy = model(name)
+        made = toy.planted("turned_units").source
+        block = toy.architecture.feed_forwards[0]
+        reading = block.up if block.gate is None else block.gate
+        before, after = (tensors[reading.weight].double() for tensors in (toy.source.tensors, made.tensors))
+        likeness = functional.normalize(before, dim=1) @ functional.normalize(after, dim=1).T
+        gone = likeness.amax(dim=1) < 1 - 1e-6
+        added = len(after) - len(before)
+        assert added > 0
+        assert int(gone.sum()) == added // 2, "control: all others are as they were"
 
 
 def test_structures_are_seen_in_the_config_and_rewrites_are_not(model: Callable[[str], Model]) -> None:

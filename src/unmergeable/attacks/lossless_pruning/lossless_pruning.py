@@ -4,9 +4,11 @@ A release may hold more than the base without computing more. Against the base's
 
     layers       blocks whose last or first weights are zero, together with the layers that they leave empty
     units        hidden units that put out nothing, or the same for every input, which the output bias takes over; of
-                 those that read alike all but one, which takes over their outputs
-    heads        key-value heads, with their query heads, that add nothing, or whose keys and values span the same
-                 spaces as another's; keys and values that query heads have each for themselves and share in the base
+                 those that read alike all but one, which takes over their outputs; of those that were turned round,
+                 what makes up for it
+    heads        key-value heads, with their query heads, that add nothing; of those with the same scores all but one,
+                 which adds what all of them do; coordinates of a head that nothing goes through, in any basis;
+                 keys and values that query heads have each for themselves and share in the base
     streams      coordinates that nothing writes to, in this basis or, where the stream can be turned, in any
     tokens       rows of tokens that the base does not have; those of the others in the base's order, by the two
                  ``tokenizer.json``, the base's of which is written
@@ -19,7 +21,8 @@ is refused; ``block_regression`` does not ask for any.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,21 +31,23 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from unmergeable.architecture import Architecture, Attention, detect
+from unmergeable.architecture.blocks import FeedForward
 from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS, Layers, blocks_in_order, layers_of
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.in_memory import in_memory
 from unmergeable.attacks.lossless_pruning.depth import live_blocks, renamed
+from unmergeable.attacks.lossless_pruning.head_forms import HeadShape, State, rebuild_heads
 from unmergeable.attacks.lossless_pruning.stream_width import narrow_config, narrow_streams, widths
+from unmergeable.attacks.lossless_pruning.turned_units import largest_bias
 from unmergeable.attacks.lossless_pruning.vocabulary import TOKENIZER_FILES, reordered, token_order, vocabulary_axes
-from unmergeable.attacks.lossless_pruning.widths import prune_heads, prune_units, regroup_heads
+from unmergeable.attacks.lossless_pruning.widths import prune_heads, prune_units, regroup_heads, silence_units
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
 from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, Mismatch
 from unmergeable.gauge.additive import Neutral, freedoms_of
 from unmergeable.gauge.home import Home
-from unmergeable.polynomials.activations import ACTIVATIONS
-from unmergeable.polynomials.layout import LAYOUTS, activation_name
+from unmergeable.polynomials.layout import activation_of
 from unmergeable.progress import Progress, silent
 
 
@@ -150,6 +155,14 @@ class _Pruning:
         return (groups, wanted) if members == same else None
 
     @cached_property
+    def _head_sizes(self) -> tuple[int, int] | None:
+        """Coordinates of the release's heads and the base's, where all are alike."""
+        ours, theirs = (
+            {block.value_size for block in s.attentions} for s in (self.architecture, self.base_architecture)
+        )
+        return (ours.pop(), theirs.pop()) if len(ours) == len(theirs) == 1 and self._groups is not None else None
+
+    @cached_property
     def _streams(self) -> tuple[int, int] | None:
         return widths(self.architecture, self.base_architecture)
 
@@ -174,6 +187,7 @@ class _Pruning:
             ("hidden units in each block", self._sizes),
             ("key-value heads in each block", self._groups),
             ("key-value heads for the same queries", self._shared),
+            ("coordinates in each head", self._head_sizes),
         ]
         more = [f"{pair[0] - pair[1]} {what}" for what, pair in pairs if pair is not None and pair[0] > pair[1]]
         return (*more, *(["another order of the vocabulary"] if self._tokens is not None else []))
@@ -188,6 +202,12 @@ class _Pruning:
         own = {name: self.release.tensor(name) for name in self.release.names}
         config, base = dict(self.release.config), self.base.config
         kind = str(config.get("model_type"))
+        activation = activation_of(self.base.config)
+        if activation is not None and any(len(ours) > len(theirs) for ours, theirs in self._layers):
+            usual = max(map(self._largest_bias, self.base_architecture.feed_forwards), default=math.inf)
+            for block in self.architecture.feed_forwards:  # or what is idle would seem to do something
+                size = block.size if self._sizes is None else self._sizes[1]
+                silence_units(state, own, block, size, activation, usual)
         for ours, theirs in self._layers:
             if len(ours) > len(theirs):
                 pattern = [isinstance(block, Attention) for block in blocks_in_order(self.base_architecture, theirs)]
@@ -211,17 +231,16 @@ class _Pruning:
                     "feed-forwards; run block_regression instead."
                 )
             for block in narrower.feed_forwards:
-                if not prune_units(state, own, block, self._sizes[1], _activation_of(self.base.config)):
+                if not prune_units(state, own, block, self._sizes[1], activation, self._largest_bias(block)):
                     raise self._refusal(f"hidden units of {block.name}")
             config[WIDTHS[kind]] = base.get(WIDTHS[kind])
-        if self._groups is not None and self._groups[0] > self._groups[1]:
+        if self._heads_differ:
             tables = {name: heads.bias_tensor for heads in narrower.shared_heads for name in heads.blocks}
-            for table in sorted({tables.get(block.name, "") for block in narrower.attentions}):
-                together = [block for block in narrower.attentions if tables.get(block.name, "") == table]
-                if not prune_heads(state, own, together, self._groups[1], table or None):
-                    raise self._refusal("heads")
+            for together in _sharing(narrower.attentions, tables):
+                self._put_heads_together(state, own, together, tables.get(together[0].name), config)
             for key in filter(None, HEAD_COUNTS.get(kind, ())):
                 config[key] = base.get(key, config.get(key))
+            config |= {key: base.get(key) for key in HEAD_COUNTS.get(kind, ())[2:]}
         if self._shared is not None:
             for attention in narrower.attentions:
                 if not regroup_heads(state, own, attention, self._shared[1]):
@@ -246,6 +265,29 @@ class _Pruning:
         dtypes = {name: torch_dtype(self.release.spec(name).dtype) for name in changed.names}
         return replace(changed, tensors={name: home.tensor(name).to(dtypes[name]) for name in changed.names})
 
+    def _put_heads_together(
+        self, state: State, own: State, blocks: Sequence[Attention], table: str | None, config: Mapping[str, Any]
+    ) -> None:
+        """The base's heads for blocks that share ``table``, in place."""
+        ours = HeadShape.of(blocks[0], config)
+        theirs = HeadShape.of(self.base_architecture.attentions[0], self.base.config)
+        if rebuild_heads(state, own, blocks, ours, theirs, table):
+            return
+        if ours.size != theirs.size or not prune_heads(state, own, blocks, theirs.groups, table):
+            raise self._refusal("heads")
+
+    @property
+    def _heads_differ(self) -> bool:
+        """Whether there are more heads than the base has, or larger ones."""
+        return any(pair is not None and pair[0] > pair[1] for pair in (self._groups, self._head_sizes))
+
+    def _largest_bias(self, block: FeedForward) -> float:
+        """Of the base's units in the same block."""
+        if block.gate is not None or block.up.bias is None or block.up.bias not in self.base.names:
+            return math.inf
+        neutral = Neutral(self.base, freedoms_of(self.base_architecture, self.base.names))
+        return largest_bias({name: neutral.tensor(name) for name in (block.up.weight, block.up.bias)}, block)
+
     def _refusal(self, what: str) -> Mismatch:
         return Mismatch(
             f"{self.release.description}: its {what} are more than the base's, and each of them does something; run "
@@ -253,15 +295,14 @@ class _Pruning:
         )
 
 
+def _sharing(blocks: Sequence[Attention], tables: Mapping[str, str]) -> list[list[Attention]]:
+    """Blocks that share a table of position biases together, all others by themselves."""
+    shared = [[block for block in blocks if tables.get(block.name) == table] for table in sorted({*tables.values()})]
+    return [*filter(None, shared), *([block] for block in blocks if block.name not in tables)]
+
+
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _activation_of(config: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
-    """Of the feed-forwards of a network; None where it is not known."""
-    layout = LAYOUTS.get(str(config.get("model_type")))
-    known = None if layout is None else ACTIVATIONS.get(activation_name(config, layout))
-    return None if known is None else known.value
 
 
 lossless_pruning = in_memory(LosslessPruning)

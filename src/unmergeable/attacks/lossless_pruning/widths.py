@@ -6,37 +6,39 @@ activation lets one by; a head by the spaces that its keys and its values span.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from unmergeable.architecture import Attention
 from unmergeable.architecture.blocks import FeedForward, Heads, output_bias
+from unmergeable.attacks.lossless_pruning.turned_units import NOTHING, SAME, can_turn, far, turn_units_back
 from unmergeable.gauge.additive import head_places
+from unmergeable.polynomials.activations import Activation
 
 State = dict[str, Tensor]
 
-SAME = 1e-3
-"""How far from 1 the likeness of two units or heads may be that say the same: rounding in half precision leaves 1e-5.
-"""
-
-NOTHING = 1e-5
-"""Size of what a unit puts out, relative to the block's median unit, that counts as nothing."""
-
 
 def prune_units(
-    state: State, own: State, block: FeedForward, size: int, activation: Callable[[Tensor], Tensor] | None = None
+    state: State,
+    own: State,
+    block: FeedForward,
+    size: int,
+    activation: Activation | None = None,
+    usual: float = math.inf,
 ) -> bool:
     """Leave ``size`` hidden units of a block, in place; False where more than that differ and do something.
 
     ``state`` holds neutral tensors, ``own`` the same as the release has them, of which the same units are left.
     ``activation``: of the network; without it units that put out the same for every input count as doing something.
+    ``usual``: the largest bias of the base's units, see :mod:`.turned_units`.
     """
-    if activation is not None and block.gate is None:
-        _silence_constant_units(state, own, block, activation)
+    if activation is not None:
+        silence_units(state, own, block, size, activation, usual)
     rows = {heads.weight: _rows(state, heads, block.size) for heads in (block.gate, block.up) if heads is not None}
-    up, down = rows[block.up.weight], state[block.down.weight].movedim(block.down.axis, 0).double()
+    up, down = rows[block.up.weight], state[block.down.weight].movedim(block.down.axis, 0).double().clone()
     outputs = down.norm(dim=1) * up.norm(dim=1)
     kept = torch.ones(block.size, dtype=torch.bool)
     usual = outputs.sort(descending=True).values[:size].median()
@@ -54,7 +56,7 @@ def prune_units(
                 kept[second] = False
                 excess -= 1
     if excess:
-        return False
+        return activation is not None and can_turn(activation.value) and turn_units_back(state, own, block, size, usual)
     for heads in (block.gate, block.up):
         if heads is not None:
             for side in (state, own):
@@ -65,18 +67,21 @@ def prune_units(
     return True
 
 
-def _silence_constant_units(
-    state: State, own: State, block: FeedForward, activation: Callable[[Tensor], Tensor]
+def silence_units(
+    state: State, own: State, block: FeedForward, size: int, activation: Activation, usual: float = math.inf
 ) -> None:
-    """What units put out that read nothing, into the output bias; they then add nothing."""
+    """What units put out whatever they read, into the output bias; they then add nothing. Arguments as above."""
     bias, output = block.up.bias, output_bias(block)
-    if bias is None or output not in state:
+    if block.gate is not None or bias is None or output not in state:
         return
+    biases = state[bias].double()
     lengths = state[block.up.weight].movedim(block.up.axis, 0).double().norm(dim=1)
     constant = lengths <= NOTHING * lengths.max()
+    if math.isfinite(least := far(state, block, size, usual)):
+        constant |= biases < -least * lengths
     if not bool(constant.any()):
         return
-    puts_out = torch.where(constant, activation(state[bias].double()), 0.0)
+    puts_out = torch.where(constant, activation.value(biases), 0.0)
     for side in (state, own):
         down = side[block.down.weight].movedim(block.down.axis, 0).double()
         side[output] = (side[output].double() + puts_out @ down).to(side[output].dtype)

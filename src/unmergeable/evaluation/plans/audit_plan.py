@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 from unmergeable.attacks import FewShot
 from unmergeable.attacks.few_shot import parse_rates
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.attackers import DEFAULT, LISTED, STUDENTS, Attacker, attacker_named
+from unmergeable.evaluation.attackers import DEFAULT, LISTED, Attacker, attacker_named, students
 from unmergeable.evaluation.names import BASE, CONTROLS, GIVEN
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings, read_analysis_settings
 from unmergeable.evaluation.plans.entries import (
@@ -308,7 +308,9 @@ def _students(top: Entry, folder: Path) -> tuple[RecoveryEntry, ...]:
     """What an attacker who only runs the release does to it, where the plan lists no recoveries of its own."""
     if isinstance(top.document("recoveries"), list) or ThreatModel.BLACK_BOX not in _threat_models(top):
         return ()
-    return tuple(read_recovery(student, f"{top.where}, recoveries", folder) for student in STUDENTS)
+    return tuple(
+        read_recovery(student, f"{top.where}, recoveries", folder) for student in students(_search_precision(top))
+    )
 
 
 def _threat_models(top: Entry) -> tuple[ThreatModel, ...]:

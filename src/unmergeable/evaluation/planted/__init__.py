@@ -3,7 +3,8 @@
 Whatever they do to the weights, the network computes what it computed before. An attacker who is worth the name undoes
 them; an audit in which a planted release stays unmergeable is no audit.
 
-    structure   idle_layer, split_layer, wider_feed_forwards, more_heads, untied     ``config.json`` says so
+    structure   idle_layer, split_layer, wider_feed_forwards, turned_units, saturated_units, more_heads,
+                split_heads, wider_heads, untied                                ``config.json`` says so
     trades      value_bias, key_bias, norm_bias, norm_gain, layer_scale, unseen_reading, unseen_writing, router
                 between tensors: :mod:`unmergeable.gauge.additive`
     gauge       every basis that the network cannot see          (:mod:`unmergeable.protections.gauge`)
@@ -24,9 +25,10 @@ from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.evaluation.planted.drawn import TRADES
+from unmergeable.evaluation.planted.heads import more_heads, split_heads, wider_heads
 from unmergeable.evaluation.planted.layers import idle_layer, split_layer
 from unmergeable.evaluation.planted.trades import streams_scaled, stretched, traded, turned
-from unmergeable.evaluation.planted.widths import more_heads, wider_feed_forwards
+from unmergeable.evaluation.planted.widths import saturated_units, turned_units, wider_feed_forwards
 from unmergeable.protections.untied import untied
 from unmergeable.randomness import Stream
 
@@ -46,6 +48,10 @@ STRUCTURES: Mapping[str, Plant] = {
     "split_layer": split_layer,
     "wider_feed_forwards": wider_feed_forwards,
     "more_heads": more_heads,
+    "split_heads": split_heads,
+    "wider_heads": wider_heads,
+    "turned_units": turned_units,
+    "saturated_units": saturated_units,
     "untied": untie,
 }
 """Rewrites that change ``config.json``."""

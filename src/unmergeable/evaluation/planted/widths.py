@@ -1,21 +1,24 @@
-"""Wider feed-forwards and more heads: copies that share what the original puts out, and units that put out nothing."""
+"""Wider feed-forwards: copies that share what the original puts out, and units that make up for one another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unmergeable.architecture import Architecture, Attention
-from unmergeable.architecture.blocks import FeedForward, Heads
-from unmergeable.architecture.layers import HEAD_COUNTS, WIDTHS
+from unmergeable.architecture import Architecture
+from unmergeable.architecture.blocks import FeedForward, Heads, output_bias
+from unmergeable.architecture.layers import WIDTHS
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.gauge.additive import head_places
+from unmergeable.gauge.additive import freedoms_of
+from unmergeable.polynomials.layout import activation_of
 from unmergeable.randomness import Stream
+
+_BENDS = 12.0
+"""Where no activation that is known here bends any more; SiLU is within 1e-4 of a straight line."""
 
 MORE_UNITS = 0.125
 """Share of the hidden units by which feed-forwards become wider."""
@@ -23,6 +26,64 @@ MORE_UNITS = 0.125
 
 def wider_feed_forwards(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
     """Every feed-forward with more hidden units, in another order: copies of units drawn, and units without outputs."""
+    wider = _wider(source, architecture)
+    if wider is None:
+        return None
+    added, changes = wider
+    state = {name: source.tensor(name) for name in source.names}
+    for block in architecture.feed_forwards:
+        _widen(state, block, added, stream.child(block.name))
+    return MemorySource(state, {**source.config, **changes}, source.folder)
+
+
+def turned_units(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
+    """Every feed-forward with hidden units turned round, and others that make up for it.
+
+    act(u) = act(-u) + u for every activation that is known here, so that a unit that is turned round lacks a part
+    that is linear in what the block reads. Two units give one, act(u) - act(-u); those of a block are mixed by a random
+    matrix first, so that none of them points where a unit did. In a gated block act(g) h = act(-g) h + g h, and the
+    product is act(h) g - act(-h) g. No unit can be left out, and none is like another.
+    """
+    wider = _wider(source, architecture)
+    if wider is None or activation_of(source.config) is None:
+        return None
+    added, changes = wider
+    state = {name: source.tensor(name) for name in source.names}
+    for block in architecture.feed_forwards:
+        _turn(state, block, added, stream.child(block.name))
+    return MemorySource(state, {**source.config, **changes}, source.folder)
+
+
+def saturated_units(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
+    """Every feed-forward without gates with hidden units that never bend: what they read is no match for their bias.
+
+    Half of them put out nothing, whatever their output weights. The others put out what they read, and make up for
+    units that are turned round, one for each, as in :func:`turned_units`. A norm bounds what a unit can read.
+    """
+    wider = _wider(source, architecture)
+    freedoms = freedoms_of(architecture, source.names)
+    norms = {reader.weight: norm for norm in freedoms.norms for reader in norm.readers}
+    blocks = architecture.feed_forwards
+    can = all(
+        block.gate is None and block.up.bias is not None and output_bias(block) in source.names
+        and block.up.weight in norms
+        for block in blocks
+    )  # fmt: skip
+    if wider is None or not can or activation_of(source.config) is None:
+        return None
+    added, changes = wider
+    state = {name: source.tensor(name) for name in source.names}
+    for block in blocks:
+        norm = norms[block.up.weight]
+        gain = state[norm.gain].double() + norm.offset
+        bias = norm.bias or norm.scaled_bias
+        shift = gain.new_zeros(len(gain)) if bias is None else state[bias].double()
+        _saturate(state, block, (gain, shift), added, stream.child(block.name))
+    return MemorySource(state, {**source.config, **changes}, source.folder)
+
+
+def _wider(source: TensorSource, architecture: Architecture) -> tuple[int, dict[str, Any]] | None:
+    """By how many units feed-forwards become wider, and what the config says then; None where they cannot."""
     key = WIDTHS.get(str(source.config.get("model_type")))
     blocks = architecture.feed_forwards
     if key is None or architecture.mixtures or not blocks or not all(_has_own_rows(source, block) for block in blocks):
@@ -34,12 +95,7 @@ def wider_feed_forwards(source: TensorSource, architecture: Architecture, stream
     else:
         added = max(2, int(MORE_UNITS * blocks[0].size))
         changes = {key: blocks[0].size + added}
-    if added == 0 or len({block.size for block in blocks}) > 1:
-        return None
-    state = {name: source.tensor(name) for name in source.names}
-    for block in blocks:
-        _widen(state, block, added, stream.child(block.name))
-    return MemorySource(state, {**source.config, **changes}, source.folder)
+    return (added, changes) if added and len({block.size for block in blocks}) == 1 else None
 
 
 def _has_own_rows(source: TensorSource, block: FeedForward) -> bool:
@@ -55,7 +111,7 @@ def _widen(state: dict[str, Tensor], block: FeedForward, added: int, stream: Str
     is_idle = torch.from_numpy(stream.child("idle").uniform(added)) < 0.5
     order = torch.from_numpy(stream.child("order").permutations(1, block.size + added)[0])
     for heads in (block.gate, block.up):
-        for name, axis in _stored(heads):
+        for name, axis in stored(heads):
             rows = state[name].movedim(axis, 0)
             more = rows[copied].clone()
             noise = torch.from_numpy(stream.child(name).normal(*more.shape)) * float(
@@ -72,75 +128,81 @@ def _widen(state: dict[str, Tensor], block: FeedForward, added: int, stream: Str
     state[block.down.weight] = wide.contiguous().to(dtype)
 
 
-def _stored(heads: Heads | None) -> Iterable[tuple[str, int]]:
+def _turn(state: dict[str, Tensor], block: FeedForward, added: int, stream: Stream) -> None:
+    """Turn half as many units round as are added; one more that puts out nothing where that is an odd number."""
+    turned = torch.from_numpy(stream.child("turned").permutations(1, block.size)[0])[: added // 2]
+    order = torch.from_numpy(stream.child("order").permutations(1, block.size + added)[0])
+    reading = block.up if block.gate is None else block.gate
+    mixing = torch.eye(len(turned), dtype=torch.float64)
+    if block.gate is None:
+        drawn = torch.from_numpy(stream.child("mixing").normal(len(turned), len(turned)))
+        mixing = torch.linalg.qr(drawn).Q
+    ours = dict(stored(reading))
+    others = dict(stored(block.up if block.gate is not None else None))
+    for name, axis in {**ours, **others}.items():
+        rows = state[name].movedim(axis, 0).double()
+        # What is squashed in a pair: the sum that the units lack; of a gated block what the gate was multiplied by.
+        part = name if block.gate is None else _counterpart(name, ours, others)
+        lent = state[part].movedim(axis, 0).double()[turned]
+        if name in ours:
+            lent = torch.tensordot(mixing, lent, dims=1)
+            rows = rows.index_copy(0, turned, -rows[turned])
+        more = torch.cat([lent, -lent if name in ours else lent, rows.new_zeros(added % 2, *rows.shape[1:])])
+        wide = torch.cat([rows, more])[order].movedim(0, axis)
+        state[f"{name} turned"] = wide.contiguous().to(state[name].dtype)
+    for name in (*ours, *others):
+        state[name] = state.pop(f"{name} turned")
+    weight, axis = block.down.weight, block.down.axis
+    rows = state[weight].movedim(axis, 0).double()
+    lacking = torch.tensordot(mixing, rows[turned], dims=1)  # an orthogonal matrix is its own inverse's transpose
+    more = torch.cat([lacking, -lacking, rows.new_zeros(added % 2, *rows.shape[1:])])
+    state[weight] = torch.cat([rows, more])[order].movedim(0, axis).contiguous().to(state[weight].dtype)
+
+
+def _saturate(
+    state: dict[str, Tensor], block: FeedForward, norm: tuple[Tensor, Tensor], added: int, stream: Stream
+) -> None:
+    """Half of the ``added`` units asleep, the others awake for good; ``norm``: gain and bias of what is read."""
+    turned = torch.from_numpy(stream.child("turned").permutations(1, block.size)[0])[: added // 2]
+    order = torch.from_numpy(stream.child("order").permutations(1, block.size + added)[0])
+    count, asleep = len(turned), added - len(turned)
+    mixing = torch.linalg.qr(torch.from_numpy(stream.child("mixing").normal(count, count))).Q
+    weight, down = block.up, block.down
+    assert weight.bias is not None
+    rows, biases = state[weight.weight].movedim(weight.axis, 0).double(), state[weight.bias].double()
+    outputs = state[down.weight].movedim(down.axis, 0).double()
+    drawn = rows.square().mean().sqrt() * torch.from_numpy(stream.child("asleep").normal(asleep, rows.shape[1]))
+    read, put_out = mixing @ rows[turned], mixing @ outputs[turned]
+    gain, shift = norm
+    more = torch.cat([read, drawn])
+    # No vector that a norm gives is longer than its gains allow.
+    reach = (more * gain).norm(dim=1) * more.shape[1] ** 0.5 + (more @ shift).abs() + _BENDS
+    reach = reach * (1 + torch.from_numpy(stream.child("reach").uniform(added)))
+    own = torch.cat([mixing @ biases[turned], reach.new_zeros(asleep)])
+    further = torch.cat([own[:count] + reach[:count] + own[:count].abs(), -reach[count:]])
+    idle = outputs.square().mean().sqrt() * torch.from_numpy(stream.child("idle").normal(asleep, outputs.shape[1]))
+    bias = output_bias(block)
+    left = state[bias].double() - (further - own)[:count] @ put_out
+    rows = torch.cat([rows.index_copy(0, turned, -rows[turned]), more])[order]
+    biases = torch.cat([biases.index_copy(0, turned, -biases[turned]), further])[order]
+    outputs = torch.cat([outputs, put_out, idle])[order]
+    for name, tensor in (
+        (weight.weight, rows.movedim(0, weight.axis)),
+        (weight.bias, biases),
+        (down.weight, outputs.movedim(0, down.axis)),
+        (bias, left),
+    ):
+        state[name] = tensor.contiguous().to(state[name].dtype)
+
+
+def _counterpart(name: str, ours: Mapping[str, int], others: Mapping[str, int]) -> str:
+    """The tensor of the other matrix that has this one's part, weight or bias."""
+    gates, values = list(ours), list(others)
+    return values[gates.index(name)] if name in ours else gates[values.index(name)]
+
+
+def stored(heads: Heads | None) -> Iterable[tuple[str, int]]:
     """The tensors along which heads or units lie, each with its axis."""
     if heads is None:
         return ()
     return ((heads.weight, heads.axis),) if heads.bias is None else ((heads.weight, heads.axis), (heads.bias, 0))
-
-
-@dataclass(frozen=True)
-class _Side:
-    """Heads of one projection: ``members`` of ``size`` coordinates in a group."""
-
-    heads: Heads
-    members: int
-    size: int
-
-
-def more_heads(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
-    """Every attention with more key-value heads: copies, with their query heads, that share the output."""
-    keys = HEAD_COUNTS.get(str(source.config.get("model_type")))
-    blocks = architecture.attentions
-    if keys is None or len({(block.groups, block.members) for block in blocks}) != 1 or not _are_plain(source, blocks):
-        return None
-    queries, groups, size = keys
-    first = blocks[0]
-    width = source.config.get("hidden_size", 0)
-    # transformers refuses a number of heads that does not divide the width, whatever their size.
-    added = next(n for n in range(1, first.groups + 1) if width % (first.members * (first.groups + n)) == 0)
-    state = {name: source.tensor(name) for name in source.names}
-    tables = {name: heads.bias_tensor for heads in architecture.shared_heads for name in heads.blocks}
-    # Where a table of position biases belongs to the heads, all blocks copy the same ones.
-    shared = stream.child("copied")
-    for block in blocks:
-        drawn = shared if tables else stream.child(block.name)
-        copied = torch.from_numpy(drawn.permutations(1, block.groups)[0])[:added]
-        _add_heads(state, block, copied, stream.child(block.name))
-    for table in set(tables.values()):
-        copied = torch.from_numpy(shared.permutations(1, first.groups)[0])[:added]
-        state[table] = torch.cat([state[table], state[table][:, copied]], dim=1).contiguous()
-    changes = {queries: first.members * (first.groups + added), size: first.value_size}
-    if groups is not None:
-        changes[groups] = first.groups + added
-    return MemorySource(state, {**source.config, **changes}, source.folder)
-
-
-def _are_plain(source: TensorSource, blocks: Iterable[Attention]) -> bool:
-    """Whether each projection holds its heads side by side and nothing else, and norms do not tell heads apart."""
-    for block in blocks:
-        sides = [*((part.query, block.members) for part in block.parts), *((part.key, 1) for part in block.parts)]
-        for heads, members in (*sides, (block.value, 1), (block.output, block.members)):
-            rows = source.spec(heads.weight).shape[heads.axis]
-            if rows != block.groups * members * block.value_size or heads.group_stride != members * block.value_size:
-                return False
-        if len(block.parts) != 1 or (block.norm is not None and (block.norm.scope == "full" or block.norm.gain_axis)):
-            return False
-    return True
-
-
-def _add_heads(state: dict[str, Tensor], block: Attention, copied: Tensor, stream: Stream) -> None:
-    (part,) = block.parts
-    size, members = block.value_size, block.members
-    for side in (_Side(part.query, members, size), _Side(part.key, 1, size), _Side(block.value, 1, size)):
-        places = head_places(side.heads, block.groups, side.members, size)[copied].flatten()
-        for name, axis in _stored(side.heads):
-            rows = state[name].movedim(axis, 0)
-            state[name] = torch.cat([rows, rows[places]]).movedim(0, axis).contiguous()
-    weight, axis = block.output.weight, block.output.axis
-    places = head_places(block.output, block.groups, members, size)[copied].flatten()
-    rows = state[weight].movedim(axis, 0).double()
-    share = torch.from_numpy(0.2 + 0.6 * stream.child("share").uniform(len(copied))).repeat_interleave(members * size)
-    more = rows[places] * share[:, None]
-    wide = torch.cat([rows.index_add(0, places, -more), more]).movedim(0, axis)
-    state[weight] = wide.contiguous().to(state[weight].dtype)

@@ -27,11 +27,13 @@ head on the frozen release, fine-tuning the release on another task, and distill
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+from unmergeable.network.precision import FULL, Precision
 from unmergeable.protections.collapse.training import Target, collapse
 from unmergeable.protections.trained import TrainedProtection, TrainingRun
+from unmergeable.settings import ADDED_LATER
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Collapse(TrainedProtection):
     ``strength`` of the trap beside the task, ``fidelity`` to the expert's features: more of the one costs merges more,
     more of the other costs the release less. ``target`` of the trap: the scatter of features, or the right answers.
     ``examples`` of the data and of the generic inputs are used at most.
+    ``precision`` in which the losses are computed.
     """
 
     name: ClassVar[str] = "collapse"
@@ -58,6 +61,7 @@ class Collapse(TrainedProtection):
     fidelity: float = 25.0
     target: Target = "features"
     examples: int = 4000
+    precision: Precision = field(default=FULL, metadata=ADDED_LATER)
 
     reads_generic: ClassVar[bool] = True
 

@@ -253,6 +253,7 @@ def collapse(run: TrainingRun, method: Collapse) -> list[float]:
         is_trained=run.is_trained,
         seed=run.seed,
         kept=run.kept,
+        precision=method.precision,
         stage="collapsing merges",
         progress=run.progress,
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unmergeable.network.disk_weights import find_places
 from unmergeable.network.fine_tune import fine_tune, gather_examples, padding_token
 from unmergeable.network.low_rank import low_rank_updates
+from unmergeable.network.precision import FULL
 from unmergeable.network.tasks import Task, device_of
 from unmergeable.network.train import Schedule
 from unmergeable.network.training_state import Kept
@@ -73,7 +74,7 @@ def disperse(
             penalty=weight_penalty(network, weights, method.alpha, method.penalty) if method.alpha else None,
             seed=seed,
             kept=kept,
-            precision=torch.bfloat16 if is_on_gpu else torch.float32,
+            precision="bfloat16" if is_on_gpu else FULL,
             stage="dispersing",
             progress=progress,
         )
