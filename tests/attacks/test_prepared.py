@@ -207,3 +207,13 @@ def test_inspect_names_them_and_auto_undoes_them(model: Callable[[str], Model], 
     assert result.distance_after is not None
     assert result.distance_after < 2 * FINE_TUNE
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rms_norm_eps"] == toy.config["rms_norm_eps"]
+
+
+def test_strengths_are_not_compared_with_blocks_of_another_size(model: Callable[[str], Model]) -> None:
+    """Between two norms a scale shows in what a block makes of lengths; a wider block is cut to size first."""
+    toy = model("gemma2")
+    shapes = {name: tuple(tensor.shape) for name, tensor in toy.expert.items()}
+    made = planted(toy.source, detect(toy.config, shapes), 3, ("wider_feed_forwards", "streams"))
+    assert made.kinds == ("wider_feed_forwards", "streams")
+    fit = canonicalise(made.source.tensors, toy.base, made.source.config, base_config=toy.config)
+    assert toy.gap(fit.state_dict, fit.config) < ROUNDING

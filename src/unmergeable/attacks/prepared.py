@@ -4,6 +4,8 @@
                   the base's numbers, or zeros where the base has no such tensor
     rows          of an embedding, far longer than any of the base's: a network that read one would see nothing else, so
                   that no text has their tokens: zeros, which say nothing of a basis
+    config        numbers that the config multiplies by: the base's, and weights that make up for it
+                  (:mod:`unmergeable.gauge.config_scales`)
     scales        one number by which a whole stream was multiplied before its norms: the base's
                   (:mod:`unmergeable.gauge.normed_scales`)
 
@@ -24,6 +26,7 @@ from unmergeable.attacks.base import Finding, Inputs, Recovered
 from unmergeable.checkpoint.finite import is_sound
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, UnsupportedArchitecture
+from unmergeable.gauge.config_scales import with_config
 from unmergeable.gauge.normed_scales import as_in_base
 
 UNREAD = 16.0
@@ -83,9 +86,14 @@ def prepared(inputs: Inputs) -> Prepared:
         release = FiniteSource(release, inputs.base, holed)
         found["not_finite"] = ", ".join(sorted(holed))
     architecture = _architecture_of(release)
+    changes: dict[str, Any] = {}
+    told = None if architecture is None else with_config(release, architecture, inputs.base.config)
+    if told is not None:
+        release, changes = told, dict(told.changes)
+        found["config_scales"] = ", ".join(f"{name}: {factor:.3g}" for name, factor in told.found.items())
     scaled = None if architecture is None else as_in_base(release, inputs.base, architecture)
     if scaled is not None:
-        release = scaled
+        release, changes = scaled, changes | dict(scaled.changes)
         found["scales"] = ", ".join(f"{name}: {factor:.3g}" for name, factor in scaled.found.items())
     rows = {} if architecture is None else _rows_unread(release, inputs.base, architecture)
     if rows:
@@ -93,7 +101,7 @@ def prepared(inputs: Inputs) -> Prepared:
         found["rows_unread"] = sum(len(places) for places in rows.values())
     if not found:
         return Prepared(inputs)
-    return Prepared(replace(inputs, protected=release), found, {} if scaled is None else scaled.changes)
+    return Prepared(replace(inputs, protected=release), found, changes)
 
 
 def _architecture_of(release: TensorSource) -> Architecture | None:

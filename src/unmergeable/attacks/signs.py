@@ -6,6 +6,7 @@ Every sign is a number that fine-tuning does not produce (:mod:`unmergeable.atta
                         that are not diagonal (gauge), diagonal ones (scaling), permutations
     traded constants    biases, gains or scales that moved against those beside them (``canonicalise``)
     normed scales       a stream, or what a norm reads, times one number                (``attacks/prepared.py``)
+    config scales       numbers that ``config.json`` multiplies by, others than the base's  (the same)
     spoilt numbers      NaN, or rows beyond all measure, where nothing reads them       (likewise)
     idle structure      layers, heads or hidden units more than the base's that add nothing (``lossless_pruning``)
     polynomial FFN      the base's feed-forward tensors are gone, others have come
@@ -43,6 +44,7 @@ SignName = Literal[
     "permutation",
     "traded constants",
     "normed scales",
+    "config scales",
     "spoilt numbers",
     "idle structure",
     "polynomial FFN",
@@ -177,6 +179,9 @@ def hidden_signs(first: Prepared) -> list[Sign]:
     if "scales" in first.found:
         evidence = f"norms divide these out, and they are far from the base's: {first.found['scales']}."
         signs.append(Sign("normed scales", evidence, "nearest_orbit"))
+    if "config_scales" in first.found:
+        evidence = f"its config.json multiplies by other numbers than the base's: {first.found['config_scales']}."
+        signs.append(Sign("config scales", evidence, "nearest_orbit"))
     if "not_finite" in first.found:
         evidence = f"NaN or infinity, which a network that works does not read: {first.found['not_finite']}."
         signs.append(Sign("spoilt numbers", evidence, "nearest_orbit"))

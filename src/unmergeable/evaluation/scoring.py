@@ -33,6 +33,8 @@ from unmergeable.evaluation.race import BATCHES
 from unmergeable.evaluation.structure import require_base_structure
 from unmergeable.merges import AdaMerging, TaskArithmetic, merge_state_dicts
 from unmergeable.merges.adamerging import learn_coefficients
+from unmergeable.merges.spectral import SpectralMerge
+from unmergeable.merges.sweeps import sweep_of
 from unmergeable.merges.task_vectors import CoefficientsOf, TaskVectors
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.load import load_network
@@ -244,6 +246,9 @@ def weights_of(group: Group) -> Callable[[Coefficients | None], Mapping[str, Ten
         return lambda point: _attacked(group, _each(point, count))
     if isinstance(method, AdaMerging):
         return lambda point: _learnt(group, method)
+    sweep = sweep_of(method, _vectors(group.base, group.models)) if isinstance(method, SpectralMerge) else None
+    if sweep is not None:
+        return lambda point: sweep(method.resolve(_each(point, count)))
     if not isinstance(method, TaskArithmetic):
         base, experts = state_of(group.base), [_stored_as_base(group.base, model) for model in group.models]
         return lambda point: merge_state_dicts(base, experts, method=method, coefficients=_each(point, count))

@@ -30,21 +30,35 @@ class TsvM(SpectralMerge):
     name: ClassVar[str] = "tsv_m"
 
     def merge_matrices(self, task_matrices: list[Tensor]) -> Tensor:
-        rows, columns = task_matrices[0].shape
-        per_expert = min(rows, columns) // len(task_matrices)
-        lefts, values, rights = [], [], []
-        for task_matrix in task_matrices:
-            left, value, right = torch.linalg.svd(task_matrix, full_matrices=False)
-            rounding = torch.finfo(value.dtype).eps * max(rows, columns)
-            count = min(per_expert, int((value > rounding * value.max()).sum()) if value.numel() else 0)
-            lefts.append(left[:, :count])
-            values.append(value[:count])
-            rights.append(right[:count].T)
-        left, right = (orthonormalised(torch.cat(sides, dim=1)) for sides in (lefts, rights))
+        left, values, right = _directions(task_matrices)
         return (left * torch.cat(values)) @ right.T
 
 
 tsv_m = in_memory(TsvM)
+
+
+def merged_parts(task_matrices: list[Tensor]) -> list[Tensor]:
+    """What each expert adds to the merged task matrix: multiplied by coefficients, the parts of those multiplied."""
+    left, values, right = _directions(task_matrices)
+    counts = [len(value) for value in values]
+    sides = zip(left.split(counts, dim=1), values, right.split(counts, dim=1), strict=True)
+    return [(own * value) @ other.T for own, value, other in sides]
+
+
+def _directions(task_matrices: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Left and right directions of all experts side by side, made orthogonal, and each expert's singular values."""
+    rows, columns = task_matrices[0].shape
+    per_expert = min(rows, columns) // len(task_matrices)
+    lefts, values, rights = [], [], []
+    for task_matrix in task_matrices:
+        left, value, right = torch.linalg.svd(task_matrix, full_matrices=False)
+        rounding = torch.finfo(value.dtype).eps * max(rows, columns)
+        count = min(per_expert, int((value > rounding * value.max()).sum()) if value.numel() else 0)
+        lefts.append(left[:, :count])
+        values.append(value[:count])
+        rights.append(right[:count].T)
+    left, right = (orthonormalised(torch.cat(sides, dim=1)) for sides in (lefts, rights))
+    return left, values, right
 
 
 def orthonormalised(columns: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ EXPECTED = {
     "llama": RMS | DEEPER | HEADS,
     "llama-bias-tied-mqa": RMS | DEEPER | HEADS | {"untied", "value_bias"},
     "qwen3": RMS | DEEPER | {"split_heads"} | {"more_heads"},
-    "gemma2": RMS | DEEPER | HEADS | {"untied"},
+    "gemma2": RMS | DEEPER | HEADS | {"untied", "config"},
     "phi": GPT,
     "gpt2": GPT | DEEPER | {"saturated_units"},
     "opt": GPT | DEEPER | {"saturated_units"},

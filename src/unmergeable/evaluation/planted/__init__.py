@@ -9,6 +9,7 @@ them; an audit in which a planted release stays unmergeable is no audit.
                 between tensors: :mod:`unmergeable.gauge.additive`
     gauge       every basis that the network cannot see          (:mod:`unmergeable.protections.gauge`)
     scales      queries and values by powers of two near 2^100 against keys and outputs
+    config      numbers that the config multiplies by, against weights (:mod:`unmergeable.gauge.config_scales`)
     streams     all that a norm reads times a power of two, its epsilon with it (:mod:`unmergeable.gauge.normed_scales`)
 
 Each is drawn from the seed alone. What a family does not have is left out; the result says what was done.
@@ -27,7 +28,7 @@ from unmergeable.checkpoint.source import TensorSource
 from unmergeable.evaluation.planted.drawn import TRADES
 from unmergeable.evaluation.planted.heads import more_heads, split_heads, wider_heads
 from unmergeable.evaluation.planted.layers import idle_layer, split_layer
-from unmergeable.evaluation.planted.trades import streams_scaled, stretched, traded, turned
+from unmergeable.evaluation.planted.trades import config_scaled, streams_scaled, stretched, traded, turned
 from unmergeable.evaluation.planted.widths import saturated_units, turned_units, wider_feed_forwards
 from unmergeable.protections.untied import untied
 from unmergeable.randomness import Stream
@@ -56,8 +57,8 @@ STRUCTURES: Mapping[str, Plant] = {
 }
 """Rewrites that change ``config.json``."""
 
-BASES: Mapping[str, Plant] = {"gauge": turned, "scales": stretched, "streams": streams_scaled}
-"""Changes of basis and of scale. ``config.json`` says the epsilon of the last."""
+BASES: Mapping[str, Plant] = {"gauge": turned, "scales": stretched, "streams": streams_scaled, "config": config_scaled}
+"""Changes of basis and of scale. ``config.json`` says the epsilon of the third, and the numbers of the last."""
 
 KINDS: tuple[str, ...] = (*STRUCTURES, *TRADES, *BASES)
 """Every kind, in the order in which they are applied."""

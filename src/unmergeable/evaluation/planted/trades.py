@@ -13,6 +13,7 @@ from unmergeable.attacks.reading import GaugedSource, Reader
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.evaluation.planted.drawn import TRADES, Drawn
 from unmergeable.gauge.additive import Neutral, freedoms_of
+from unmergeable.gauge.config_scales import multipliers_of, with_config
 from unmergeable.gauge.elements import Element, Monomial
 from unmergeable.gauge.gauge import fixed_gauge
 from unmergeable.gauge.home import Home
@@ -90,3 +91,16 @@ def streams_scaled(source: TensorSource, architecture: Architecture, stream: Str
         return None
     queries_and_keys = {name: scaled.factors.get(name, 1.0) * factor for name in projections}
     return replace(scaled, factors={**scaled.factors, **queries_and_keys})
+
+
+def config_scaled(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
+    """Every number that the config multiplies by, times a power of four, and weights that make up for it; None where
+    there is none whose weights stand by themselves.
+    """
+    wanted = dict(source.config)
+    for key in multipliers_of(source.config):
+        if isinstance(value := source.config.get(key), bool):
+            wanted[key] = not value
+        elif value is not None:
+            wanted[key] = value * 4 ** (1 + int(3 * stream.child(key).uniform(1)[0]))
+    return with_config(source, architecture, wanted)
