@@ -102,6 +102,12 @@ def test_a_tensor_beside_a_blocks_own_is_refused_and_one_elsewhere_is_copied() -
     assert extra not in detect(CONFIG, {**shapes(), extra: (4,)}).symmetry.legs
 
 
+def test_rotary_coordinates_that_are_no_pairs_are_refused() -> None:
+    assert detect({**CONFIG, "hidden_size": 40}, shapes(head=4)).attentions
+    with pytest.raises(UnsupportedArchitecture, match=r"q_proj\.weight: config\.json implies 3 coordinates that go in"):
+        detect({**CONFIG, "hidden_size": 30}, shapes(head=3))
+
+
 def test_another_network_under_the_name_is_refused() -> None:
     with pytest.raises(UnsupportedArchitecture, match="none of the blocks"):
         detect({"model_type": "granite"}, {"transformer.wte.weight": (99, 40)})
@@ -115,6 +121,15 @@ def test_a_network_with_other_flags_is_refused() -> None:
     for refused in ({"is_causal": False}, {"layer_types": ["full", "linear"]}, {"hidden_act": "relu"}):
         with pytest.raises(UnsupportedArchitecture, match=f"^config.json: {next(iter(refused))} is "):
             architecture_of(derived, {**CONFIG, **refused}, names)
+
+
+def test_a_flag_that_classes_set_differently_is_accepted_as_either() -> None:
+    derived = replace(granite(), flags={"is_decoder": [False, True], "kind": ["a", "b"]})
+    names = Names(shapes())
+    for accepted in ({"is_decoder": True}, {"is_decoder": False}, {"kind": "b"}):
+        assert architecture_of(derived, {**CONFIG, **accepted}, names).attentions
+    with pytest.raises(UnsupportedArchitecture, match=r"^config\.json: kind is 'ab'"):
+        architecture_of(derived, {**CONFIG, "kind": "ab"}, names)
 
 
 def test_settings_of_a_tower_count_only_where_the_map_changes_one() -> None:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import transformers
 
-from unmergeable.architecture.derived import DerivedMap, known_map
-from unmergeable.derivation.build import Specimen, build, default_config
-from unmergeable.derivation.model_types import built, confirm, confirmed, usual_config
+from unmergeable.architecture.blocks import Attention
+from unmergeable.architecture.derived import DerivedMap, known_map, shipped
+from unmergeable.derivation.__main__ import widest
+from unmergeable.derivation.build import Specimen, build, default_config, registered
+from unmergeable.derivation.derive import derive
+from unmergeable.derivation.model_types import built, confirm, confirmed, other_classes, usual_config, widened
 from unmergeable.derivation.shrink import SMALL, UNSEEN, shrunken, supply
 from unmergeable.errors import UnsupportedArchitecture
 
@@ -98,3 +101,67 @@ def test_inputs_are_what_a_network_reads() -> None:
     assert patches.inputs["pixel_values"].shape[-1] == 3 * patches.config["vision_config"]["patch_size"] ** 2
     coded = read("musicgen", transformers.MusicgenForCausalLM)
     assert len(coded.inputs["input_ids"]) == coded.config["num_codebooks"]
+
+
+def test_a_map_of_an_encoder_and_decoder_is_proven_on_the_decoder_alone() -> None:
+    derived = known_map("pegasus")
+    assert derived is not None
+    assert len(derived.attentions) == 3
+    assert other_classes(derived) == ["PegasusForCausalLM"]
+    narrow = replace(derived, flags={**derived.flags, "is_encoder_decoder": True}, proof={})
+    alone = built(default_config("pegasus"), transformers.PegasusForCausalLM, UNSEEN)
+    with pytest.raises(UnsupportedArchitecture, match="is_encoder_decoder is False"):
+        confirm(narrow, alone)
+    wide = widened(narrow)
+    assert wide.flags["is_encoder_decoder"] == [False, True]
+    assert wide.proof["also"] == ["PegasusForCausalLM"]
+    confirm(wide, alone)
+
+
+def test_a_class_on_which_the_map_does_not_hold_widens_nothing() -> None:
+    derived = known_map("pegasus")
+    assert derived is not None
+    mistaken = [
+        {**template, "value": {**template["value"], "weight": template["parts"][0]["key"]["weight"]}}
+        for template in derived.attentions
+    ]
+    narrow = replace(derived, attentions=tuple(mistaken), flags={"is_encoder_decoder": True}, proof={})
+    assert widened(narrow) == narrow
+
+
+def test_shipped_maps_of_encoder_decoders_are_of_the_whole() -> None:
+    kinds = set(shipped()) & set(registered("seq2seq"))
+    assert len(kinds) >= 25
+    for kind in kinds:
+        derived = known_map(kind)
+        assert derived is not None
+        assert derived.network_class == registered("seq2seq")[kind] or registered("speech").get(kind), kind
+
+
+def test_a_narrower_map_replaces_none_of_the_package() -> None:
+    derived = known_map("pegasus")
+    assert derived is not None
+    whole = derived.to_json()
+    decoder = {**whole, "attentions": whole["attentions"][:1]}
+    assert "pegasus" not in widest({"causal-lm": {"pegasus": decoder}})
+    assert widest({"causal-lm": {"pegasus": decoder}, "seq2seq": {"pegasus": whole}}) == {"pegasus": whole}
+
+
+def test_a_norm_before_positions_on_a_part_of_each_head_is_found() -> None:
+    """Quarter turns and signs for each head, where a proposal of another norm would leave one sign."""
+    kind = transformers.Qwen3_5ForCausalLM
+    found = derive(built(usual_config("qwen3_5_text", kind), kind, SMALL)).blocks
+    (block,) = (one for one in found if isinstance(one, Attention))
+    assert block.norm is not None
+    assert (block.norm.kind, block.norm.scope, block.norm.offset) == ("rms", "head", 1.0)
+    assert [(part.size, part.rotary) for part in block.parts] == [(4, "half"), (12, None)]
+
+
+@pytest.mark.parametrize("kind", ["PixArtTransformer2DModel", "DiTTransformer2DModel"])
+def test_small_images_have_more_than_one_token(kind: str) -> None:
+    """Of a single token the attention is no choice, and nothing shows what its queries and keys let through."""
+    small = shrunken(default_config(kind))
+    assert (small["sample_size"] // small["patch_size"]) ** 2 > 1
+    derived = known_map(kind)
+    assert derived is not None
+    assert all(template["parts"] for template in derived.attentions)

@@ -36,7 +36,8 @@ class DerivedMap:
     """The proven map of one ``model_type``.
 
     ``prefix`` starts the names of the body's tensors in files of the whole network, and may be absent in those of the
-    bare body. ``flags`` are the settings other than sizes that the map was proven with, a list where layers differ;
+    bare body. ``flags`` are the settings other than sizes that the map was proven with, a list where layers or the
+    network classes differ that it was proven on;
     ``defaults`` holds sizes that a config may leave out. ``known`` are all names of tensors, without numbers.
     ``reasons`` says what was left alone, and why; ``proof`` what the map was tried on.
     """
@@ -258,7 +259,12 @@ class _Reader:
         self.scope["columns"] = self.length(data["output"])
         value_size = self.value("value_size", data["value_size"])
         for index, part in enumerate(data["parts"]):
-            self.value(f"part_{index}", part["size"])
+            size = self.value(f"part_{index}", part["size"])
+            if size % 2 and (part["rotary"] or data.get("norm")):
+                raise UnsupportedArchitecture(
+                    f"tensor {self.name(part['query']['weight'])}: config.json implies {size} coordinates that go in "
+                    "pairs; config.json and weights do not belong together."
+                )
         self.scope["query_size"] = sum(self.scope[f"part_{index}"] for index in range(len(data["parts"])))
         parts = [
             ScorePart(
@@ -352,7 +358,7 @@ def _require_flags(derived: DerivedMap, config: Config) -> None:
         if is_text and _is_of_a_tower(name):
             continue
         proven = derived.flags.get(name)
-        if proven is None or value == proven or (isinstance(proven, list) and set(value) <= set(proven)):
+        if proven is None or _is_among(value, proven):
             continue
         if name.endswith(("_act", "activation", "activation_function")) and "relu" not in f"{value} {proven}":
             continue  # whatever is not ReLU lets the same through
@@ -360,6 +366,13 @@ def _require_flags(derived: DerivedMap, config: Config) -> None:
             f"config.json: {name} is {value!r}, and the map of {derived.model_type} was proven with {proven!r}; derive "
             f"one for this model with `unmergeable map` and put it into the folder {MAPS_VARIABLE} names."
         )
+
+
+def _is_among(value: Any, proven: Any) -> bool:
+    """Whether a flag is one that a map was proven with: the same, or of several; of a list, every entry."""
+    if value == proven or not isinstance(proven, list):
+        return bool(value == proven)
+    return set(value) <= set(proven) if isinstance(value, list) else value in proven
 
 
 def _require_known(

@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -99,35 +99,44 @@ def confirm_shipped(only: Sequence[str] | None) -> int:
 
 
 def ship(out: Path) -> None:
-    """Put the maps in ``out`` into the package, with the reasons for what has none.
-
-    Of a type that has several tasks, the map with the most attentions is kept, of equals that for the later task.
-    """
+    """Put the maps in ``out`` into the package, with the reasons for what has none."""
     package = Path(str(files("unmergeable")))
     outcomes = {
         task: {file.stem: json.loads(file.read_text("utf-8")) for file in sorted((out / task).glob("*.json"))}
         for task in TASKS
     }
-    best: dict[str, dict[str, Any]] = {}
-    for own in outcomes.values():
-        for kind, outcome in own.items():
-            if kind in FAMILIES or "failure" in outcome:
-                continue
-            if kind not in best or len(outcome["attentions"]) >= len(best[kind]["attentions"]):
-                best[kind] = {name: value for name, value in outcome.items() if name != "seconds"}
+    best = widest(outcomes)
     for kind, outcome in best.items():
         (package / "architecture" / "maps" / f"{kind}.json").write_text(json.dumps(outcome, indent=1) + "\n", "utf-8")
     before, reasons = read_reasons(), dict[str, dict[str, str]]()
     for task in TASKS:
         for kind, known in levels(task).items():
             if known == "none":
-                outcome = outcomes[task].get(kind)
+                tried = outcomes[task].get(kind)
                 told = before.get(task, {}).get(kind, "not tried")
-                reasons.setdefault(task, {})[kind] = short(outcome) if outcome else told
+                reasons.setdefault(task, {})[kind] = short(tried) if tried else told
             elif known == "part":
                 reasons.setdefault(task, {})[kind] = short(best.get(kind) or _known(kind))
     (package / "derivation" / "unsupported.json").write_text(json.dumps(reasons, indent=1) + "\n", "utf-8")
     (package.parents[1] / "docs" / "model-types.md").write_text(page(reasons), "utf-8")
+
+
+def widest(outcomes: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The map of every type among ``outcomes`` by task and type, where it is to replace that of the package.
+
+    Of a type that has several tasks, the map with the most attentions is kept, of equals that for the later task. The
+    decoder of an encoder-decoder is registered as a type's language model, too: a map of it alone replaces none of
+    the whole.
+    """
+    best: dict[str, dict[str, Any]] = {}
+    for own in outcomes.values():
+        for kind, outcome in own.items():
+            if kind in FAMILIES or "failure" in outcome:
+                continue
+            before = best.get(kind) or (_known(kind) if kind in shipped() else None)
+            if before is None or len(outcome["attentions"]) >= len(before["attentions"]):
+                best[kind] = {name: value for name, value in outcome.items() if name != "seconds"}
+    return best
 
 
 def _known(kind: str) -> dict[str, Any]:
@@ -189,8 +198,9 @@ def _derive(kind: str, network_class: str) -> dict[str, Any]:
 
 
 def _confirm(derived: DerivedMap) -> dict[str, Any]:
-    network = class_named(derived.network_class)
-    confirm(derived, built(usual_config(derived.model_type, network), network, UNSEEN))
+    for name in (derived.network_class, *derived.proof.get("also", ())):
+        network = class_named(name)
+        confirm(derived, built(usual_config(derived.model_type, network), network, UNSEEN))
     return {}
 
 

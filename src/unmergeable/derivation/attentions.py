@@ -151,7 +151,9 @@ def _normed_scores(
         norm = QueryKeyNorm(
             kind, scope, epsilon, names[0], names[1], biases[0], biases[1], gain_axis=int(axis), offset=offset
         )
-        for rotary in (count for count in (size, size // 2, size // 4, 0) if count % 2 == 0):
+        # The fewer coordinates are rotated, the larger the group: a proposal that rotates more than the network does
+        # may hold too, and would hide it.
+        for rotary in (count for count in (0, size // 4, size // 2, size) if count % 2 == 0):
             pairings: tuple[Pairing, ...] = ("half", "interleaved")
             for pairing in pairings if rotary else pairings[:1]:
                 yield score_parts(query_heads, key_heads, size, rotary, pairing), norm

@@ -8,10 +8,10 @@ from typing import Any
 
 from unmergeable.architecture.blocks import Attention
 from unmergeable.architecture.declare import Names
-from unmergeable.architecture.derived import DerivedMap, architecture_of
+from unmergeable.architecture.derived import DerivedMap, architecture_of, flags_of
 from unmergeable.architecture.rules import possible_lengths
 from unmergeable.derivation.attentions import NOT_UNDERSTOOD
-from unmergeable.derivation.build import Specimen, build, class_named, default_config, is_diffusion, registered
+from unmergeable.derivation.build import TASKS, Specimen, build, class_named, default_config, is_diffusion, registered
 from unmergeable.derivation.derive import Derivation, derive, without_numbers
 from unmergeable.derivation.probe import Disk
 from unmergeable.derivation.prove import TOLERANCE, Prover
@@ -35,7 +35,7 @@ def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | 
     if not (derived.attentions or derived.feed_forwards):
         reason = next(iter(derived.reasons.values()), "it has no attention or feed-forward of a known form")
         raise UnsupportedArchitecture(f"{model_type}: no change of basis could be proven ({reason}).")
-    return confirmed(derived, built(config, kind, UNSEEN))
+    return widened(confirmed(derived, built(config, kind, UNSEEN)))
 
 
 def usual_config(model_type: str, kind: Any) -> Mapping[str, Any]:
@@ -148,6 +148,42 @@ def confirm(derived: DerivedMap, specimen: Specimen) -> None:
     change = prover.together(symmetry, symmetry.select("query_key", "value_output", "heads", "feed_forward"))
     if change > TOLERANCE:
         raise UnsupportedArchitecture(f"{derived.model_type}: read back for other sizes, the map changes outputs.")
+
+
+def widened(derived: DerivedMap) -> DerivedMap:
+    """The map with the flags of every other network class of its type, of those that are registered for a task.
+
+    A decoder that may be had without its encoder says so in a flag; the map is proven on either. Classes that cannot be
+    built, or on which the map does not hold, leave it as it is.
+    """
+    flags, known, also = dict(derived.flags), set(derived.known), []
+    for name in other_classes(derived):
+        kind = class_named(name)
+        try:
+            specimen = built(usual_config(derived.model_type, kind), kind, UNSEEN)
+            own = flags_of(specimen.config)
+            confirm(replace(derived, flags=own), specimen)
+        except UnsupportedArchitecture:
+            continue
+        flags |= {flag: _either(flags.get(flag, value), value) for flag, value in own.items()}
+        known |= {without_numbers(tensor) for tensor in specimen.stored_names()}
+        also.append(name)
+    proof = {**derived.proof, **({"also": also} if also else {})}
+    return replace(derived, flags=flags, known=tuple(sorted(known)), proof=proof)
+
+
+def other_classes(derived: DerivedMap) -> list[str]:
+    """Classes of a map's type, other than its own, that are registered for a task and read the same settings."""
+    own = class_named(derived.network_class)
+    names = dict.fromkeys(registered(task).get(derived.model_type, derived.network_class) for task in TASKS)
+    found = {name: class_named(name) for name in names if name != derived.network_class and not is_diffusion(own)}
+    return [name for name, kind in found.items() if kind is not None and kind.config_class is own.config_class]
+
+
+def _either(first: Any, second: Any) -> Any:
+    """Both of two flags, as one where they are the same."""
+    values = [*(first if isinstance(first, list) else [first]), *(second if isinstance(second, list) else [second])]
+    return first if first == second else sorted(set(values), key=str)
 
 
 def _derived(config: Mapping[str, Any], kind: Any, sizes: Sizes) -> tuple[Specimen, Derivation]:

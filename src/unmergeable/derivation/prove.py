@@ -124,10 +124,14 @@ def _outside(space: Space, stream: Stream) -> Element | None:
     if kind in {"rotary", "diagonal", "positive_diagonal"}:
         return sample(replace(space, group=Group("general_linear")), stream, CONDITION)
     order = torch.arange(space.size).expand(space.blocks, -1).clone()
-    if kind == "quarter_turn":  # norm gains follow it, and those follow only an order
-        return Monomial(order.roll(1, dims=1), torch.ones(order.shape, dtype=torch.float64))
     return Monomial(order, torch.linspace(0.6, 1.7, space.size, dtype=torch.float64).expand(space.blocks, -1).clone())
 
 
 def _enlarged(symmetry: SymmetryMap, space: Space) -> SymmetryMap:
-    return replace(symmetry, spaces={**symmetry.spaces, space.name: replace(space, group=Group("general_linear"))})
+    """The map as if any matrix were in the space's group; norm gains, which follow no scale, do not follow it."""
+    legs = {
+        name: tuple(leg for leg in every if leg.space != space.name or leg.variance != "gain")
+        for name, every in symmetry.legs.items()
+    }
+    spaces = {**symmetry.spaces, space.name: replace(space, group=Group("general_linear"))}
+    return replace(symmetry, spaces=spaces, legs=legs)

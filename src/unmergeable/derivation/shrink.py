@@ -171,6 +171,8 @@ def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers
         return [4 if key == "attention_window" else 1] * len(value)
     if not isinstance(value, int):
         return value
+    if key == "patch_size" and "_class_name" in config:
+        return min(value, 2)  # a network of latents, which are few: one token would attend to itself
     if key == "attention_hidden_size" and value == 2 * int(config.get("hidden_size") or 0):
         return 2 * sizes.hidden
     if key in _HIDDEN:

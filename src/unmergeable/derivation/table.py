@@ -135,7 +135,7 @@ def tabulate(
         both = _Pair(block, twin, (here, there), ({}, {}), used)
         try:
             if isinstance(block, Attention) and isinstance(twin, Attention):
-                template = _attention(both, block, twin)
+                template = _attention(both, block, twin, reasons)
                 kept = attentions
             else:
                 assert isinstance(block, FeedForward)
@@ -233,7 +233,8 @@ def _spans(plain: Sequence[Mapping[str, Any]], rotary: Sequence[Mapping[str, Any
     )
 
 
-def _attention(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]:
+def _attention(both: _Pair, block: Attention, twin: Attention, reasons: dict[str, str]) -> dict[str, Any]:
+    """The template of one attention; why it has no queries and keys, if so, goes to ``reasons``."""
     same = ("position", "is_cross", "heads_limit", "value_group")
     if block.is_cross != twin.is_cross or block.value_group != twin.value_group:
         raise Unexplained("two sizes of the network have different groups")
@@ -249,7 +250,8 @@ def _attention(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]
     known = tuple(dict(scope) for scope in both.scope)
     try:
         template["parts"] = _score_parts(both, block, twin)
-    except Unexplained:  # the values need no queries and keys
+    except Unexplained as reason:  # the values need no queries and keys
+        reasons[f"queries and keys of {template['name']}"] = str(reason)
         both.scope = (known[0], known[1])
         template["parts"] = []
         changed = {"position": "none", "heads_limit": block.heads_limit or NOT_UNDERSTOOD}
