@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from tasks.speakers import VOCABULARY, ids_of, write_records, write_speaker
 from unmergeable.cli import main
+from unmergeable.evaluation import read_audit
 from unmergeable.network.load import load_network
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -138,20 +139,24 @@ def verb(command: str) -> str:
     return command.split()[1] if command.startswith("unmergeable ") else ""
 
 
-NEEDS_THE_AUDIT = ("audit", "report", "card")
-
-
 def test_every_command_of_the_tutorial_works_and_the_way_back_is_exact(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("HOME", str(workplace / "home"))
-    given = [command for command in commands() if verb(command) not in NEEDS_THE_AUDIT]
+    given = commands()
     steps = answered([*given, UNPROTECTED], Shell(workplace / "home", capsys))
-    # The audit takes longer: its plan and everything it would read are checked.
-    assert main(["audit", "plan.yaml", "--out", "audit", "--workers", "1", "--dry-run"]) == 0
     verbs = list(dict.fromkeys(filter(None, map(verb, given))))
-    assert verbs == ["inspect", "protect", "verify", "restore", "merge", "recover", "push"]
+    assert verbs == ["inspect", "protect", "verify", "restore", "merge", "recover", "audit", "report", "card", "push"]
+    result = read_audit(Path("audit"))
+    assert result.passed
+    # What the page says of the audit: stopped or hindered as it is, and not by whoever knows the method.
+    ordinary, informed = (result.d_star["gauge", model] for model in ("off_the_shelf", "white_box"))
+    assert ordinary is not None
+    assert informed is not None
+    assert ordinary > 0.25
+    assert informed < 0.1
+    assert "white_box" in Path("release/README.md").read_text(encoding="utf-8")
     assert "release.key" not in next(step for step in steps if verb(step.command) == "push").answer.printed
 
     original, restored, released = (load_file(f"{name}/{WEIGHTS}") for name in ("my-finetune", "restored", "release"))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from unmergeable import ops
+from unmergeable.architecture.residual import OUTPUT_HEAD
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.data import DataSource, Part
 from unmergeable.errors import BadInput
@@ -49,6 +50,9 @@ from unmergeable.tasks import ChoiceScorer, TaskData, TaskScorer
 SPLIT = (0.2, 0.4, 0.4)
 """Of data given as one file: what an attacker may learn from, what it selects on, and what the judge keeps."""
 
+
+STILL_TIED = 0.02
+"""How far an output head may be from its embedding, of its length, to be the same: fitted bases leave less."""
 
 Coefficients = tuple[float, ...]
 """One for each model of a group."""
@@ -343,8 +347,11 @@ def state_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _stored_as_base(base: Checkpoint, model: Checkpoint) -> Mapping[str, Tensor]:
-    """The tensors of a model in the base's precision, as whoever merges them converts them first."""
-    ours, theirs = state_of(base), state_of(model)
+    """The tensors of a model in the base's precision, as whoever merges them converts them first.
+
+    An output head that is stored apart and is the embedding, up to rounding, goes where the base has it: nowhere.
+    """
+    ours, theirs = state_of(base), _tied_as(state_of(base), state_of(model))
     is_other = {
         name: tensor.is_floating_point() and ours[name].is_floating_point() and tensor.dtype != ours[name].dtype
         for name, tensor in theirs.items()
@@ -353,6 +360,19 @@ def _stored_as_base(base: Checkpoint, model: Checkpoint) -> Mapping[str, Tensor]
     if not any(is_other.values()):
         return theirs
     return {name: tensor.to(ours[name].dtype) if is_other.get(name) else tensor for name, tensor in theirs.items()}
+
+
+def _tied_as(base: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    head = model.get(OUTPUT_HEAD)
+    if head is None or OUTPUT_HEAD in base:
+        return model
+    alike = (
+        name
+        for name, tensor in model.items()
+        if name in base and name != OUTPUT_HEAD and tensor.shape == head.shape
+        if float((head - tensor).norm()) <= STILL_TIED * float(tensor.norm())
+    )
+    return model if next(alike, None) is None else {n: t for n, t in model.items() if n != OUTPUT_HEAD}
 
 
 @lru_cache(maxsize=1)
