@@ -34,8 +34,8 @@ JUDGEMENTS = ("stops", "hinders", "is not shown to stop", "does not stop", "cann
 
 LEGEND = "D* is 1 where the attacker gets nothing of the skill, and 0 where it gets as much as without a protection."
 
-EFFORT = frozenset({"examples", "steps", "coefficients"})
-"""Settings that say how long a method works, and on how many examples and siblings: they make no other method of it."""
+EFFORT = frozenset({"examples", "steps", "coefficients", "precision"})
+"""Settings that say how long a method works, how, and on how many examples and siblings: they make no other of it."""
 
 Setting = str | int | float | bool
 
@@ -46,7 +46,7 @@ class Study:
 
     Attributes:
         name: of the committed result, ``benchmarks/results/NAME.json``.
-        kind: "language_model", "vision", "encoder_decoder" or "diffusion".
+        kind: "language_model", "vision", "text", "encoder_decoder" or "diffusion".
         model: as a sentence calls it.
         parameters: of the model.
         victim_task, attacker_task: what the protected expert knows, and what the attacker's own model knows.
