@@ -21,6 +21,7 @@ from unmergeable.evaluation.contending import Searched, points_to_test
 from unmergeable.evaluation.controls import controls
 from unmergeable.evaluation.heats import Heats
 from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack
+from unmergeable.evaluation.methods import is_sum
 from unmergeable.evaluation.models import Variant, make_variants
 from unmergeable.evaluation.names import BASE, NOT_THE_EXPERT, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
@@ -186,8 +187,17 @@ class Auditor:
         return {name: outcome.cells[None] for name, outcome in zip(models, outcomes, strict=True)}
 
     def _jobs(self, variants: Sequence[Variant], rider: ExpertEntry) -> list[Job]:
-        """The first stage of a free-rider's attacks."""
-        jobs = [Job(None, rider, _ADDED, self._group(rider, self.run.checkpoint(rider.path), merge=_ADDED))]
+        """The first stage of a free-rider's attacks, those that leave the victim alone first.
+
+        What a merge makes of its own model and the base is had without the victim, too: trimming it may help.
+        """
+        base, own = self.run.checkpoint(self.plan.base), self.run.checkpoint(rider.path)
+        jobs = [Job(None, rider, _ADDED, self._group(rider, own, merge=_ADDED))]
+        jobs += [
+            Job(None, rider, merge, self._group(rider, base, own, merge=merge))
+            for merge in self.plan.merges
+            if not is_sum(merge.method) and self.plan.reaches(merge.threat_model)
+        ]
         for variant in variants:
             if variant.checkpoint is not None and variant.is_had_by(rider):
                 jobs += [

@@ -4,9 +4,9 @@
     2. every other merge with the recovery that did best          attackers who combine the best
     3. coefficients for parts, from the best point of whole experts      attackers who look at parts
 
-Without the victim there is one merge, the free-rider's own multiples. What is said of "the best" holds for each
-free-rider, each released model and each threat model, so that every attacker goes on with the best that it has, and the
-unprotected expert is attacked in the same stages.
+Without the victim there are the free-rider's own multiples, and every merge with the base. What is said of "the best"
+holds for each free-rider, each released model and each threat model, so that every attacker goes on with the best that
+it has, and the unprotected expert is attacked in the same stages.
 """
 
 from __future__ import annotations
