@@ -21,6 +21,10 @@ from unmergeable.evaluation import AuditResult, audit, model_card, read_audit, s
 from unmergeable.progress import Progress
 
 
+LONG = 1000
+"""Sets of weights from which a result is written without spaces."""
+
+
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """What every audit is told: where to work, with how many workers, and where the result goes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,7 +69,9 @@ def keep(result: AuditResult, study: Path, prepared: Mapping[str, Any], out: Pat
 
     Reasons name files; they are written as the plan has them.
     """
-    text = json.dumps(result.compact(prepared).to_json(), indent=1)
+    document = result.compact(prepared).to_json()
+    is_long = len(result.cells or ()) > LONG
+    text = json.dumps(document, indent=None if is_long else 1, separators=(",", ":") if is_long else None)
     out.write_text(text.replace(f"{study}/", "") + "\n")
     out.with_suffix(".md").write_text(model_card(result))
 

@@ -38,6 +38,7 @@ MACHINERY = {
     "spectral",
     "sphere",
     "stacks",
+    "sweeps",
     "task_vectors",
     "thinning",
     "variation",
