@@ -30,7 +30,7 @@ from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.preflight import asked
 from unmergeable.evaluation.results import AuditResult, Line, ModelRecord, Refusal, SearchPrecision
 from unmergeable.evaluation.run import Run
-from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, score_points
+from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, Outcome, score_points
 from unmergeable.evaluation.search import best_starts
 from unmergeable.evaluation.selection import KEPT_SHARE, skill_to_keep
 from unmergeable.evaluation.stages import by_part, first_merges, other_merges
@@ -83,13 +83,17 @@ class Auditor:
             for merges in searched
             for point, cell in merges.found.left.items()
         ]
+        if self.plan.search_precision != FULL:  # nothing is chosen by rounded credits
+            left += [attack for attack in attacks if attack.test is None]
+            attacks = [attack for attack in attacks if attack.test is not None]
         trained, failures = self._trained(searched, alone)
         retrained, unlearnt = self._retrained(variants, searched, alone)
         trained += retrained
         stayed = [attack for attack in [*attacks, *trained] if attack.validation.is_whole]
         left += [attack for attack in trained if not attack.validation.is_whole]
         lines = self._connections(variants)
-        contests = [self._contest(rider, stayed, left, alone) for rider in self.plan.riders]
+        exact = self._in_float32(alone)
+        contests = [self._contest(rider, stayed, left, exact) for rider in self.plan.riders]
         released = [variant for variant in variants if variant.recovery is None and variant.checkpoint is not None]
         protections = Judge(self.plan, contests, alone.scores()).protections(released)
         checked = controls(protections, variants) if self.plan.has_expert else ()
@@ -124,20 +128,25 @@ class Auditor:
             riders={contest.rider: contest.packed_rider for contest in contests},
             analyses=analyses,
             refused=tuple(refused),
-            search=self._search_precision(alone),
+            search=self._search_precision(alone, exact),
         )
 
-    def _search_precision(self, alone: _Alone) -> SearchPrecision | None:
-        """How far from float32 attackers choose, on the base and the free-riders' models."""
+    def _in_float32(self, alone: _Alone) -> _Alone:
+        """With what attackers are compared with, the base and the free-riders' models, scored in float32 throughout."""
+        if self.plan.search_precision == FULL:
+            return alone
+        models = {name: replace(group, search_precision=FULL) for name, group in self._given().items()}
+        return replace(alone, validation={**alone.validation, **self._scored(models, "validation")})
+
+    def _search_precision(self, alone: _Alone, exact: _Alone) -> SearchPrecision | None:
+        """How far from float32 attackers search, on the base and the free-riders' models."""
         plan = self.plan
         if plan.search_precision == FULL:
             return None
-        models = {name: replace(group, search_precision=FULL) for name, group in self._given().items()}
-        exact = self._scored(models, "validation")
         differences = [
             alone.validation[name].credits[task] - credited
-            for name, cell in exact.items()
-            for task, credited in cell.credits.items()
+            for name in self._given()
+            for task, credited in exact.validation[name].credits.items()
         ]
         return SearchPrecision(
             plan.search_precision,
@@ -258,16 +267,27 @@ class Auditor:
     def _tested(self, searched: Sequence[Searched], alone: _Alone) -> list[ScoredAttack]:
         """All attacks; those that a selection may pick with their test."""
         wanted = points_to_test(searched, self.plan.threat_models, self._own(alone))
-        calls: list[Call] = [
-            (score_points, (merges.job.group, points, "test", self.run.cells))
-            for merges, points in zip(searched, wanted, strict=True)
-        ]
-        tested = self.run.done("testing contenders", calls, "merges")
+        tested = self._contending("testing contenders", searched, wanted, "test")
+        if self.plan.search_precision == FULL:
+            chosen_by = [merges.found.cells for merges in searched]
+        else:  # rounding would decide who keeps enough of the free-rider's skill
+            exact = self._contending("scoring contenders in float32", searched, wanted, "validation")
+            chosen_by = [{**merges.found.cells, **o.cells} for merges, o in zip(searched, exact, strict=True)]
         return [
             ScoredAttack(merges.job, point, cell, test.cells.get(point))
-            for merges, test in zip(searched, tested, strict=True)
-            for point, cell in merges.found.cells.items()
+            for merges, cells, test in zip(searched, chosen_by, tested, strict=True)
+            for point, cell in cells.items()
         ]
+
+    def _contending(
+        self, stage: str, searched: Sequence[Searched], wanted: Sequence[Sequence[Coefficients | None]], part: Part
+    ) -> list[Outcome]:
+        """The points of each job, scored in float32."""
+        calls: list[Call] = [
+            (score_points, (replace(merges.job.group, search_precision=FULL), points, part, self.run.cells))
+            for merges, points in zip(searched, wanted, strict=True)
+        ]
+        return self.run.done(stage, calls, "merges")
 
     def _trained(self, searched: Sequence[Searched], alone: _Alone) -> tuple[list[ScoredAttack], list[Refusal]]:
         """Attacks that train the best merges on labelled examples, and those that came to nothing."""

@@ -193,7 +193,8 @@ class Scoring:
 
     @contextmanager
     def _computing_at(self, point: Coefficients | None) -> Iterator[Any]:
-        with self._network_at(point) as network, scored_in(self._group, self._part):
+        precision = self._group.search_precision if self._part == "validation" else FULL
+        with self._network_at(point) as network, computing(precision):
             yield network
 
     @cached_property
@@ -202,9 +203,9 @@ class Scoring:
         return _networks_of(self._group)
 
 
-def scored_in(group: Group, part: Part) -> AbstractContextManager[None]:
-    """The precision in which a part of the examples is scored, for as long as the context lasts."""
-    return computing_in(group.search_precision if part == "validation" else FULL, _device())
+def computing(precision: Precision) -> AbstractContextManager[None]:
+    """The precision in which a worker's networks compute, for as long as the context lasts."""
+    return computing_in(precision, _device())
 
 
 def _networks_of(group: Group) -> Callable[[Coefficients | None], AbstractContextManager[Any]]:

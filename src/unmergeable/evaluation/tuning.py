@@ -34,7 +34,7 @@ from unmergeable.evaluation.scoring import Coefficients, Group, ScoredTask
 from unmergeable.network.disk_weights import swapped
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.fine_tune import select
-from unmergeable.network.precision import FULL
+from unmergeable.network.precision import FULL, Precision
 from unmergeable.network.tasks import Prediction, Task, answer
 from unmergeable.settings import settings_of
 from unmergeable.tasks import ChoiceScorer, TaskScorer
@@ -103,12 +103,15 @@ def tune(tuning: Tuning, rules: Rules, folder: Path) -> Tuned:
     """
     store, race, training = CellStore(folder), Race(rules), _Training(tuning)
     cells: dict[Part, Cell] = {}
-    parts: tuple[tuple[Part, Sequence[int]], ...] = (("validation", BATCHES), ("test", ()))
-    for part, batches in parts:
+    rounds: list[tuple[Part, Sequence[int], Precision]] = [("validation", BATCHES, tuning.group.search_precision)]
+    if tuning.group.search_precision != FULL:
+        rounds.append(("validation", (), FULL))
+    for part, batches, precision in (*rounds, ("test", (), FULL)):
         scorers = partial(scoring.scorers_of, tuning.group, part)
+        is_other = part == "validation" and precision != tuning.group.search_precision
         met = meet(
-            tuning.recipe(part),
-            partial(training.network, part),
+            tuning.recipe(part) | ({"scored_in": precision} if is_other else {}),
+            partial(training.network, precision),
             scorers,
             store,
             batches=batches,
@@ -130,10 +133,10 @@ class _Training:
     tuning: Tuning
 
     @contextmanager
-    def network(self, part: Part) -> Iterator[Any]:
+    def network(self, precision: Precision) -> Iterator[Any]:
         """What was trained, for as long as the context lasts. Raises BadInput for what comes to nothing."""
         group = self.tuning.group
-        with swapped(scoring.network_to_train(group), self._weights) as network, scoring.scored_in(group, part):
+        with swapped(scoring.network_to_train(group), self._weights) as network, scoring.computing(precision):
             yield network
 
     @cached_property
