@@ -255,7 +255,9 @@ def test_attackers_may_choose_in_bfloat16_and_are_judged_in_float32(
         exact, judged = cells_of(small, part), cells_of(tmp_path / "out", part)
         shared = exact.keys() & judged.keys()
         assert len(shared) > 5
-        assert all(exact[recipe] == judged[recipe] for recipe in shared)
+        for recipe in shared:  # in the race of the other an attack may have left early
+            for task, credited in exact[recipe].items():
+                assert judged[recipe][task][: len(credited)] == credited
     assert not cells_of(tmp_path / "out", "test", "bfloat16")
     assert len(cells_of(tmp_path / "out", "validation", "bfloat16")) > 10
     for name, protection in found["protections"].items():
