@@ -20,7 +20,6 @@ import yaml
 from unmergeable.evaluation import AuditResult, audit, model_card, read_audit, summary, write_report
 from unmergeable.progress import Progress
 
-
 LONG = 1000
 """Sets of weights from which a result is written without spaces."""
 
