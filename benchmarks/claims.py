@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.claims import EFFORT, THREAT_MODELS, DStar, Measurement, Study, limits, measured, measurements, overall
-from unmergeable.defaults import release_settings
+from unmergeable.defaults import RELEASE_SETTINGS, release_settings
 from unmergeable.protections import PROTECTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +33,7 @@ STUDIES = (
     Study("vision_audit", "vision", "DINOv2-small", 22_000_000, "digits", "silhouettes of animals", DATE),
     Study("encoder_decoder_audit", "encoder_decoder", "a T5 (2M)", 2_000_000, "question types", "spam", DATE),
     Study("diffusion_audit", "diffusion", "a diffusion UNet (1M)", 1_000_000, "digits", "clothes", DATE),
+    Study("text_audit", "text", "MiniLM", 22_000_000, "question types", "films, spam", LATER),
 )
 """The audits that claims rest on. The date is that of the commit."""
 
@@ -156,6 +157,19 @@ def sentences() -> str:
     return table(["protection", "what the audits allow to be said of it"], rows)
 
 
+def as_released() -> str:
+    """What may be said of the methods in the form that ``protect`` takes, where audits had it, as paragraphs."""
+    forms = ((method, settings) for method in _ranked() if (settings := RELEASE_SETTINGS.get(method)))
+    audited = [
+        (method, settings)
+        for method, settings in forms
+        if any(row.settings for row in measured(method, None, settings))
+    ]
+    return (
+        "\n>\n".join(f"> {limits(method, None, settings)}" for method, settings in audited).replace("D*", "D\\*") + "\n"
+    )
+
+
 def stopped() -> str:
     """Which attackers are stopped, and by what, as a paragraph in Markdown."""
     return f"> {overall()}\n"
@@ -186,7 +200,13 @@ def with_claims(page: str) -> str:
         elif name == "model":
             text = "\n".join(ranking(study) for study in STUDIES if study.kind == about)
         else:
-            made = {"leaderboard": leaderboard, "summary": summary, "sentences": sentences, "overall": stopped}
+            made = {
+                "leaderboard": leaderboard,
+                "summary": summary,
+                "sentences": sentences,
+                "overall": stopped,
+                "released": as_released,
+            }
             text = made[name]()
         return f"{match[1]}\n{text}\n{match[4]}"
 

@@ -34,7 +34,7 @@ def named(row: Measurement) -> str:
     return f"{row.study.name} {row.method} {dict(row.settings)}"
 
 
-CALLED = {"condition": ", condition 1000", "parts": ", attention"}
+CALLED = {"condition": ", condition 1000", "parts": ", attention", "quantisation": ""}
 """What the audits call a method with one of these settings."""
 
 
