@@ -23,7 +23,7 @@ from unmergeable.evaluation.plans.table_plan import read_table_plan
 PLANS = Path(__file__).parents[1] / "plans"
 RESULTS = PLANS.parent / "benchmarks" / "results"
 FILES = sorted([*PLANS.glob("full/*.yaml"), *PLANS.glob("offline/*.yaml"), *PLANS.glob("methods/*.yaml")])
-MADE_FROM = {"vision_audit": "vision", "text_audit": "text", "vision_quick_audit": "vision-quick-1"}
+MADE_FROM = {"vision_audit": "vision", "text_audit": "text"}
 """Plans of committed audits, by result; those of the others are made by their scripts."""
 
 AUDITS = sorted(PLANS.glob("audits/*.yaml"))
