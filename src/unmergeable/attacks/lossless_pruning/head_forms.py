@@ -29,8 +29,8 @@ from unmergeable.gauge.additive import head_places
 
 State = dict[str, Tensor]
 
-SAME = 1e-3
-"""How far from 1 the likeness of the scores of two heads may be that are the same."""
+SAME = 1e-4
+"""How far from 1 the likeness of the scores of two heads may be that are the same: half precision leaves 1e-5."""
 
 NOTHING = 1e-5
 """Size of what a head adds, relative to the median of those that stay, that counts as nothing."""
@@ -86,7 +86,8 @@ def rebuild_heads(
     if table is not None:
         columns = state[table].double().movedim(1, 0).flatten(1).reshape(ours.groups, -1)
         likeness = torch.minimum(likeness, _alike(columns @ columns.T))
-    leaders = (likeness > 1 - SAME).to(torch.uint8).argmax(dim=1)
+    alike = (likeness > 1 - SAME).fill_diagonal_(fill_value=True)  # a head without scores is like itself
+    leaders = alike.to(torch.uint8).argmax(dim=1)
     together = [(leaders == leader).nonzero().flatten() for leader in leaders.unique().tolist()]
     amounts = torch.stack([torch.stack([one.amount(heads) for heads in together]) for one in read])
     if len(together) < theirs.groups:
