@@ -35,9 +35,14 @@ class SpectralMerge(Merge, ABC):
     def _merge_tensors(self, tensors: list[Tensor], *, coefficients: Sequence[float], factor: float) -> Tensor:
         base, *experts = tensors
         task_vectors = [expert.sub_(base).mul_(c) for expert, c in zip(experts, coefficients, strict=True)]
-        if base.dim() == 2 and base.numel():
+        if is_matrix(base):
             return base.add_(self.merge_matrices(task_vectors), alpha=factor)
         return base.add_(summed(task_vectors), alpha=factor / len(task_vectors))
+
+
+def is_matrix(tensor: Tensor) -> bool:
+    """Whether a tensor is merged by singular values; all others are averaged."""
+    return tensor.dim() == 2 and tensor.numel() > 0
 
 
 def summed(tensors: Sequence[Tensor]) -> Tensor:

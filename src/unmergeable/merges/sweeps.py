@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.merges.iso_c import IsoC, flattened
-from unmergeable.merges.spectral import SpectralMerge
+from unmergeable.merges.spectral import SpectralMerge, is_matrix
 from unmergeable.merges.task_vectors import TaskVectors
 from unmergeable.merges.tsv_m import TsvM, merged_parts
 
@@ -58,8 +58,7 @@ class _Directions:
         parts: tuple[dict[str, Tensor], ...] = tuple({} for _ in every)
         for name in self.vectors.names:
             own = [vector[name] if is_used else vector[name] * 0 for vector, is_used in zip(every, used, strict=True)]
-            is_matrix = own[0].dim() == 2 and own[0].numel() > 0
-            made = merged_parts(own) if is_matrix else [tensor / len(own) for tensor in own]
+            made = merged_parts(own) if is_matrix(own[0]) else [tensor / len(own) for tensor in own]
             for part, tensor in zip(parts, made, strict=True):
                 part[name] = tensor
         return TaskVectors(self.vectors.base, parts)
@@ -87,6 +86,5 @@ class _Flat:
             summed = torch.zeros_like(self.vectors.vectors[0][name])
             for vector, ratio in zip(self.vectors.vectors, ratios, strict=True):
                 summed.add_(vector[name], alpha=ratio)
-            is_matrix = summed.dim() == 2 and summed.numel() > 0
-            merged[name] = flattened(summed) if is_matrix else summed / len(ratios)
+            merged[name] = flattened(summed) if is_matrix(summed) else summed / len(ratios)
         return TaskVectors(self.vectors.base, (merged,))

@@ -104,7 +104,8 @@ def rebuild_heads(
     for block, recipe in zip(blocks, recipes, strict=True):
         assert recipe is not None
         for side in (state, own):
-            _write(side, block, [head.made_of(_Read.of(side, block, ours)) for head in recipe])
+            as_read = _Read.of(side, block, ours)
+            _write(side, block, [head.made_of(as_read) for head in recipe])
     if table is not None:
         for side in (state, own):
             side[table] = side[table][:, [int(heads[0]) for heads in chosen]].contiguous()

@@ -238,9 +238,10 @@ class _Pruning:
             tables = {name: heads.bias_tensor for heads in narrower.shared_heads for name in heads.blocks}
             for together in _sharing(narrower.attentions, tables):
                 self._put_heads_together(state, own, together, tables.get(together[0].name), config)
-            for key in filter(None, HEAD_COUNTS.get(kind, ())):
-                config[key] = base.get(key, config.get(key))
-            config |= {key: base.get(key) for key in HEAD_COUNTS.get(kind, ())[2:]}
+            if kind in HEAD_COUNTS:
+                queries, groups, head_size = HEAD_COUNTS[kind]
+                config |= {key: base.get(key, config.get(key)) for key in (queries, groups) if key}
+                config[head_size] = base.get(head_size)
         if self._shared is not None:
             for attention in narrower.attentions:
                 if not regroup_heads(state, own, attention, self._shared[1]):
@@ -285,8 +286,12 @@ class _Pruning:
         """Of the base's units in the same block."""
         if block.gate is not None or block.up.bias is None or block.up.bias not in self.base.names:
             return math.inf
-        neutral = Neutral(self.base, freedoms_of(self.base_architecture, self.base.names))
-        return largest_bias({name: neutral.tensor(name) for name in (block.up.weight, block.up.bias)}, block)
+        names = (block.up.weight, block.up.bias)
+        return largest_bias({name: self._neutral_base.tensor(name) for name in names}, block)
+
+    @cached_property
+    def _neutral_base(self) -> Neutral:
+        return Neutral(self.base, freedoms_of(self.base_architecture, self.base.names))
 
     def _refusal(self, what: str) -> Mismatch:
         return Mismatch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,16 +24,15 @@ MORE_UNITS = 0.125
 """Share of the hidden units by which feed-forwards become wider."""
 
 
+State = dict[str, Tensor]
+
+Change = Callable[[State, FeedForward, int, Stream], None]
+"""Gives a block so many hidden units more, in place, as a stream draws them."""
+
+
 def wider_feed_forwards(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
     """Every feed-forward with more hidden units, in another order: copies of units drawn, and units without outputs."""
-    wider = _wider(source, architecture)
-    if wider is None:
-        return None
-    added, changes = wider
-    state = {name: source.tensor(name) for name in source.names}
-    for block in architecture.feed_forwards:
-        _widen(state, block, added, stream.child(block.name))
-    return MemorySource(state, {**source.config, **changes}, source.folder)
+    return _wider(source, architecture, stream, _widen)
 
 
 def turned_units(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
@@ -44,14 +43,7 @@ def turned_units(source: TensorSource, architecture: Architecture, stream: Strea
     matrix first, so that none of them points where a unit did. In a gated block act(g) h = act(-g) h + g h, and the
     product is act(h) g - act(-h) g. No unit can be left out, and none is like another.
     """
-    wider = _wider(source, architecture)
-    if wider is None or activation_of(source.config) is None:
-        return None
-    added, changes = wider
-    state = {name: source.tensor(name) for name in source.names}
-    for block in architecture.feed_forwards:
-        _turn(state, block, added, stream.child(block.name))
-    return MemorySource(state, {**source.config, **changes}, source.folder)
+    return None if activation_of(source.config) is None else _wider(source, architecture, stream, _turn)
 
 
 def saturated_units(source: TensorSource, architecture: Architecture, stream: Stream) -> TensorSource | None:
@@ -60,30 +52,28 @@ def saturated_units(source: TensorSource, architecture: Architecture, stream: St
     Half of them put out nothing, whatever their output weights. The others put out what they read, and make up for
     units that are turned round, one for each, as in :func:`turned_units`. A norm bounds what a unit can read.
     """
-    wider = _wider(source, architecture)
     freedoms = freedoms_of(architecture, source.names)
     norms = {reader.weight: norm for norm in freedoms.norms for reader in norm.readers}
-    blocks = architecture.feed_forwards
     can = all(
         block.gate is None and block.up.bias is not None and output_bias(block) in source.names
         and block.up.weight in norms
-        for block in blocks
+        for block in architecture.feed_forwards
     )  # fmt: skip
-    if wider is None or not can or activation_of(source.config) is None:
+    if not can or activation_of(source.config) is None:
         return None
-    added, changes = wider
-    state = {name: source.tensor(name) for name in source.names}
-    for block in blocks:
+
+    def saturate(state: State, block: FeedForward, added: int, stream: Stream) -> None:
         norm = norms[block.up.weight]
         gain = state[norm.gain].double() + norm.offset
         bias = norm.bias or norm.scaled_bias
         shift = gain.new_zeros(len(gain)) if bias is None else state[bias].double()
-        _saturate(state, block, (gain, shift), added, stream.child(block.name))
-    return MemorySource(state, {**source.config, **changes}, source.folder)
+        _saturate(state, block, (gain, shift), added, stream)
+
+    return _wider(source, architecture, stream, saturate)
 
 
-def _wider(source: TensorSource, architecture: Architecture) -> tuple[int, dict[str, Any]] | None:
-    """By how many units feed-forwards become wider, and what the config says then; None where they cannot."""
+def _wider(source: TensorSource, architecture: Architecture, stream: Stream, change: Change) -> TensorSource | None:
+    """Every feed-forward with more hidden units, by ``change``, and a config that says so; None where they cannot."""
     key = WIDTHS.get(str(source.config.get("model_type")))
     blocks = architecture.feed_forwards
     if key is None or architecture.mixtures or not blocks or not all(_has_own_rows(source, block) for block in blocks):
@@ -95,7 +85,12 @@ def _wider(source: TensorSource, architecture: Architecture) -> tuple[int, dict[
     else:
         added = max(2, int(MORE_UNITS * blocks[0].size))
         changes = {key: blocks[0].size + added}
-    return (added, changes) if added and len({block.size for block in blocks}) == 1 else None
+    if added == 0 or len({block.size for block in blocks}) > 1:
+        return None
+    state = {name: source.tensor(name) for name in source.names}
+    for block in blocks:
+        change(state, block, added, stream.child(block.name))
+    return MemorySource(state, {**source.config, **changes}, source.folder)
 
 
 def _has_own_rows(source: TensorSource, block: FeedForward) -> bool:
@@ -104,7 +99,7 @@ def _has_own_rows(source: TensorSource, block: FeedForward) -> bool:
     return all(source.spec(heads.weight).shape[heads.axis] == block.size for heads in every)
 
 
-def _widen(state: dict[str, Tensor], block: FeedForward, added: int, stream: Stream) -> None:
+def _widen(state: State, block: FeedForward, added: int, stream: Stream) -> None:
     copied = torch.from_numpy(stream.child("copied").permutations(1, block.size)[0])
     copied = copied.repeat(-(-added // block.size))[:added]
     share = torch.from_numpy(0.2 + 0.6 * stream.child("share").uniform(added))
@@ -128,7 +123,7 @@ def _widen(state: dict[str, Tensor], block: FeedForward, added: int, stream: Str
     state[block.down.weight] = wide.contiguous().to(dtype)
 
 
-def _turn(state: dict[str, Tensor], block: FeedForward, added: int, stream: Stream) -> None:
+def _turn(state: State, block: FeedForward, added: int, stream: Stream) -> None:
     """Turn half as many units round as are added; one more that puts out nothing where that is an odd number."""
     turned = torch.from_numpy(stream.child("turned").permutations(1, block.size)[0])[: added // 2]
     order = torch.from_numpy(stream.child("order").permutations(1, block.size + added)[0])
@@ -159,9 +154,7 @@ def _turn(state: dict[str, Tensor], block: FeedForward, added: int, stream: Stre
     state[weight] = torch.cat([rows, more])[order].movedim(0, axis).contiguous().to(state[weight].dtype)
 
 
-def _saturate(
-    state: dict[str, Tensor], block: FeedForward, norm: tuple[Tensor, Tensor], added: int, stream: Stream
-) -> None:
+def _saturate(state: State, block: FeedForward, norm: tuple[Tensor, Tensor], added: int, stream: Stream) -> None:
     """Half of the ``added`` units asleep, the others awake for good; ``norm``: gain and bias of what is read."""
     turned = torch.from_numpy(stream.child("turned").permutations(1, block.size)[0])[: added // 2]
     order = torch.from_numpy(stream.child("order").permutations(1, block.size + added)[0])
