@@ -14,7 +14,7 @@ Everything in float64. A head that does more than the base's can hold is no such
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +119,21 @@ def _can_be_read(state: State, block: Attention, shape: HeadShape) -> bool:
     (part,) = block.parts
     if block.norm is not None and (block.norm.scope == "full" or block.norm.gain_axis or part.rotary is None):
         return False
-    sides = ((part.query, shape.members), (part.key, 1), (block.value, 1), (block.output, shape.members))
-    return part.size == block.value_size == shape.size and all(
-        state[heads.weight].shape[heads.axis] == shape.groups * members * shape.size
-        and heads.group_stride == members * shape.size
+    is_plain = are_side_by_side(block, lambda heads: state[heads.weight].shape[heads.axis])
+    return is_plain and part.size == block.value_size == shape.size
+
+
+def are_side_by_side(block: Attention, length: Callable[[Heads], int]) -> bool:
+    """Whether each projection holds its heads, all of the values' size, one beside the other and nothing else.
+
+    ``length``: of the axis of a weight along which heads lie.
+    """
+    sides = [
+        (heads, members) for part in block.parts for heads, members in ((part.query, block.members), (part.key, 1))
+    ]
+    sides += [(block.value, 1), (block.output, block.members)]
+    return all(
+        length(heads) == block.groups * members * block.value_size and heads.group_stride == members * block.value_size
         for heads, members in sides
     )
 

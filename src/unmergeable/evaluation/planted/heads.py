@@ -14,7 +14,7 @@ from torch import Tensor
 from unmergeable.architecture import Architecture, Attention
 from unmergeable.architecture.blocks import Heads
 from unmergeable.architecture.layers import HEAD_COUNTS
-from unmergeable.attacks.lossless_pruning.head_forms import HeadShape
+from unmergeable.attacks.lossless_pruning.head_forms import HeadShape, are_side_by_side
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.evaluation.planted.widths import stored
@@ -157,15 +157,12 @@ def _widen_heads(state: State, block: Attention, wider: HeadShape, kept: Tensor,
 
 def _are_plain(source: TensorSource, blocks: Iterable[Attention]) -> bool:
     """Whether each projection holds its heads side by side and nothing else, and norms do not tell heads apart."""
-    for block in blocks:
-        sides = [*((part.query, block.members) for part in block.parts), *((part.key, 1) for part in block.parts)]
-        for heads, members in (*sides, (block.value, 1), (block.output, block.members)):
-            rows = source.spec(heads.weight).shape[heads.axis]
-            if rows != block.groups * members * block.value_size or heads.group_stride != members * block.value_size:
-                return False
-        if len(block.parts) != 1 or (block.norm is not None and (block.norm.scope == "full" or block.norm.gain_axis)):
-            return False
-    return True
+    return all(
+        are_side_by_side(block, lambda heads: source.spec(heads.weight).shape[heads.axis])
+        and len(block.parts) == 1
+        and (block.norm is None or not (block.norm.scope == "full" or block.norm.gain_axis))
+        for block in blocks
+    )
 
 
 def _add_heads(state: dict[str, Tensor], block: Attention, copied: Tensor, stream: Stream) -> None:
