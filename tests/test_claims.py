@@ -106,7 +106,8 @@ def test_a_protection_is_said_to_stop_only_what_it_stops(row: Measurement) -> No
 def test_merges_of_a_language_model_under_mergelock_are_not_stopped() -> None:
     """The sentence that the project once said in eleven places, and that its own audit refutes."""
     assert limits("mergelock", "language_model") == (
-        "mergelock does not stop off-the-shelf merging on SmolLM2-135M (D* -0.13)."
+        "mergelock does not stop off-the-shelf merging on SmolLM2-135M (D* -0.13). "
+        "It does not stop an attacker who holds the base and knows the method on SmolLM2-135M (D* 0.00)."
     )
     assert "stops off-the-shelf merging on SmolLM2-135M" in limits("gauge")
     assert "stops off-the-shelf merging on SmolLM2-135M" not in limits("mergelock")

@@ -144,7 +144,9 @@ def measured(
 def limits(method: str, kind: str | None = None, settings: Mapping[str, object] | None = None) -> str:
     """What a protection stops, and what it does not, in one or two sentences for a terminal or a manifest.
 
-    Attackers are named up to the first whom the protection stops on no model; those after it can do as much.
+    Attackers are named up to the first who knows the method and whom the protection stops on no model; those after it
+    can do as much. Whoever only merges is never the last: that a protection fails against less does not tell an owner
+    what it is worth against more.
     Arguments as for :func:`measured`.
     """
     entries = measured(method, kind, settings)
@@ -158,7 +160,7 @@ def limits(method: str, kind: str | None = None, settings: Mapping[str, object] 
             break
         sentences.append(_sentence("It" if sentences else method, threat_model, found, list(found) == models))
         models = list(found)
-        if {d_star.judgement for d_star in found.values()} == {"does not stop"}:
+        if threat_model != "off_the_shelf" and {d_star.judgement for d_star in found.values()} == {"does not stop"}:
             break
     other = [
         f"{name}={value}" for name, value in (settings or {}).items() if name not in EFFORT | {*entries[0].settings}
