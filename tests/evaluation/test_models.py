@@ -96,6 +96,31 @@ def test_own_inputs_are_each_free_riders_own(
     assert len({v.checkpoint.path for v in variants if v.checkpoint is not None}) == len(variants)
 
 
+def test_a_protection_is_given_what_the_plan_names_of_the_owners(
+    plan_file: Path, document: dict[str, Any], recovering: Recovering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Mapping[str, Any]] = []
+
+    def protect(expert: Path, *, out: Path, **more: Any) -> Any:
+        given.append(more)
+        return Recovering([])(expert, out=out)
+
+    monkeypatch.setattr(models.ops, "protect", protect)
+    owned = {"data": "mine-train.npz", "head": "mine-head.safetensors"}
+    others = [{"name": name, "method": "collapse", **owned} for name in ("alone", "beside")]
+    others[1]["generic"] = "mine-validation.npz"
+    document["protect"]["methods"] = others
+    plan = planned(plan_file, document, threat_models=["off_the_shelf"], recoveries=[])
+    variants = made(plan, tmp_path / "models")
+    folder = plan_file.parent
+    assert [(more["data"], more["head"], more["generic"]) for more in given] == [
+        (folder / owned["data"], folder / owned["head"], None),
+        (folder / owned["data"], folder / owned["head"], folder / "mine-validation.npz"),
+    ]
+    paths = {v.protection: v.checkpoint.path for v in variants if v.protection in ("alone", "beside") and v.checkpoint}
+    assert paths["alone"] != paths["beside"], "what it reads is part of what is made"
+
+
 @pytest.mark.parametrize(
     ("attacker", "confidence", "regressed"),
     [

@@ -83,9 +83,9 @@ def other_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Break:
     return changed
 
 
-def owned(data: str) -> Break:
+def owned(data: str, **more: str) -> Break:
     """A protection that is trained on the owner's examples."""
-    method = {"method": "mergeguard", "data": data, "head": "mine-head.safetensors"}
+    method = {"method": "mergeguard", "data": data, "head": "mine-head.safetensors", **more}
     return lambda folder, document: document["protect"].update(methods=[method])
 
 
@@ -150,6 +150,13 @@ MISTAKES: dict[str, tuple[Break, str]] = {
     "the owner's labels": (
         both(other_arrays("mine-train.npz", label=out_of_range), owned("mine-train.npz")),
         "protect, mergeguard: {}/mine-train.npz[7]: label 9 is out of range",
+    ),
+    "no other inputs": (
+        both(
+            lambda folder, document: (folder / "others.npz").write_bytes(b"no"),
+            owned("mine-train.npz", method="collapse", generic="others.npz"),
+        ),
+        "protect, collapse: {}/others.npz: not a readable archive",
     ),
     "too few siblings": (
         lambda folder, document: document["protect"].update(

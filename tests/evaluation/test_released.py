@@ -198,7 +198,7 @@ def test_paths_are_made_absolute_everywhere() -> None:
         "experts": [{"name": "data", "path": "mine", "task": "test"}],
         "protect": {
             "expert": "data",
-            "methods": [{"method": "m", "siblings": ["a", "hub:b/c"], "settings": {"data": "x"}}],
+            "methods": [{"method": "m", "siblings": ["a", "hub:b/c"], "generic": "g", "settings": {"data": "x"}}],
         },
         "tasks": [
             {"name": "test", "test": "t.npz", "examples": {"test": 5}},
@@ -210,7 +210,9 @@ def test_paths_are_made_absolute_everywhere() -> None:
         "experts": [{"name": "data", "path": "/here/mine", "task": "test"}],
         "protect": {
             "expert": "data",
-            "methods": [{"method": "m", "siblings": ["/here/a", "hub:b/c"], "settings": {"data": "x"}}],
+            "methods": [
+                {"method": "m", "siblings": ["/here/a", "hub:b/c"], "generic": "/here/g", "settings": {"data": "x"}}
+            ],
         },
         "tasks": [
             {"name": "test", "test": "/here/t.npz", "examples": {"test": 5}},

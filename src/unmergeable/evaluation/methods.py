@@ -64,7 +64,7 @@ def has_key(protection: str, settings: Settings) -> bool:
 
 
 def protection_reads(protection: str, settings: Settings) -> frozenset[str]:
-    """What it takes of the owner's with these settings: "data", "head", "encoder", "siblings".
+    """What it takes of the owner's with these settings: "data", "head", "encoder", "generic", "siblings".
 
     Raises:
         UsageError: an unknown method or setting.

@@ -200,6 +200,7 @@ class ModelMaker:
                 data=entry.data,
                 head=entry.head,
                 encoder=entry.encoder,
+                generic=entry.generic,
                 siblings=entry.siblings,
                 progress=self.progress,
             )

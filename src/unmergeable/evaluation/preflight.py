@@ -94,10 +94,12 @@ def try_reading(name: str, data: Path) -> None:
 
 
 def try_owned(entry: ProtectionEntry, expert: Path, base: Path) -> None:
-    """The owner's examples for a protection: their labels, where there is a head, and one of them encoded."""
+    """The owner's examples for a protection: their labels, where there is a head, and one of each kind encoded."""
     assert entry.data is not None
     with _about(f"protect, {entry.name}"):
         source, encoder = DataSource(entry.data), Encoder(entry.encoder or expert)
+        if entry.generic is not None:
+            next(iter(EncodedData(DataSource(entry.generic, limit=1), encoder, 1)))
         head = None if entry.head is None else read_head(entry.head)
         if head is None:
             next(iter(EncodedData(replace(source, limit=1), encoder, 1)))

@@ -130,6 +130,11 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
         "reads no data; leave it out",
     ),
     (
+        "other inputs for nothing",
+        lambda d: d["protect"].update(methods=[{"method": "mergelock", "generic": "mine-test.npz"}]),
+        "reads no generic; leave it out",
+    ),
+    (
         "no such sibling",
         lambda d: d["protect"].update(methods=[{"method": "sensitivity_shield", "siblings": ["brother"]}]),
         "brother does not exist",

@@ -10,7 +10,7 @@ from unmergeable.checkpoint.hub import is_on_hub
 from unmergeable.tasks import TASKS, Classification
 
 _PATHS = frozenset(
-    ("base", "path", "checkpoint", "recovered", "data", "train", "validation", "test", "head", "encoder")
+    ("base", "path", "checkpoint", "recovered", "data", "train", "validation", "test", "head", "encoder", "generic")
 )
 _LISTS = frozenset(("siblings", "sources"))
 

@@ -32,7 +32,7 @@ from unmergeable.tasks import TASKS, Classification, TaskKind
 VALIDATION, TEST = 200, 500
 """The most examples of these parts, where the plan gives no number."""
 
-OWNED = ("data", "head", "encoder", "siblings")
+OWNED = ("data", "head", "encoder", "generic", "siblings")
 """What a protection may read of the owner's."""
 
 
@@ -99,12 +99,14 @@ class ProtectionEntry(MethodEntry):
         data: examples of the defended task, for those that are calibrated or trained.
         head: of the defended task, for those that need one.
         encoder: prepares the examples; None for the expert's own.
+        generic: inputs of other kinds than the task's, for those that train and keep what the expert does with these.
         siblings: fine-tunes of the base, for those that mix some in.
     """
 
     data: Path | None = None
     head: Path | None = None
     encoder: Path | None = None
+    generic: Path | None = None
     siblings: tuple[Path, ...] = ()
 
     @property
@@ -114,12 +116,13 @@ class ProtectionEntry(MethodEntry):
 
     @property
     def reads(self) -> frozenset[str]:
-        """What of the owner's it takes with its settings: data, head, encoder, siblings."""
+        """What of the owner's it takes with its settings: data, head, encoder, generic, siblings."""
         return protection_reads(self.method, self.settings)
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        return (*(path for path in (self.data, self.head, self.encoder) if path is not None), *self.siblings)
+        files = (self.data, self.head, self.encoder, self.generic)
+        return (*(path for path in files if path is not None), *self.siblings)
 
     def given(self, owner: ExpertEntry) -> ProtectionEntry:
         """The same with what it reads of the owner of an expert; siblings of its own come first."""
@@ -261,6 +264,7 @@ def read_protection(item: object, where: str, folder: Path, *, owned: Sequence[s
         data=entry.path("data", folder) if "data" in entry else None,
         head=entry.path("head", folder) if "head" in entry else None,
         encoder=entry.checkpoint("encoder", folder) if "encoder" in entry else None,
+        generic=entry.path("generic", folder) if "generic" in entry else None,
         siblings=entry.checkpoints("siblings", folder),
     )
     if owned == OWNED:

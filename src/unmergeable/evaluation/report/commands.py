@@ -129,7 +129,7 @@ def _method(entry: Mapping[str, Any]) -> list[str]:
     options = ["--method", entry["method"]]
     for key, value in (entry.get("settings") or {}).items():
         options += ["--set", f"{key}={value}"]
-    for key in ("data", "head", "encoder"):
+    for key in ("data", "head", "encoder", "generic"):
         if entry.get(key):
             options += [f"--{key}", entry[key]]
     for option, paths in (("--sibling", entry.get("siblings")), ("--source", entry.get("sources"))):
