@@ -66,6 +66,7 @@ def prepare(folder: Path) -> None:
     merge = {"merge_method": "ties", "base_model": "base", "dtype": "float32", "parameters": {"normalize": True}}
     models_ = [{"model": "model", "parameters": {"weight": [0.1, 0.9], "density": 0.5}}]
     (folder / "merge.yaml").write_text(yaml.safe_dump({**merge, "models": models_}))
+    _write_plans(folder)
     vocabulary = {"<unk>": 0, "a": 1, "b": 2}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -102,6 +103,24 @@ def _write_sharded(source: Path, folder: Path) -> None:
         weight_map |= dict.fromkeys(part, shard)
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _write_plans(folder: Path) -> None:
+    """An audit's and a table's, with most of what such plans may hold."""
+    experts = [
+        {"name": name, "path": path, "task": f"{name} task"} for name, path in (("a", "model"), ("b", "release"))
+    ]
+    protect = {"expert": "a", "methods": ["gauge", {"name": "m", "method": "mergelock", "settings": {"condition": 2}}]}
+    files = {"validation": "data.jsonl", "test": "data.npz", "head": "head.safetensors", "examples": {"test": 2}}
+    tasks = [{"name": f"{name} task", "batch_size": 2, **files} for name in "ab"]
+    coefficients = {"defended": [0.5, 1.0], "rider": [1.0], "refinements": 2}
+    audit = {"base": "base", "experts": experts, "protect": protect, "tasks": tasks, "coefficients": coefficients}
+    attacks = {"recoveries": ["taylor_inversion, nearest_orbit", {"name": "r", "steps": ["kabsch"]}], "seeds": [0, 1]}
+    (folder / "audit.yaml").write_text(yaml.safe_dump({**audit, **attacks, "merges": ["ties"], "connectivity": 5}))
+    merges = ["ties", {"method": "linear", "coefficients": [0.3, 0.7], "then": {"method": "unmask"}}]
+    table = {"title": "T", "source": "S", "base": "base", "experts": experts, "merges": merges, "partners": [1]}
+    owners = {"experts": ["a", "b"], "methods": protect["methods"]}
+    (folder / "table.yaml").write_text(yaml.safe_dump({**table, "tasks": tasks, "protect": owners}))
 
 
 def _write_adapter(folder: Path) -> None:
@@ -193,6 +212,19 @@ def _audit(folder: Path) -> object:
     return summary(result), model_card(result), result.to_json()
 
 
+def _audit_plan(folder: Path) -> object:
+    from unmergeable.evaluation.plans.audit_plan import read_plan
+
+    plan = read_plan(folder / "audit.yaml")
+    return plan.paths, plan.as_released()
+
+
+def _table_plan(folder: Path) -> object:
+    from unmergeable.evaluation.plans.table_plan import read_table_plan
+
+    return read_table_plan(folder / "table.yaml").paths
+
+
 def _data(name: str) -> Callable[[Path], object]:
     def read(folder: Path) -> object:
         from unmergeable.data import DataSource
@@ -245,6 +277,8 @@ TARGETS: Mapping[str, Target] = {
     "key": Target("the.key", mutators.json_changed, _key),
     "manifest": Target("release/unmergeable.json", mutators.json_changed, _manifest),
     "audit": Target("audit.json", mutators.json_changed, _audit),
+    "plan of an audit": Target("audit.yaml", mutators.yaml_changed, _audit_plan),
+    "plan of a table": Target("table.yaml", mutators.yaml_changed, _table_plan),
     "derived map": Target("maps/mpnet.json", mutators.json_changed, _map),
     "data, jsonl": Target("data.jsonl", mutators.lines_changed, _data("data.jsonl")),
     "data, text": Target("data.txt", mutators.bytes_changed, _data("data.txt")),

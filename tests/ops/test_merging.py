@@ -223,6 +223,23 @@ def test_mergekit_is_given_the_method(
         )
 
 
+def test_a_setting_that_is_no_value_to_yaml_is_named(
+    tmp_path: Path, models: tuple[State, list[State]], asked: list[dict[str, Any]]
+) -> None:
+    experts = [(tmp_path / "a", None), (tmp_path / "b", None)]
+    settings = {"density": "2024-13-45"}
+    with pytest.raises(BadInput, match=r"^setting density is not valid YAML: month must be in 1..12"):
+        ops.merge(
+            experts=experts,
+            method="ties",
+            base=tmp_path / "base",
+            settings=settings,
+            backend="mergekit",
+            out=tmp_path / "out",
+        )
+    assert not asked
+
+
 def test_mergekit_is_not_asked_for_what_it_has_not(
     tmp_path: Path, models: tuple[State, list[State]], asked: list[dict[str, Any]]
 ) -> None:

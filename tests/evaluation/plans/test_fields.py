@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from unmergeable.errors import BadInput
-from unmergeable.evaluation.plans.fields import Entry, require_plain
+from unmergeable.evaluation.plans.fields import Entry, read_document, require_plain
 
 
 def refused(text: str) -> str:
@@ -35,6 +37,29 @@ def refused(text: str) -> str:
 )
 def test_what_is_no_text_to_yaml(text: str, message: str) -> None:
     assert refused(text) == message
+
+
+@pytest.mark.parametrize("text", ["a: 2024-13-45", "a: !!timestamp no", "a: [", "a: 1\n---\nb: 2"])
+def test_what_yaml_cannot_read_is_one_line(text: str, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(text)
+    with pytest.raises(BadInput, match=r"plan\.yaml \(a plan, docs/audit\.md\) is not valid YAML: ") as caught:
+        read_document(plan, "docs/audit.md")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nobody.npz", "does not exist; correct the path, or make what lies there"),
+        ("a" * 3000, "cannot be read (File name too long)"),
+        ("a\0b", "cannot be read (embedded null byte)"),
+    ],
+)
+def test_a_path_that_leads_nowhere(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=rf"^the plan, data: .*{re.escape(reason)}\.$") as caught:
+        Entry({"data": name}, ("data",), "the plan").path("data", tmp_path)
+    assert len(str(caught.value)) < 500
 
 
 def test_the_remedy_is_one() -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from unmergeable.checkpoint.hub import is_on_hub
 from unmergeable.errors import BadInput, shown
 from unmergeable.settings import nearest
+from unmergeable.yaml_text import parse_yaml
 
 Value = TypeVar("Value")
 
@@ -68,8 +69,15 @@ class Entry:
         return Path(text) if is_on_hub(text) else self._existing(key, folder / text)
 
     def _existing(self, key: str, path: Path) -> Path:
-        if not path.exists():
-            raise BadInput(f"{self.where}, {key}: {path} does not exist; correct the path, or make what lies there.")
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise BadInput(
+                f"{self.where}, {key}: {path} does not exist; correct the path, or make what lies there."
+            ) from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise BadInput(f"{self.where}, {key}: {shown(str(path))} cannot be read ({reason}).") from None
         return path
 
     def whole(self, key: str, default: int, *, least: int = 1) -> int:
@@ -149,15 +157,12 @@ def read_document(path: Path, guide: str) -> object:
     Raises:
         BadInput: it cannot be read, or is no YAML.
     """
-    import yaml
-
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"), f"{path} (a plan, {guide})")
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); give a plan in YAML.") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(f"{path} is not YAML ({reason}); see {guide} for a plan.") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not YAML ({error}); see {guide} for a plan.") from None
 
 
 def require_plain(document: object, where: str) -> None:

@@ -15,6 +15,7 @@ from unmergeable.errors import BadInput, UsageError
 from unmergeable.merges.mergekit.config import parse_config
 from unmergeable.merges.mergekit.methods import METHODS
 from unmergeable.merges.vocabularies import Tokenizer, TokenSource
+from unmergeable.yaml_text import parse_yaml
 
 _KEYS = ("model", "base_model")
 _NO_MODELS = ("base", "union")
@@ -79,7 +80,7 @@ def document_of(
     document: dict[str, Any] = {
         "merge_method": method,
         "models": models,
-        "parameters": {name: _plain(value) for name, value in settings.items()},
+        "parameters": {name: _plain(name, value) for name, value in settings.items()},
         "dtype": "float32",
         "out_dtype": out_dtype,
     }
@@ -127,10 +128,8 @@ def tokenizer_document(tokenizer: Tokenizer, document: Mapping[str, Any]) -> dic
     return {"source": chosen, **({"tokens": tokens} if tokens else {})}
 
 
-def _plain(value: object) -> object:
-    import yaml
-
-    return yaml.safe_load(value) if isinstance(value, str) else value
+def _plain(name: str, value: object) -> object:
+    return parse_yaml(value, f"setting {name}") if isinstance(value, str) else value
 
 
 def _with_models(document: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
