@@ -6,6 +6,7 @@
 # make faults  every call that changes or reads the disk fails once, in every command (hours)
 # make kills   kills at random moments, through the installed command
 # make fuzz    20 000 changed files for every reader
+# make fuzz-guided   the same with a fuzzer that is guided by coverage (atheris)
 # make wheel   the wheel, built twice to the same bytes, installed in an environment of its own and used there
 # make lock    requirements-dev.txt again: every development dependency with its hashes
 # make audit-dependencies   known weaknesses of what requirements-dev.txt pins
@@ -16,7 +17,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO   ?= demo
 
-.PHONY: demo test check docs slow faults kills fuzz wheel lock audit-dependencies format clean
+.PHONY: demo test check docs slow faults kills fuzz fuzz-guided wheel lock audit-dependencies format clean
 
 # torch comes first: the CPU build that constraints.txt pins, whatever else asks for it later.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -47,6 +48,10 @@ kills: $(VENV)/installed
 
 fuzz: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python -m fuzzing.run build/fuzz --json benchmarks/results/fuzz.json
+
+fuzz-guided: $(VENV)/installed
+	$(PIP) install atheris==3.0.0
+	PYTHONPATH=tests $(BIN)/python -m fuzzing.guided build/fuzz-guided --json benchmarks/results/fuzz_guided.json
 
 wheel: $(VENV)/installed
 	$(BIN)/python tests/wheel.py build/wheel

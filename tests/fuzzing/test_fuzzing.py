@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from fuzzing.mutators import yaml_changed
 from fuzzing.run import case, fuzz, outcome
 from fuzzing.targets import TARGETS, Target, prepare
 from unmergeable.errors import BadInput
@@ -47,6 +49,15 @@ def test_what_once_went_wrong(name: str, number: int, folder: Path) -> None:
         assert outcome(TARGETS[name], folder) in ("read", "refused")
     finally:
         file.write_bytes(valid)
+
+
+def test_a_few_bytes_that_stand_for_many_are_not_written_out() -> None:
+    """What a fuzzer keeps is changed again: aliases of aliases would fill its memory."""
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    bomb = "\n".join(["a0: &a0 [x]", *levels]).encode()
+    assert all(len(yaml_changed(bomb, Random(seed))) < 10 * len(bomb) + 6400 for seed in range(50))
+    changed = {yaml_changed(b"a: [1, 2]\nb: c\n", Random(seed)) for seed in range(50)}
+    assert len(changed) > 25, "the control: others are changed as documents"
 
 
 def endless(folder: Path) -> None:
