@@ -1,4 +1,4 @@
-"""The same readers under a fuzzer that is guided by coverage (atheris, on libFuzzer), which keeps what reaches new code.
+"""The same readers under a fuzzer guided by coverage (atheris, on libFuzzer), which keeps what reaches new code.
 
     pip install atheris==3.0.0
     python -m fuzzing.guided FOLDER [--target NAME …] [--runs N] [--seed N] [--json FILE]
