@@ -109,6 +109,11 @@ class Study:
         """File of the examples of one part of a task."""
         return self.folder / f"{task}-{part}.{self.suffix}"
 
+    @property
+    def generic(self) -> Path:
+        """File of inputs without labels, of the siblings' tasks: what an owner has of other kinds."""
+        return self.folder / f"generic.{self.suffix}"
+
     def share(self, task: str, who: Literal["judge", "attacker"]) -> Path:
         """File of somebody's share of the test part."""
         return self.folder / f"{task}-{who}.{self.suffix}"
@@ -166,6 +171,8 @@ def prepare(study: Study, *, seed: int = 0) -> None:
         if not study.expert(name).exists():
             losses = finetune(study, name, seed=seed)
             print(f"{study.name}: expert for {name}, loss {np.mean(losses[:8]):.3f} to {np.mean(losses[-8:]):.3f}")
+    if set(study.siblings) <= set(study.tasks) and not study.generic.exists():
+        write_generic(study)
 
 
 def _write_base(study: Study) -> None:
@@ -200,6 +207,20 @@ def _write_data(study: Study, name: str) -> None:
             items = [item for run in runs for item in sorted(run, key=lambda item: len(item.text))]
         lines = [json.dumps({"text": item.text, "label": item.label}) for item in items]
         study.data(name, part).write_text("\n".join(lines) + "\n")
+
+
+def write_generic(study: Study) -> None:
+    """The training inputs of all siblings, without labels."""
+    files = [study.data(name, "train") for name in study.siblings]
+    if study.suffix == "npz":
+        pixels = []
+        for file in files:
+            with np.load(file) as arrays:
+                pixels.append(arrays["pixel_values"])
+        np.savez(study.generic, pixel_values=np.concatenate(pixels))
+        return
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    study.generic.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
 
 
 def divide_test(study: Study, name: str) -> None:
