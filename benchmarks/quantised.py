@@ -34,6 +34,15 @@ _NAMES = {
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }  # fmt: skip
+_BERT = {
+    "attn_q": "attention.self.query", "attn_k": "attention.self.key", "attn_v": "attention.self.value",
+    "attn_output": "attention.output.dense", "attn_output_norm": "attention.output.LayerNorm",
+    "ffn_up": "intermediate.dense", "ffn_down": "output.dense", "layer_output_norm": "output.LayerNorm",
+}  # fmt: skip
+_BERT_OUTSIDE = {
+    "token_embd": "word_embeddings", "position_embd": "position_embeddings", "token_types": "token_type_embeddings",
+    "token_embd_norm": "LayerNorm",
+}  # fmt: skip
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -42,10 +51,10 @@ _OUTSIDE = {
 
 
 def nearest(folder: Path, bits: int, group: int) -> dict[str, Tensor]:
-    """The linear maps of a Llama's blocks rounded to the nearest of 2^bits - 1 values around zero."""
+    """The linear maps of the blocks rounded to the nearest of 2^bits - 1 values around zero."""
     tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     return {
-        name: _rounded(tensor, bits, group) if tensor.dim() == 2 and "layers" in name else tensor
+        name: _rounded(tensor, bits, group) if tensor.dim() == 2 and "layer" in name else tensor
         for name, tensor in tensors.items()
     }
 
@@ -102,16 +111,35 @@ class LlamaCpp:
 
 
 def read_gguf(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a Llama's GGUF file, in float32, by the names and in the layout of a checkpoint."""
+    """The tensors of a GGUF file of a Llama or BERT, in float32, by the names and in the layout of a checkpoint."""
     from gguf import GGUFReader, dequantize
 
+    stored_tensors = {
+        stored.name: torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy()).float()
+        for stored in GGUFReader(path).tensors
+    }
+    return _of_bert(stored_tensors) if config["model_type"] == "bert" else _of_llama(stored_tensors, config)
+
+
+def _of_bert(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for stored in GGUFReader(path).tensors:
-        values = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy()).float()
-        inside = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", stored.name)
+    for name, values in stored.items():
+        inside = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+        if inside is not None:
+            tensors[f"encoder.layer.{inside[1]}.{_BERT[inside[2]]}.{inside[3]}"] = values
+        else:
+            called, _, kind = name.partition(".")
+            tensors[f"embeddings.{_BERT_OUTSIDE[called]}.{kind}"] = values
+    return tensors
+
+
+def _of_llama(stored: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, values in stored.items():
+        inside = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
         if inside is None:
-            if stored.name in _OUTSIDE:
-                tensors[_OUTSIDE[stored.name]] = values
+            if name in _OUTSIDE:
+                tensors[_OUTSIDE[name]] = values
             continue
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(inside[2])
         if heads is not None:  # GGUF has pairs of rotary positions next to each other

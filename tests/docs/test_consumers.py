@@ -19,11 +19,26 @@ def test_the_page_shows_the_committed_result() -> None:
     assert with_tables(text, better) != text
 
 
+@pytest.mark.parametrize("model", ["quantised", "quantised_encoder"])
 @pytest.mark.parametrize("form", FORMATS)
-def test_defaults_survive_quantisation_and_what_is_drawn_on_request_does_not(form: str) -> None:
-    quantised = RESULTS["quantised"]
+def test_defaults_survive_quantisation(model: str, form: str) -> None:
+    quantised = RESULTS[model]
     for method in DEFAULTS:
         assert quantised[method][form] <= (1 + WITHIN) * quantised["expert"][form], method
+
+
+def test_what_is_drawn_on_request_does_not_survive_on_the_encoder() -> None:
+    """The control: there is something to lose."""
+    quantised = RESULTS["quantised_encoder"]
+    form = "int4, groups of 64"
+    assert quantised["params, free"][form] > 1.2 * quantised["expert"][form]
+    assert quantised["params, free"]["predicted"] > 1.1
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_defaults_are_predicted_to_survive_and_what_is_drawn_on_request_does_not(form: str) -> None:
+    quantised = RESULTS["quantised"]
+    for method in DEFAULTS:
         assert quantised[method]["predicted"] == pytest.approx(1, abs=0.02)
     if form == "int4, groups of 64":
         free = [name for name in quantised if name.endswith("free")]
