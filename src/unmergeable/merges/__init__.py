@@ -42,6 +42,7 @@ from unmergeable.merges.ties import Ties, ties
 from unmergeable.merges.tsv_m import TsvM, tsv_m
 from unmergeable.merges.variation import Variation
 from unmergeable.merges.vocabularies import Tokenizer, TokenSource
+from unmergeable.merges.wudi import Wudi, wudi
 from unmergeable.registry import Registry, Requirements
 from unmergeable.settings import configure
 
@@ -70,6 +71,7 @@ MERGES = Registry(
         ConsensusTa,
         TsvM,
         IsoC,
+        Wudi,
         Fisher,
         RegMean,
         Soup,
@@ -128,6 +130,7 @@ __all__ = [
     "Tokenizer",
     "TsvM",
     "Variation",
+    "Wudi",
     "adamerging",
     "arcee_fusion",
     "breadcrumbs",
@@ -159,4 +162,5 @@ __all__ = [
     "task_arithmetic",
     "ties",
     "tsv_m",
+    "wudi",
 ]
