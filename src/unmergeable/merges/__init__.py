@@ -13,6 +13,7 @@ package derives from :class:`Merge` and is added with :func:`register_merge`, or
 """
 
 from unmergeable.merges.adamerging import AdaMerging, adamerging
+from unmergeable.merges.adarank import AdaRank, adarank
 from unmergeable.merges.arcee_fusion import ArceeFusion, arcee_fusion
 from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, merge_whole
@@ -76,6 +77,7 @@ MERGES = Registry(
         RegMean,
         Soup,
         AdaMerging,
+        AdaRank,
     ),
 )
 """Every merge method by the name it has on the command line, those of other packages included."""
@@ -96,6 +98,7 @@ def merge_method(name: str, /, **settings: object) -> Merge:
 __all__ = [
     "MERGES",
     "AdaMerging",
+    "AdaRank",
     "ArceeFusion",
     "Breadcrumbs",
     "BreadcrumbsTies",
@@ -132,6 +135,7 @@ __all__ = [
     "Variation",
     "Wudi",
     "adamerging",
+    "adarank",
     "arcee_fusion",
     "breadcrumbs",
     "breadcrumbs_ties",
