@@ -1,10 +1,10 @@
 """How fast and how lean merging is, against mergekit and against a bare loop, in the same run on the same files.
 
-    python benchmarks/merge_speed.py SCRATCH [--layers 22] [--rounds 1] [--methods linear ties …] [--keep]
+    python benchmarks/merge_speed.py SCRATCH [--layers 22] [--width 2048] [--rounds 5] [--methods linear ties …]
     python benchmarks/merge_speed.py SCRATCH --plot benchmarks/results/merge_speed.json      (and print the table)
 
 Builds three bf16 checkpoints of a Llama with 1.1 billion parameters (2.2 GB, 4 shards each; a base and two
-fine-tunes) in SCRATCH, then alternates, for every method:
+fine-tunes) in SCRATCH, then alternates, for every method that both have:
 
     ours        ``unmergeable merge CONFIG.yaml``: journalled, every tensor checked to be finite, names and shapes
                 verified, synced; the manifest has sizes and the hashes of headers
@@ -21,8 +21,9 @@ allocated. Pages of mapped input files, which mergekit has and we do not, are no
 
 Peak memory is also measured on models with a third of the layers, where it should be the same.
 
-Prints one JSON object: all measurements, and the ratios of medians over rounds. The checkpoints are in the page cache
-for all, if they fit. Everything is deleted at the end unless ``--keep`` is given.
+Prints one JSON object: all measurements, the medians over rounds of each way, and the medians over rounds of ratios of
+two ways in the same round. The checkpoints are in the page cache for all, if they fit. Everything is deleted at the end
+unless ``--keep`` is given.
 """
 
 from __future__ import annotations
@@ -42,14 +43,28 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY, SHARDS = 2048, 256, 5632, 32000, 4
+WIDTH, LAYERS, SHARDS = 2048, 22, 4
 MODELS = ("base", "first", "second")
+ONE_EXPERT = {"models": [{"model": "base"}, {"model": "first"}], "base_model": "base"}
 CONFIGS: dict[str, dict[str, Any]] = {
     "linear": {"models": [{"model": name, "parameters": {"weight": 1.0}} for name in MODELS]},
     "task_arithmetic": {"weight": 0.4},
-    "slerp": {"models": [{"model": "base"}, {"model": "first"}], "base_model": "base", "parameters": {"t": 0.4}},
+    "slerp": {**ONE_EXPERT, "parameters": {"t": 0.4}},
+    "nuslerp": {"weight": 0.5},
+    "multislerp": {"weight": 0.5},
+    "karcher": {"models": [{"model": name} for name in MODELS]},
+    "dare_linear": {"weight": 0.5, "density": 0.5},
     "dare_ties": {"weight": 0.5, "density": 0.5},
     "ties": {"weight": 0.5, "density": 0.2},
+    "della": {"weight": 0.5, "density": 0.5, "epsilon": 0.15},
+    "della_linear": {"weight": 0.5, "density": 0.5, "epsilon": 0.15},
+    "breadcrumbs": {"weight": 0.5, "density": 0.9, "gamma": 0.01},
+    "breadcrumbs_ties": {"weight": 0.5, "density": 0.9, "gamma": 0.01},
+    "model_stock": {},
+    "nearswap": {**ONE_EXPERT, "parameters": {"t": 0.001}},
+    "arcee_fusion": ONE_EXPERT,
+    "ram": {},
+    "sce": {"select_topk": 0.5},
 }
 START_UPS = {
     "ours": "import unmergeable.ops, unmergeable.cli",
@@ -58,46 +73,53 @@ START_UPS = {
 }
 
 
-def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def config_of(layers: int, width: int) -> dict[str, Any]:
+    """The ``config.json``: with the defaults that of TinyLlama, and of its proportions at any other width."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": width * 11 // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": width * 125 // 8,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def shapes(layers: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the checkpoint."""
-    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+    config = config_of(layers, width)
+    hidden, intermediate, vocabulary = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    key_value = hidden // 8
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
     for layer in range(layers):
         for name, shape in (
-            ("input_layernorm", (HIDDEN,)),
-            ("mlp.down_proj", (HIDDEN, INTERMEDIATE)),
-            ("mlp.gate_proj", (INTERMEDIATE, HIDDEN)),
-            ("mlp.up_proj", (INTERMEDIATE, HIDDEN)),
-            ("post_attention_layernorm", (HIDDEN,)),
-            ("self_attn.k_proj", (KEY_VALUE, HIDDEN)),
-            ("self_attn.o_proj", (HIDDEN, HIDDEN)),
-            ("self_attn.q_proj", (HIDDEN, HIDDEN)),
-            ("self_attn.v_proj", (KEY_VALUE, HIDDEN)),
+            ("input_layernorm", (hidden,)),
+            ("mlp.down_proj", (hidden, intermediate)),
+            ("mlp.gate_proj", (intermediate, hidden)),
+            ("mlp.up_proj", (intermediate, hidden)),
+            ("post_attention_layernorm", (hidden,)),
+            ("self_attn.k_proj", (key_value, hidden)),
+            ("self_attn.o_proj", (hidden, hidden)),
+            ("self_attn.q_proj", (hidden, hidden)),
+            ("self_attn.v_proj", (key_value, hidden)),
         ):
             yield f"model.layers.{layer}.{name}.weight", shape
-    yield "model.norm.weight", (HIDDEN,)
-    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (vocabulary, hidden)
 
 
-def build(scratch: Path, layers: int) -> None:
+def build(scratch: Path, layers: int, width: int) -> None:
     """Write the three checkpoints, one tensor in memory at a time."""
     import torch
 
     from unmergeable.checkpoint.header import TensorSpec
     from unmergeable.checkpoint.writer import ShardWriter
 
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": VOCABULARY,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
-    specs = {name: TensorSpec("BF16", shape) for name, shape in shapes(layers)}
+    specs = {name: TensorSpec("BF16", shape) for name, shape in shapes(layers, width)}
     total = sum(spec.nbytes for spec in specs.values())
     shards: list[dict[str, TensorSpec]] = [{}]
     for name, spec in specs.items():
@@ -107,7 +129,7 @@ def build(scratch: Path, layers: int) -> None:
     for number, model in enumerate(MODELS):
         folder = scratch / model
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(config_of(layers, width)))
         weight_map = {}
         for index, members in enumerate(shards, 1):
             shard = f"model-{index:05}-of-{len(shards):05}.safetensors"
@@ -239,27 +261,29 @@ def sample_memory(pid: int, peak: list[int]) -> None:
 
 
 def summarise(rounds: list[dict[str, dict[str, float]]], start_ups: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Medians per way, with and without start-up, and how many times ours the others need."""
-    ways: dict[str, dict[str, float]] = {}
-    for way in rounds[0]:
-        start_up = start_ups[{"paper": "ours", "checksums": "ours", "hashing": "loop"}.get(way, way)]
-        middle = {key: median(entry[way][key] for entry in rounds) for key in rounds[0][way]}
-        work = {f"work_{key}": middle[key] - start_up[key] for key in ("cpu", "wall")}
-        ways[way] = {key: round(value, 2) for key, value in {**middle, **work}.items()}
-    ours, theirs, loop = ways["ours"], ways["mergekit"], ways["loop"]
-    ratios = {
-        "mergekit_cpu": theirs["cpu"] / ours["cpu"],
-        "mergekit_wall": theirs["wall"] / ours["wall"],
-        "mergekit_work_cpu": theirs["work_cpu"] / ours["work_cpu"],
-        "mergekit_work_wall": theirs["work_wall"] / ours["work_wall"],
-        "mergekit_peak": theirs["peak_mb"] / ours["peak_mb"],
-        "loop_work_cpu": ours["work_cpu"] / loop["work_cpu"],
-        "loop_work_wall": ours["work_wall"] / loop["work_wall"],
-    }
+    """Medians per way, with and without start-up, and how many times ours the others need, round by round."""
+    full = [{way: with_work(way, measured, start_ups) for way, measured in entry.items()} for entry in rounds]
+    ways = {way: {key: median(entry[way][key] for entry in full) for key in full[0][way]} for way in full[0]}
+
+    def ratio(way: str, other: str, key: str) -> float:
+        return median(entry[way][key] / entry[other][key] for entry in full)
+
+    ratios = {f"mergekit_{key}": ratio("mergekit", "ours", key) for key in ("cpu", "wall", "work_cpu", "work_wall")}
+    ratios["mergekit_peak"] = ratio("mergekit", "ours", "peak_mb")
+    ratios |= {f"loop_{key}": ratio("ours", "loop", key) for key in ("work_cpu", "work_wall")}
     if "checksums" in ways:
-        for key in ("work_cpu", "work_wall"):
-            ratios[f"hashing_{key}"] = ways["checksums"][key] / ways["hashing"][key]
-    return {"ways": ways, "ratios": {name: round(value, 2) for name, value in ratios.items()}}
+        ratios |= {f"hashing_{key}": ratio("checksums", "hashing", key) for key in ("work_cpu", "work_wall")}
+    return {"ways": {way: rounded(values) for way, values in ways.items()}, "ratios": rounded(ratios)}
+
+
+def with_work(way: str, measured: dict[str, float], start_ups: dict[str, dict[str, float]]) -> dict[str, float]:
+    """A measurement, and what is left of it without the start-up."""
+    start_up = start_ups[{"paper": "ours", "checksums": "ours", "hashing": "loop"}.get(way, way)]
+    return {**measured, **{f"work_{key}": measured[key] - start_up[key] for key in ("cpu", "wall")}}
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in values.items()}
 
 
 def table(document: dict[str, Any]) -> str:
@@ -293,13 +317,13 @@ def plot(results: Path) -> None:
 
     methods = json.loads(results.read_text())["methods"]
     colours = {"mergekit": "#b3b3b3", "ours": "#1f77b4", "loop": "#2ca02c"}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
     for axis, key, title in zip(axes, ("cpu", "peak_mb"), ("CPU seconds", "peak memory, MB"), strict=True):
         for offset, (way, colour) in enumerate(colours.items()):
             positions = [number + 0.27 * (offset - 1) for number in range(len(methods))]
             heights = [entry["ways"][way][key] for entry in methods.values()]
             axis.bar(positions, heights, width=0.25, color=colour, label=way)
-        axis.set_xticks(range(len(methods)), methods, rotation=20)
+        axis.set_xticks(range(len(methods)), methods, rotation=40, ha="right")
         axis.set_title(title)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
@@ -311,8 +335,9 @@ def main() -> None:
     """Build, measure in alternation, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path, help="a folder on the disk to measure; created if missing")
-    parser.add_argument("--layers", type=int, default=22, help="22 make 1.1 billion parameters")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="22 of width 2048 make 1.1 billion parameters")
+    parser.add_argument("--width", type=int, default=WIDTH, help="a multiple of 64; 15 layers of 512 make 100 MB")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--methods", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints that were built, and reuse them")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="draw the results in this file, measure nothing")
@@ -327,12 +352,16 @@ def main() -> None:
         print(table(json.loads(arguments.plot.read_text())))
         return
     arguments.scratch.mkdir(parents=True, exist_ok=True)
-    scratch = built(arguments.scratch.absolute(), arguments.layers)
-    small = built(arguments.scratch.absolute(), arguments.layers // 3)
+    scratch = built(arguments.scratch.absolute(), arguments.layers, arguments.width)
+    small = built(arguments.scratch.absolute(), arguments.layers // 3, arguments.width)
     try:
         first = {"loop": commands(scratch, arguments.methods[0])["loop"]}
         measure_ways(scratch, first)  # and forgotten: it found the files in no cache, and the folder new
-        start_ups = {way: measure([sys.executable, "-c", statement]) for way, statement in START_UPS.items()}
+        starts = [
+            {way: measure([sys.executable, "-c", statement]) for way, statement in START_UPS.items()}
+            for _ in range(arguments.rounds)
+        ]
+        start_ups = {way: {key: median(s[way][key] for s in starts) for key in starts[0][way]} for way in START_UPS}
         methods: dict[str, Any] = {}
         for method in arguments.methods:
             rounds = [measure_ways(scratch, commands(scratch, method)) for _ in range(arguments.rounds)]
@@ -345,16 +374,17 @@ def main() -> None:
             shutil.rmtree(scratch, ignore_errors=True)
             shutil.rmtree(small, ignore_errors=True)
     machine = {"processors": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()}
-    document = {"bytes_per_model": nbytes, "start_up": start_ups, "methods": methods, "machine": machine}
+    size = {"bytes_per_model": nbytes, "layers": arguments.layers, "width": arguments.width}
+    document = {**size, "start_up": start_ups, "methods": methods, "machine": machine}
     print(json.dumps(document, indent=2))
 
 
-def built(scratch: Path, layers: int) -> Path:
+def built(scratch: Path, layers: int, width: int) -> Path:
     """The folder with the three checkpoints, built unless it is there."""
-    folder = scratch / f"llama-{layers}"
+    folder = scratch / f"llama-{layers}-{width}"
     if not folder.exists():
         folder.mkdir()
-        build(folder, layers)
+        build(folder, layers, width)
     return folder
 
 

@@ -10,7 +10,7 @@ from merges.small_models import DTYPES, flat, make_models, rounding_bound, size_
 from merges.test_dare_linear import operand
 from unmergeable.errors import UsageError
 from unmergeable.merges import Della, Ties, merge_state_dicts
-from unmergeable.merges.della import keep_probabilities, magprune_mask
+from unmergeable.merges.della import ascending, keep_probabilities, magprune_mask
 from unmergeable.merges.masks import mask_stream
 
 STREAM = mask_stream(0, 1, "weight")
@@ -124,3 +124,16 @@ def test_refuses_settings(method: Della, message: str) -> None:
     base, experts = make_models(2)
     with pytest.raises(UsageError, match=message):
         merge_state_dicts(base, experts, method=method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("length", [1, 5, 1000])
+def test_places_are_those_of_a_stable_sort(dtype: torch.dtype, length: int) -> None:
+    """Also of numbers in bfloat16, many of which are equal, of both zeros and of infinity."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, length, generator=generator).bfloat16().to(dtype)
+    rows[0, : length // 2], rows[1, : length // 2], rows[2, : length // 2] = 0.0, -0.0, torch.inf
+    assert torch.equal(ascending(rows), rows.abs().argsort(dim=-1, stable=True))
+    assert length < 1000 or not torch.equal(
+        ascending(rows), rows.argsort(dim=-1, stable=True)
+    )  # control: of magnitudes

@@ -38,6 +38,11 @@ def test_tables_are_those_of_the_committed_results(name: str, monkeypatch: pytes
     assert benchmark(name, monkeypatch).table(results) in PAGE
 
 
+def test_the_speed_of_every_method_that_mergekit_has_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But of one that copies, and one that is another with other numbers."""
+    assert set(benchmark("merge_speed", monkeypatch).CONFIGS) == set(METHODS) - {"passthrough", "ramplus_tl"}
+
+
 def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")

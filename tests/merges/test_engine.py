@@ -59,8 +59,8 @@ def coefficients_for(method: Merge) -> list[float | None]:
 
 
 def is_spectral(method: Merge) -> bool:
-    """Whether it takes matrices as wholes, not by blocks; decomposing a large one costs a second."""
-    return method.name in ("tsv_m", "iso_c")
+    """Whether it takes matrices as wholes, not by blocks; a large one costs a second."""
+    return method.name in ("tsv_m", "iso_c", "wudi")
 
 
 def merge_files(sources: list[TensorSource], method: Merge, out: Path, **settings: Any) -> Path:

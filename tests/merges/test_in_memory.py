@@ -31,6 +31,7 @@ FROM_DATA = {
     "regmean": {"statistics", "examples", "seed"},
     "soup": {"examples", "seed"},
     "adamerging": {"batch_size", "examples", "seed"},
+    "adarank": {"statistics", "batch_size", "examples", "seed"},
 }
 """Settings that say how data are read: in memory the statistics, a score or tasks are given instead."""
 

@@ -19,6 +19,7 @@ from unmergeable.merges import MERGES, Merge, merge_state_dicts
 MACHINERY = {
     "__init__",
     "adapters",
+    "adaptation",
     "blocks",
     "bracket",
     "comparison",

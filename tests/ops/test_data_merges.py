@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from unmergeable import ops
 from unmergeable.errors import BadInput, Mismatch, UnmergeableError, UsageError
-from unmergeable.merges import AdaMerging, Linear, engine, merge_state_dicts
+from unmergeable.merges import AdaMerging, AdaRank, Linear, engine, merge_state_dicts
 from unmergeable.merges.variation import Variation
 from unmergeable.network.load import load_network
 from zoo import TOYS, write_toy
@@ -74,9 +74,18 @@ def read(folder: Path) -> State:
 
 # Mixtral's files cut what its modules fuse, GPT-2 has the inputs of its weights in front. The rest of the product, of
 # which other tests here have vit and gpt2 too, is slow.
-COVERING = [("fisher", "llama"), ("regmean", "gpt2"), ("regmean", "mixtral"), ("adamerging", "mixtral")]
+COVERING = [
+    ("fisher", "llama"),
+    ("regmean", "gpt2"),
+    ("regmean", "mixtral"),
+    ("adamerging", "mixtral"),
+    ("adarank", "mixtral"),
+]
+ADAPTING = ("adamerging", "adarank")
 PRODUCT = [
-    (method, toy) for method in ("fisher", "regmean", "adamerging") for toy in ("vit", "llama", "gpt2", "mixtral")
+    (method, toy)
+    for method in ("fisher", "regmean", "adamerging", "adarank")
+    for toy in ("vit", "llama", "gpt2", "mixtral")
 ]
 
 
@@ -87,7 +96,7 @@ PRODUCT = [
 def test_the_merge_differs_from_the_one_without_data(tmp_path: Path, toy: str, method: str) -> None:
     base, experts = write_experts(tmp_path, toy)
     data = [write_data(tmp_path / f"{number}.npz", toy, seed=number) for number in range(2)]
-    settings = {"examples": 8, **({"steps": 3, "batch_size": 4} if method == "adamerging" else {})}
+    settings = {"examples": 8, **({"steps": 3, "batch_size": 4} if method in ADAPTING else {})}
     result = ops.merge(
         experts=[(folder, None) for folder in experts],
         base=base,
@@ -134,6 +143,38 @@ def test_adamerging_streams_what_it_learnt(tmp_path: Path) -> None:
     assert [abs(value - start) <= 4 * 0.05 + 1e-9 for value, start in zip(coefficients[name], (0.5, 0.3), strict=True)]
     assert len(result.learnt["entropies"]) == 4
     assert [expert[1] for expert in result.experts] == [None, None]
+
+
+def test_adarank_streams_what_it_learnt(tmp_path: Path) -> None:
+    base, experts = write_experts(tmp_path, "vit")
+    data = [write_data(tmp_path / f"{number}.npz", "vit", seed=number) for number in range(2)]
+    settings = {"steps": 6, "learning_rate": 0.05, "heads": "classifier", "batch_size": 4}
+    result = ops.merge(
+        experts=[(experts[0], 0.5), (experts[1], None)],
+        base=base,
+        method="adarank",
+        out=tmp_path / "out",
+        settings=settings,
+        data=data,
+    )
+    assert result.learnt is not None
+    coefficients, kept = result.learnt["coefficients"], result.learnt["kept"]
+    merged, states = read(tmp_path / "out"), [read(folder) for folder in experts]
+    name = "vit.encoder.layer.0.intermediate.dense.weight"
+    assert 0 < sum(kept[name]) < 2 * min(merged[name].shape)  # some were dropped
+    assert coefficients[name] != [0.5, 0.3]
+    plain = merge_state_dicts(
+        read(base), states, method=AdaRank(), vary=lambda name: Variation(tuple(coefficients[name]))
+    )
+    # What has no mask is task arithmetic at the learnt coefficients, and of the rest what lost components is not.
+    for tensor in merged:
+        whole = (
+            kept.get(tensor, [min(merged[tensor].shape, default=0)] * 2) == [min(merged[tensor].shape, default=0)] * 2
+        )
+        assert torch.equal(merged[tensor], plain[tensor]) == whole, tensor
+    assert torch.equal(merged["classifier.weight"], read(base)["classifier.weight"])  # each task keeps its head
+    assert len(result.learnt["entropies"]) == 6
+    assert not (tmp_path / "out.statistics").exists()
 
 
 def test_a_soup_leaves_out_what_makes_it_worse(tmp_path: Path) -> None:
@@ -193,6 +234,13 @@ REFUSED: list[tuple[str, dict[str, Any], type[UnmergeableError], str]] = [
     ("soup weighted", {"method": "soup", "coefficient": 0.5}, UsageError, r"give them without coefficients"),
     ("data unasked", {"method": "ties"}, UsageError, r"ties merges without data; leave out --data"),
     ("both", {"method": "fisher", "settings": {"statistics": "s"}}, UsageError, r"either data or statistics, not both"),
+    (
+        "masks too",
+        {"method": "adarank", "settings": {"statistics": "s"}},
+        UsageError,
+        r"either data or statistics, not",
+    ),
+    ("no base for masks", {"method": "adarank", "base": None}, UsageError, r"name the base"),
     ("no base", {"method": "adamerging", "base": None}, UsageError, r"name the base"),
     (
         "no head",
@@ -231,7 +279,7 @@ def test_refuses_before_anything_is_written(
 
 def test_methods_say_what_they_need() -> None:
     needs = {entry.name: list(entry.needs) for entry in ops.methods().merges}
-    assert needs["adamerging"] == ["base", "data"]
+    assert needs["adamerging"] == needs["adarank"] == ["base", "data"]
     assert [needs[name] for name in ("fisher", "regmean", "soup")] == [["data"]] * 3
     assert needs["ties"] == ["base"]
 
@@ -290,8 +338,8 @@ def test_lines_of_text_reach_the_network_through_its_tokenizer(tmp_path: Path) -
     (tmp_path / "a.txt").write_text("a b c d\nb c\n\nd e f g h\n")
     (tmp_path / "b.jsonl").write_text('{"text": "h g f e d c"}\n{"text": "a h"}\n')
     data = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
-    for method in ("fisher", "regmean", "adamerging"):
-        settings = {"steps": 2, "batch_size": 2} if method == "adamerging" else {}
+    for method in ("fisher", "regmean", "adamerging", "adarank"):
+        settings = {"steps": 2, "batch_size": 2} if method in ADAPTING else {}
         out = tmp_path / method
         ops.merge(experts=[(e, None) for e in experts], method=method, base=base, out=out, data=data, settings=settings)
         name = "transformer.h.0.mlp.c_fc.weight"
@@ -316,8 +364,8 @@ def test_tensors_that_the_network_does_not_use_stay_out_of_it(tmp_path: Path) ->
         tensors = read(folder)
         save_file({**tensors, "h.0.attn.bias": torch.ones(2, 2), "ids": torch.arange(3)}, folder / WEIGHTS)
     data = [write_data(tmp_path / f"{number}.npz", "vit", seed=number, answers_of=base) for number in range(2)]
-    for method in ("fisher", "regmean", "adamerging", "soup"):
-        settings = {"steps": 2} if method == "adamerging" else {}
+    for method in ("fisher", "regmean", "adamerging", "adarank", "soup"):
+        settings = {"steps": 2} if method in ADAPTING else {}
         out = tmp_path / method
         ops.merge(experts=[(e, None) for e in experts], base=base, method=method, out=out, data=data, settings=settings)
         assert torch.equal(read(out)["h.0.attn.bias"], torch.ones(2, 2))

@@ -13,6 +13,7 @@ package derives from :class:`Merge` and is added with :func:`register_merge`, or
 """
 
 from unmergeable.merges.adamerging import AdaMerging, adamerging
+from unmergeable.merges.adarank import AdaRank, adarank
 from unmergeable.merges.arcee_fusion import ArceeFusion, arcee_fusion
 from unmergeable.merges.base import Inputs, Merge, TensorMerge, TermsOf
 from unmergeable.merges.blocks import Operand, Scratch, merge_blocks, merge_whole
@@ -42,6 +43,7 @@ from unmergeable.merges.ties import Ties, ties
 from unmergeable.merges.tsv_m import TsvM, tsv_m
 from unmergeable.merges.variation import Variation
 from unmergeable.merges.vocabularies import Tokenizer, TokenSource
+from unmergeable.merges.wudi import Wudi, wudi
 from unmergeable.registry import Registry, Requirements
 from unmergeable.settings import configure
 
@@ -70,10 +72,12 @@ MERGES = Registry(
         ConsensusTa,
         TsvM,
         IsoC,
+        Wudi,
         Fisher,
         RegMean,
         Soup,
         AdaMerging,
+        AdaRank,
     ),
 )
 """Every merge method by the name it has on the command line, those of other packages included."""
@@ -94,6 +98,7 @@ def merge_method(name: str, /, **settings: object) -> Merge:
 __all__ = [
     "MERGES",
     "AdaMerging",
+    "AdaRank",
     "ArceeFusion",
     "Breadcrumbs",
     "BreadcrumbsTies",
@@ -128,7 +133,9 @@ __all__ = [
     "Tokenizer",
     "TsvM",
     "Variation",
+    "Wudi",
     "adamerging",
+    "adarank",
     "arcee_fusion",
     "breadcrumbs",
     "breadcrumbs_ties",
@@ -159,4 +166,5 @@ __all__ = [
     "task_arithmetic",
     "ties",
     "tsv_m",
+    "wudi",
 ]

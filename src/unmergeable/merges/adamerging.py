@@ -9,20 +9,17 @@ which is what the authors' code calls a layer; ``task`` one for every expert. As
 ``task_vectors=ties`` is AdaMerging++: the tau_i are first trimmed to ``density``, and what has the sign that lost the
 election of ``ties`` is set to 0. They are then summed, not averaged.
 
-Each step merges, lets the merge answer a batch of every task, and moves the coefficients against the gradient of the
-summed entropies. That gradient follows from the one of the weights, which a backward pass leaves behind anyway:
+How a step is taken is told in :mod:`~unmergeable.merges.adaptation`; the gradient is
 
     d loss / d lambda_i^l = < d loss / d theta^l, tau_i^l >
 
-So the network runs on plain merged weights, written in place, and no graph through the merge is kept: beside the task
-vectors memory holds one merged network and its gradient, for any number of coefficients. Without data the coefficients
-stay at ``start``: task arithmetic, or TIES with sums.
+so that beside the task vectors memory holds one merged network and its gradient, for any number of coefficients.
+Without data the coefficients stay at ``start``: task arithmetic, or TIES with sums.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +29,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from unmergeable.errors import BadInput, Mismatch, UsageError
+from unmergeable.errors import UsageError
+from unmergeable.merges.adaptation import (
+    Adaptation,
+    Entropies,
+    Observe,
+    head_of,
+    learnt_names,
+    require_one_each,
+    require_steps,
+)
 from unmergeable.merges.base import (
     Inputs,
     Merge,
@@ -50,9 +56,8 @@ from unmergeable.merges.task_arithmetic import merge_tensor as merge_plain
 from unmergeable.merges.task_vectors import TaskVectors
 from unmergeable.merges.ties import global_thresholds
 from unmergeable.merges.variation import Variation
-from unmergeable.network.disk_weights import Weights, disk_gradients, find_places, show, swapped, weights_of
-from unmergeable.network.encoding import endless
-from unmergeable.network.tasks import Task, device_of, entropy
+from unmergeable.network.disk_weights import Weights, weights_of
+from unmergeable.network.tasks import Task
 from unmergeable.progress import Progress, silent
 from unmergeable.registry import Requirements
 
@@ -91,10 +96,7 @@ class AdaMerging(Merge):
         require_density(self.density)
         require_finite("start", self.start)
         require_examples(self.examples)
-        if not 0 < self.learning_rate < torch.inf:
-            raise UsageError(f"learning_rate={self.learning_rate}: must be positive.")
-        if self.steps < 1 or self.batch_size < 1:
-            raise UsageError(f"steps={self.steps}, batch_size={self.batch_size}: at least one of each is needed.")
+        require_steps(learning_rate=self.learning_rate, steps=self.steps, batch_size=self.batch_size)
 
     @contextmanager
     def learn(self, inputs: LearningInputs) -> Iterator[LearntMerge]:
@@ -112,7 +114,7 @@ class AdaMerging(Merge):
             tasks,
             self,
             start=self.resolve(inputs.coefficients),
-            heads=[self.head_of(state) for state in states],
+            heads=[head_of(self.heads, state) for state in states],
             progress=inputs.progress,
         )
         facts = {
@@ -121,14 +123,6 @@ class AdaMerging(Merge):
             "entropies": [list(values) for values in learnt.entropies],
         }
         yield LearntMerge(self, inputs.coefficients, learnt.vary, facts, learnt.summary)
-
-    def head_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that belong to a head. Raises BadInput when ``heads`` are named and none is there."""
-        beginnings = tuple(self.heads.split())
-        head = {name: tensor for name, tensor in state.items() if beginnings and name.startswith(beginnings)}
-        if beginnings and not head:
-            raise BadInput(f"heads={self.heads}: no tensor begins so; `inspect` lists their names.")
-        return head
 
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         return fill_coefficients(coefficients, default=self.start)
@@ -182,7 +176,7 @@ def adamerging(
         tasks,
         method,
         start=method.resolve(coefficients or [None] * len(states)),
-        heads=[method.head_of(state) for state in states],
+        heads=[head_of(method.heads, state) for state in states],
     )
     return merge_state_dicts(base, states, method=method, coefficients=coefficients, vary=learnt.vary)
 
@@ -192,7 +186,7 @@ class LearntCoefficients:
     """``coefficients`` of the experts by tensor; ``entropies`` of the tasks, in nats, on the batches of each step."""
 
     coefficients: Mapping[str, tuple[float, ...]]
-    entropies: tuple[tuple[float, ...], ...]
+    entropies: Entropies
 
     def vary(self, name: str) -> Variation:
         """The coefficients of a tensor as the engine takes them."""
@@ -204,10 +198,6 @@ class LearntCoefficients:
         first, last = fmean(self.entropies[0]), fmean(self.entropies[-1])
         means = ", ".join(f"{fmean(values):.3f}" for values in zip(*self.coefficients.values(), strict=True))
         return f"Entropy {first:.3f} -> {last:.3f} nats; mean coefficients {means}"
-
-
-Observe = Callable[[int, Any], None]
-"""Told of a step, counted from 0, and of the network with the merge that the step starts from."""
 
 
 def learn_coefficients(
@@ -243,50 +233,33 @@ def learn_coefficients(
     count = len(vectors.vectors)
     start = [method.start] * count if start is None else start
     heads = [{} for _ in tasks] if heads is None else heads
-    for what, given in (("tasks", len(tasks)), ("heads", len(heads)), ("coefficients", len(start))):
-        if given != count:
-            raise UsageError(f"adamerging: {given} {what} for {count} experts: give one each, in their order.")
+    require_one_each("adamerging", count, tasks=len(tasks), heads=len(heads), coefficients=len(start))
     if not all(0 <= value <= 1 for value in start):
         raise UsageError(f"adamerging: the coefficients {tuple(start)} must start in [0, 1], where they are kept.")
-    fixed = {name for head in heads for name in head}
-    if unknown := sorted(fixed - vectors.base.keys()):
-        raise Mismatch(f"{unknown[0]}: a head's tensor that the base does not hold.")
-    learnt = [name for name in vectors.names if name not in fixed]
-    if not learnt:
-        raise UsageError("adamerging: every tensor belongs to a head; name fewer of them.")
+    learnt = learnt_names("adamerging", vectors.names, vectors.base, heads)
     rows = {name: number if method.granularity == "layer" else 0 for number, name in enumerate(learnt)}
     coefficients = torch.tensor([start] * (max(rows.values()) + 1), dtype=torch.float64)
-    optimizer = torch.optim.Adam([coefficients], lr=method.learning_rate)
 
     def used(name: str) -> tuple[float, ...]:
         return tuple(coefficients[rows[name]].clamp(0, 1).tolist()) if name in rows else (0.0,) * count
 
     merge = vectors.merged(used)
-    streams = [endless(task.batches) for task in tasks]
-    entropies: list[tuple[float, ...]] = []
-    with swapped(network, merge):
-        places = find_places(network)
-        for step in range(method.steps):
-            show(places, vectors.merged(used, into=merge))
-            if observe is not None:
-                observe(step, network)
-            network.zero_grad(set_to_none=True)
-            losses = []
-            for task, head, stream in zip(tasks, heads, streams, strict=True):
-                show(places, head)
-                batch = next(stream).to(device_of(network))
-                loss = entropy(task.predict(network, batch).logits)
-                loss.backward()
-                losses.append(loss.item())
-                show(places, {name: merge[name] for name in head})
-            entropies.append(tuple(losses))
-            if not all(map(math.isfinite, losses)):
-                raise BadInput(f"adamerging: the entropies are {losses} at step {step}; use the networks in float32.")
-            coefficients.grad = _gradient(disk_gradients(places), vectors, rows, coefficients)
-            optimizer.step()
-            progress("learning coefficients", step + 1, method.steps, "steps")
-        network.zero_grad(set_to_none=True)
-    return LearntCoefficients({name: used(name) for name in vectors.names}, tuple(entropies))
+    adaptation = Adaptation(
+        "adamerging",
+        [coefficients],
+        lambda: vectors.merged(used, into=merge),
+        lambda gradients: [_gradient(gradients, vectors, rows, coefficients)],
+    )
+    entropies = adaptation.follow_entropy(
+        network,
+        tasks,
+        heads,
+        learning_rate=method.learning_rate,
+        steps=method.steps,
+        observe=observe,
+        progress=progress,
+    )
+    return LearntCoefficients({name: used(name) for name in vectors.names}, entropies)
 
 
 def _gradient(

@@ -33,6 +33,7 @@ from unmergeable.merges.election import Average, Election, Undecided
 from unmergeable.merges.engine import in_memory
 from unmergeable.merges.masks import DRAW_BITS, draws, mask_of, mask_stream, remembered
 from unmergeable.merges.thinning import Rescale, compensated, merge_elected
+from unmergeable.quantile import magnitude_bits
 from unmergeable.randomness import Stream
 
 
@@ -121,9 +122,24 @@ def keep_probabilities(task_vector: Tensor, density: float, epsilon: float) -> T
     length = task_vector.shape[-1]
     if length == 1:
         return torch.full_like(task_vector, density, dtype=torch.float64)
-    order = task_vector.abs().argsort(dim=-1, stable=True)
+    order = ascending(task_vector)
     steps = torch.linspace(density - epsilon, density + epsilon, length, dtype=torch.float64, device=order.device)
     return torch.empty_like(order, dtype=torch.float64).scatter_(-1, order, steps.expand_as(order))
+
+
+def ascending(rows: Tensor) -> Tensor:
+    """The places of each row's numbers, int64, from the smallest magnitude; equal ones as they stand."""
+    if rows.dtype != torch.float32 or rows.device.type != "cpu":
+        return rows.abs().argsort(dim=-1, stable=True)
+    # Magnitude and place in one integer: no two are equal, and numpy sorts integers eight times as fast as torch sorts
+    # numbers with their places.
+    places = torch.arange(rows.shape[-1], device=rows.device)
+    keys = magnitude_bits(rows).long().bitwise_left_shift_(_PLACE_BITS).add_(places)
+    keys.numpy().sort(axis=-1)
+    return keys.bitwise_and_(2**_PLACE_BITS - 1)
+
+
+_PLACE_BITS = 32
 
 
 def _magprune_blocks(

@@ -56,8 +56,18 @@ def _task_vectors(blocks: list[Tensor], coefficients: Sequence[float]) -> list[T
     return [expert.sub_(base).mul_(c) for expert, c in zip(experts, coefficients, strict=True)]
 
 
-def _variance(task_vectors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(tuple(task_vectors)).var(dim=0, correction=0)
+def variance(task_vectors: Sequence[Tensor]) -> Tensor:
+    """Of every weight over the experts: the numbers of ``torch.var``, which takes fourteen times as long over few."""
+    wide = [task_vector.double() for task_vector in task_vectors]  # in which torch.var sums float32, too
+    mean = wide[0].clone()
+    for task_vector in wide[1:]:
+        mean.add_(task_vector)
+    mean.div_(len(wide))
+    total = torch.sub(wide[0], mean).square_()
+    away = torch.empty_like(total)
+    for task_vector in wide[1:]:
+        total.add_(torch.sub(task_vector, mean, out=away).square_())
+    return total.div_(len(wide)).to(task_vectors[0].dtype)
 
 
 def _smallest_selected(
@@ -65,25 +75,27 @@ def _smallest_selected(
 ) -> float:
     """The smallest variance that is selected; infinity where none is."""
     dtype = accumulation_dtype(operands[0].dtype)
-    changed = sum(
-        int(torch.count_nonzero(_variance(_task_vectors(blocks, coefficients))))
-        for blocks, _ in widened_blocks(operands, scratch)
-    )
+    search = KthLargest(1, dtype)  # of which rank is known only after the first pass, and does not matter in it
+    changed, counts = 0, torch.zeros_like(search.count(torch.empty(0, dtype=dtype)))
+    for blocks, _ in widened_blocks(operands, scratch):
+        variances = variance(_task_vectors(blocks, coefficients))
+        changed += int(torch.count_nonzero(variances))
+        counts += search.count(variances)
     rank = int(changed * density)
     if rank == 0:
         return float("inf")
-    search = KthLargest(rank, dtype)
+    search = KthLargest(rank, dtype).narrow(counts)
     while not search.is_settled:
-        counts = torch.zeros_like(search.count(torch.empty(0, dtype=dtype)))
+        counts.zero_()
         for blocks, _ in widened_blocks(operands, scratch):
-            counts += search.count(_variance(_task_vectors(blocks, coefficients)))
+            counts += search.count(variance(_task_vectors(blocks, coefficients)))
         search = search.narrow(counts)
     return search.value
 
 
 def _selected(task_vectors: list[Tensor], smallest: float | None) -> list[Tensor]:
     if smallest is not None:
-        is_selected = _variance(task_vectors) >= smallest
+        is_selected = variance(task_vectors) >= smallest
         for task_vector in task_vectors:
             task_vector.mul_(is_selected)
     return task_vectors

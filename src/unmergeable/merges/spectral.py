@@ -1,4 +1,4 @@
-"""What merges by singular values share: matrices are merged as wholes, everything else is averaged."""
+"""What merges by singular values, or Gram matrices, share: they take matrices as wholes and average everything else."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,7 +21,12 @@ class SpectralMerge(Merge, ABC):
     scaling_coefficient: float = 1.0
 
     def validate(self) -> None:
+        super().validate()
         require_finite("scaling_coefficient", self.scaling_coefficient)
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a matrix of this name is merged as one; all are, unless a method has a reason."""
+        return True
 
     @abstractmethod
     def merge_matrices(self, task_matrices: list[Tensor]) -> Tensor:
@@ -29,15 +34,25 @@ class SpectralMerge(Merge, ABC):
 
     def merge_one(self, name: str, operands: Sequence[Operand], scratch: Scratch, terms: Terms) -> Tensor:
         factor = terms.of_tensor("scaling_coefficient", self.scaling_coefficient)
-        whole = partial(self._merge_tensors, coefficients=terms.coefficients, factor=factor)
-        return merge_whole(name, operands, whole, scratch)
+        merge = self._merged if self.is_whole(name) else _averaged
+        return merge_whole(name, operands, partial(merge, coefficients=terms.coefficients, factor=factor), scratch)
 
-    def _merge_tensors(self, tensors: list[Tensor], *, coefficients: Sequence[float], factor: float) -> Tensor:
-        base, *experts = tensors
-        task_vectors = [expert.sub_(base).mul_(c) for expert, c in zip(experts, coefficients, strict=True)]
-        if is_matrix(base):
-            return base.add_(self.merge_matrices(task_vectors), alpha=factor)
-        return base.add_(summed(task_vectors), alpha=factor / len(task_vectors))
+    def _merged(self, tensors: list[Tensor], *, coefficients: Sequence[float], factor: float) -> Tensor:
+        if not is_matrix(tensors[0]):
+            return _averaged(tensors, coefficients=coefficients, factor=factor)
+        base, *task_matrices = _multiplied(tensors, coefficients)
+        return base.add_(self.merge_matrices(task_matrices), alpha=factor)
+
+
+def _averaged(tensors: list[Tensor], *, coefficients: Sequence[float], factor: float) -> Tensor:
+    base, *task_vectors = _multiplied(tensors, coefficients)
+    return base.add_(summed(task_vectors), alpha=factor / len(task_vectors))
+
+
+def _multiplied(tensors: list[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
+    """The base and the experts' task vectors, each times its coefficient, in their memory."""
+    base, *experts = tensors
+    return [base, *(expert.sub_(base).mul_(c) for expert, c in zip(experts, coefficients, strict=True))]
 
 
 def is_matrix(tensor: Tensor) -> bool:
