@@ -166,6 +166,8 @@ def tabulate(
         singles[name] = False
         try:
             kept[name] = known if known == template else _common(known, template)
+            if known.get("parts") and template.get("parts") and not kept[name]["parts"]:
+                reasons[f"queries and keys of {name}"] = "layers of one form differ in their positions or their norm"
         except Unexplained as reason:
             reasons[name] = str(reason)
             dropped.add(name)
