@@ -234,10 +234,10 @@ def _normed_scores(
     for kind, offset in itertools.product(kinds, (0.0, 1.0) if sides[0].gains[0] else (0.0,)):
         norms = [side.norm(kind, epsilon, offset) for side in sides]
         # The fewer coordinates are rotated, the larger the group: a proposal that rotates more than the network does
-        # may hold too, and would hide it. Behind an RMS norm over all heads they make no difference to the group, and
-        # one that rotates fewer would hide the rotation.
+        # may hold too, and would hide it. Behind an RMS norm over all heads, or one without gains, they make no
+        # difference to the group, and one that rotates fewer would hide the rotation.
         counts = [count for count in (0, size // 4, size // 2, size) if count % 2 == 0]
-        is_blind = sides[0].scope == "full" and kind == "rms" and not block.is_cross
+        is_blind = kind == "rms" and not block.is_cross and (sides[0].scope == "full" or not sides[0].gains[0])
         for rotary in counts[::-1] if is_blind else counts:
             pairings: tuple[Pairing, ...] = ("half", "interleaved")
             for pairing in pairings if rotary else pairings[:1]:
