@@ -50,6 +50,7 @@ def test_protect_by_default(ops: RecordingOps, run: Runner) -> None:
         "key": None,
         "seed": None,
         "passphrase": None,
+        "part": None,
         "data": None,
         "head": None,
         "encoder": None,

@@ -22,10 +22,10 @@ SIZES = Sizes(heads=6, groups=2, head_size=12, intermediate=44, experts=4)
 KINDS = ["qwen3_5_text", "esm", "m2m_100", "whisper", "deit", "llava", "PixArtTransformer2DModel"]
 """One of every kind: text with linear attention, masked, from text and sound to text, images, both, diffusion."""
 
-QUICK = ["granite", "glm4", "distilbert", "whisper", "llava"]
+QUICK = ["granite", "glm4", "distilbert", "whisper", "llava", "SD3Transformer2DModel"]
 MORE = [
     "olmo3", "exaone4", "qwen2_moe", "gemma4_text", "apertus", "glm4_moe", "bart", "deit", "qwen3_5_text", "esm",
-    "m2m_100", "PixArtTransformer2DModel",
+    "m2m_100", "PixArtTransformer2DModel", "FluxTransformer2DModel", "persimmon", "esmc",
 ]  # fmt: skip
 
 

@@ -11,10 +11,13 @@ import transformers
 
 from unmergeable.architecture.blocks import Attention
 from unmergeable.architecture.derived import DerivedMap, known_map, shipped
+from unmergeable.architecture.rules import symmetry_map
 from unmergeable.derivation.__main__ import widest
 from unmergeable.derivation.build import Specimen, build, default_config, registered
 from unmergeable.derivation.derive import derive
 from unmergeable.derivation.model_types import built, confirm, confirmed, other_classes, usual_config, widened
+from unmergeable.derivation.probe import Disk
+from unmergeable.derivation.prove import TOLERANCE, Prover
 from unmergeable.derivation.shrink import SMALL, UNSEEN, shrunken, supply
 from unmergeable.errors import UnsupportedArchitecture
 
@@ -165,3 +168,34 @@ def test_small_images_have_more_than_one_token(kind: str) -> None:
     derived = known_map(kind)
     assert derived is not None
     assert all(template["parts"] for template in derived.attentions)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "persimmon",
+        "fuyu",
+        "esmc",
+        "moonshine",
+        *(f"{name}Transformer3DModel" for name in ("CogVideoX", "LTXVideo", "Wan")),
+    ],
+)
+def test_queries_and_keys_are_in_the_table(kind: str) -> None:
+    """A LayerNorm with biases, one over all heads, a share of each head rotated, a norm in cross-attention."""
+    derived = known_map(kind)
+    assert derived is not None
+    assert all(template["parts"] for template in derived.attentions)
+
+
+def test_a_norm_over_all_heads_ties_their_signs() -> None:
+    """Its mean runs over all of them: a sign for each head, as behind a norm per head, changes the function."""
+    small = built(usual_config("esmc", transformers.EsmcForMaskedLM), transformers.EsmcForMaskedLM, SMALL)
+    block = next(one for one in derive(small).blocks if isinstance(one, Attention))
+    assert block.norm is not None
+    assert (block.norm.kind, block.norm.scope) == ("layer", "full")
+    prover = Prover(small, Disk(small.network))
+    wide, narrow = (symmetry_map([replace(block, norm=replace(block.norm, scope=scope))]) for scope in ("full", "head"))
+    name = f"{block.name}.query_key_sign"
+    assert (wide.spaces[name].blocks, narrow.spaces[name].blocks) == (1, block.groups)
+    assert prover.prove(wide, wide.spaces[name]).holds
+    assert prover.prove(narrow, narrow.spaces[name]).change > TOLERANCE

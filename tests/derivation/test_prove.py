@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from unmergeable.architecture.blocks import Attention, FeedForward
 from unmergeable.architecture.rules import symmetry_map
 from unmergeable.derivation import scene as scenes
 from unmergeable.derivation.build import Specimen, build
 from unmergeable.derivation.derive import derive
+from unmergeable.derivation.model_types import built, usual_config
 from unmergeable.derivation.probe import Disk
 from unmergeable.derivation.prove import TOLERANCE, Prover
+from unmergeable.derivation.shrink import SMALL
 from zoo import TOYS
 
 
@@ -103,3 +106,19 @@ def test_a_probe_that_lies_is_caught(llama: Specimen, monkeypatch: pytest.Monkey
     monkeypatch.setattr(scenes.Scene, "spot", lying)
     found = [block for block in derive(llama).blocks if isinstance(block, Attention)]
     assert all(block.parts == () for block in found)
+
+
+def test_a_bias_that_the_softmax_does_not_see_hides_no_group() -> None:
+    """What is added to every key changes no score; that the gains matter shows when another side is left alone."""
+    kind = transformers.PersimmonForCausalLM
+    small = built(usual_config("persimmon", kind), kind, SMALL)
+    block = next(one for one in derive(small).blocks if isinstance(one, Attention))
+    prover = Prover(small, Disk(small.network))
+    symmetry = symmetry_map([block])
+    space = symmetry.spaces[f"{block.name}.query_key_gain.1"]
+    assert block.norm is not None
+    assert block.norm.key_bias is not None
+    legs = {**symmetry.legs, block.norm.key_bias: ()}
+    unseen = prover.together(replace(symmetry, legs=legs), {space.name: space})
+    assert unseen <= TOLERANCE, "the bias of the keys alone would show nothing"
+    assert prover.prove(symmetry, space).holds

@@ -70,6 +70,22 @@ class QueryKeyNorm:
 
 
 @dataclass(frozen=True)
+class JoinedStream:
+    """Heads of another stream in the softmax of an attention: text beside an image (SD 3, Flux).
+
+    The same bases as the block's own, in weights of their own: a query of either stream meets keys and values of both.
+    ``queries`` and ``keys`` go with the parts of the block, in their order; ``norm`` is of the kind of the block's.
+    ``output`` is None where nothing reads what the stream's queries gather, as in a last layer.
+    """
+
+    queries: tuple[Heads, ...]
+    keys: tuple[Heads, ...]
+    value: Heads
+    output: Heads | None
+    norm: QueryKeyNorm | None = None
+
+
+@dataclass(frozen=True)
 class Latent:
     """A narrow vector between the stream and a projection: ``expand`` reads the RMS norm of ``compress`` of the stream.
 
@@ -90,6 +106,7 @@ class Attention:
 
     ``heads_limit`` says why heads cannot be reordered, empty where they can. ``value_group``: what a head's values let
     through; rotations behind a norm without gains, a scale per coordinate where something multiplies the result.
+    ``joined``: other streams in the same softmax.
     """
 
     name: str
@@ -105,10 +122,40 @@ class Attention:
     heads_limit: str = ""
     latents: tuple[Latent, ...] = ()
     value_group: ValueGroup = "general_linear"
+    joined: tuple[JoinedStream, ...] = ()
 
     @property
     def num_heads(self) -> int:
         return self.groups * self.members
+
+    @property
+    def values(self) -> tuple[Heads, ...]:
+        """The values of every stream."""
+        return (self.value, *(stream.value for stream in self.joined))
+
+    @property
+    def outputs(self) -> tuple[Heads, ...]:
+        """What reads the result, for every stream whose result is read."""
+        return (self.output, *(stream.output for stream in self.joined if stream.output is not None))
+
+    def queries_of(self, part: int) -> tuple[Heads, ...]:
+        """The queries of every stream in one part of the score."""
+        return (self.parts[part].query, *(stream.queries[part] for stream in self.joined))
+
+    def keys_of(self, part: int) -> tuple[Heads, ...]:
+        """The keys of every stream in one part of the score."""
+        return (self.parts[part].key, *(stream.keys[part] for stream in self.joined))
+
+    @property
+    def norms(self) -> tuple[QueryKeyNorm, ...]:
+        """The norm on queries and keys of every stream that has one."""
+        return tuple(norm for norm in (self.norm, *(stream.norm for stream in self.joined)) if norm is not None)
+
+    @property
+    def projections(self) -> tuple[Heads, ...]:
+        """Everything that writes into a head: queries, keys and values of every stream."""
+        sides = (heads for index in range(len(self.parts)) for heads in (*self.queries_of(index), *self.keys_of(index)))
+        return (*sides, *self.values)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 A file lists templates of attention and feed-forward blocks. A tensor's name in one has ``{}`` in place of the number of
 its layer or expert; a place or a size is a formula in the config's settings ("num_attention_heads") and in what was
-computed before it ("groups * members * value_size"). Whatever no template names is copied unchanged.
+computed before it ("groups * members * value_size"). A template may say "when" it holds: with which settings. Whatever
+no template names is copied unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmergeable.architecture.architecture import Architecture
-from unmergeable.architecture.blocks import Attention, FeedForward, Heads, QueryKeyNorm, ScorePart
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, JoinedStream, QueryKeyNorm, ScorePart
 from unmergeable.architecture.declare import Config, Names
 from unmergeable.architecture.rules import tensor_extents
 from unmergeable.errors import UnsupportedArchitecture
@@ -96,6 +97,12 @@ def known_map(model_type: str) -> DerivedMap | None:
 def _shipped_map(model_type: str) -> DerivedMap:
     file = _shipped_folder().joinpath(f"{model_type}.json")
     return _read(file.read_text(encoding="utf-8"), file.name)
+
+
+def forget_shipped() -> None:
+    """Read the package's maps again, after some were written."""
+    shipped.cache_clear()
+    _shipped_map.cache_clear()
 
 
 def _shipped_folder() -> Traversable:
@@ -218,6 +225,8 @@ def _instances(
     template: Mapping[str, Any], config: Config, scope: Mapping[str, float], names: Names, change: tuple[str, str]
 ) -> Iterator[Attention | FeedForward]:
     """A template's blocks: one for every number under which its last tensor is stored."""
+    if any(config.get(name) != value for name, value in template.get("when", {}).items()):
+        return
     is_attention = "output" in template
     anchor = template["output" if is_attention else "down"]
     pattern = re.compile(_pattern(_renamed(anchor["weight"], change)))
@@ -289,6 +298,19 @@ class _Reader:
             is_cross=data["is_cross"],
             heads_limit=data["heads_limit"],
             value_group=data["value_group"],
+            joined=tuple(map(self.joined, data.get("joined", ()))),
+        )
+
+    def joined(self, data: Mapping[str, Any]) -> JoinedStream:
+        output = data.get("output")
+        if output is not None and output.get("optional") and self.name(output["weight"]) not in self.names.shapes:
+            output = None  # in some layers nothing reads what this stream gathers
+        return JoinedStream(
+            queries=tuple(map(self.heads, data["queries"])),
+            keys=tuple(map(self.heads, data["keys"])),
+            value=self.heads(data["value"]),
+            output=self.heads(output) if output else None,
+            norm=self.norm(data["norm"]) if data.get("norm") else None,
         )
 
     def norm(self, data: Mapping[str, Any]) -> QueryKeyNorm:
@@ -305,8 +327,8 @@ class _Reader:
         )
 
     def feed_forward(self, data: Mapping[str, Any]) -> FeedForward:
-        size = self.length(data["down"])
-        self.scope["units"] = size
+        self.scope["columns"], self.scope["rows"] = self.length(data["down"]), self.length(data["up"])
+        size = self.value("units", data.get("size", "columns"))
         return FeedForward(
             name=self.name(data["name"]),
             size=size,

@@ -93,13 +93,15 @@ def _score_rules(collector: Collector, block: Attention) -> None:
             limit=limit,
             is_cross=block.is_cross,
         )
-        if part.shared_key:
-            spectators = ((block.groups, part.query.group_stride), (block.members, part.query.member_stride))
-            for tensor, axis in ((part.query.weight, part.query.axis), (part.query.bias, 0)):
-                collector.leg(space, tensor, "vector", axis=axis, offset=part.query.offset, spectators=spectators)
-        else:
-            _heads_leg(collector, space, part.query, "vector", members=block.members)
-        _heads_leg(collector, space, part.key, "covector")
+        for query in block.queries_of(index):
+            if part.shared_key:
+                spectators = ((block.groups, query.group_stride), (block.members, query.member_stride))
+                for tensor, axis in ((query.weight, query.axis), (query.bias, 0)):
+                    collector.leg(space, tensor, "vector", axis=axis, offset=query.offset, spectators=spectators)
+            else:
+                _heads_leg(collector, space, query, "vector", members=block.members)
+        for key in block.keys_of(index):
+            _heads_leg(collector, space, key, "covector")
 
 
 def _normed_score_rules(collector: Collector, block: Attention, norm: QueryKeyNorm) -> None:
@@ -107,12 +109,15 @@ def _normed_score_rules(collector: Collector, block: Attention, norm: QueryKeyNo
 
     The scales are exact only where the norm's epsilon is negligible, and are marked so.
     """
-    query, key, size = _whole_head(block)
+    first, size = _whole_head(block)
+    if norm.kind == "layer" and norm.scope == "full":
+        _wide_layer_norm_rules(collector, block, norm)
+        return
     if norm.kind == "layer":
         reason = "a LayerNorm per head on queries and keys keeps one sign per head; its gains trade scales"
         # The mean is subtracted, so only a sign common to the head passes, and only where no bias follows.
-        if norm.query_bias is None and norm.key_bias is None:
-            _query_key_space(collector, block, "sign", "block_sign", block.groups, size, query, key, reason)
+        if all(one.query_bias is None and one.key_bias is None for one in block.norms):
+            _query_key_space(collector, block, "sign", "block_sign", block.groups, size, first, reason)
         _shared_gain_rules(collector, block, norm, reason)
         _scale_rules(collector, block, norm, (block.num_heads, block.groups), size, reason)
         return
@@ -125,17 +130,33 @@ def _normed_score_rules(collector: Collector, block: Attention, norm: QueryKeyNo
     start = 0
     for index, part in enumerate(block.parts):
         suffix = "" if len(block.parts) == 1 else f".{index}"
-        _query_key_space(
-            collector, block, f"sign{suffix}", "pair_sign", block.groups, part.size, part.query, part.key, reason
-        )
+        _query_key_space(collector, block, f"sign{suffix}", "pair_sign", block.groups, part.size, index, reason)
         if norm.scope == "full":
             _wide_gain_rules(collector, block, norm, part, suffix, start, reason)
         else:
-            _turn_rules(collector, block, norm, part, suffix, start, reason)
+            _turn_rules(collector, block, index, suffix, start, reason)
         start += part.size
     if norm.scope == "head":
         _shared_gain_rules(collector, block, norm, reason)
     _scale_rules(collector, block, norm, scales, size, reason)
+
+
+def _wide_layer_norm_rules(collector: Collector, block: Attention, norm: QueryKeyNorm) -> None:
+    """A LayerNorm over all heads at once: the mean ties their signs together, gains and biases trade scales."""
+    reason = "a full-width LayerNorm on queries and keys keeps one sign; its gains trade scales"
+    first, size = _whole_head(block)
+    if norm.query_bias is None and norm.key_bias is None:
+        space = _normed_space(collector, block, "sign", "block_sign", 1, size, reason)
+        for heads, members in ((block.parts[first].query, block.members), (block.parts[first].key, 1)):
+            spectators = ((block.groups, heads.group_stride), (members, heads.member_stride))
+            for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
+                collector.leg(space, tensor, "vector", axis=axis, offset=heads.offset, spectators=spectators)
+    start = 0
+    for index, part in enumerate(block.parts):
+        suffix = "" if len(block.parts) == 1 else f".{index}"
+        _wide_gain_rules(collector, block, norm, part, suffix, start, reason)
+        start += part.size
+    _scale_rules(collector, block, norm, (1, 1), size, reason)
 
 
 def _wide_gain_rules(
@@ -145,28 +166,31 @@ def _wide_gain_rules(
     if not norm.query_gains:
         return
     size = sum(other.size for other in block.parts)
-    space = _normed_space(collector, block, f"gain{suffix}", "pair_scale", block.groups, part.size, reason)
+    kind: GroupKind = "diagonal" if norm.kind == "layer" and part.rotary is None else "pair_scale"
+    space = _normed_space(collector, block, f"gain{suffix}", kind, block.groups, part.size, reason)
     (query_gain,), (key_gain,) = norm.query_gains, norm.key_gains
     stride, members = block.members * size, ((block.members, size),)
-    collector.leg(space, query_gain, "vector", offset=start, block_stride=stride, spectators=members)
-    collector.leg(space, key_gain, "covector", offset=start, block_stride=size)
+    for tensor in (query_gain, norm.query_bias):
+        collector.leg(space, tensor, "vector", offset=start, block_stride=stride, spectators=members)
+    for tensor in (key_gain, norm.key_bias):
+        collector.leg(space, tensor, "covector", offset=start, block_stride=size)
     if norm.offset:
         collector.gain_offset |= {query_gain: norm.offset, key_gain: norm.offset}
 
 
-def _turn_rules(
-    collector: Collector, block: Attention, norm: QueryKeyNorm, part: ScorePart, suffix: str, start: int, reason: str
-) -> None:
+def _turn_rules(collector: Collector, block: Attention, part: int, suffix: str, start: int, reason: str) -> None:
     """Quarter turns of the pairs of every head at once, which the gains follow."""
-    turn = _normed_space(collector, block, f"turn{suffix}", "quarter_turn", 1, part.size, reason)
-    for heads, count in ((part.query, block.members), (part.key, 1)):
-        spectators = ((block.groups, heads.group_stride), (count, heads.member_stride))
-        for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
-            collector.leg(turn, tensor, "vector", axis=axis, offset=heads.offset, spectators=spectators)
-    for tensor in (*norm.query_gains, *norm.key_gains):
-        collector.leg(turn, tensor, "gain", axis=norm.gain_axis, offset=start)
-        if norm.offset:
-            collector.gain_offset[tensor] = norm.offset
+    turn = _normed_space(collector, block, f"turn{suffix}", "quarter_turn", 1, block.parts[part].size, reason)
+    for sides, count in ((block.queries_of(part), block.members), (block.keys_of(part), 1)):
+        for heads in sides:
+            spectators = ((block.groups, heads.group_stride), (count, heads.member_stride))
+            for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
+                collector.leg(turn, tensor, "vector", axis=axis, offset=heads.offset, spectators=spectators)
+    for norm in block.norms:
+        for tensor in (*norm.query_gains, *norm.key_gains):
+            collector.leg(turn, tensor, "gain", axis=norm.gain_axis, offset=start)
+            if norm.offset:
+                collector.gain_offset[tensor] = norm.offset
 
 
 def _normed_space(
@@ -195,20 +219,14 @@ def _normed_space(
 
 
 def _query_key_space(
-    collector: Collector,
-    block: Attention,
-    label: str,
-    kind: GroupKind,
-    blocks: int,
-    size: int,
-    query: Heads,
-    key: Heads,
-    reason: str,
+    collector: Collector, block: Attention, label: str, kind: GroupKind, blocks: int, size: int, part: int, reason: str
 ) -> None:
-    """A group of signs, the same on the queries and the key of each key-value head."""
+    """A group of signs, the same on the queries and the key of each key-value head; ``part`` says where they start."""
     space = _normed_space(collector, block, label, kind, blocks, size, reason)
-    _heads_leg(collector, space, query, "vector", members=block.members)
-    _heads_leg(collector, space, key, "vector")
+    for query in block.queries_of(part):
+        _heads_leg(collector, space, query, "vector", members=block.members)
+    for key in block.keys_of(part):
+        _heads_leg(collector, space, key, "vector")
 
 
 def _shared_gain_rules(collector: Collector, block: Attention, norm: QueryKeyNorm, reason: str) -> None:
@@ -220,16 +238,17 @@ def _shared_gain_rules(collector: Collector, block: Attention, norm: QueryKeyNor
         kind: GroupKind = "pair_scale" if part.rotary else "diagonal"
         label = "gain" if len(block.parts) == 1 else f"gain.{index}"
         space = _normed_space(collector, block, label, kind, 1, part.size, reason)
-        sides: tuple[tuple[tuple[str, ...], str | None, Variance], ...] = (
-            (norm.query_gains, norm.query_bias, "vector"),
-            (norm.key_gains, norm.key_bias, "covector"),
-        )
-        for gains, bias, variance in sides:
-            for tensor in gains:
-                collector.leg(space, tensor, variance, axis=norm.gain_axis, offset=start)
-                if norm.offset:
-                    collector.gain_offset[tensor] = norm.offset
-            collector.leg(space, bias, variance, offset=start)
+        for own in block.norms:
+            sides: tuple[tuple[tuple[str, ...], str | None, Variance], ...] = (
+                (own.query_gains, own.query_bias, "vector"),
+                (own.key_gains, own.key_bias, "covector"),
+            )
+            for gains, bias, variance in sides:
+                for tensor in gains:
+                    collector.leg(space, tensor, variance, axis=own.gain_axis, offset=start)
+                    if own.offset:
+                        collector.gain_offset[tensor] = own.offset
+                collector.leg(space, bias, variance, offset=start)
         start += part.size
 
 
@@ -237,19 +256,21 @@ def _scale_rules(
     collector: Collector, block: Attention, norm: QueryKeyNorm, blocks: tuple[int, int], size: int, reason: str
 ) -> None:
     """A positive scale per norm, on queries and on keys each on its own: the norm after them removes it."""
-    query, key, _ = _whole_head(block)
-    sides = (("query_scale", query, block.num_heads, blocks[0]), ("key_scale", key, block.groups, blocks[1]))
-    for label, heads, count, number in sides:
-        width = size * count // number
-        space = _normed_space(collector, block, label, "block_scale", number, width, reason, epsilon=norm.epsilon)
-        for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
-            collector.leg(space, tensor, "vector", axis=axis, offset=heads.offset, block_stride=width)
+    first, _ = _whole_head(block)
+    for stream, (query, key) in enumerate(zip(block.queries_of(first), block.keys_of(first), strict=True)):
+        sides = (("query_scale", query, block.num_heads, blocks[0]), ("key_scale", key, block.groups, blocks[1]))
+        for label, heads, count, number in sides:
+            width = size * count // number
+            label = f"{label}.{stream}" if stream else label
+            space = _normed_space(collector, block, label, "block_scale", number, width, reason, epsilon=norm.epsilon)
+            for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
+                collector.leg(space, tensor, "vector", axis=axis, offset=heads.offset, block_stride=width)
 
 
-def _whole_head(block: Attention) -> tuple[Heads, Heads, int]:
-    """Query and key heads with all their score parts side by side, as a norm over the head sees them."""
-    first = min(block.parts, key=lambda part: part.query.offset)
-    return first.query, first.key, sum(part.size for part in block.parts)
+def _whole_head(block: Attention) -> tuple[int, int]:
+    """The part that query and key heads start with, and the size of all parts side by side, as a norm sees them."""
+    first = min(range(len(block.parts)), key=lambda index: block.parts[index].query.offset)
+    return first, sum(part.size for part in block.parts)
 
 
 _VALUE_LIMITS: Mapping[ValueGroup, str] = {
@@ -273,8 +294,10 @@ def _value_rules(collector: Collector, block: Attention) -> None:
         limit=_VALUE_LIMITS[block.value_group],
         is_cross=block.is_cross,
     )
-    _heads_leg(collector, space, block.value, "vector")
-    _heads_leg(collector, space, block.output, "covector", members=block.members)
+    for value in block.values:
+        _heads_leg(collector, space, value, "vector")
+    for output in block.outputs:
+        _heads_leg(collector, space, output, "covector", members=block.members)
 
 
 def _head_rules(
@@ -298,9 +321,11 @@ def _head_rules(
             limit="a relative position bias per head is shared by every layer of the stack",
         )
         shared_spaces[shared.name] = space
-    rows = [(part.query, block.members, part.size) for part in block.parts]
-    rows += [(part.key, 1, part.size) for part in block.parts if not part.shared_key]
-    rows += [(block.value, 1, block.value_size), (block.output, block.members, block.value_size)]
+    parts = list(enumerate(block.parts))
+    rows = [(query, block.members, part.size) for index, part in parts for query in block.queries_of(index)]
+    rows += [(key, 1, part.size) for index, part in parts if not part.shared_key for key in block.keys_of(index)]
+    rows += [(value, 1, block.value_size) for value in block.values]
+    rows += [(output, block.members, block.value_size) for output in block.outputs]
     for heads, members, size in rows:
         for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
             collector.leg(
@@ -315,16 +340,18 @@ def _head_rules(
             )
     norm = block.norm
     if norm is not None and norm.scope == "full":
-        size = block.parts[0].size
-        for tensors, members in ((norm.query_gains, block.members), (norm.key_gains, 1)):
-            collector.leg(
-                space,
-                tensors[0],
-                "vector",
-                element_stride=members * size,
-                spectators=((members, size), (size, 1)),
-                is_outer=True,
-            )
+        size = sum(part.size for part in block.parts)
+        sides = ((*norm.query_gains, norm.query_bias), block.members), ((*norm.key_gains, norm.key_bias), 1)
+        for tensors, members in sides:
+            for tensor in tensors:
+                collector.leg(
+                    space,
+                    tensor,
+                    "vector",
+                    element_stride=members * size,
+                    spectators=((members, size), (size, 1)),
+                    is_outer=True,
+                )
 
 
 def _feed_forward_rules(collector: Collector, block: FeedForward) -> None:

@@ -164,19 +164,22 @@ def require_comparable(checkpoint: TensorSource, base: TensorSource, selected: I
 
 
 def _query_key_sections(block: Attention) -> Iterator[Section]:
-    for part in block.parts:
-        yield from _sections(part.query, part.size, groups=block.groups, members=block.members)
-        yield from _sections(part.key, part.size, groups=1 if part.shared_key else block.groups)
-    if block.norm is not None:
-        biases = (block.norm.query_bias, block.norm.key_bias)
-        for name in (*block.norm.query_gains, *block.norm.key_gains, *biases):
+    for index, part in enumerate(block.parts):
+        for query in block.queries_of(index):
+            yield from _sections(query, part.size, groups=block.groups, members=block.members)
+        for key in block.keys_of(index):
+            yield from _sections(key, part.size, groups=1 if part.shared_key else block.groups)
+    for norm in block.norms:
+        for name in (*norm.query_gains, *norm.key_gains, norm.query_bias, norm.key_bias):
             if name is not None:
                 yield Section(name)
 
 
 def _value_output_sections(block: Attention) -> Iterator[Section]:
-    yield from _sections(block.value, block.value_size, groups=block.groups)
-    yield from _sections(block.output, block.value_size, groups=block.groups, members=block.members)
+    for value in block.values:
+        yield from _sections(value, block.value_size, groups=block.groups)
+    for output in block.outputs:
+        yield from _sections(output, block.value_size, groups=block.groups, members=block.members)
 
 
 def _sections(heads: Heads, size: int, *, groups: int = 1, members: int = 1) -> Iterator[Section]:

@@ -55,6 +55,10 @@ def protect(
         Path | None,
         typer.Option("--generic", metavar="PATH", help="Inputs of other kinds than the task's, for collapse."),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="NAME", help="Change one part alone: language, vision, …  [default: all]"),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", metavar="FILE", help="Methods and settings from a JSON or YAML file.")
     ] = None,
@@ -109,6 +113,7 @@ def protect(
             out=out,
             key=key,
             settings=settings,
+            part=part,
             seed=seed,
             passphrase=secret,
             data=data,

@@ -28,9 +28,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from unmergeable.architecture.derived import DerivedMap, known_map, shipped
+from unmergeable.architecture.derived import DerivedMap, forget_shipped, known_map, shipped
 from unmergeable.architecture.families import FAMILIES
-from unmergeable.derivation.build import TASKS, class_named, registered
+from unmergeable.derivation.build import TASKS, VARIANTS, class_named, registered
 from unmergeable.derivation.model_types import built, confirm, derive_map, usual_config
 from unmergeable.derivation.shrink import UNSEEN
 from unmergeable.derivation.summary import counts, levels, page, read_reasons, short
@@ -108,6 +108,7 @@ def ship(out: Path) -> None:
     best = widest(outcomes)
     for kind, outcome in best.items():
         (package / "architecture" / "maps" / f"{kind}.json").write_text(json.dumps(outcome, indent=1) + "\n", "utf-8")
+    forget_shipped()
     before, reasons = read_reasons(), dict[str, dict[str, str]]()
     for task in TASKS:
         for kind, known in levels(task).items():
@@ -200,7 +201,9 @@ def _derive(kind: str, network_class: str) -> dict[str, Any]:
 def _confirm(derived: DerivedMap) -> dict[str, Any]:
     for name in (derived.network_class, *derived.proof.get("also", ())):
         network = class_named(name)
-        confirm(derived, built(usual_config(derived.model_type, network), network, UNSEEN))
+        usual = usual_config(derived.model_type, network)
+        for settings in ({}, *VARIANTS.get(derived.model_type, ())):
+            confirm(derived, built({**usual, **settings}, network, UNSEEN))
     return {}
 
 

@@ -167,10 +167,18 @@ TASKS = {
 
 DIFFUSION = (
     "AllegroTransformer3DModel", "AuraFlowTransformer2DModel", "CogVideoXTransformer3DModel", "DiTTransformer2DModel",
-    "FluxTransformer2DModel", "LTXVideoTransformer3DModel", "Lumina2Transformer2DModel", "PixArtTransformer2DModel",
-    "SD3Transformer2DModel", "SanaTransformer2DModel", "UNet2DConditionModel", "WanTransformer3DModel",
+    "Flux2Transformer2DModel", "FluxTransformer2DModel", "HunyuanVideoTransformer3DModel", "LTXVideoTransformer3DModel",
+    "Lumina2Transformer2DModel", "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel",
+    "SanaTransformer2DModel", "UNet2DConditionModel", "WanTransformer3DModel",
 )  # fmt: skip
 """Networks of diffusers that are tried; there is no list of them that names a task."""
+
+
+VARIANTS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "FluxTransformer2DModel": ({"guidance_embeds": True},),  # FLUX.1-dev, beside schnell
+    "SD3Transformer2DModel": ({"qk_norm": "rms_norm", "dual_attention_layers": [0]},),  # SD 3.5, beside SD 3
+}
+"""Settings with which networks of one class are published besides the usual ones."""
 
 
 def class_named(name: str) -> Any:

@@ -75,7 +75,13 @@ class _Search:
                 self._add(self._attention(call))
             except Unexplained as reason:
                 self.result.reasons[f"attention in {where}"] = str(reason)
-        taken = {block.output.weight for block in self.result.blocks if isinstance(block, Attention)}
+        taken = {
+            (output.weight, place)
+            for block in self.result.blocks
+            if isinstance(block, Attention)
+            for output in block.outputs
+            for place in range(output.offset, output.offset + block.num_heads * block.value_size)
+        }
         for index, product in enumerate(self.scene.trace.products):
             try:
                 self._add(self._first_proven(feed_forward(self.scene, index, taken), "feed_forward"))
@@ -94,8 +100,8 @@ class _Search:
         block = self._first_proven(attentions.attention(self.scene, call), "value_output")
         try:
             options = (
-                replace(block, parts=parts, norm=norm, heads_limit="")
-                for parts, norm in attentions.scores(self.scene, call, block, self.epsilon)
+                replace(block, parts=parts, norm=norm, joined=joined, heads_limit="")
+                for parts, norm, joined in attentions.scores(self.scene, call, block, self.epsilon)
             )
             scored = self._first_proven(options, "query_key")
         except Unexplained as reason:

@@ -13,20 +13,22 @@ from unmergeable.derivation.probe import Source
 from unmergeable.derivation.scene import Scene, Unexplained, common_module, laid_out, layer_of
 
 
-def feed_forward(scene: Scene, index: int, taken: set[str]) -> Iterator[FeedForward]:
+def feed_forward(scene: Scene, index: int, taken: set[tuple[str, int]]) -> Iterator[FeedForward]:
     """Proposals for the hidden units that the product ``index`` reads, the one with the largest groups first.
 
-    ``taken``: weights whose columns belong to an attention. Raises Unexplained when these are no hidden units.
+    ``taken``: columns that belong to an attention, by weight and place; a product may read both. Raises Unexplained
+    when these are no hidden units.
     """
     product = scene.trace.products[index]
-    places = [scene.column(index, column) for column in range(scene.width(index))]
-    if places[0].weight in taken:
+    every = [scene.column(index, column) for column in range(scene.width(index))]
+    read = [column for column, spot in enumerate(every) if (spot.weight, spot.place) not in taken]
+    if not read:
         raise Unexplained("read by an attention")
+    places = [every[column] for column in read]
     sources = scene.before(index, layer_of(product.name))
-    inputs = Source(product.inputs, outer=product.weight.dim() > 2)
-    few = scene.origins(
-        Source(product.inputs[..., :1]), sources
-    )  # most products read the stream, and are done with here
+    part = product.inputs if len(read) == len(every) else product.inputs[..., read]
+    inputs = Source(part, outer=product.weight.dim() > 2)
+    few = scene.origins(Source(part[..., :1]), sources)  # most products read the stream, and are done with here
     origins = scene.origins(inputs, sources) if {len(rows) for rows in few} <= {1, 2} else few
     counts = {len(rows) for rows in origins}
     if len(counts) != 1 or not counts <= {1, 2}:
@@ -38,8 +40,10 @@ def feed_forward(scene: Scene, index: int, taken: set[str]) -> Iterator[FeedForw
     down = laid_out([[[places[unit] for unit in order]]])
     sides = [sorted((scene.spot(row) for row in origins[unit]), key=lambda s: (s.weight, s.place)) for unit in order]
     made = [laid_out([[[side[which] for side in sides]]]) for which in range(len(sides[0]))]
-    block = FeedForward(common_module(made[0].weight, down.weight), len(order), made[0], down)
-    if down.offset:
+    is_shared = len(read) < len(every)  # with an attention, which has the name of the module that both lie in
+    name = made[0].weight.removesuffix(".weight") if is_shared else common_module(made[0].weight, down.weight)
+    block = FeedForward(name, len(order), made[0], down)
+    if down.offset != (read[0] if is_shared else 0):
         raise Unexplained(f"{down.weight} reads more than these units")
     if len(made) == 1:
         yield replace(block, activation="relu")

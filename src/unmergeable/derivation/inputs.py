@@ -157,12 +157,16 @@ class _Maker:
             beside["encoder_attention_mask"] = torch.ones(1, 6, dtype=torch.int64)
         if "pooled_projections" in self.accepted:
             beside["pooled_projections"] = self.numbers(1, int(config["pooled_projection_dim"]))
+        if "guidance" in self.accepted and config.get("guidance_embeds"):
+            beside["guidance"] = torch.tensor([3.5])
         if "class_labels" in self.accepted:
             beside["class_labels"] = torch.tensor([1])
         channels, side = int(config["in_channels"]), 4
         if "img_ids" in self.accepted:
             places = torch.cartesian_prod(torch.arange(1), torch.arange(side), torch.arange(side)).double()
             beside |= {"img_ids": places, "txt_ids": torch.zeros(6, 3)}
+        if "img_shapes" in self.accepted:
+            beside["img_shapes"] = [(1, side, side)]
         if "num_frames" in self.accepted:
             beside |= {"num_frames": 1, "height": side, "width": side}
         frames = 3 if "sample_frames" in config else 1

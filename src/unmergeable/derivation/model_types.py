@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,20 @@ from unmergeable.architecture.declare import Names
 from unmergeable.architecture.derived import DerivedMap, architecture_of, flags_of
 from unmergeable.architecture.rules import possible_lengths
 from unmergeable.derivation.attentions import NOT_UNDERSTOOD
-from unmergeable.derivation.build import TASKS, Specimen, build, class_named, default_config, is_diffusion, registered
+from unmergeable.derivation.build import (
+    TASKS,
+    VARIANTS,
+    Specimen,
+    build,
+    class_named,
+    default_config,
+    is_diffusion,
+    registered,
+)
 from unmergeable.derivation.derive import Derivation, derive, without_numbers
 from unmergeable.derivation.probe import Disk
 from unmergeable.derivation.prove import TOLERANCE, Prover
-from unmergeable.derivation.shrink import OTHER, SMALL, UNSEEN, WIDE, Sizes, filled, shrunken, supply
+from unmergeable.derivation.shrink import OTHER, PARTIAL, SMALL, UNSEEN, WIDE, Sizes, filled, shrunken, supply
 from unmergeable.derivation.table import tabulate
 from unmergeable.errors import UnsupportedArchitecture
 
@@ -30,12 +39,57 @@ def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | 
         UnsupportedArchitecture: no small network of this kind can be built or run.
     """
     kind = class_named(network_class)
-    config = usual_config(model_type, kind) if config is None else config
+    if config is None:
+        usual = usual_config(model_type, kind)
+        derived = derive_map(model_type, network_class, usual)
+        for settings in VARIANTS.get(model_type, ()):
+            variant = {**usual, **settings}
+            derived = with_variant(derived, derive_map(model_type, network_class, variant), settings, usual)
+            for each in (usual, variant):
+                confirm(derived, built(each, kind, UNSEEN))
+        return derived
     derived = _tabulated(model_type, kind, config)
     if not (derived.attentions or derived.feed_forwards):
         reason = next(iter(derived.reasons.values()), "it has no attention or feed-forward of a known form")
         raise UnsupportedArchitecture(f"{model_type}: no change of basis could be proven ({reason}).")
     return widened(confirmed(derived, built(config, kind, UNSEEN)))
+
+
+def with_variant(
+    derived: DerivedMap, variant: DerivedMap, settings: Mapping[str, Any], usual: Mapping[str, Any]
+) -> DerivedMap:
+    """One map for networks with the ``usual`` settings and for those with other ``settings``.
+
+    A block that is not the same in both says with which it is which.
+    """
+    # What tells two kinds of networks apart is one for all layers.
+    told = {name: value for name, value in settings.items() if not isinstance(value, (list, tuple))}
+    before = {name: usual.get(name) for name in told}
+
+    def both(own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+        named = {str(template["name"]): template for template in other}
+        shared = [str(template["name"]) for template in own if named.get(template["name"], template) == template]
+        differ = [template for template in own if template["name"] not in shared]
+        added = [named[name] for name in named if name not in shared]
+        apart = {str(template["name"]) for template in differ}
+        return (
+            *(template for template in own if template["name"] in shared),
+            *({**template, "when": before} for template in differ),
+            *({**template, "when": told} if template["name"] in apart else template for template in added),
+        )
+
+    flags = dict(derived.flags)
+    flags |= {name: _either(flags.get(name, value), value) for name, value in variant.flags.items()}
+    return replace(
+        derived,
+        attentions=both(derived.attentions, variant.attentions),
+        feed_forwards=both(derived.feed_forwards, variant.feed_forwards),
+        flags=flags,
+        defaults={**variant.defaults, **derived.defaults},
+        known=tuple(sorted({*derived.known, *variant.known})),
+        reasons={**variant.reasons, **derived.reasons},
+        proof={**derived.proof, "variants": [*derived.proof.get("variants", ()), {**settings, "proof": variant.proof}]},
+    )
 
 
 def usual_config(model_type: str, kind: Any) -> Mapping[str, Any]:
@@ -51,7 +105,7 @@ def _tabulated(model_type: str, kind: Any, config: Mapping[str, Any]) -> Derived
     scored = {without_numbers(block.name) for block in attentions if block.parts}
     best: DerivedMap | None = None
     failure: UnsupportedArchitecture | None = None
-    for sizes in (OTHER, WIDE):
+    for sizes in (OTHER, WIDE, PARTIAL):
         try:
             derived = tabulate(model_type, name, first, _derived(config, kind, sizes))
         except UnsupportedArchitecture as error:
@@ -128,7 +182,13 @@ def _unscored(template: Mapping[str, Any]) -> dict[str, Any]:
 
     limit = template["heads_limit"] or NOT_UNDERSTOOD
     unknown: dict[str, Any] = {"parts": [], "position": "none", "heads_limit": limit}
-    sides = {side: spelled_out(template[side]) for side in ("value", "output")}
+    sides: dict[str, Any] = {side: spelled_out(template[side]) for side in ("value", "output")}
+    if "joined" in template:
+        streams = [
+            {side: spelled_out(stream[side]) for side in ("value", "output") if side in stream}
+            for stream in template["joined"]
+        ]
+        sides["joined"] = [{"queries": [], "keys": [], **stream} for stream in streams]
     return {name: value for name, value in {**template, **unknown, **sides}.items() if name != "norm"}
 
 

@@ -77,6 +77,15 @@ def support(target: Source, sources: Sequence[Source], *, first_token: bool = Fa
     return [_nonzero(grad) for grad in _derivatives(flat, sources)]
 
 
+def reached(target: Tensor, sources: Sequence[Source], tokens: Sequence[int]) -> Tensor:
+    """Whether ``target`` [..., tokens, coordinates] changes with a source at some tokens: boolean [tokens, sources]."""
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.rand(target.shape, generator=generator, dtype=target.dtype) + 0.5
+    flat = (target * weights).movedim(-2, 0).reshape(target.shape[-2], -1).sum(1)[list(tokens)]
+    tables = [_nonzero(grad).any(1) for grad in _derivatives(flat, sources)]
+    return torch.stack(tables, dim=1) if tables else torch.zeros(len(tokens), 0, dtype=torch.bool)
+
+
 def _derivatives(flat: Tensor, sources: Sequence[Source]) -> list[Tensor]:
     """[coordinates of target, coordinates of source] for each source; tokens summed in absolute value."""
     if not sources or not flat.requires_grad:

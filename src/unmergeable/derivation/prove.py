@@ -98,14 +98,22 @@ class Prover:
         return Proof(change, one_sided, outside)
 
     def _one_sided(self, symmetry: SymmetryMap, space: Space, element: Element) -> float:
-        """The change when the last weight of the space does not follow."""
+        """The change when the last weight of the space does not follow; where nothing shows that, another one.
+
+        A softmax does not see what a bias adds to every key.
+        """
         owners = [name for name, legs in symmetry.legs.items() if any(leg.space == space.name for leg in legs)]
         matrices = [name for name in owners if self.weights[name].dim() > 1] or owners
-        last = matrices[-1]
-        legs = list(symmetry.legs[last])
-        place = max(index for index, leg in enumerate(legs) if leg.space == space.name)
-        del legs[place]
-        return self.change(replace(symmetry, legs={**symmetry.legs, last: tuple(legs)}), {space.name: element})
+        largest = 0.0
+        for left in reversed(matrices):
+            legs = list(symmetry.legs[left])
+            place = max(index for index, leg in enumerate(legs) if leg.space == space.name)
+            del legs[place]
+            changed = replace(symmetry, legs={**symmetry.legs, left: tuple(legs)})
+            largest = max(largest, self.change(changed, {space.name: element}))
+            if largest >= VISIBLE:
+                break
+        return largest
 
 
 def _moving(space: Space, stream: Stream, count: int = 2) -> list[Element]:

@@ -41,6 +41,9 @@ UNSEEN = Sizes(heads=8, groups=4, head_size=16, intermediate=96, experts=4, late
 OTHER = Sizes(heads=12, groups=4, head_size=8, intermediate=112, experts=8, latent=28, plain=7)
 """A second set, with more query heads for each key head: it tells which setting a number in a map comes from."""
 
+PARTIAL = Sizes(heads=12, groups=4, head_size=20, intermediate=112, experts=8, latent=28, plain=7)
+"""What to try after these, where positions turn a share of each head that is no whole number of pairs in the others."""
+
 _HIDDEN = (
     "hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim", "dim", "emb_dim", "word_embed_proj_dim",
     "embedding_size", "decoder_hidden_size", "encoder_hidden_size", "n_embed", "proj_size", "hidden_size_per_layer",
@@ -162,7 +165,7 @@ def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers
         return _small_rope(value, config, sizes) if "rope_theta" in value else dict(value)
     if key == "mrope_section":
         return _sections(value, sizes)
-    if key in {"axes_dims_rope", "axes_dim_rope"}:
+    if key in {"axes_dims_rope", "axes_dim_rope", "rope_axes_dim"}:
         third = sizes.head_size // 6 * 2
         return [sizes.head_size - 2 * third, third, third]
     if key == "vision_feature_layer" and isinstance(value, (list, tuple)):

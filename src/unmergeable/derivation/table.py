@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from unmergeable.architecture.blocks import Attention, FeedForward, Heads, QueryKeyNorm
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, JoinedStream, QueryKeyNorm
 from unmergeable.architecture.derived import DerivedMap, evaluate, flags_of, numbers, of_layer
 from unmergeable.architecture.rules import symmetry_map
 from unmergeable.derivation.attentions import NOT_UNDERSTOOD
@@ -21,6 +21,7 @@ from unmergeable.derivation.build import Specimen
 from unmergeable.derivation.derive import Block, Derivation, without_numbers
 from unmergeable.derivation.scene import Unexplained
 from unmergeable.derivation.shrink import COUNTS_OF_HEADS, SIZES_OF_HEADS
+from unmergeable.network.disk_weights import find_places
 
 _PREFERRED = (
     "num_key_value_heads", "num_attention_heads", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "head_dim",
@@ -29,12 +30,16 @@ _PREFERRED = (
 """Names that files have had longest come first: a config may lack what a newer class fills in."""
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
 @dataclass
 class _Pair:
-    """One block in both networks, and the numbers known so far by name."""
+    """One block in both networks, the shapes of their tensors, and the numbers known so far by name."""
 
     first: Block
     second: Block
+    shapes: tuple[Shapes, Shapes]
     settings: tuple[dict[str, float], dict[str, float]]
     scope: tuple[dict[str, float], dict[str, float]]
     used: set[str]
@@ -43,6 +48,10 @@ class _Pair:
         """A tensor's name with ``{}`` in place of the numbers that the block's own name has; others are no layers'."""
         count = without_numbers(self.first.name).count("{}")
         return re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", tensor, count=count) if count else tensor
+
+    def lengths(self, here: Heads, there: Heads) -> tuple[int, int]:
+        """How long the axis is that heads lie on, in either network."""
+        return self.shapes[0][here.weight][here.axis], self.shapes[1][there.weight][there.axis]
 
     def know(self, name: str, values: tuple[float, float]) -> None:
         for scope, value in zip(self.scope, values, strict=True):
@@ -116,6 +125,7 @@ def tabulate(
     """The map of a type from two derivations with different sizes; blocks that no formula describes are left out."""
     (first, found), (second, other) = one, two
     settings = (numbers(first.config), numbers(second.config))
+    shapes = (_shapes(first), _shapes(second))
     attentions: dict[str, dict[str, Any]] = {}
     feed_forwards: dict[str, dict[str, Any]] = {}
     reasons = {
@@ -132,7 +142,7 @@ def tabulate(
         here, there = (
             {**own, **of_layer(one.config, layer)} for own, one in zip(settings, (first, second), strict=True)
         )
-        both = _Pair(block, twin, (here, there), ({}, {}), used)
+        both = _Pair(block, twin, shapes, (here, there), ({}, {}), used)
         try:
             if isinstance(block, Attention) and isinstance(twin, Attention):
                 template = _attention(both, block, twin, reasons)
@@ -156,6 +166,8 @@ def tabulate(
         singles[name] = False
         try:
             kept[name] = known if known == template else _common(known, template)
+            if known.get("parts") and template.get("parts") and not kept[name]["parts"]:
+                reasons[f"queries and keys of {name}"] = "layers of one form differ in their positions or their norm"
         except Unexplained as reason:
             reasons[name] = str(reason)
             dropped.add(name)
@@ -173,6 +185,10 @@ def tabulate(
         reasons=dict(sorted(reasons.items())),
         proof=_proof(str(type(first.network).__module__).partition(".")[0], found, other),
     )
+
+
+def _shapes(specimen: Specimen) -> Shapes:
+    return {name: tuple(place.shape) for name, place in find_places(specimen.network).items()}
 
 
 def _matched(first: Sequence[Block], second: Sequence[Block]) -> Iterator[tuple[Block, Block]]:
@@ -206,18 +222,42 @@ def _common(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
     Some rotate queries and keys and others do not (rotary pairs hold for both), or heads stay in order in some.
     """
-    if any(first.get(name) != second.get(name) for name in {*first, *second} - {*_PROPERTIES}):
+    if any(first.get(name) != second.get(name) for name in {*first, *second} - {*_PROPERTIES, "joined"}):
         raise Unexplained("layers of one form differ in where their heads lie")
     one, other = sorted((first, second), key=lambda template: any(part["rotary"] for part in template.get("parts", ())))
     groups = {one["value_group"], other["value_group"]} - {"general_linear"}
     if len(groups) > 1:
         raise Unexplained("layers of one form differ in what they do to values")
     common = {**other, "heads_limit": other["heads_limit"] or one["heads_limit"]}
+    if "joined" in first or "joined" in second:
+        common["joined"] = _common_streams(first.get("joined", ()), second.get("joined", ()))
     common["value_group"] = groups.pop() if groups else "general_linear"
     if not one["parts"] or not _spans(one["parts"], other["parts"]) or one.get("norm") != other.get("norm"):
         common |= {"parts": [], "position": "none", "heads_limit": common["heads_limit"] or NOT_UNDERSTOOD}
         common.pop("norm", None)
+        if "joined" in common:
+            common["joined"] = [_unscored_stream(stream) for stream in common["joined"]]
     return common
+
+
+def _common_streams(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Streams of both of two templates: in some layers nothing may read what a stream gathers."""
+    if len(first) != len(second):
+        raise Unexplained("layers of one form differ in their streams")
+    found = []
+    for one, other in zip(first, second, strict=True):
+        if any(one.get(name) != other.get(name) for name in {*one, *other} - {"output"}):
+            raise Unexplained("layers of one form differ in where the heads of their streams lie")
+        outputs = [{**stream["output"], "optional": True} for stream in (one, other) if "output" in stream]
+        if outputs and outputs[0] != outputs[-1]:
+            raise Unexplained("layers of one form differ in where the heads of their streams lie")
+        is_same = one.get("output") == other.get("output")
+        found.append(dict(one) if is_same else {**one, "output": outputs[0]})
+    return found
+
+
+def _unscored_stream(stream: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in {**stream, "queries": [], "keys": []}.items() if name != "norm"}
 
 
 def _spans(plain: Sequence[Mapping[str, Any]], rotary: Sequence[Mapping[str, Any]]) -> bool:
@@ -244,7 +284,7 @@ def _attention(both: _Pair, block: Attention, twin: Attention, reasons: dict[str
     both.know("groups", (block.groups, twin.groups))
     template["members"] = _members(both, block, twin, heads)
     both.know("members", (block.members, twin.members))
-    template["value_size"] = "columns / groups / members"
+    template["value_size"] = _value_size(both, block, twin)
     both.know("value_size", (block.value_size, twin.value_size))
     changed: dict[str, Any] = {}
     known = tuple(dict(scope) for scope in both.scope)
@@ -259,6 +299,13 @@ def _attention(both: _Pair, block: Attention, twin: Attention, reasons: dict[str
     template["output"] = _heads(both, block.output, twin.output)
     if block.norm is not None and template["parts"]:
         template["norm"] = _norm(both, block.norm)
+    if block.joined:
+        if len(block.joined) != len(twin.joined):
+            raise Unexplained("two sizes of the network have different streams")
+        template["joined"] = [
+            _joined(both, here, there, is_scored=bool(template["parts"]))
+            for here, there in zip(block.joined, twin.joined, strict=True)
+        ]
     return template | {name: getattr(block, name) for name in same} | changed
 
 
@@ -286,6 +333,14 @@ def _score_parts(both: _Pair, block: Attention, twin: Attention) -> list[dict[st
     ]
 
 
+def _value_size(both: _Pair, block: Attention, twin: Attention) -> str | int:
+    """From the columns that read the values, where nothing else is read by the same weight."""
+    whole = (block.num_heads * block.value_size, twin.num_heads * twin.value_size)
+    if both.lengths(block.output, twin.output) == whole:
+        return "columns / groups / members"
+    return both.fit((block.value_size, twin.value_size))
+
+
 def _members(both: _Pair, block: Attention, twin: Attention, heads: tuple[int, int]) -> str | int:
     if block.members == twin.members == 1:
         return 1
@@ -293,6 +348,20 @@ def _members(both: _Pair, block: Attention, twin: Attention, heads: tuple[int, i
     if isinstance(formula, int):
         raise Unexplained("no setting counts the query heads; layers may have different numbers of them")
     return f"{formula} / groups"
+
+
+def _joined(both: _Pair, here: JoinedStream, there: JoinedStream, *, is_scored: bool) -> dict[str, Any]:
+    """The template of another stream of an attention, without queries and keys where those are left alone."""
+    if (here.output is None) != (there.output is None):
+        raise Unexplained("two sizes of the network have different streams")
+    data: dict[str, Any] = {"queries": [], "keys": [], "value": _heads(both, here.value, there.value)}
+    if is_scored:
+        for side in ("queries", "keys"):
+            pairs = zip(getattr(here, side), getattr(there, side), strict=True)
+            data[side] = [_heads(both, own, other) for own, other in pairs]
+    if here.output is not None and there.output is not None:
+        data["output"] = _heads(both, here.output, there.output)
+    return data | ({"norm": _norm(both, here.norm)} if here.norm is not None and is_scored else {})
 
 
 def _norm(both: _Pair, norm: QueryKeyNorm) -> dict[str, Any]:
@@ -306,6 +375,12 @@ def _feed_forward(both: _Pair, block: FeedForward, twin: FeedForward) -> dict[st
         raise Unexplained("two sizes of the network have different groups")
     both.know("units", (block.size, twin.size))
     template: dict[str, Any] = {"name": without_numbers(block.name)}
+    columns = both.lengths(block.down, twin.down)
+    if columns != (block.size, twin.size):  # the same weight reads an attention, too
+        if both.lengths(block.up, twin.up) != (block.size, twin.size):
+            raise Unexplained("no tensor is as long as there are hidden units")
+        template["size"] = "rows"
+        both.know("columns", columns)
     for side in ("gate", "up", "down"):
         here, there = getattr(block, side), getattr(twin, side)
         if here is not None and there is not None:

@@ -169,6 +169,8 @@ def freedoms_of(architecture: Architecture, names: Container[str]) -> Freedoms:
                 writers.setdefault(item.tensor, Writer(item.tensor, item.axis, None, True, is_matrix))
     values, keys = [], []
     for attention in architecture.attentions:
+        if attention.joined:  # what one stream's biases add, the other's would have to add too
+            continue
         value, output = attention.value, output_bias(attention)
         if value.bias is not None and output in names:
             places = head_places(attention.output, attention.groups, attention.members, attention.value_size)

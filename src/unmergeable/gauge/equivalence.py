@@ -261,9 +261,12 @@ def _tensors(block: Block, by_name: Mapping[str, Attention | FeedForward]) -> li
         every = [heads for heads in (block.gate, block.up, block.down) if heads is not None]
         around: list[str | None] = []
     else:
-        every = [heads for part in block.parts for heads in (part.query, part.key)] + [block.value, block.output]
-        norm = block.norm
-        around = [*norm.query_gains, *norm.key_gains, norm.query_bias, norm.key_bias] if norm else []
+        every = [*block.projections, *block.outputs]
+        around = [
+            name
+            for norm in block.norms
+            for name in (*norm.query_gains, *norm.key_gains, norm.query_bias, norm.key_bias)
+        ]
     return [name for name in (*(name for heads in every for name in (heads.weight, heads.bias)), *around) if name]
 
 
@@ -317,8 +320,9 @@ def _evaluate(
     if isinstance(block, Mixture):
         return _mixture(block, by_name, source, activations, scale)
     bias = _head_bias(block, source, architecture, stream)
-    scale, output = _attention(block, reader, bias, source, stream, scale)
-    return scale, activations.readout(block.output.weight, output)
+    scale, outputs = _attention(block, reader, bias, source, stream, scale)
+    read = [activations.readout(name, output) for name, output in outputs.items()]
+    return scale, torch.cat([output.reshape(-1) for output in read]) if len(read) > 1 else read[0]
 
 
 class _Projections:
@@ -338,8 +342,11 @@ class _Projections:
         return torch.as_strided(rows, (groups, members, size, TOKENS), strides, heads.offset * TOKENS)
 
     def read(self, heads: Heads, hidden: Tensor) -> Tensor:
-        """A reader (output or down projection) applied to [features, tokens]."""
-        return product(self._source.tensor(heads.weight), hidden, is_transposed=heads.axis == 0)
+        """A reader (output or down projection) applied to [features, tokens], by the columns that read them."""
+        weight = self._source.tensor(heads.weight)
+        if weight.shape[heads.axis] > len(hidden):
+            weight = weight.narrow(heads.axis, heads.offset, len(hidden))
+        return product(weight, hidden, is_transposed=heads.axis == 0)
 
     def _project(self, heads: Heads) -> Tensor:
         weight = self._source.tensor(heads.weight)
@@ -405,13 +412,11 @@ def _attention(
     source: TensorSource,
     stream: Stream,
     scale: float | None,
-) -> tuple[float, Tensor]:
-    queries = [reader.heads(part.query, block.groups, block.members, part.size) for part in block.parts]
-    keys = [reader.heads(part.key, 1 if part.shared_key else block.groups, 1, part.size) for part in block.parts]
-    if block.norm is not None:
-        queries = _normed(queries, block.norm, block.norm.query_gains, block.norm.query_bias, source)
-        keys = _normed(keys, block.norm, block.norm.key_gains, block.norm.key_bias, source)
-    scores = torch.zeros(block.groups, block.members, TOKENS, TOKENS, dtype=torch.float64)
+) -> tuple[float, dict[str, Tensor]]:
+    """What each output projection gives out; the streams of a joint attention stand one behind the other."""
+    tokens = TOKENS * (1 + len(block.joined))
+    queries, keys = _queries_and_keys(block, reader, source)
+    scores = torch.zeros(block.groups, block.members, tokens, tokens, dtype=torch.float64)
     for index, (part, query, key) in enumerate(zip(block.parts, queries, keys, strict=True)):
         angles = stream.child(f"angles.{index}")
         rotated_query, rotated_key = _rotated(query, part, angles), _rotated(key, part, angles)
@@ -422,9 +427,37 @@ def _attention(
     scores = scores / scale
     if bias is not None:
         scores = scores + bias.expand(-1, TOKENS, TOKENS).reshape(scores.shape)
-    values = reader.heads(block.value, block.groups, 1, block.value_size)
-    mixed = torch.einsum("gmts,gds->gmdt", scores.softmax(-1), values[:, 0])
-    return scale, reader.read(block.output, mixed.reshape(-1, TOKENS))
+    values = torch.cat([reader.heads(value, block.groups, 1, block.value_size) for value in block.values], dim=-1)
+    mixed = torch.einsum("gmts,gds->gmdt", scores.softmax(-1), values[:, 0]).reshape(-1, tokens)
+    readers = (block.output, *(joined.output for joined in block.joined))
+    own = zip(readers, mixed.split(TOKENS, dim=-1), strict=True)
+    return scale, {output.weight: reader.read(output, gathered) for output, gathered in own if output is not None}
+
+
+def _queries_and_keys(
+    block: Attention, reader: _Projections, source: TensorSource
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For each part of the score, queries and keys behind their norm as [groups, members, size, tokens]."""
+    queries: list[list[Tensor]] = [[] for _ in block.parts]
+    keys: list[list[Tensor]] = [[] for _ in block.parts]
+    norms = (block.norm, *(joined.norm for joined in block.joined))
+    for stream, norm in enumerate(norms if block.parts else ()):
+        parts = list(enumerate(block.parts))
+        query = [
+            reader.heads(block.queries_of(index)[stream], block.groups, block.members, part.size)
+            for index, part in parts
+        ]
+        key = [
+            reader.heads(block.keys_of(index)[stream], 1 if part.shared_key else block.groups, 1, part.size)
+            for index, part in parts
+        ]
+        if norm is not None:
+            query = _normed(query, norm, norm.query_gains, norm.query_bias, source)
+            key = _normed(key, norm, norm.key_gains, norm.key_bias, source)
+        for index, _ in parts:
+            queries[index].append(query[index])
+            keys[index].append(key[index])
+    return [torch.cat(part, dim=-1) for part in queries], [torch.cat(part, dim=-1) for part in keys]
 
 
 def _normed(
@@ -451,7 +484,7 @@ def _rotated(heads: Tensor, part: ScorePart, stream: Stream) -> Tensor:
     """A random angle for every token and frequency pair in place of the rotary embedding's."""
     if part.rotary is None:
         return heads
-    angles = torch.from_numpy(stream.uniform(part.size // 2, TOKENS)) * (2 * math.pi)
+    angles = torch.from_numpy(stream.uniform(part.size // 2, heads.shape[-1])) * (2 * math.pi)
     first, second = split_pairs(heads, part.rotary)
     turned = torch.empty_like(heads)
     out_first, out_second = split_pairs(turned, part.rotary)

@@ -45,7 +45,7 @@ from unmergeable.ops.opened import AnyPath, open_base, open_with_architecture
 from unmergeable.ops.protect_result import ProtectResult, StepReport
 from unmergeable.ops.recorded import EARLIER_STEPS, earlier_steps, methods_of
 from unmergeable.ops.relation import look_at_base
-from unmergeable.ops.steps import Methods, Step, steps_of
+from unmergeable.ops.steps import Methods, Step, settings_for_part, steps_of
 from unmergeable.progress import Progress, silent
 from unmergeable.protections import CONTROLS, PROTECTIONS, Extras, Facts, Inputs, Protection, Rewrite
 from unmergeable.protections.trained import LEFTOVERS, TrainedProtection
@@ -68,6 +68,7 @@ def protect(
     method: Methods = None,
     key: AnyPath | None = None,
     settings: Mapping[str, object] | None = None,
+    part: str | None = None,
     seed: int | None = None,
     passphrase: str | None = None,
     data: AnyPath | None = None,
@@ -96,6 +97,8 @@ def protect(
             (:mod:`unmergeable.ops.key_places`). An existing one is used only if it was made by this very call, to
             resume.
         settings: of the methods, by name, or by ``method.name`` where several have it.
+        part: the only part of a network of several that is changed, "language" or "vision"; None for all of it. For
+            exact methods (:mod:`unmergeable.architecture.parts`).
         seed: of training and of random choices, 0 when None. Of an exact method it draws the key from a public number
             instead of the operating system: for experiments only.
         passphrase: encrypts the secret in the key file.
@@ -116,7 +119,13 @@ def protect(
         NotEquivalent: the written file does not compute what it should; it is removed.
     """
     if keep_adapter and not method:
-        others: dict[str, object] = {"settings": settings, "key": key, "passphrase": passphrase, "data": data}
+        others: dict[str, object] = {
+            "settings": settings,
+            "part": part,
+            "key": key,
+            "passphrase": passphrase,
+            "data": data,
+        }
         others |= {"head": head, "encoder": encoder, "siblings": siblings, "generic": generic}
         for name, value in others.items():
             if value:
@@ -125,7 +134,7 @@ def protect(
                     "the adapter into its base by leaving out keep_adapter."
                 )
         return release_adapter(folder_of(expert), base=folder_of(base), out=Path(out), seed=seed, is_dry_run=dry_run)
-    steps = steps_of(method, settings or {})
+    steps = steps_of(method, settings_for_part(method, settings or {}, part))
     extras = Extras(
         data=_path(data),
         head=_path(head),

@@ -86,6 +86,25 @@ def steps_of(method: Methods, settings: Mapping[str, object]) -> tuple[Step, ...
     return tuple(steps)
 
 
+def settings_for_part(method: Methods, settings: Mapping[str, object], part: str | None) -> dict[str, object]:
+    """``settings`` with ``part`` for every method.
+
+    Raises:
+        UsageError: a method that changes no single part is among them.
+    """
+    if part is None:
+        return dict(settings)
+    if not part:
+        raise UsageError("part: give the name of a part, or leave it out.")
+    every = {name: step for step in steps_of(method, settings) for name in step.methods}
+    for name, step in every.items():
+        if not step.requirements.exact or not step.has_key:
+            raise UsageError(
+                f"part: {name} changes the whole network; leave part out, or use gauge, mergelock or params."
+            )
+    return {**settings, **{f"{name}.part": part for name in every}}
+
+
 def effective_settings(method: str, settings: Mapping[str, object]) -> dict[str, object]:
     """``settings`` with those that a release gets by itself: what the same words mean when defaults change.
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.architecture import Architecture, Group, Space, detect
+from unmergeable.architecture.parts import parts_of, restricted
 from unmergeable.architecture.residual import OUTPUT_HEAD
 from unmergeable.architecture.symmetry import GroupKind
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
@@ -97,6 +98,14 @@ class ExactProtection(Protection):
     residual: bool = False
     as_published: bool = False
     quantisation: Quantisation = "free"
+    part: str = ""
+
+    def seen(self, architecture: Architecture) -> Architecture:
+        """What it changes of a network: all of it, or the part that ``part`` names.
+
+        Raises UsageError where the network has no such part.
+        """
+        return restricted(architecture, self.part) if self.part else architecture
 
     @property
     def is_kept(self) -> bool:
@@ -300,7 +309,16 @@ class ExactSequence(Protection):
         return ProtectionRequirements(exact=True, needs=needs, stage="basis")
 
     def spaces(self, architecture: Architecture) -> dict[str, Space]:
-        return {name: space for method in self.methods for name, space in method.spaces(architecture).items()}
+        found: dict[str, Space] = {}
+        for method in self.methods:
+            own = method.spaces(method.seen(architecture))
+            if method.part and not own:
+                raise UsageError(
+                    f"{method.name}: there is nothing in the part {method.part} that it changes; choose another of "
+                    f"{', '.join(parts_of(architecture))}, or use gauge."
+                )
+            found |= own
+        return found
 
     def moves_streams(self, architecture: Architecture) -> bool:
         """Whether residual streams, or the gains of their norms, are among what changes."""
@@ -315,7 +333,8 @@ class ExactSequence(Protection):
             orders = {
                 name.removeprefix(step): torch.tensor(key.orders[name]) for name in key.orders if name.startswith(step)
             }
-            gauges += method.gauges(architecture, stream.child(f"{step}{method.name}"), Weights(source, orders))
+            seen = method.seen(architecture)
+            gauges += method.gauges(seen, stream.child(f"{step}{method.name}"), Weights(source, orders))
         return tuple(gauges)
 
     def check(self, inputs: Inputs) -> ExactFacts:
@@ -466,7 +485,7 @@ class ExactSequence(Protection):
         return {
             f"{index}.{space}": order.tolist()
             for index, method in enumerate(self.methods)
-            for space, order in method.orders(architecture, source, inputs.base, inputs.progress).items()
+            for space, order in method.orders(method.seen(architecture), source, inputs.base, inputs.progress).items()
         }
 
     def _facts(self, source: TensorSource, architecture: Architecture) -> ExactFacts:
@@ -541,7 +560,7 @@ class ExactSequence(Protection):
 
     def _remedy(self, architecture: Architecture) -> str:
         for method in self.methods:
-            changed = method.spaces(architecture)
+            changed = method.spaces(method.seen(architecture))
             turned = any(architecture.symmetry.spaces[name].group.kind == "rotary" for name in changed)
             if turned and method.as_published:
                 return (

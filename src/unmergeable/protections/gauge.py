@@ -65,7 +65,8 @@ class LargestGauge(ExactProtection):
     they were. ``untie``: store the output head apart from the embedding, where that is what keeps rotations out.
     ``rotation`` of a stream: ``dense``, from the Haar measure, or ``fast``, Walsh-Hadamard factors behind a signed
     permutation, which take a twentieth of the arithmetic at a width of 4096. ``quantisation``: ``kept``, where no
-    matrix mixes coordinates and the settings above have no use, or ``free``.
+    matrix mixes coordinates and the settings above have no use, or ``free``. ``part``: the only part of a network of
+    several that is changed (:mod:`unmergeable.architecture.parts`); empty for all.
     """
 
     name: ClassVar[str] = "gauge"
@@ -76,6 +77,7 @@ class LargestGauge(ExactProtection):
     untie: bool = False
     rotation: Rotation = field(default="dense", metadata=ADDED_LATER)
     quantisation: Quantisation = field(default="free", metadata=ADDED_LATER)
+    part: str = field(default="", metadata=ADDED_LATER)
     attention: bool = True
     heads: bool = True
     feed_forward: bool = True

@@ -41,6 +41,7 @@ class MergeLock(ExactProtection):
     ``cross_attention``: also transform encoder-decoder and text-conditioning attention; the paper leaves it alone.
     ``as_published``: leave it alone whatever ``cross_attention`` says, and take any invertible matrix under rotary
     positions, where it is not exact. ``quantisation``: ``kept``, or ``free`` for any matrix within ``condition``.
+    ``part``: the only part of a network of several that is changed; empty for all.
     """
 
     name: ClassVar[str] = "mergelock"
@@ -50,6 +51,7 @@ class MergeLock(ExactProtection):
     cross_attention: bool = True
     as_published: bool = False
     quantisation: Quantisation = field(default="free", metadata=ADDED_LATER)
+    part: str = field(default="", metadata=ADDED_LATER)
 
     def validate(self) -> None:
         self.require(1 <= self.condition <= 1000, "condition", "lie between 1 and 1000")

@@ -77,7 +77,8 @@ class PaRaMS(ExactProtection):
     """``smallest``, ``largest``: the range of the entries of the diagonals. The parts may be used alone.
 
     ``as_published``: a number for every coordinate under rotary positions too, where it is not exact.
-    ``quantisation``: ``kept``, or ``free`` for the whole range and every order.
+    ``quantisation``: ``kept``, or ``free`` for the whole range and every order. ``part``: the only part of a network of
+    several that is changed; empty for all.
     """
 
     name: ClassVar[str] = "params"
@@ -89,6 +90,7 @@ class PaRaMS(ExactProtection):
     feed_forward: bool = True
     as_published: bool = False
     quantisation: Quantisation = field(default="free", metadata=ADDED_LATER)
+    part: str = field(default="", metadata=ADDED_LATER)
 
     def validate(self) -> None:
         if not 1e-3 <= self.smallest <= self.largest <= 1e3 or math.isnan(self.smallest + self.largest):

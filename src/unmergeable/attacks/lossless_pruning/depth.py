@@ -152,9 +152,9 @@ def _tensors_of(block: Attention | FeedForward) -> Iterator[str]:
     if isinstance(block, FeedForward):
         every = [heads for heads in (block.gate, block.up, block.down) if heads is not None]
     else:
-        every = [block.value, block.output, *(heads for part in block.parts for heads in (part.query, part.key))]
-        if block.norm is not None:
-            names = (*block.norm.query_gains, *block.norm.key_gains, block.norm.query_bias, block.norm.key_bias)
+        every = [*block.projections, *block.outputs]
+        for norm in block.norms:
+            names = (*norm.query_gains, *norm.key_gains, norm.query_bias, norm.key_bias)
             yield from (name for name in names if name is not None)
     for heads in every:
         yield heads.weight

@@ -114,7 +114,7 @@ def rebuild_heads(
 
 def _can_be_read(state: State, block: Attention, shape: HeadShape) -> bool:
     """Whether each projection holds its heads side by side and nothing else, and no norm tells heads apart."""
-    if len(block.parts) != 1 or block.parts[0].shared_key or block.latents:
+    if len(block.parts) != 1 or block.parts[0].shared_key or block.latents or block.joined:
         return False
     (part,) = block.parts
     if block.norm is not None and (block.norm.scope == "full" or block.norm.gain_axis or part.rotary is None):

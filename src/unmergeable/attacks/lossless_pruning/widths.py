@@ -173,7 +173,7 @@ def regroup_heads(state: State, own: State, block: Attention, groups: int) -> bo
     """
     part, share = block.parts[0], block.groups // groups
     stored = [part.query.weight, part.key.weight, block.value.weight]
-    if len(block.parts) > 1 or len(set(stored)) < len(stored) or groups * share != block.groups:
+    if len(block.parts) > 1 or block.joined or len(set(stored)) < len(stored) or groups * share != block.groups:
         return False
     likeness, free = _head_likeness(state, block), list(range(block.groups))
     together: list[list[int]] = []

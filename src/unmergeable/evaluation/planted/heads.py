@@ -160,6 +160,7 @@ def _are_plain(source: TensorSource, blocks: Iterable[Attention]) -> bool:
     return all(
         are_side_by_side(block, lambda heads: source.spec(heads.weight).shape[heads.axis])
         and len(block.parts) == 1
+        and not block.joined
         and (block.norm is None or not (block.norm.scope == "full" or block.norm.gain_axis))
         for block in blocks
     )
