@@ -42,6 +42,7 @@ from unmergeable.tasks import FeatureHead, read_head
 
 RESULT = Path(__file__).parent / "results" / "collapse_dial.json"
 OWNER, RIDERS = "fashion", ("mnist", "animal")
+CALLED = {"mnist": "digits", "animal": "animals"}
 SEED = 1
 KEPT = 0.95
 GRID = tuple(product((0.3, 0.6, 1.0), (0.5, 1.0)))
@@ -110,6 +111,20 @@ def measured(study: Study, scorer: Scorer, release: Mapping[str, Tensor]) -> dic
         useful = [merge["owner"] for merge in merges if merge["rider"] >= KEPT * own]
         found["free_riders"][task] = {"alone": own, "merges": merges, "best": max(useful, default=None)}
     return found
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """The rows as the page of the method shows them."""
+    titles = ["settings", "own task", *(f"{task}, alone" for task in CALLED.values())]
+    titles += [f"best merge with {task}" for task in CALLED.values()]
+    lines = [titles, ["---"] * len(titles)]
+    for name, row in rows.items():
+        best = [row["free_riders"][task]["best"] for task in RIDERS]
+        lines.append(
+            [name, f"{row['alone']:.1f}", *(f"{row['elsewhere'][task]:.1f}" for task in RIDERS)]
+            + ["none" if one is None else f"{one:.1f}" for one in best]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
