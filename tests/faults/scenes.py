@@ -138,15 +138,28 @@ SCENES = {
 
 
 def timeless(name: str, data: bytes) -> bytes:
-    """The bytes of a file without what differs from run to run by its nature."""
+    """The bytes of a file without what differs from run to run by its nature.
+
+    Of a manifest what the whole network was measured to do, which a read that fails may leave out with the reason, and
+    the signature over it.
+    """
     if name.endswith(".html"):
         return b""
-    if not name.startswith("audit/") or not name.endswith(".json"):
-        return data
+    if name.endswith("unmergeable.json"):
+        return _without(data, ("logits", "signature"))
+    return _without(data, ("seconds",)) if name.startswith("audit/") and name.endswith(".json") else data
+
+
+def _without(data: bytes, left_out: Sequence[str]) -> bytes:
+    """JSON without the entries whose names contain one of these."""
 
     def without(value: object) -> object:
         if isinstance(value, dict):
-            return {key: without(item) for key, item in value.items() if "seconds" not in key}
+            kept = {key: item for key, item in value.items() if not any(part in key for part in left_out)}
+            return {key: without(item) for key, item in kept.items()}
         return [without(item) for item in value] if isinstance(value, list) else value
 
-    return json.dumps(without(json.loads(data)), sort_keys=True).encode()
+    try:
+        return json.dumps(without(json.loads(data)), sort_keys=True).encode()
+    except ValueError:  # half a file, which is what is looked for
+        return data

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from faults.scenes import timeless
+
 ROOT = Path(__file__).parents[2]
 
 # /proc names the file behind a descriptor; macOS has another way that the harness does not know.
@@ -38,6 +40,17 @@ def test_a_few_faults_of_protect_and_merge(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scene", ["protect, three steps", "restore", "rotate", "recover", "key", "inspect", "audit"])
 def test_more_faults(scene: str, tmp_path: Path) -> None:
     faulted(tmp_path, "--every", "13", "--scene", scene)
+
+
+def test_what_may_differ_and_what_may_not() -> None:
+    manifest = {"files": {"a": "1"}, "measured": {"logits": {"relative_gap": 0.1}}, "signature": {"value": "x"}}
+    unmeasured = {**manifest, "measured": {"logits": {"not_measured_because": "no"}}, "signature": {"value": "y"}}
+    other = {**manifest, "files": {"a": "2"}}
+    first, second, third = (
+        timeless("out/unmergeable.json", json.dumps(m).encode()) for m in (manifest, unmeasured, other)
+    )
+    assert first == second != third
+    assert timeless("out/unmergeable.json", b'{"files') == b'{"files'
 
 
 # The control: a writer that does not care leaves something that the harness must notice.
