@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 from benchmarks.derived_types import EXCEPTIONS, KINDS, RELEASES, RESULT, failings
@@ -33,6 +34,14 @@ def test_a_figure_out_of_bounds_is_said(figure: str, wrong: float) -> None:
     row = copy.deepcopy(ROWS["granite"])
     row[next(iter(RELEASES))][figure] = wrong
     assert len(failings(row)) == 1
+
+
+def test_the_page_counts_what_was_measured() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "model-types.md").read_text("utf-8")
+    said = " ".join(page.split())
+    assert len(ROWS) == 75
+    assert "small networks of seventy-five of them" in said
+    assert f"and {sum(not failings(row) for row in ROWS.values())} keep every promise" in said
 
 
 def test_a_type_that_failed_is_said() -> None:

@@ -103,10 +103,7 @@ class AdaMerging(Merge):
         inputs.require_data_for_each(self)
         if inputs.base is None:
             raise UsageError("adamerging merges task vectors: name the base that the experts were tuned from.")
-        tasks = [
-            inputs.task(number, batch_size=self.batch_size, examples=self.examples, seed=self.seed)
-            for number in range(len(inputs.data))
-        ]
+        tasks = inputs.tasks(batch_size=self.batch_size, examples=self.examples, seed=self.seed)
         states = [inputs.state(expert) for expert in inputs.experts]
         learnt = learn_coefficients(
             inputs.network,

@@ -120,10 +120,7 @@ class AdaRank(Merge):
             raise UsageError(f"{self.name}: give either data or statistics, not both.")
         if inputs.base is None:
             raise UsageError(f"{self.name} merges task vectors: name the base that the experts were tuned from.")
-        tasks = [
-            inputs.task(number, batch_size=self.batch_size, examples=self.examples, seed=self.seed)
-            for number in range(len(inputs.data))
-        ]
+        tasks = inputs.tasks(batch_size=self.batch_size, examples=self.examples, seed=self.seed)
         states = [inputs.state(expert) for expert in inputs.experts]
         learnt = learn_masks(
             inputs.network,

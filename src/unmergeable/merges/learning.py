@@ -112,6 +112,13 @@ class LearningInputs:
         source = DataSource(self.data[number], seed=seed, limit=examples)
         return Task(str(source.path), EncodedData(source, Encoder(self.template), batch_size, names))
 
+    def tasks(self, *, batch_size: int, examples: int, seed: int, is_labelled: bool = False) -> list[Task]:
+        """Every data set as a task, in their order."""
+        return [
+            self.task(number, batch_size=batch_size, examples=examples, seed=seed, is_labelled=is_labelled)
+            for number in range(len(self.data))
+        ]
+
 
 @dataclass(frozen=True)
 class StatisticsMerge(Merge, ABC):

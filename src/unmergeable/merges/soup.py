@@ -57,10 +57,7 @@ class Soup(Merge):
             raise UsageError(f"soup: {len(experts)} experts and data of 0; give --data at least once.")
         if any(value is not None for value in inputs.coefficients):
             raise UsageError("soup chooses its experts by their scores; give them without coefficients.")
-        tasks = [
-            inputs.task(number, batch_size=BATCH_SIZE, examples=self.examples, seed=self.seed, is_labelled=True)
-            for number in range(len(inputs.data))
-        ]
+        tasks = inputs.tasks(batch_size=BATCH_SIZE, examples=self.examples, seed=self.seed, is_labelled=True)
 
         def score(weights: Mapping[str, Tensor]) -> float:
             with swapped(inputs.network, weights) as network:
