@@ -3,7 +3,9 @@
     SCRATCH/packages            what was downloaded
     SCRATCH/STUDY/base          the checkpoint that everything was fine-tuned from
     SCRATCH/STUDY/TASK-*        examples of train, validation and test, and the head; ``judge`` and ``attacker`` are
-                                shares of the test part: what an audit scores, and what an attacker has labels for
+                                shares of the test part: what an audit scores, and what an attacker has labels for.
+                                ``selection`` is the validation part; of images, where a task has more, 400 further
+                                ones are in it, and 500 in ``judge``
     SCRATCH/STUDY/expert-TASK   the checkpoint fine-tuned on the task
 
 A head holds the mean direction of each class over the base's features of the training examples, and never changes, so
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unmergeable.data import DataSource
+from unmergeable.demo.data import Examples
 from unmergeable.demo.model import write_base_checkpoint
 from unmergeable.demo.train import prepare_pixels
 from unmergeable.network.encoding import EncodedBatch, EncodedData, Encoder
@@ -41,6 +44,7 @@ from unmergeable.tasks import FeatureHead, read_head, write_head
 from unmergeable.tasks.heads import Pooling
 
 Part = Literal["train", "validation", "test"]
+Share = Literal["judge", "attacker", "selection"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 MINILM = Package(
@@ -114,8 +118,8 @@ class Study:
         """File of inputs without labels, of the siblings' tasks: what an owner has of other kinds."""
         return self.folder / f"generic.{self.suffix}"
 
-    def share(self, task: str, who: Literal["judge", "attacker"]) -> Path:
-        """File of somebody's share of the test part."""
+    def share(self, task: str, who: Share) -> Path:
+        """File of what somebody in an audit has of a task's examples."""
         return self.folder / f"{task}-{who}.{self.suffix}"
 
 
@@ -166,8 +170,8 @@ def prepare(study: Study, *, seed: int = 0) -> None:
             _write_data(study, name)
             network = network or load_network(study.base)
             write_head(fit_prototypes(network, study, name), study.head(name))
-        if name in (study.owner, *study.riders) and not study.share(name, "attacker").exists():
-            divide_test(study, name)
+        if name in (study.owner, *study.riders) and not study.share(name, "selection").exists():
+            divide(study, name)
         if not study.expert(name).exists():
             losses = finetune(study, name, seed=seed)
             print(f"{study.name}: expert for {name}, loss {np.mean(losses[:8]):.3f} to {np.mean(losses[-8:]):.3f}")
@@ -223,17 +227,35 @@ def write_generic(study: Study) -> None:
     study.generic.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
 
 
-def divide_test(study: Study, name: str) -> None:
-    """Cut the test part into what an audit scores and what an attacker has labels for."""
-    whole, judged, learnt = study.data(name, "test"), study.share(name, "judge"), study.share(name, "attacker")
+def divide(study: Study, name: str) -> None:
+    """Cut the test part into what an audit scores and what an attacker has labels for; add images that are left."""
+    shares = {who: study.share(name, who) for who in ("judge", "attacker", "selection")}
     if study.suffix == "npz":
-        with np.load(whole) as arrays:
-            np.savez(judged, **{key: rows[:-ATTACKERS] for key, rows in arrays.items()})
-            np.savez(learnt, **{key: rows[-ATTACKERS:] for key, rows in arrays.items()})
+        with np.load(study.data(name, "test")) as arrays:
+            test = dict(arrays)
+        with np.load(study.data(name, "validation")) as arrays:
+            selection = dict(arrays)
+        judged = {key: rows[:-ATTACKERS] for key, rows in test.items()}
+        if name in images.LARGE:
+            more = images.further(name, study.packages)
+            judged, selection = _with_images(judged, more.test), _with_images(selection, more.validation)
+        np.savez(shares["judge"], **judged)
+        np.savez(shares["attacker"], **{key: rows[-ATTACKERS:] for key, rows in test.items()})
+        np.savez(shares["selection"], **selection)
     else:
-        lines = whole.read_text().splitlines(keepends=True)
-        judged.write_text("".join(lines[:-ATTACKERS]))
-        learnt.write_text("".join(lines[-ATTACKERS:]))
+        lines = study.data(name, "test").read_text().splitlines(keepends=True)
+        shares["judge"].write_text("".join(lines[:-ATTACKERS]))
+        shares["attacker"].write_text("".join(lines[-ATTACKERS:]))
+        shares["selection"].write_bytes(study.data(name, "validation").read_bytes())
+
+
+def _with_images(arrays: Mapping[str, Any], more: Examples) -> dict[str, Any]:
+    """The rows of a data file, and behind them further images as the network takes them."""
+    pixels = prepare_pixels(more.images).numpy()
+    return {
+        "pixel_values": np.concatenate([arrays["pixel_values"], pixels]),
+        "label": np.concatenate([arrays["label"], more.labels]),
+    }
 
 
 @torch.no_grad()

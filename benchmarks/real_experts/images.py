@@ -25,6 +25,8 @@ from benchmarks.real_experts.packages import Package, debian
 from PIL import Image, ImageDraw, ImageFont
 
 from unmergeable.demo.data import (
+    ANIMAL_SIZES,
+    DIGIT_SIZES,
     SIDE,
     Examples,
     Images,
@@ -102,6 +104,8 @@ GLYPH_HEIGHT = 22
 """Font size in pixels: capitals are then 15 to 17 of the 28 pixels high."""
 
 SIZES = Sizes(train=1280, validation=200, test=500)
+FURTHER = Sizes(train=0, validation=400, test=500)
+"""Of a large task, in none of its three parts: by what an audit selects, and by what it judges."""
 
 
 def load_fashion(packages: Path, *, seed: int = 0, sizes: Sizes = SIZES) -> ImageTask:
@@ -111,6 +115,25 @@ def load_fashion(packages: Path, *, seed: int = 0, sizes: Sizes = SIZES) -> Imag
     images = np.frombuffer(content["images"], np.uint8, offset=16).reshape(-1, SIDE, SIDE)
     labels = np.frombuffer(content["labels"], np.uint8, offset=8).astype(np.int64)
     return split_task("fashion", "clothes", CLOTHES, Examples(images, labels), seed=seed, sizes=sizes)
+
+
+def further(task: str, packages: Path) -> ImageTask:
+    """More images of a large task than its parts have: ``validation`` and ``test``, and no ``train``.
+
+    Raises:
+        KeyError: the task has no more.
+    """
+    load, train = LARGE[task]
+    wanted = FURTHER.validation + FURTHER.test
+    # Training images are cut last: a longer part begins as the shorter one does.
+    rest = load(packages, replace(SIZES, train=train + wanted))
+    images, labels = rest.train.images[train:], rest.train.labels[train:]
+    return replace(
+        rest,
+        train=Examples(images[:0], labels[:0]),
+        validation=Examples(images[: FURTHER.validation], labels[: FURTHER.validation]),
+        test=Examples(images[FURTHER.validation :], labels[FURTHER.validation :]),
+    )
 
 
 def load_uci_digits(packages: Path, *, seed: int = 0) -> ImageTask:
@@ -233,3 +256,10 @@ LOADERS: dict[str, Callable[[Path], ImageTask]] = {
     "emoji": load_emoji,
 }
 """Every image task by name: from the folder of packages to its three parts."""
+
+LARGE: dict[str, tuple[Callable[[Path, Sizes], ImageTask], int]] = {
+    "mnist": (lambda packages, sizes: load_mnist(sizes=sizes), DIGIT_SIZES.train),
+    "fashion": (lambda packages, sizes: load_fashion(packages, sizes=sizes), SIZES.train),
+    "animal": (lambda packages, sizes: load_animals(sizes=sizes), ANIMAL_SIZES.train),
+}
+"""Tasks that have images beyond their three parts, and how many of those before them are for training."""

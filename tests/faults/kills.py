@@ -3,6 +3,7 @@
     python -m faults.kills FOLDER [--kills N] [--megabytes N] [--command PATH] [--json FILE]
 
 Protects a Llama of random weights and restores it. After a kill, OUT is absent or whole; the same command goes on.
+A FILE that is there counts: with another seed than it was made with, only what is missing of N is done.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from unmergeable.checkpoint.manifest import check_files
 
@@ -92,6 +94,13 @@ def disturbed(program: Sequence[str], work: Work, random: Random) -> tuple[int, 
     return kills, wrong
 
 
+def earlier(file: Path | None, seed: int) -> dict[str, Any]:
+    """What runs with other seeds have counted."""
+    nothing = {"kills": {}, "pieces_of_work": 0, "wrong": [], "seeds": []}
+    found = json.loads(file.read_text()) if file is not None and file.exists() else nothing
+    return nothing if seed in found["seeds"] else found
+
+
 def main() -> int:
     """Until there were as many kills as asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -116,14 +125,22 @@ def main() -> int:
         "protect": prepared(program, [*protect, "out", "--key", "out.key"], folder / "work"),
         "restore": prepared(program, restore, folder / "work"),
     }
-    random, kills, wrong, runs = Random(given.seed), Counter[str](), list[str](), 0
+    before = earlier(given.json, given.seed)
+    seeds, wrong, runs = [*before["seeds"], given.seed], list(before["wrong"]), before["pieces_of_work"]
+    random, kills = Random(given.seed), Counter[str](before["kills"])
     while kills.total() < given.kills:
         name = random.choice(sorted(works))
         count, words = disturbed(program, works[name], random)
         kills[name] += count
         runs += 1
         wrong += [f"{name}: {word}" for word in words]
-        found = {"megabytes": round(megabytes), "kills": dict(kills), "pieces_of_work": runs, "wrong": wrong}
+        found = {
+            "megabytes": round(megabytes),
+            "kills": dict(kills),
+            "pieces_of_work": runs,
+            "seeds": seeds,
+            "wrong": wrong,
+        }
         print(json.dumps(found), file=sys.stderr, flush=True)
         if given.json:  # each time: this takes hours
             given.json.write_text(json.dumps(found, indent=2) + "\n")
