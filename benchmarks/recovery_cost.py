@@ -121,7 +121,7 @@ def assign(width: int, *, is_planted: bool) -> dict[str, Any]:
 
     from unmergeable.architecture import FeedForward
     from unmergeable.architecture.blocks import Heads
-    from unmergeable.attacks.permutations import unit_similarity
+    from unmergeable.attacks.hidden_units import unit_similarity
     from unmergeable.gauge.assignment import best_assignment
 
     features = 4096 if width >= 11008 else 2048

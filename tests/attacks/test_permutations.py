@@ -7,8 +7,10 @@ import torch
 
 from attacks.planted import Build
 from unmergeable.attacks.distance import block_distances
+from unmergeable.attacks.hidden_units import permuted_similarity, unit_similarity
+from unmergeable.attacks.matching import match
 from unmergeable.attacks.moments import leg_pairs, legs_by_space
-from unmergeable.attacks.permutations import head_similarity, match, permuted_similarity, unit_similarity
+from unmergeable.attacks.permutations import head_similarity
 from unmergeable.gauge.elements import Monomial
 from unmergeable.gauge.gauge import fixed_gauge, sampled_gauge
 from unmergeable.randomness import Stream

@@ -176,10 +176,11 @@ def disturbed(stage: Stage, kind: Kind, every: int) -> tuple[int, list[str]]:
 def report(
     folder: Path, scenes: Sequence[str], kinds: Sequence[Kind], every: int, file: Path | None
 ) -> dict[str, dict[str, object]]:
-    """By scene: how many faults of each kind, and what was wrong; also in ``file``, as far as it has come."""
+    """By scene: how many faults of each kind, and what was wrong; in ``file`` too, beside scenes it has already."""
     import torch
 
     torch.set_num_threads(1)
+    held = json.loads(file.read_text())["scenes"] if file is not None and file.exists() else {}
     found: dict[str, dict[str, object]] = {}
     for name in scenes:
         stage = Stage(SCENES[name], folder / name.replace(", ", "-").replace(" ", "-"))
@@ -188,10 +189,10 @@ def report(
         for kind in kinds:
             counts[kind], words = disturbed(stage, kind, every)
             wrong += words
-        found[name] = {"faults": dict(counts), "wrong": wrong}
-        print(name, json.dumps(found[name], indent=1), file=sys.stderr, flush=True)
-        if file is not None:
-            file.write_text(json.dumps({"every": every, "scenes": found}, indent=2) + "\n")
+            found[name] = {"every": every, "faults": dict(counts), "wrong": wrong}
+            print(name, json.dumps(found[name], indent=1), file=sys.stderr, flush=True)
+            if file is not None:
+                file.write_text(json.dumps({"scenes": {**held, **found}}, indent=2) + "\n")
     return found
 
 

@@ -31,7 +31,7 @@ class Fit:
     """How near one part of a block was brought to the base: its distance as stored, and with the gauges applied.
 
     ``freedoms`` counts the numbers that were fitted. ``margin`` says how clear the permutation of its heads or hidden
-    units was (:class:`~unmergeable.attacks.permutations.Match`), None where none was looked for.
+    units was (:class:`~unmergeable.attacks.matching.Match`), None where none was looked for.
     """
 
     before: Distance

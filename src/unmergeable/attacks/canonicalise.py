@@ -36,6 +36,7 @@ from unmergeable.gauge.elements import Element, Monomial, pair_indices
 from unmergeable.gauge.gauge import Gauge, fixed_gauge
 from unmergeable.gauge.home import AsStored, Home
 from unmergeable.progress import Progress, silent
+from unmergeable.sums import pieces, squares, squares_along
 
 SCALABLE: frozenset[GroupKind] = frozenset({"general_linear", "rotary", "diagonal", "positive_diagonal"})
 """Groups that hold every positive scale of a coordinate, or of a frequency pair."""
@@ -98,6 +99,9 @@ def traces(protected: TensorSource, base: TensorSource, freedoms: Freedoms) -> t
     def comparable(name: str | None) -> bool:
         return name is not None and name in base.index.entries and protected.spec(name).shape == base.spec(name).shape
 
+    def stored(name: str) -> tuple[Tensor, Tensor]:
+        return protected.tensor(name), base.tensor(name)
+
     def both(name: str) -> tuple[Tensor, Tensor]:
         return protected.tensor(name).double(), base.tensor(name).double()
 
@@ -114,7 +118,7 @@ def traces(protected: TensorSource, base: TensorSource, freedoms: Freedoms) -> t
     for bias, places in freedoms.keys:
         if comparable(bias) and comparable(weight_of.get(bias)):
             reader = freedoms.reading[weight_of[bias]][1]
-            rows = [along(weight, reader.axis)[places.flatten()] for weight in both(reader.weight)]
+            rows = [along(weight, reader.axis)[places.flatten()] for weight in stored(reader.weight)]
             unseen["key bias"].add([vector[places.flatten()] for vector in both(bias)], rows)
     ratios: dict[str, list[tuple[Tensor, Tensor]]] = {"norm gain": [], "layer scale": []}
     for norm in freedoms.norms:
@@ -125,29 +129,26 @@ def traces(protected: TensorSource, base: TensorSource, freedoms: Freedoms) -> t
         for reader in norm.readers:
             if not comparable(reader.weight):
                 continue
-            for side, weight in enumerate(both(reader.weight)):
+            for side, weight in enumerate(stored(reader.weight)):
                 for columns in copies_of(weight, reader, len(gains[side])):
-                    norms[side] += columns.square().reshape(-1, len(gains[side])).sum(0)
+                    norms[side] += squares_along(columns, -1)
                     if norm.is_blind:
-                        unseen["unseen reading"].add_to(side, (columns * gains[side]).mean(-1), columns * gains[side])
+                        unseen["unseen reading"].add_to(side, columns, gains[side])
         if norm.trades_gain:
             ratios["norm gain"].append((_log_ratio(*gains), _log_ratio(*norms) / 2))
     for writer in freedoms.writers:
         if comparable(writer.tensor) and writer.is_blind and writer.is_matrix:
-            for side, weight in enumerate(both(writer.tensor)):
-                columns = along(weight, writer.axis)
-                if writer.layer_scale is not None:
-                    columns = columns * both(writer.layer_scale)[side]
-                unseen["unseen writing"].add_to(side, columns.mean(-1), columns)
+            for side, weight in enumerate(stored(writer.tensor)):
+                scale = None if writer.layer_scale is None else both(writer.layer_scale)[side]
+                unseen["unseen writing"].add_to(side, along(weight, writer.axis), scale)
         if writer.layer_scale is not None and writer.is_matrix and comparable(writer.layer_scale):
             scales = both(writer.layer_scale)
-            rows = [along(weight, writer.axis) for weight in both(writer.tensor)]
-            norms = [side.square().reshape(-1, side.shape[-1]).sum(0) for side in rows]
+            norms = [squares_along(weight, writer.axis) for weight in stored(writer.tensor)]
             ratios["layer scale"].append((_log_ratio(*scales), _log_ratio(*norms) / 2))
     for router in freedoms.routers:
         if comparable(router):
-            for side, weight in enumerate(both(router)):
-                unseen["router"].add_to(side, weight.mean(0), weight.T)
+            for side, weight in enumerate(stored(router)):
+                unseen["router"].add_to(side, weight.T)
     found += [kind for kind, pairs in ratios.items() if _is_traded(pairs)]
     found += [kind for kind, share in unseen.items() if share.is_larger]
     layer_scales = {writer.layer_scale for writer in freedoms.writers if writer.layer_scale is not None}
@@ -205,12 +206,15 @@ class _Share:
 
     def add(self, unseen: list[Tensor], whole: list[Tensor]) -> None:
         for side in range(2):
-            self._unseen[side] += float(unseen[side].square().sum())
-            self._whole[side] += float(whole[side].square().sum())
+            self._unseen[side] += squares(unseen[side])
+            self._whole[side] += squares(whole[side])
 
-    def add_to(self, side: int, means: Tensor, whole: Tensor) -> None:
-        self._unseen[side] += float(means.square().sum()) * whole.shape[-1]
-        self._whole[side] += float(whole.square().sum())
+    def add_to(self, side: int, columns: Tensor, factors: Tensor | None = None) -> None:
+        """Weights [..., width], of which their mean over the last axis is not seen, times ``factors`` [width]."""
+        for (piece,) in pieces(columns.reshape(-1, columns.shape[-1]), flat=False):
+            scaled = piece if factors is None else piece * factors
+            self._unseen[side] += float(scaled.mean(-1).square().sum()) * scaled.shape[-1]
+            self._whole[side] += float(scaled.square().sum())
 
     @property
     def is_larger(self) -> bool:

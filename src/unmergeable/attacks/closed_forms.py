@@ -14,6 +14,7 @@ from torch import Tensor
 from unmergeable.architecture import Space
 from unmergeable.attacks.moments import LegPair, Moments, PairMoments, diagonal_moments, pair_moments, pair_products
 from unmergeable.gauge.elements import Monomial, Rotary, pair_indices, split_pairs
+from unmergeable.sums import PIECE
 
 PHASE_ITERATIONS = 100
 PHASE_TOLERANCE = 1e-14
@@ -78,7 +79,7 @@ def nearest_quarter_turn(space: Space, legs: Sequence[LegPair]) -> Monomial:
             kept, swapped = _gain_products(space, leg)
             even, odd = even + kept, odd + swapped
         else:
-            products = torch.stack([pair_products(space, x, y) for x, y in leg.chunks()]).sum(0)
+            products = torch.stack([pair_products(space, x, y) for x, y in leg.chunks(PIECE)]).sum(0)
             even, odd = even + products.real.abs().sum(1), odd + products.imag.abs().sum(1)
             total = total + products.sum(1)
     is_odd = odd > even
@@ -180,7 +181,7 @@ def _phase(values: Tensor, *, empty: float = 1.0) -> Tensor:
 def _gain_products(space: Space, leg: LegPair) -> tuple[Tensor, Tensor]:
     """Inner products of gains with the base's per pair, as they are and with the pair's two gains swapped."""
     kept, swapped = torch.zeros(2, space.blocks, space.size // 2, dtype=torch.float64)
-    for x, y in leg.chunks():
+    for x, y in leg.chunks(PIECE):
         (x_first, x_second), (y_first, y_second) = _split(space, x), _split(space, y)
         kept += (x_first * y_first + x_second * y_second).sum((0, 2, 4))
         swapped += (x_second * y_first + x_first * y_second).sum((0, 2, 4))

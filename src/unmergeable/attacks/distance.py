@@ -21,11 +21,9 @@ from unmergeable.architecture.blocks import Heads
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, Mismatch
 from unmergeable.progress import Progress, silent
+from unmergeable.sums import pieces
 
 PartName = Literal["query_key", "value_output", "feed_forward"]
-
-CHUNK_ELEMENTS = 1 << 22
-"""Numbers of each checkpoint held in float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def part_distance(part: Part, checkpoint: Callable[[str], Tensor], base: Callabl
         for section in part.sections:
             if section.tensor == name:
                 numel += section.of(theirs).numel()
-                for moved, fixed in _chunks(section.of(ours), section.of(theirs)):
+                for moved, fixed in pieces(section.of(ours), section.of(theirs)):
                     difference += float((moved - fixed).square().sum())
                     base_norm += float(fixed.square().sum())
     return Distance(part.block, part.name, math.sqrt(difference), math.sqrt(base_norm), numel)
@@ -187,10 +185,3 @@ def _sections(heads: Heads, size: int, *, groups: int = 1, members: int = 1) -> 
         if tensor is not None:
             group, member = (groups, heads.group_stride), (members, heads.member_stride)
             yield Section(tensor, axis, heads.offset, group, member, size)
-
-
-def _chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Corresponding pieces of two tensors, in float64."""
-    rows = max(1, CHUNK_ELEMENTS * first.shape[0] // max(1, first.numel()))
-    for ours, theirs in zip(torch.split(first, rows), torch.split(second, rows), strict=True):
-        yield ours.double(), theirs.double()

@@ -22,8 +22,10 @@ from unmergeable.architecture import Architecture, Leg, Space
 from unmergeable.architecture.symmetry import GroupKind
 from unmergeable.attacks.base import AttackRequirements, Estimate, Fit, Inputs, Recovered, recovered_by
 from unmergeable.attacks.distance import Part, part_distance, parts, require_comparable
+from unmergeable.attacks.hidden_units import UnitSimilarity, unit_similarity
+from unmergeable.attacks.matching import Match
 from unmergeable.attacks.moments import LegPair, leg_pairs, legs_by_space
-from unmergeable.attacks.permutations import Match, UnitSimilarity, match_experts, match_permutations, unit_similarity
+from unmergeable.attacks.permutations import match_experts, match_permutations
 from unmergeable.attacks.reading import Reader
 from unmergeable.attacks.residual_stream import Stream, find_stream, refined
 from unmergeable.checkpoint.source import TensorSource
@@ -100,8 +102,18 @@ def estimate_gauges(
     solvers: Solvers,
     spaces: Mapping[str, Space],
     progress: Progress,
+    stream: Stream | None = None,
 ) -> Estimate:
     """The gauges over ``spaces``, and their effect on every part of a block that has one of them.
+
+    Args:
+        protected: the release.
+        base: what it was fine-tuned from.
+        architecture: of both.
+        solvers: how elements are found.
+        spaces: what is looked for.
+        progress: told of the parts done.
+        stream: what :func:`find_stream` says of these, where somebody has asked before.
 
     Raises:
         Mismatch: when the checkpoints do not hold the same tensors in these parts.
@@ -111,7 +123,7 @@ def estimate_gauges(
     selected = [part for part in parts(architecture) if part.name in roles]
     require_comparable(protected, base, selected)
     ours, theirs = (Reader(source, architecture.symmetry) for source in (protected, base))
-    stream = find_stream(ours, theirs, architecture, spaces)
+    stream = stream or find_stream(ours, theirs, architecture, spaces)
     experts = match_experts(ours.under(*stream.gauges), theirs, architecture, spaces, progress)
     solver = _Solver(architecture, solvers.nearest, spaces)
 

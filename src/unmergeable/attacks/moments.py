@@ -11,7 +11,7 @@ products, read as complex numbers; groups that scale coordinates, only the diago
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from unmergeable.architecture import Leg, Space, SymmetryMap
 from unmergeable.architecture.symmetry import Variance
 from unmergeable.gauge.act import leg_view
 from unmergeable.gauge.elements import split_pairs
+from unmergeable.sums import PIECE
 
 CHUNK_ELEMENTS = 1 << 22
-"""Numbers multiplied at a time, besides the tensors themselves."""
+"""Numbers multiplied at a time as matrices, besides the tensors themselves; element by element :data:`PIECE`."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,37 @@ class LegPair:
     protected: Tensor
     base: Tensor
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Both as float64 [outer, blocks, spectators, size, inner], a bounded piece at a time."""
+    def chunks(self, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both as float64 [outer, blocks, spectators, size, inner], about so many elements at a time."""
         outer, blocks, *_, size, inner = self.protected.shape
         axis = 0 if outer > inner else self.protected.dim() - 1
         length = self.protected.shape[axis]
-        step = max(1, CHUNK_ELEMENTS * length // max(1, self.protected.numel()))
+        step = max(1, elements * length // max(1, self.protected.numel()))
         for start in range(0, length, step):
             pieces = [side.narrow(axis, start, min(step, length - start)) for side in (self.protected, self.base)]
             x, y = (piece.reshape(piece.shape[0], blocks, -1, size, piece.shape[-1]).double() for piece in pieces)
             yield x, y
+
+    def pieces(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Both as :meth:`chunks` gives them, about :data:`PIECE` numbers that lie together in memory, after their
+        blocks and their coordinates."""
+        outer, blocks, *_, size, inner = self.protected.shape
+        every = slice(None)
+        if outer > inner:
+            yield from ((every, every, x, y) for x, y in self.chunks(PIECE))
+            return
+        by_block = blocks > size
+        length = blocks if by_block else size
+        step = max(1, PIECE * length // max(1, self.protected.numel()))
+        for start in range(0, length, step):
+            some = slice(start, start + step)
+            part = replace(self, **{side: self._at(side, some, by_block) for side in ("protected", "base")})
+            for x, y in part.chunks(max(1, part.protected.numel())):
+                yield (some, every, x, y) if by_block else (every, some, x, y)
+
+    def _at(self, side: str, some: slice, by_block: bool) -> Tensor:
+        tensor: Tensor = getattr(self, side)
+        return tensor[:, some] if by_block else tensor[..., some, :]
 
 
 def legs_by_space(symmetry: SymmetryMap) -> dict[str, list[tuple[str, Leg]]]:
@@ -91,7 +113,7 @@ class PairMoments:
 def dense_moments(space: Space, legs: Sequence[LegPair], variance: Variance) -> Moments:
     """All second moments over the legs of one variance (zero where there is none)."""
     protected, cross, base = torch.zeros(3, space.blocks, space.size, space.size, dtype=torch.float64)
-    for x, y in _chunks(legs, variance):
+    for x, y in _chunks(legs, variance, CHUNK_ELEMENTS):
         x_columns, y_columns = _columns(x), _columns(y)
         protected += x_columns @ x_columns.mT
         cross += y_columns @ x_columns.mT
@@ -103,7 +125,7 @@ def block_products(space: Space, legs: Sequence[LegPair], variance: Variance) ->
     """``y x^T`` between every block of the base and every protected one: float64 [blocks, size, blocks, size]."""
     width = space.blocks * space.size
     products = torch.zeros(width, width, dtype=torch.float64)
-    for x, y in _chunks(legs, variance):
+    for x, y in _chunks(legs, variance, CHUNK_ELEMENTS):
         products += _columns(y).reshape(width, -1) @ _columns(x).reshape(width, -1).T
     return products.view(space.blocks, space.size, space.blocks, space.size)
 
@@ -111,10 +133,12 @@ def block_products(space: Space, legs: Sequence[LegPair], variance: Variance) ->
 def diagonal_moments(space: Space, legs: Sequence[LegPair], variance: Variance) -> Moments:
     """The diagonals of :func:`dense_moments`, without computing the rest."""
     protected, cross, base = torch.zeros(3, space.blocks, space.size, dtype=torch.float64)
-    for x, y in _chunks(legs, variance):
-        protected += x.square().sum((0, 2, 4))
-        cross += (y * x).sum((0, 2, 4))
-        base += y.square().sum((0, 2, 4))
+    for leg in legs:
+        if leg.variance == variance:
+            for blocks, places, x, y in leg.pieces():
+                protected[blocks, places] += x.square().sum((0, 2, 4))
+                cross[blocks, places] += (y * x).sum((0, 2, 4))
+                base[blocks, places] += y.square().sum((0, 2, 4))
     return Moments(protected, cross, base)
 
 
@@ -122,7 +146,7 @@ def pair_moments(space: Space, legs: Sequence[LegPair], variance: Variance) -> P
     """Moments of the frequency pairs over the legs of one variance."""
     protected = torch.zeros(space.blocks, space.size // 2, dtype=torch.float64)
     cross = torch.zeros(space.blocks, space.size // 2, dtype=torch.complex128)
-    for x, y in _chunks(legs, variance):
+    for x, y in _chunks(legs, variance, PIECE):
         protected += sum(member.square().sum((0, 2, 4)) for member in _pair(space, x))
         cross += pair_products(space, x, y).sum(1)
     return PairMoments(protected, cross)
@@ -147,7 +171,7 @@ def _columns(coordinates: Tensor) -> Tensor:
     return coordinates.permute(1, 3, 0, 2, 4).reshape(blocks, size, -1)
 
 
-def _chunks(legs: Sequence[LegPair], variance: Variance) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(legs: Sequence[LegPair], variance: Variance, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
     for leg in legs:
         if leg.variance == variance:
-            yield from leg.chunks()
+            yield from leg.chunks(elements)

@@ -42,7 +42,7 @@ from unmergeable.attacks.closed_forms import (
     nearest_rotary,
 )
 from unmergeable.attacks.distance import part_distance, parts
-from unmergeable.attacks.estimate import GaugeAttack, Nearest, Solvers
+from unmergeable.attacks.estimate import GaugeAttack, Nearest, Solvers, estimate_gauges
 from unmergeable.attacks.general_linear import nearest_general_linear
 from unmergeable.attacks.in_memory import fit_in_memory
 from unmergeable.attacks.kabsch import NEAREST_ISOMETRY
@@ -103,14 +103,15 @@ class NearestOrbit(GaugeAttack):
         self, protected: TensorSource, base: TensorSource, architecture: Architecture, progress: Progress
     ) -> Estimate:
         source, scales = balanced(protected, base, architecture)
-        estimate = super().estimate(source, base, architecture, progress)
+        spaces = self.spaces(architecture)
+        ours, theirs = (Reader(side, architecture.symmetry) for side in (source, base))
+        stream = find_stream(ours, theirs, architecture, spaces)
+        estimate = estimate_gauges(source, base, architecture, self.solvers, spaces, progress, stream)
         if scales.spaces:
             before = [part_distance(part, protected.tensor, base.tensor) for part in parts(architecture)]
             fits = (replace(fit, before=stored) for fit, stored in zip(estimate.fits, before, strict=True))
             estimate = Estimate((scales, *estimate.gauges), tuple(fits))
         freedoms = freedoms_of(architecture, protected.names)
-        ours, theirs = (Reader(side, architecture.symmetry) for side in (source, base))
-        stream = find_stream(ours, theirs, architecture, self.spaces(architecture))
         traded = traces(GaugedSource(source, ours.under(*stream.gauges)), base, freedoms)
         if not traded:
             return estimate

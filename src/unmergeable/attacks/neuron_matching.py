@@ -16,8 +16,8 @@ from typing import ClassVar
 
 from unmergeable.architecture import Architecture, Space
 from unmergeable.attacks.estimate import GaugeAttack, Solvers
+from unmergeable.attacks.hidden_units import permuted_similarity
 from unmergeable.attacks.in_memory import fit_in_memory
-from unmergeable.attacks.permutations import permuted_similarity
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from unmergeable.architecture import SymmetryMap
+from unmergeable.checkpoint.finite import is_finite
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput
 from unmergeable.gauge.act import compute_dtype, edits, origins
@@ -48,7 +48,7 @@ class Reader:
         """One tensor; see :meth:`__call__`."""
         stored = self._origins.get(name, name)
         tensor = self.source.tensor(stored)
-        if not bool(tensor.sum(dtype=torch.float64).isfinite()):  # in float64 no finite weights overflow
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise BadInput(f"tensor {stored} of {self.source.description} holds NaN or infinity; download it again.")
         edit = self._edits.get(name)
         tensor = tensor.to(compute_dtype(tensor.dtype))

@@ -35,6 +35,7 @@ from unmergeable.attacks.reading import Reader
 from unmergeable.gauge.assignment import best_assignment
 from unmergeable.gauge.elements import Element, Monomial, Orthogonal
 from unmergeable.gauge.gauge import Gauge, fixed_gauge
+from unmergeable.sums import squares
 
 NEAR = 0.05
 """Relative distance of an embedding from the base's up to which nobody moved the stream."""
@@ -114,7 +115,7 @@ def _turn_of_embedding(space: Space, residual: Residual, protected: Reader, base
     if both is None:
         return None
     ours, theirs = both
-    before, our_squares, their_squares = (_squares(values) for values in (ours - theirs, ours, theirs))
+    before, our_squares, their_squares = (squares(values) for values in (ours - theirs, ours, theirs))
     if before <= NEAR**2 * their_squares:
         return None
     del both, ours, theirs
@@ -125,10 +126,6 @@ def _turn_of_embedding(space: Space, residual: Residual, protected: Reader, base
     is_choice = isinstance(element, Monomial)
     is_identity = is_choice and torch.equal(element.matrix()[0], torch.eye(space.size, dtype=torch.float64))
     return element if before > (1 if is_choice else MOVED**2) * after and not is_identity else None
-
-
-def _squares(values: Tensor) -> float:
-    return float(values.square().sum(dtype=torch.float64))
 
 
 def _products(space: Space, legs: Sequence[tuple[str, Leg]], protected: Reader, base: Reader) -> Tensor:

@@ -31,6 +31,7 @@ from unmergeable.architecture.residual import Norm, Residual
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.gauge.additive import head_places
+from unmergeable.sums import pieces, squares_along
 
 Measure = Callable[[TensorSource], float | None]
 """A length in a checkpoint that is proportional to the scale, and that nothing else alters; None where there is none.
@@ -284,16 +285,17 @@ def _row_length(name: str, axis: int, kind: Literal["rms", "layer"]) -> Measure:
     """
 
     def measure(source: TensorSource) -> float | None:
-        tensor = _read(source, name)
-        if tensor is None or not tensor.numel():
+        if name not in source.index.entries:
+            return None
+        tensor = source.tensor(name)
+        if not tensor.numel():
             return None
         rows = tensor.movedim(axis, -1)
-        if kind == "layer":
-            rows = rows - rows.mean(-1, keepdim=True)
-        if rows.dim() > 1 and rows[..., 0].numel() > 1:
-            lengths = rows.reshape(-1, rows.shape[-1]).square().sum(-1).sqrt()
-            return float(lengths.median())
-        return float(rows.norm())
+        lengths = [
+            (piece - piece.mean(-1, keepdim=True) if kind == "layer" else piece).square().sum(-1).sqrt()
+            for (piece,) in pieces(rows.reshape(-1, rows.shape[-1]), flat=False)
+        ]
+        return float(torch.cat(lengths).median())
 
     return measure
 
@@ -320,19 +322,20 @@ def _strength(block: Attention | FeedForward, norm: Norm | None) -> Measure:
 
     def measure(source: TensorSource) -> float | None:
         reader, writer = _outer(block)
-        first, last = _read(source, reader.weight), _read(source, writer.weight)
-        if first is None or last is None:
+        if any(side.weight not in source.index.entries for side in (reader, writer)):
+            return None
+        first, last = (source.tensor(side.weight) for side in (reader, writer))
+        if not _holds(block, first.shape[reader.axis], last.shape[writer.axis]):
             return None
         gain = None if norm is None else _read(source, norm.gain)
-        reads = first.movedim(reader.axis, 0).flatten(1)
-        reads = reads * (gain + norm.offset) if gain is not None and norm is not None else reads
-        writes = last.movedim(writer.axis, 0).flatten(1)
-        if not _holds(block, len(reads), len(writes)):
-            return None
+        factors = None if gain is None or norm is None else gain + norm.offset
         if isinstance(block, FeedForward):
-            rows = block.up.offset + torch.arange(block.size)
-            columns = block.down.offset + torch.arange(block.size)
-            return float((reads[rows].square().sum(1) * writes[columns].square().sum(1)).sum().sqrt())
+            reading = squares_along(first.narrow(reader.axis, block.up.offset, block.size), reader.axis, factors)
+            writing = squares_along(last.narrow(writer.axis, block.down.offset, block.size), writer.axis)
+            return float((reading * writing).sum().sqrt())
+        reads = first.double().movedim(reader.axis, 0).flatten(1)
+        reads = reads if factors is None else reads * factors
+        writes = last.double().movedim(writer.axis, 0).flatten(1)
         rows = head_places(block.value, block.groups, 1, block.value_size)[:, 0]
         columns = head_places(block.output, block.groups, block.members, block.value_size)
         total = 0.0
