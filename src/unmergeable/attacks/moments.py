@@ -11,7 +11,7 @@ products, read as complex numbers; groups that scale coordinates, only the diago
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,13 +58,10 @@ class LegPair:
         step = max(1, PIECE * length // max(1, self.protected.numel()))
         for start in range(0, length, step):
             some = slice(start, start + step)
-            part = replace(self, **{side: self._at(side, some, by_block) for side in ("protected", "base")})
+            sides = (side[:, some] if by_block else side[..., some, :] for side in (self.protected, self.base))
+            part = LegPair(self.variance, *sides)
             for x, y in part.chunks(max(1, part.protected.numel())):
                 yield (some, every, x, y) if by_block else (every, some, x, y)
-
-    def _at(self, side: str, some: slice, by_block: bool) -> Tensor:
-        tensor: Tensor = getattr(self, side)
-        return tensor[:, some] if by_block else tensor[..., some, :]
 
 
 def legs_by_space(symmetry: SymmetryMap) -> dict[str, list[tuple[str, Leg]]]:
