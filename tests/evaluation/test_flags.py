@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html import unescape
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evaluation.documents import document
 from unmergeable.attacks.base import NOT_RECOGNISED
 from unmergeable.evaluation.flags import FLAGS, is_on_edge, is_recognised
+from unmergeable.evaluation.judge import Contest, Job, ScoredAttack
+from unmergeable.evaluation.models import Variant
+from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry, ProtectionEntry
 from unmergeable.evaluation.report.page import render_report
 from unmergeable.evaluation.report.verdict import judgement, summary
 from unmergeable.evaluation.results import AuditResult, Trial
 from unmergeable.evaluation.threat_models import ThreatModel
+from unmergeable.protections import PROTECTIONS
 
 
 @pytest.fixture
@@ -84,3 +91,44 @@ def test_older_results_have_no_flags() -> None:
     worst = found["protections"]["lock"]["tiers"]["T0"]["worst"]
     assert Trial.from_json(worst).flags == ()
     assert Trial.from_json(worst).bars == ()
+
+
+def contest(**variant: Any) -> Contest:
+    """One merge of one release of `lock`, far from the base."""
+    nobody: Any = None
+    release = Variant("lock", 0, None, None, 0.0, {"distance_after": 0.2, "confidence": 0.9}, **variant)
+    rider = ExpertEntry("theirs", Path("theirs"), "theirs")
+    attack = ScoredAttack(Job(release, rider, MergeEntry("linear", "linear", {}), nobody), None, nobody, nobody)
+    return Contest("theirs", "mine", "theirs", np.ones(4), np.ones(4), (attack,))
+
+
+def test_what_keeps_the_basis_hides_nothing() -> None:
+    model = ThreatModel.WHITE_BOX
+    assert contest(keeps_basis=True).is_recognised(("lock", 0), model)
+    unprotected = {"findings": {"result": NOT_RECOGNISED}}
+    far = contest()
+    (attack,) = far.attacks
+    assert attack.job.variant is not None
+    lost = replace(attack, job=replace(attack.job, variant=replace(attack.job.variant, facts=unprotected)))
+    assert not replace(far, attacks=(lost,)).is_recognised(("lock", 0), model)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("collapse", True),
+        ("mergeguard", True),
+        ("sensitivity_shield,collapse", True),
+        ("mergelock", False),
+        ("collapse,gauge", False),
+        ("taylor_mlp", False),
+    ],
+)
+def test_which_protections_keep_the_basis(method: str, expected: bool) -> None:
+    assert ProtectionEntry(method, method, {}).keeps_basis == expected
+
+
+def test_nobody_knows_what_a_method_of_another_package_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    stranger = type("Stranger", (PROTECTIONS["collapse"],), {"__module__": "another.package", "name": "stranger"})
+    monkeypatch.setitem(PROTECTIONS._known, "stranger", stranger)
+    assert not ProtectionEntry("stranger", "stranger", {}).keeps_basis

@@ -231,12 +231,13 @@ class Contest:
         return is_searched and is_on_edge(attack.point, alike)
 
     def is_recognised(self, owner: tuple[str, int], model: ThreatModel) -> bool:
-        """Whether one of the recoveries that an attacker has undid what was done."""
+        """Whether one of the recoveries that an attacker has undid what was done, or nothing was hidden."""
         distances = {
             variant.recovery: variant.facts.get("distance_before") for variant in self._variants((IDENTITY, 0), model)
         }
         return any(
-            is_recognised(variant.facts, distances.get(variant.recovery)) for variant in self._variants(owner, model)
+            variant.keeps_basis or is_recognised(variant.facts, distances.get(variant.recovery))
+            for variant in self._variants(owner, model)
         )
 
     def _variants(self, owner: tuple[str, int], model: ThreatModel) -> list[Variant]:

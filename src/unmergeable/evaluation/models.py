@@ -45,6 +45,7 @@ class Variant:
         threat_model: that of the weakest attacker who has it.
         checkpoint: the model; None where ``refusal`` says why the recovery gave none.
         has_key: whether it lies in another basis, which a key leads out of; then a recovery has something to find.
+        keeps_basis: whether it is known to lie in the expert's own, so that there is nothing to find.
         cpu_seconds: what the recovery cost.
         facts: what protection and recovery reported.
     """
@@ -57,6 +58,7 @@ class Variant:
     facts: Mapping[str, Any]
     refusal: str = ""
     has_key: bool = False
+    keeps_basis: bool = False
     threat_model: ThreatModel = ThreatModel.OFF_THE_SHELF
     rider: str | None = None
 
@@ -218,7 +220,9 @@ class ModelMaker:
             **self._origin,
         }
         checkpoint, facts = self._made(recipe, make)
-        return Variant(entry.name, seed, None, checkpoint, 0.0, facts, has_key=entry.is_exact)
+        return Variant(
+            entry.name, seed, None, checkpoint, 0.0, facts, has_key=entry.is_exact, keeps_basis=entry.keeps_basis
+        )
 
     def foreign(self, entry: ReleaseEntry) -> Variant:
         """What somebody else released, as it is."""

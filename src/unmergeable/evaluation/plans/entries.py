@@ -115,6 +115,17 @@ class ProtectionEntry(MethodEntry):
         return all(step.has_key for step in steps_of(self.method, self.settings))
 
     @property
+    def keeps_basis(self) -> bool:
+        """Whether it edits or trains weights where the expert has them, by code of this package: there is nothing to
+        recognise then, however far they go."""
+        return all(
+            step.requirements.stage == "weights"
+            and not step.has_key
+            and all(type(one).__module__.startswith("unmergeable.") for one in step.single)
+            for step in steps_of(self.method, self.settings)
+        )
+
+    @property
     def reads(self) -> frozenset[str]:
         """What of the owner's it takes with its settings: data, head, encoder, generic, siblings."""
         return protection_reads(self.method, self.settings)
