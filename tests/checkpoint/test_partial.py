@@ -35,7 +35,7 @@ def begin(out: Path) -> None:
         folder.note_safe("b.safetensors", Safe(1, "b1"))
         folder.note_safe("b.safetensors", Safe(2, "b2"))
         folder.note_safe("c.safetensors", Safe(3, None))
-        folder.note_input("/in/a.safetensors", FileRecord("a.safetensors", 7, "in"))
+        folder.note_input("/in/a.safetensors", FileRecord("a.safetensors", 7, xxh3_128="in"))
 
 
 def test_a_journal_is_read_back(out: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_journal_is_read_back(out: Path) -> None:
     with PartialFolder(out, "token") as folder:
         assert folder.done.finished == {"a.safetensors": RECORD}
         assert folder.done.begun == {"b.safetensors": Safe(2, "b2"), "c.safetensors": Safe(3, None)}
-        assert folder.done.inputs == {"/in/a.safetensors": FileRecord("a.safetensors", 7, "in")}
+        assert folder.done.inputs == {"/in/a.safetensors": FileRecord("a.safetensors", 7, xxh3_128="in")}
         assert (folder.files / "a.safetensors").read_text() == "whole"
 
 

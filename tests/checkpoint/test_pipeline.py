@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import threading
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 
 from unmergeable.checkpoint import pipeline
 from unmergeable.checkpoint.disk import ALIGNMENT
@@ -249,7 +249,7 @@ def test_input_hashes_are_those_of_whole_files(tmp_path: Path, file: Path) -> No
     for path in (other, unread, known):
         path.write_bytes(file.read_bytes()[:5000] + path.name.encode())
     files = {path: path.name for path in (file, other, unread, known)}
-    hashes = InputHashes(files, {known: FileRecord("known", 1, "trusted")})
+    hashes = InputHashes(files, {known: FileRecord("known", 1, xxh3_128="trusted")})
     jobs = [
         stored(file, 100),
         stored(other, 3000, lambda tensor: tensor.zero_()),
@@ -260,23 +260,8 @@ def test_input_hashes_are_those_of_whole_files(tmp_path: Path, file: Path) -> No
     ]
     collect(jobs, hashes)
 
-    assert hashes.records.pop(known).sha256 == "trusted"
+    assert hashes.records.pop(known).xxh3_128 == "trusted"
     assert hashes.records == {
-        path: FileRecord(path.name, len(data := path.read_bytes()), hashlib.sha256(data).hexdigest())
+        path: FileRecord(path.name, len(data := path.read_bytes()), xxh3_128=xxhash.xxh3_128_hexdigest(data))
         for path in (file, other, unread)
     }
-
-
-def test_the_hash_around_copied_bytes(file: Path) -> None:
-    """Known for bytes that are hashed for the first time, from where the file's hash has got to; else None."""
-    data = file.read_bytes()
-    hashes = InputHashes({file: "x"}, {})
-    for begin, is_new in ((100, True), (0, False), (2000, True), (2500, False)):
-        origin = hashes.feed(file, begin, memoryview(data)[begin : begin + 1000])
-        assert (origin is not None) == is_new
-        if origin is not None:
-            assert (origin.begin, origin.before) == (begin, hashlib.sha256(data[:begin]).digest())
-            assert origin.after.digest() == hashlib.sha256(data[: begin + 1000]).digest()
-    hashes.finish(file)
-    assert hashes.records[file].sha256 == hashlib.sha256(data).hexdigest(), "what was handed out is a copy"
-    assert nothing_to_hash().feed(file, 0, memoryview(data)) is None

@@ -19,7 +19,7 @@ from unmergeable.checkpoint import writer as writer_module
 from unmergeable.checkpoint.disk import ALIGNMENT, Disk
 from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import TensorSpec, save_file_order
-from unmergeable.checkpoint.writer import Origin, OutputFile, ShardWriter, sha256_of_start
+from unmergeable.checkpoint.writer import OutputFile, ShardWriter, sha256_of_start
 from unmergeable.errors import CheckpointError, DiskError
 
 BLOCK = 2 * ALIGNMENT
@@ -59,27 +59,6 @@ def test_bytes_equal_those_of_save_file_across_blocks(tmp_path: Path, small_bloc
     assert (tmp_path / "ours").read_bytes() == theirs
     assert (record.name, record.size, record.sha256) == ("ours", len(theirs), hashlib.sha256(theirs).hexdigest())
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "ours").items())
-
-
-@pytest.mark.parametrize("differs", [None, "before", "position"])
-def test_the_hash_of_an_equal_beginning_is_taken_over(tmp_path: Path, differs: str | None) -> None:
-    """And of no other: a foreign ``after`` shows whether it was."""
-    start, piece, rest = b"header", b"copied bytes", b"changed"
-    foreign = hashlib.sha256(b"somebody else's running hash")
-    before = hashlib.sha256(b"Header" if differs == "before" else start).digest()
-    origin = Origin(begin=len(start) + (differs == "position"), before=before, after=foreign.copy())
-    with Disk() as disk:
-        file = OutputFile.create(tmp_path / "x", disk)
-        file.write(start)
-        file.write(piece, origin)
-        file.write(rest)
-        found = file.sha256
-        file.finish(lambda: None)
-        disk.drain()
-    assert (tmp_path / "x").read_bytes() == start + piece + rest
-    foreign.update(rest)
-    own = hashlib.sha256(start + piece + rest)
-    assert found == (foreign if differs is None else own).hexdigest()
 
 
 def test_what_was_not_announced_is_refused(tmp_path: Path) -> None:

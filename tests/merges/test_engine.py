@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
 from merges.small_models import State, make_models, write_checkpoint
-from unmergeable.checkpoint.manifest import check_files, read_manifest, record_file, record_header
+from unmergeable.checkpoint.manifest import FileRecord, check_files, read_manifest, record_file, record_header
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.rewrite import OutputTensor
 from unmergeable.checkpoint.source import TensorSource
@@ -218,9 +219,16 @@ def test_weights_are_hashed_only_when_asked(tmp_path: Path) -> None:
     merge_files(sources, TaskArithmetic(), tmp_path / "plain")
     merge_files(sources, TaskArithmetic(), tmp_path / "hashed", checksums=True)
     assert file_bytes(tmp_path / "plain") == file_bytes(tmp_path / "hashed")
-    for folder, record in (("plain", record_header), ("hashed", record_file)):
+
+    def record_read(path: Path) -> FileRecord:
+        return FileRecord(path.name, path.stat().st_size, xxh3_128=xxhash.xxh3_128_hexdigest(path.read_bytes()))
+
+    for folder, of_written, of_read in (("plain", record_header, record_header), ("hashed", record_file, record_read)):
         manifest = read_manifest(tmp_path / folder)
-        for out, records in ((tmp_path / folder, manifest.outputs), (sources[1].folder, manifest.inputs["expert 1"])):
+        for out, records, record in (
+            (tmp_path / folder, manifest.outputs, of_written),
+            (sources[1].folder, manifest.inputs["expert 1"], of_read),
+        ):
             recorded = {file.name: file for file in records}
             assert recorded["model.safetensors"] == record(out / "model.safetensors")
             assert recorded["config.json"] == record_file(out / "config.json")

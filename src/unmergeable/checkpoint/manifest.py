@@ -36,17 +36,19 @@ _HASH_CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file: its name in the checkpoint's folder, its size in bytes, and a SHA-256 in hex.
+    """One file: its name in the checkpoint's folder, its size in bytes, and one hash in hex.
 
-    ``sha256`` is that of the whole file. Where a caller did without reading the weights of a safetensors file it is
-    None, and ``header_sha256`` that of the file's length prefix and header: the name, dtype, shape and place of every
-    tensor, and nothing of its values.
+    ``sha256`` is that of the whole file. Of weights that were read ``xxh3_128`` is in its place, XXH3 of 128 bits,
+    which tells files apart that nobody made to be confused. Where a caller did without reading the weights of a
+    safetensors file it is ``header_sha256``, of the file's length prefix and header: the name, dtype, shape and place
+    of every tensor, and nothing of its values.
     """
 
     name: str
     size: int
-    sha256: str | None
+    sha256: str | None = None
     header_sha256: str | None = None
+    xxh3_128: str | None = None
 
 
 @dataclass(frozen=True)
@@ -224,14 +226,15 @@ def record_header(path: Path, name: str | None = None) -> FileRecord:
 
 
 def _file_json(file: FileRecord) -> dict[str, Any]:
-    hashed = {"sha256": file.sha256, "header_sha256": file.header_sha256}
+    hashed = {"sha256": file.sha256, "header_sha256": file.header_sha256, "xxh3_128": file.xxh3_128}
     return {"name": file.name, "size": file.size, **{key: value for key, value in hashed.items() if value is not None}}
 
 
 def _file_record(item: Mapping[str, Any]) -> FileRecord:
     name, size = str(item["name"]), int(item["size"])
-    if "header_sha256" in item:
-        return FileRecord(name, size, None, str(item["header_sha256"]))
+    for kind in ("header_sha256", "xxh3_128"):
+        if kind in item:
+            return FileRecord(name, size, **{kind: str(item[kind])})
     return FileRecord(name, size, str(item["sha256"]))
 
 

@@ -99,7 +99,7 @@ class PartialFolder:
 
     def note_input(self, path: str, record: FileRecord) -> None:
         """Record the hash of an input file, so that a resumed run need not read it again."""
-        self._append({"input": path, "name": record.name, "size": record.size, "sha256": record.sha256})
+        self._append({"input": path, "name": record.name, "size": record.size, "xxh3_128": record.xxh3_128})
 
     def remove_all_but(self, names: Collection[str]) -> None:
         """Delete the files of an earlier run that are written anew anyway, or are no longer part of the result."""
@@ -320,7 +320,7 @@ def _replay(line: Mapping[str, Any], done: Done) -> None:
             record = FileRecord(line["finished"], line["size"], line["sha256"])
             done.finished[record.name] = record
         elif "input" in line:
-            done.inputs[line["input"]] = FileRecord(line["name"], line["size"], line["sha256"])
+            done.inputs[line["input"]] = FileRecord(line["name"], line["size"], xxh3_128=line["xxh3_128"])
         else:
             done.begun[line["shard"]] = Safe(line["position"], line["sha256"])
     except KeyError as error:

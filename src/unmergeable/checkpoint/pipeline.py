@@ -13,7 +13,6 @@ larger than the whole budget travels alone.
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import threading
 from collections import deque
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import xxhash
 
 from unmergeable.checkpoint.disk import ALIGNMENT
 from unmergeable.checkpoint.dtypes import ITEMSIZE, torch_dtype
@@ -31,7 +31,7 @@ from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.manifest import FileRecord
 from unmergeable.checkpoint.reader import OpenFiles
 from unmergeable.checkpoint.source import Extent, empty_tensor, tensor_bytes
-from unmergeable.checkpoint.writer import Origin, require_spec
+from unmergeable.checkpoint.writer import require_spec
 from unmergeable.threads import processors
 
 PIECE_BYTES = 1 << 20
@@ -61,54 +61,51 @@ class Job:
 class Piece:
     """Bytes of the current tensor; ``last`` ends it. The consumer calls ``release`` when it needs them no more.
 
-    It may do so later and from another thread. ``origin`` says where the bytes were copied from; None where they were
-    computed. A piece that ``is_aligned`` lies as a direct write needs it, to be lent to the disk; all others are best
-    released at once, while their memory is in the cache.
+    It may do so later and from another thread. A piece that ``is_aligned`` lies as a direct write needs it, to be lent
+    to the disk; all others are best released at once, while their memory is in the cache.
     """
 
     data: memoryview
     last: bool
     release: Callable[[], None]
-    origin: Origin | None = None
     is_aligned: bool = False
 
 
 class InputHashes:
-    """SHA-256 of whole input files from pieces read in rising order; what nobody reads is read here.
+    """XXH3 of whole input files from pieces read in rising order; what nobody reads is read here.
 
-    Not thread-safe: one thread feeds it. ``records`` holds the files that are finished.
+    It tells files apart that differ by accident, at memory's speed; a manifest says no more of what was read than
+    which files these were. Not thread-safe: one thread feeds it. ``records`` holds the files that are finished.
     """
 
     def __init__(self, files: Mapping[Path, str], known: Mapping[Path, FileRecord]) -> None:
         self._names = files
         self._open = OpenFiles()
-        self._begun: dict[Path, tuple[hashlib._Hash, int]] = {}
+        self._begun: dict[Path, tuple[xxhash.xxh3_128, int]] = {}
         self.records = dict(known)
 
-    def feed(self, path: Path, begin: int, data: memoryview) -> Origin | None:
-        """Take note of bytes read at offset ``begin``; None if some of them had been hashed before."""
+    def feed(self, path: Path, begin: int, data: memoryview) -> None:
+        """Take note of bytes read at offset ``begin``."""
         if path in self.records or path not in self._names:
-            return None
+            return
         digest, position = self._catch_up(path, begin)
-        before = digest.digest()
         if position < begin + len(data):
             digest.update(data[position - begin :])
             self._begun[path] = (digest, begin + len(data))
-        return Origin(begin, before, digest.copy()) if position == begin else None
 
     def finish(self, path: Path) -> None:
         if path in self.records or path not in self._names:
             return
         digest, size = self._catch_up(path, path.stat().st_size)
-        self.records[path] = FileRecord(self._names[path], size, digest.hexdigest())
+        self.records[path] = FileRecord(self._names[path], size, xxh3_128=digest.hexdigest())
         self._begun.pop(path, None)
 
     def finish_all(self) -> None:
         for path in self._names:
             self.finish(path)
 
-    def _catch_up(self, path: Path, target: int) -> tuple[hashlib._Hash, int]:
-        digest, position = self._begun.get(path) or (hashlib.sha256(), 0)
+    def _catch_up(self, path: Path, target: int) -> tuple[xxhash.xxh3_128, int]:
+        digest, position = self._begun.get(path) or (xxhash.xxh3_128(), 0)
         if position < target:
             buffer = memoryview(bytearray(min(PIECE_BYTES, target - position)))
             while position < target:
@@ -143,7 +140,8 @@ def stream(
                 raise item
             if isinstance(item, _Copied):
                 give_back = partial(channel.give_back, item.buffer)
-                yield Piece(item.buffer[: item.nbytes], item.last, give_back, item.hashed.result())
+                item.hashed.result()
+                yield Piece(item.buffer[: item.nbytes], item.last, give_back)
             else:
                 view, is_aligned = tensor_bytes(item.result.result()), item.is_aligned
                 release = partial(_release, view, channel, item.reserved)
@@ -172,7 +170,7 @@ class _Copied:
     buffer: memoryview
     nbytes: int
     last: bool
-    hashed: Future[Origin | None]
+    hashed: Future[None]
 
 
 @dataclass(frozen=True)
@@ -313,7 +311,7 @@ class _Feeder:
             result = self._workers.submit(_compute, job, box.pop, hashed)
         self._channel.put(_Changed(result, reserved, is_aligned=job.fill is not None))
 
-    def _read(self, buffer: memoryview, path: Path, offset: int) -> Future[Origin | None]:
+    def _read(self, buffer: memoryview, path: Path, offset: int) -> Future[None]:
         self._files.read_into(buffer, path, offset)
         return self._hasher.submit(self._hashes.feed, path, offset, buffer)
 
@@ -333,7 +331,7 @@ def _fill(job: Job, fill: Callable[[torch.Tensor], object]) -> torch.Tensor:
     return tensor
 
 
-def _compute(job: Job, read: Callable[[], torch.Tensor], hashed: Sequence[Future[Origin | None]]) -> torch.Tensor:
+def _compute(job: Job, read: Callable[[], torch.Tensor], hashed: Sequence[Future[None]]) -> torch.Tensor:
     for future in hashed:
         future.result()  # the edit may change in place what is still to be hashed
     with torch.no_grad():

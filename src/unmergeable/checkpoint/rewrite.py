@@ -101,8 +101,9 @@ def rewrite(
         verify: called with the written checkpoint before it is renamed; what it returns is added to the manifest
             (its keys win). When it raises, the result is deleted and the error passes through.
         also_read: further checkpoints the edits read, by role; their files are recorded in the manifest.
-        checksums: hash every byte read and written. Without, the manifest has of the files that hold tensors the sizes
-            and the hashes of their headers, and a resumed run believes what its journal says of bytes on the disk.
+        checksums: hash every byte written, and tell by a faster hash which files were read. Without, the manifest has
+            of the files that hold tensors the sizes and the hashes of their headers, and a resumed run believes what
+            its journal says of bytes on the disk.
         is_determined: whether ``manifest`` and the inputs say all that the bytes depend on. With checksums, a result
             that was made of them is then known for what it is.
         sign: makes the manifest's signature from its :attr:`~unmergeable.checkpoint.manifest.Manifest.signed_bytes`.
@@ -366,7 +367,7 @@ def _write_shard(
             for piece in pieces:
                 nbytes = len(piece.data)
                 try:
-                    file.write(piece.data, piece.origin, lent=piece.is_aligned)
+                    file.write(piece.data, lent=piece.is_aligned)
                 finally:
                     if piece.is_aligned:
                         disk.submit_always(piece.release)

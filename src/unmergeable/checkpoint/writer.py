@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,15 +19,6 @@ from unmergeable.checkpoint.header import TensorSpec, build_header
 from unmergeable.checkpoint.manifest import FileRecord
 from unmergeable.checkpoint.source import tensor_bytes
 from unmergeable.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Bytes copied from offset ``begin`` of a file: its SHA-256 before them, and its running hash after them."""
-
-    begin: int
-    before: bytes
-    after: hashlib._Hash
 
 
 class OutputFile:
@@ -75,11 +65,8 @@ class OutputFile:
         file._filled, file.position = tail, position
         return file
 
-    def write(self, data: memoryview | bytes, origin: Origin | None = None, *, lent: bool = False) -> None:
+    def write(self, data: memoryview | bytes, *, lent: bool = False) -> None:
         """Append, and hash if the file has a running hash.
-
-        As long as the file is equal to the beginning of the one its bytes are copied from, which equal hashes at
-        the same position show, the hash is taken over from there: half the work of a copy is hashing.
 
         ``lent`` memory is left alone until the disk is done with what is queued so far. Where it is large, and lies as
         a direct write needs it, it is written without a copy.
@@ -89,10 +76,7 @@ class OutputFile:
         """
         view = memoryview(data)
         if self._digest is not None:
-            if origin is not None and origin.begin == self.position and origin.before == self._digest.digest():
-                self._digest = origin.after
-            else:
-                self._digest.update(view)
+            self._digest.update(view)
         if lent and len(view) >= BLOCK_BYTES and (_address(view) - self.position) % ALIGNMENT == 0:
             start = -self.position % ALIGNMENT
             stop = start + (len(view) - start) // ALIGNMENT * ALIGNMENT

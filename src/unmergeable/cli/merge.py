@@ -82,7 +82,7 @@ def merge(
     ] = None,
     allow_pickle: AllowPickleOption = False,
     checksums: Annotated[
-        bool, typer.Option("--checksums", help="Record the SHA-256 of whole files, not only of their headers; slower.")
+        bool, typer.Option("--checksums", help="Record hashes of whole files, not only of their headers; slower.")
     ] = False,
     threads: ThreadsOption = None,
 ) -> Outcome:
