@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +132,19 @@ def lora(folder: Path) -> Found:
     return trained(adapted.train(), folder, 1e-3)
 
 
-def torchao(bits: int) -> Callable[[Path], Found]:
+def torchao(kind: str) -> Callable[[Path], Found]:
     def program(folder: Path) -> Found:
         try:
-            from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_  # type: ignore[import-not-found]
+            import torchao.quantization as ao  # type: ignore[import-not-found]
         except ImportError as error:
             raise NotMeasured(str(error).splitlines()[0]) from None
+        config = {
+            "int4": lambda: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(64)),
+            "int8": lambda: ao.IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=ao.PerAxis(0)),
+            "float8": ao.Float8WeightOnlyConfig,
+        }[kind]()
         network = load_network(folder)
-        granularity = PerAxis(0) if bits == 8 else PerGroup(64)
-        quantize_(
-            network.model, IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity)
-        )
+        ao.quantize_(network.model, config)
         with torch.no_grad():
             return {"logits": network(ids_of(folder)).logits.float()}
 
@@ -162,8 +164,8 @@ def head_on_top(folder: Path) -> Found:
     network.config.pad_token_id = 0
     ids = ids_of(folder, 8)
     labels = torch.tensor([0, 1] * 4)
-    optimiser = torch.optim.AdamW(network.score.parameters(), lr=1e-2)
-    for _ in range(2 * FINE_TUNING):
+    optimiser = torch.optim.AdamW(network.score.parameters(), lr=1e-4)
+    for _ in range(FINE_TUNING):
         optimiser.zero_grad()
         loss = network(input_ids=ids, labels=labels).loss
         loss.backward()
@@ -213,7 +215,9 @@ LANGUAGE: dict[str, Callable[[Path], Found]] = {
     "`torch.compile` (aot_eager)": compiled,
     "`torch.export`": exported,
     "ONNX (`torch.onnx`, onnxruntime)": onnx,
-    "torchao int4, groups of 64": torchao(4),
+    "torchao int8, by rows": torchao("int8"),
+    "torchao float8, by rows": torchao("float8"),
+    "torchao int4, groups of 64": torchao("int4"),
     "full fine-tuning": full_fine_tuning,
     "PEFT LoRA": lora,
     "a new head on top, trained": head_on_top,
@@ -311,8 +315,10 @@ def painting(folder: Path) -> Found:
 # --- the table
 
 
-def consumers(scratch: Path, packages: Path | None, old: Path | None) -> dict[str, dict[str, Any]]:
-    """Cells by program and model."""
+def consumers(
+    scratch: Path, packages: Path | None, old: Path | None, known: Mapping[str, Any], only: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Cells by program and model; with ``only``, those of other programs as they are ``known``."""
     language = {"expert": scratch / "expert-cut", **{name: release_folder(scratch, name, "-cut") for name in DEFAULTS}}
     programs: list[tuple[str, Callable[[], Mapping[str, Path]], Callable[[Path], Found]]] = [
         *((name, lambda: language, program) for name, program in LANGUAGE.items()),
@@ -320,8 +326,11 @@ def consumers(scratch: Path, packages: Path | None, old: Path | None) -> dict[st
         ("sentence-transformers (MiniLM)", lambda: sentence_models(scratch, packages), sentences),
         ("diffusers pipeline (a UNet of 1M weights)", lambda: painting_models(scratch), painting),
     ]
-    table = {}
+    table: dict[str, dict[str, Any]] = {}
     for name, folders, program in programs:
+        if only and name not in only:
+            table |= {name: known[name]} if name in known else {}
+            continue
         try:
             found = {model: program(folder) for model, folder in folders().items()}
             table[name] = {model: cell(each, found["expert"]) for model, each in found.items()}

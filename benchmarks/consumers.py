@@ -292,6 +292,7 @@ def main() -> None:
     parser.add_argument("--old-transformers", type=Path)
     parser.add_argument("--tables", action="store_true", help="only the page, from the committed result")
     parser.add_argument("--only", choices=PARTS, help="keep the rest of the result")
+    parser.add_argument("--program", action="append", default=[], help="of the part consumers; keep the others")
     options = parser.parse_args()
     if not options.tables:
         if options.scratch is None:
@@ -311,7 +312,13 @@ def main() -> None:
         if "consumers" in parts:
             from benchmarks.consumer_programs import consumers
 
-            result["consumers"] = consumers(options.scratch, options.packages, options.old_transformers)
+            result["consumers"] = consumers(
+                options.scratch,
+                options.packages,
+                options.old_transformers,
+                result.get("consumers", {}),
+                options.program,
+            )
         named = ("torch", "transformers", "peft", "diffusers", "sentence-transformers", "torchao", "onnxruntime")
         result["environment"] = {
             **result.get("environment", {}),
