@@ -3,9 +3,10 @@
 The same calls as in :mod:`unmergeable.pools.pool`, with the same results. Everything is read from files and
 written to files, so the machines of a cluster must see the checkpoints, the data and the output under the same paths.
 
-What a cluster gets to see of a call: arguments of less than 100 KiB travel inside it, from this process straight to the
-actor's; larger ones go through the object store, which is shared memory and may be written to a disk. So each argument
-is passed on by itself, and a secret stays small. None is given when an actor is made: that is told to the cluster's head.
+What a cluster gets to see of a call: arguments of less than 100 KiB travel inside it, from this process straight to
+the actor's; larger ones go through the object store, which is shared memory and may be written to a disk. So each
+argument is passed on by itself, and a secret stays small. None is given when an actor is made: that is told to the
+cluster's head.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class RayPool:
     Args:
         address: of a cluster, as ``ray.init`` takes it, or ``local``.
         workers: the most actors.
-        uses_gpus: whether the calls compute on GPUs where there are any; otherwise there is an actor for each processor.
+        uses_gpus: whether calls compute on GPUs where there are any; otherwise there is an actor for each processor.
 
     Raises:
         UsageError: Ray is not installed, or there is no cluster at the address.
