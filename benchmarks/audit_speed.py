@@ -46,9 +46,9 @@ from unmergeable import ops
 from unmergeable.data import DataSource
 from unmergeable.evaluation.plans.audit_plan import AuditPlan, read_plan
 from unmergeable.evaluation.plans.entries import MergeEntry
-from unmergeable.evaluation.pool import Call, WorkerPool
 from unmergeable.evaluation.scoring import Checkpoint, Group, ScoredTask, network_of, score_points, scorers_of
 from unmergeable.network.load import load_network
+from unmergeable.pools.pool import Call, WorkerPool
 from unmergeable.tasks import LabelledData, example_credits
 
 Point = tuple[float, float]

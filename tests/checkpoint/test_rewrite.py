@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from unmergeable.checkpoint import partial as partial_module
 from unmergeable.checkpoint import rewrite as rewrite_module
+from unmergeable.checkpoint import shards
 from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.manifest import Manifest, check_files, read_manifest, record_file, record_header
 from unmergeable.checkpoint.partial import PartialFolder, partial_of
@@ -63,7 +64,7 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def frequent_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A note in the journal after every tensor or two."""
-    monkeypatch.setattr(rewrite_module, "_SYNC_BYTES", 4000)
+    monkeypatch.setattr(shards, "_SYNC_BYTES", 4000)
 
 
 def test_edited_tensors_change_and_the_rest_is_copied(source: Checkpoint, out: Path) -> None:

@@ -21,8 +21,8 @@ from unmergeable.evaluation.cells import digest_of
 from unmergeable.evaluation.models import Variant
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings, read_analysis_settings
 from unmergeable.evaluation.plans.audit_plan import parse_plan
-from unmergeable.evaluation.pool import WorkerPool
 from unmergeable.evaluation.scoring import Checkpoint, ScoredTask
+from unmergeable.pools.pool import WorkerPool
 
 SETTINGS = AnalysisSettings(
     examples=60, line=(0.0, 0.5, 1.0), coefficients=(0.0, 1.0), noise=(0.0, 0.2), draws=2, radii=(0.005,), points=3

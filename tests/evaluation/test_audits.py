@@ -21,7 +21,6 @@ from unmergeable.evaluation.attackers import ATTACKERS
 from unmergeable.evaluation.audits import Audit, audit
 from unmergeable.evaluation.cells import Cell, CellStore, identity
 from unmergeable.evaluation.packing import pack, unpack
-from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.recompute import recomputed
 from unmergeable.evaluation.report.page import render_report
 from unmergeable.evaluation.report.verdict import verdict
@@ -29,6 +28,7 @@ from unmergeable.evaluation.results import AuditResult, ProtectionResult, read_a
 from unmergeable.evaluation.run import locked
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.network.load import load_network
+from unmergeable.pools.pool import Call
 from unmergeable.tasks import read_head
 
 

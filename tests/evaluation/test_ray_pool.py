@@ -14,8 +14,8 @@ import yaml
 from evaluation.timeless import timeless
 from unmergeable.errors import BadInput, UnmergeableError, UsageError
 from unmergeable.evaluation.audits import audit
-from unmergeable.evaluation.pool import ATTEMPTS, Call
-from unmergeable.evaluation.ray_pool import LOCAL, RayPool
+from unmergeable.pools.pool import ATTEMPTS, Call
+from unmergeable.pools.ray_pool import LOCAL, RayPool
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("default")  # Ray leaves sockets and files for the interpreter to close

@@ -211,6 +211,12 @@ def identified(index: CheckpointIndex) -> CheckpointIndex:
     return replace(index, headers_digest=digest.hexdigest())
 
 
+def timeless_digest(index: CheckpointIndex) -> str:
+    """The ``headers_digest`` without the times of files: the same for a copy that lies elsewhere."""
+    timeless = replace(index, states={path: (state[0], 0) for path, state in index.states.items()})
+    return identified(timeless).headers_digest
+
+
 _PIECES, _PIECE_BYTES = 256, 4096
 
 
@@ -225,8 +231,7 @@ def content_digest(index: CheckpointIndex) -> str:
     """
     if not index.tensor_files:  # in memory: its digest is that of the values
         return index.headers_digest
-    timeless = replace(index, states={path: (state[0], 0) for path, state in index.states.items()})
-    digest = hashlib.sha256(identified(timeless).headers_digest.encode())
+    digest = hashlib.sha256(timeless_digest(index).encode())
     for path, _ in sorted(index.tensor_files.items(), key=lambda item: item[1]):
         with reading(path) as file:
             size = os.fstat(file.fileno()).st_size

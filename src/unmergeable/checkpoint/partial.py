@@ -3,6 +3,7 @@
     OUT.partial/lock         held (flock) by the process that writes
     OUT.partial/journal      one JSON object a line: what is known to be on the disk
     OUT.partial/checkpoint/  becomes OUT with one rename, when everything in it is verified
+    OUT.partial/shares/      where other processes write shards of it (:mod:`unmergeable.checkpoint.sharing`)
 
 The journal and the lock stay behind when the folder is renamed, so a result never holds them, and they are there
 until the instant at which they are no longer needed.
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 JOURNAL_FORMAT = 1
 FILES = "checkpoint"
+SHARES = "shares"
 PARTIAL = ".partial"
 _LOCK, _JOURNAL = "lock", "journal"
 
@@ -67,6 +69,7 @@ class PartialFolder:
         self._out = out
         self._folder = partial_of(out)
         self.files = self._folder / FILES
+        self.shares = self._folder / SHARES
         self._lock = -1
         self._journal = -1
         self.done = Done()
@@ -107,6 +110,11 @@ class PartialFolder:
             if path.name not in names:
                 _remove_tree(path)
 
+    def remove_share(self, name: str) -> None:
+        """Delete what attempts at a share of the work left behind, in folders whose names begin with its own."""
+        for path in self.shares.glob(f"{name}-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def commit(self) -> None:
         """Make the result visible under its final name, at once and for good."""
         sync_folder(self.files)
@@ -133,6 +141,7 @@ class PartialFolder:
                 logger.info("discarding %s: it was begun for other work", self._folder)
             path.unlink(missing_ok=True)
             _remove_tree(self.files)
+        _remove_shares(self._folder)
         self.files.mkdir(exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         self._journal = os.open(path, flags, 0o644)
@@ -274,7 +283,7 @@ def _take_lock(out: Path, folder: Path) -> int:
 
 def _require_ours(folder: Path) -> None:
     """Nothing is deleted in, or written through, what somebody else put there."""
-    ours = {_LOCK, _JOURNAL, FILES}
+    ours = {_LOCK, _JOURNAL, FILES, SHARES}
     inside = list(folder.iterdir())
     if any(path.is_symlink() for path in (folder, *inside)) or any(path.name not in ours for path in inside):
         raise BadInput(f"{folder} holds files of somebody else: move it away or choose another output folder.")
@@ -283,10 +292,18 @@ def _require_ours(folder: Path) -> None:
 def _remove_partial(folder: Path) -> None:
     """The journal goes last: as long as it is there, the next run knows whose result this is."""
     _remove_tree(folder / FILES)
+    _remove_shares(folder)
     (folder / _LOCK).unlink(missing_ok=True)
     (folder / _JOURNAL).unlink(missing_ok=True)
     with suppress(OSError):  # somebody else may have begun there
         folder.rmdir()
+
+
+def _remove_shares(folder: Path) -> None:
+    """A process that was given up may still write there; what it leaves behind is of no use to anybody."""
+    shares = folder / SHARES
+    if shares.is_dir() and not shares.is_symlink():
+        shutil.rmtree(shares, ignore_errors=True)
 
 
 def _remove_tree(folder: Path) -> None:

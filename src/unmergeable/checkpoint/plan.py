@@ -6,6 +6,7 @@ the first byte is written.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -94,6 +95,14 @@ class Layout:
     shards: tuple[ShardLayout, ...]
     small_files: tuple[tuple[str, bytes], ...]
     nbytes: int
+
+    def fingerprint(self, resume_token: str, headers_digests: Sequence[str]) -> str:
+        """What is written from sources with these digests: SHA-256 in hex over all that does not depend on values."""
+        digest = hashlib.sha256(json.dumps([resume_token, headers_digests]).encode())
+        for shard in self.shards:
+            kinds = [job.extent is not None and job.edit is None for job in shard.jobs]
+            digest.update(json.dumps([shard.name, kinds]).encode() + shard.header)
+        return digest.hexdigest()
 
 
 def lay_out(

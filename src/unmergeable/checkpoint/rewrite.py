@@ -2,8 +2,10 @@
 
 A plan (:mod:`unmergeable.checkpoint.plan`) lists the tensors of the result in order. One thread reads ahead and
 hashes the input, workers compute the tensors that change, the calling thread hashes the output, and one more
-brings it to the disk; the bytes in between are bounded. Everything happens in ``OUT.partial``
-(:mod:`unmergeable.checkpoint.partial`), so that ``OUT`` either does not exist or is complete and verified.
+brings it to the disk; the bytes in between are bounded. One process writes all shards
+(:mod:`unmergeable.checkpoint.shards`), or several share them (:mod:`unmergeable.checkpoint.sharing`), which gives the
+same bytes. Everything happens in ``OUT.partial`` (:mod:`unmergeable.checkpoint.partial`), so that ``OUT`` either does
+not exist or is complete and verified.
 
     plan = output_like(source, {"model.norm.weight": double})
     rewrite(source, out, plan, manifest={"recipe": {...}}, resume_token=fingerprint)
@@ -15,15 +17,13 @@ import hashlib
 import json
 import logging
 import shutil
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unmergeable.checkpoint.disk import Disk, read_file, sync_folder, write_file
+from unmergeable.checkpoint.disk import read_file, sync_folder, write_file
 from unmergeable.checkpoint.index import CheckpointIndex
 from unmergeable.checkpoint.listing import MANIFEST_NAME, FileState
 from unmergeable.checkpoint.manifest import (
@@ -40,17 +40,17 @@ from unmergeable.checkpoint.manifest import (
 from unmergeable.checkpoint.partial import (
     FILES,
     PartialFolder,
-    Safe,
     completed_earlier,
     partial_of,
     require_creatable,
     require_outside,
 )
-from unmergeable.checkpoint.pipeline import InputHashes, Job, Piece, stream
-from unmergeable.checkpoint.plan import Layout, OutputTensor, ShardLayout, lay_out, output_like
+from unmergeable.checkpoint.pipeline import InputHashes
+from unmergeable.checkpoint.plan import OutputTensor, lay_out, output_like
 from unmergeable.checkpoint.reader import Checkpoint
+from unmergeable.checkpoint.shards import Means, resumed, write_shards
+from unmergeable.checkpoint.sharing import SharedPlan, write_elsewhere
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.checkpoint.writer import OutputFile, sha256_of_start
 from unmergeable.errors import CheckpointError, DiskError
 from unmergeable.progress import Progress, silent
 
@@ -61,7 +61,6 @@ __all__ = ["MEMORY_BUDGET", "OutputTensor", "folders_read", "output_like", "requ
 MEMORY_BUDGET = 512 << 20
 """Default bytes of changed tensors held between reading and writing."""
 
-_SYNC_BYTES = 256 << 20  # at most this much is written again after a kill, plus one tensor
 _SPARE_DISK = 1 << 20  # manifest, journal and the file system's own needs
 
 
@@ -81,6 +80,7 @@ def rewrite(
     sign: Callable[[bytes], Mapping[str, str]] | None = None,
     threads: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
+    shared: SharedPlan | None = None,
     progress: Progress = silent,
 ) -> Manifest:
     """Write a new checkpoint folder; it appears complete and verified, or not at all.
@@ -109,6 +109,8 @@ def rewrite(
         sign: makes the manifest's signature from its :attr:`~unmergeable.checkpoint.manifest.Manifest.signed_bytes`.
         threads: workers for edits and makes; None for processors divided by torch's own threads.
         memory_budget: bytes of changed tensors held between reading and writing. A larger tensor travels alone.
+        shared: other processes that write the shards, each by itself and with threads and memory of its own; None to
+            write them here.
         progress: receives the bytes written, those of an earlier run first.
 
     Raises:
@@ -129,7 +131,7 @@ def rewrite(
     layout = lay_out(source, plan, config_changes, side_files=copied, written=written_beside)
     _require_unchanged(sources.values())
 
-    token = _fingerprint(resume_token, [member.index.headers_digest for member in sources.values()], layout)
+    token = layout.fingerprint(resume_token, [member.index.headers_digest for member in sources.values()])
     is_result = partial(_is_result, out, manifest, sources) if checksums and is_determined else lambda: False
     if completed_earlier(out, token, is_result):
         logger.warning("%s is complete: an earlier run of this command wrote it", out)
@@ -143,9 +145,15 @@ def rewrite(
         records = [_write_small(folder.files, name, data) for name, data in layout.small_files]
         records += [_write_small(folder.files, name, read_file(path)) for name, path in copied.items()]
         hashes = _input_hashes(folder, sources.values()) if checksums else InputHashes({}, {})
-        records += _write_shards(
-            folder, layout, hashes, checksums=checksums, threads=threads, memory_budget=memory_budget, progress=progress
-        )
+        means = Means(checksums, threads, memory_budget)
+        if shared is None:
+            starts = [
+                resumed(folder.files, folder.done, shard, checksums=checksums, progress=progress)
+                for shard in layout.shards
+            ]
+            records += write_shards(folder.files, starts, hashes, folder, means, progress)
+        else:
+            records += write_elsewhere(folder, layout, sources, hashes, shared, means, progress)
         sync_folder(folder.files)
         try:
             _require_unchanged(sources.values())
@@ -230,14 +238,6 @@ def _state_of(path: Path) -> FileState | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _fingerprint(resume_token: str, headers_digests: Sequence[str], layout: Layout) -> str:
-    digest = hashlib.sha256(json.dumps([resume_token, headers_digests]).encode())
-    for shard in layout.shards:
-        kinds = [job.extent is not None and job.edit is None for job in shard.jobs]
-        digest.update(json.dumps([shard.name, kinds]).encode() + shard.header)
-    return digest.hexdigest()
-
-
 def _input_hashes(folder: PartialFolder, sources: Iterable[TensorSource]) -> InputHashes:
     return InputHashes(
         {path: name for source in sources for path, name in source.index.tensor_files.items()},
@@ -272,135 +272,3 @@ def _verified(written: Path, verify: Callable[[TensorSource], Mapping[str, Any]]
         return details
     finally:
         checkpoint.close()
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where to go on with a shard, and the hash of what is there, if asked for: ``finished`` if it is complete."""
-
-    shard: ShardLayout
-    position: int = 0
-    digest: hashlib._Hash | None = None
-    finished: FileRecord | None = None
-
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        return self.shard.jobs[bisect_left(self.shard.begins, self.position) :]
-
-
-def _resume(folder: PartialFolder, shard: ShardLayout, progress: Progress, *, checksums: bool) -> _Start:
-    """What the journal vouches for, if the file still holds it.
-
-    With checksums all of it is hashed again rather than believed: the manifest's hashes must be those of the bytes
-    that are there, and hashing costs less than writing. Without, lengths must do: a position was noted after its bytes
-    were synced.
-    """
-    path = folder.files / shard.name
-    length = path.stat().st_size if path.is_file() else 0
-    report = partial(progress, f"checking {shard.name}", unit="bytes")
-    finished = folder.done.finished.get(shard.name)
-    if finished is not None and finished.size == shard.size == length:
-        if not checksums:
-            return _Start(shard, shard.size, finished=_record(shard, None))
-        digest = sha256_of_start(path, shard.size, report)
-        if digest is not None and finished.sha256 in (None, digest.hexdigest()):
-            return _Start(shard, shard.size, finished=_record(shard, digest.hexdigest()))
-    safe = folder.done.begun.get(shard.name)
-    if safe is not None and safe.position in (*shard.begins, shard.size) and safe.position <= length:
-        if not checksums:
-            return _Start(shard, safe.position)
-        digest = sha256_of_start(path, safe.position, report)
-        if digest is not None and safe.sha256 in (None, digest.hexdigest()):
-            return _Start(shard, safe.position, digest)
-    path.unlink(missing_ok=True)
-    return _Start(shard)
-
-
-def _record(shard: ShardLayout, sha256: str | None) -> FileRecord:
-    """What the manifest says of a written shard, hashed or not."""
-    header_sha256 = hashlib.sha256(shard.header).hexdigest() if sha256 is None else None
-    return FileRecord(shard.name, shard.size, sha256, header_sha256)
-
-
-def _write_shards(
-    folder: PartialFolder,
-    layout: Layout,
-    hashes: InputHashes,
-    *,
-    checksums: bool,
-    threads: int | None,
-    memory_budget: int,
-    progress: Progress,
-) -> list[FileRecord]:
-    """Write what the journal does not vouch for; return the records of all shards."""
-    starts = [_resume(folder, shard, progress, checksums=checksums) for shard in layout.shards]
-    jobs = [job for start in starts for job in start.jobs]
-    report = _Report(progress, sum(start.position for start in starts), sum(shard.size for shard in layout.shards))
-    records: list[FileRecord] = []
-    with Disk() as disk, closing(stream(jobs, hashes, threads=threads, memory_budget=memory_budget)) as pieces:
-        for start in starts:
-            records.append(start.finished or _write_shard(folder, start, disk, pieces, report, checksums=checksums))
-            _note_inputs(folder, hashes, disk)
-        # Asking for one more waits until every input is hashed to its last byte.
-        surplus = next(pieces, None)
-        assert surplus is None
-        _note_inputs(folder, hashes, disk)
-        disk.drain()
-    return records
-
-
-def _write_shard(
-    folder: PartialFolder, start: _Start, disk: Disk, pieces: Iterator[Piece], report: _Report, *, checksums: bool
-) -> FileRecord:
-    """Append to one shard what is left; it may still be on its way to the disk on return."""
-    path = folder.files / start.shard.name
-    if start.position == 0:
-        file = OutputFile.create(path, disk, hashed=checksums)
-    else:
-        file = OutputFile.reopen(path, disk, start.position, start.digest)
-    try:
-        if file.position == 0:
-            file.write(start.shard.header)
-            report.advance(file.position)
-        safe_position = file.position
-        for _ in start.jobs:
-            for piece in pieces:
-                nbytes = len(piece.data)
-                try:
-                    file.write(piece.data, lent=piece.is_aligned)
-                finally:
-                    if piece.is_aligned:
-                        disk.submit_always(piece.release)
-                    else:
-                        piece.release()
-                report.advance(nbytes)
-                if piece.last:
-                    break
-            if file.position - safe_position >= _SYNC_BYTES:
-                safe_position = file.position
-                file.flush(partial(folder.note_safe, path.name, Safe(file.position, file.sha256)))
-        record = _record(start.shard, file.sha256)
-        file.finish(partial(folder.note_finished, record))
-    except BaseException:
-        file.abandon()
-        raise
-    else:
-        return record
-
-
-def _note_inputs(folder: PartialFolder, hashes: InputHashes, disk: Disk) -> None:
-    """Put the hashes of inputs that were read to the end since the last call in the journal."""
-    for path, record in list(hashes.records.items()):
-        if str(path) not in folder.done.inputs:
-            folder.done.inputs[str(path)] = record
-            disk.submit(folder.note_input, str(path), record)
-
-
-class _Report:
-    def __init__(self, progress: Progress, done: int, total: int) -> None:
-        self._progress, self._done, self._total = progress, done, total
-        self.advance(0)
-
-    def advance(self, nbytes: int) -> None:
-        self._done += nbytes
-        self._progress("writing", self._done, self._total, "bytes")

@@ -49,11 +49,11 @@ from unmergeable.evaluation.models import Variant
 from unmergeable.evaluation.names import NOT_THE_EXPERT
 from unmergeable.evaluation.plans.analysis_settings import AnalysisSettings
 from unmergeable.evaluation.plans.entries import TaskEntry
-from unmergeable.evaluation.pool import Call, Pool, run_all
 from unmergeable.evaluation.records import Record
 from unmergeable.evaluation.scoring import Checkpoint, ScoredTask
 from unmergeable.merges.task_vectors import TaskVectors
 from unmergeable.ops.opened import open_base, open_with_architecture
+from unmergeable.pools.pool import Call, Pool, run_all
 from unmergeable.progress import Progress, silent
 from unmergeable.tasks import ChoiceScorer
 

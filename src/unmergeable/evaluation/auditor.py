@@ -26,7 +26,6 @@ from unmergeable.evaluation.models import Variant, make_variants
 from unmergeable.evaluation.names import BASE, NOT_THE_EXPERT, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.plans.audit_plan import AuditPlan
 from unmergeable.evaluation.plans.entries import ExpertEntry, MergeEntry
-from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.preflight import asked
 from unmergeable.evaluation.results import AuditResult, Line, ModelRecord, Refusal, SearchPrecision
 from unmergeable.evaluation.run import Run
@@ -37,6 +36,7 @@ from unmergeable.evaluation.stages import by_part, first_merges, other_merges
 from unmergeable.evaluation.threat_models import ThreatModel, least
 from unmergeable.evaluation.tuning import Tuning, tune
 from unmergeable.network.precision import FULL
+from unmergeable.pools.pool import Call
 
 _ADDED = MergeEntry("task_arithmetic", "task_arithmetic", {})
 

@@ -22,10 +22,10 @@ from unmergeable.evaluation.auditor import Auditor
 from unmergeable.evaluation.estimate import Estimate, estimate
 from unmergeable.evaluation.plans.absolute import absolute_paths
 from unmergeable.evaluation.plans.audit_plan import WITHOUT_DATA, AuditPlan, parse_plan, read_plan
-from unmergeable.evaluation.pool import WorkerPool
-from unmergeable.evaluation.ray_pool import RayPool
 from unmergeable.evaluation.results import RESULT, AuditResult
 from unmergeable.evaluation.run import begun, looked_at
+from unmergeable.pools.pool import WorkerPool
+from unmergeable.pools.ray_pool import RayPool
 from unmergeable.progress import Progress, silent
 
 PLAN = "plan.yaml"

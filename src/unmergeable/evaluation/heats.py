@@ -17,12 +17,12 @@ from typing import Any
 from unmergeable.evaluation.cells import Cell, Credits
 from unmergeable.evaluation.judge import Job
 from unmergeable.evaluation.plans.audit_plan import Grid
-from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.race import Rules, mean_credits
 from unmergeable.evaluation.run import Run
 from unmergeable.evaluation.search import Found, Place, glance, merges_cheaply, merit, most_points, search
 from unmergeable.evaluation.selection import BARS, skill_to_keep
 from unmergeable.evaluation.threat_models import ThreatModel
+from unmergeable.pools.pool import Call
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from unmergeable.evaluation import scoring
 from unmergeable.evaluation.plans.entries import ProtectionEntry
 from unmergeable.evaluation.plans.plan import Plan
 from unmergeable.evaluation.plans.releases import ReleaseEntry
-from unmergeable.evaluation.pool import Call
 from unmergeable.evaluation.scoring import Checkpoint, ScoredTask
 from unmergeable.evaluation.structure import open_whole, require_base_structure
 from unmergeable.evaluation.tuning import labelled_examples
 from unmergeable.network.encoding import EncodedData, Encoder
 from unmergeable.network.tasks import Task, device_of
 from unmergeable.ops.opened import open_base, open_with_architecture
+from unmergeable.pools.pool import Call
 from unmergeable.tasks import ChoiceScorer, read_head
 
 

@@ -25,9 +25,9 @@ from unmergeable.evaluation.cells import digest_of
 from unmergeable.evaluation.models import Variant
 from unmergeable.evaluation.plans.entries import TaskEntry
 from unmergeable.evaluation.plans.plan import Plan
-from unmergeable.evaluation.pool import Call, Pool, run_all
 from unmergeable.evaluation.preflight import data_checks, require_models
 from unmergeable.evaluation.scoring import Checkpoint, ScoredTask
+from unmergeable.pools.pool import Call, Pool, run_all
 from unmergeable.progress import Progress
 
 LOCK = "lock"

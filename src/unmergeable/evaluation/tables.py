@@ -21,12 +21,12 @@ from unmergeable.evaluation.cells import Cell
 from unmergeable.evaluation.models import ModelMaker, Variant
 from unmergeable.evaluation.plans.entries import MergeEntry, ProtectionEntry, RecoveryEntry
 from unmergeable.evaluation.plans.table_plan import TablePlan, VariantName, read_table_plan
-from unmergeable.evaluation.pool import Call, WorkerPool
 from unmergeable.evaluation.report.table_page import page
 from unmergeable.evaluation.run import Run, begun
 from unmergeable.evaluation.scoring import Checkpoint, Coefficients, Group, score_points
 from unmergeable.evaluation.table_results import Alone, ModelScores, TableCell, TableResult
 from unmergeable.evaluation.table_scores import Place, averages, figures, rounded
+from unmergeable.pools.pool import Call, WorkerPool
 from unmergeable.progress import Progress, silent
 
 RESULT, PAGE = "table.json", "table.md"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from unmergeable.errors import BadInput, UnmergeableError
-from unmergeable.evaluation.pool import ATTEMPTS, Call, WorkerPool
+from unmergeable.pools.pool import ATTEMPTS, Call, WorkerPool
 
 
 def run_all(calls: list[Call], workers: int) -> dict[int, Any]:

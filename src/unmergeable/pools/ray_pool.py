@@ -1,8 +1,12 @@
 """Work shared among the processors of a Ray cluster, by actors that stay warm (https://docs.ray.io).
 
-The same calls as in :mod:`unmergeable.evaluation.pool`, with the same results. Everything is read from files and
-written to files, so the machines of a cluster must see the audit's folder, the checkpoints and the data under the same
-paths.
+The same calls as in :mod:`unmergeable.pools.pool`, with the same results. Everything is read from files and
+written to files, so the machines of a cluster must see the checkpoints, the data and the output under the same paths.
+
+What a cluster gets to see of a call: arguments of less than 100 KiB travel inside it, from this process straight to
+the actor's; larger ones go through the object store, which is shared memory and may be written to a disk. So each
+argument is passed on by itself, and a secret stays small. None is given when an actor is made: that is told to the
+cluster's head.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from unmergeable.errors import UsageError
-from unmergeable.evaluation.pool import ATTEMPTS, Call, died_too_often
+from unmergeable.pools.pool import ATTEMPTS, Call, died_too_often
 
 LOCAL = "local"
 """The address that starts a cluster of this machine alone, for as long as the pool lasts."""
@@ -31,12 +35,13 @@ class RayPool:
     Args:
         address: of a cluster, as ``ray.init`` takes it, or ``local``.
         workers: the most actors.
+        uses_gpus: whether calls compute on GPUs where there are any; otherwise there is an actor for each processor.
 
     Raises:
         UsageError: Ray is not installed, or there is no cluster at the address.
     """
 
-    def __init__(self, address: str, workers: int | None = None) -> None:
+    def __init__(self, address: str, workers: int | None = None, *, uses_gpus: bool = True) -> None:
         try:
             self._ray: Any = importlib.import_module("ray")
         except ImportError:
@@ -48,12 +53,13 @@ class RayPool:
         try:
             _require_reachable(address)
             self._ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **place)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises bare ones over a node that does not start in time
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UsageError(f"--ray {address}: no cluster to work with ({reason}); use --ray local.") from None
         resources = self._ray.cluster_resources()
-        self._needs = {"num_gpus": 1} if resources.get("GPU") else {"num_cpus": 1}
-        count = max(1, int(resources.get("GPU") or resources.get("CPU", 1)))
+        gpus = resources.get("GPU", 0) if uses_gpus else 0
+        self._needs = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+        count = max(1, int(gpus or resources.get("CPU", 1)))
         self._workers = count if workers is None else min(count, workers)
         self._actors: list[Any] = []
 
@@ -81,7 +87,8 @@ class RayPool:
             while waiting and idle:
                 number, call = waiting.popleft()
                 actor = idle.pop()
-                running[actor.do.remote(*call)] = (number, call, actor)
+                function, arguments = call
+                running[actor.do.remote(function, *arguments)] = (number, call, actor)
             (done, *_), _ = self._ray.wait(list(running), num_returns=1)
             number, call, actor = running.pop(done)
             try:
@@ -101,7 +108,9 @@ class RayPool:
             idle.append(actor)
 
     def _started(self) -> Any:
-        return self._ray.remote(_Worker).options(max_restarts=0, **self._needs).remote()
+        # Spread over the machines: each brings its own disk lanes and memory.
+        options = {"max_restarts": 0, "scheduling_strategy": "SPREAD", **self._needs}
+        return self._ray.remote(_Worker).options(**options).remote()
 
 
 def _require_reachable(address: str) -> None:
@@ -114,5 +123,5 @@ def _require_reachable(address: str) -> None:
 class _Worker:
     """What lives in an actor's process: modules, and with them all that they keep in memory."""
 
-    def do(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
