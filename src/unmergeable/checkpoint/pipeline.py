@@ -16,7 +16,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -92,6 +92,15 @@ class InputHashes:
         if position < begin + len(data):
             digest.update(data[position - begin :])
             self._begun[path] = (digest, begin + len(data))
+
+    @property
+    def unfinished(self) -> tuple[Path, ...]:
+        """The files that are not hashed to their ends."""
+        return tuple(path for path in self._names if path not in self.records)
+
+    def only(self, files: Collection[Path]) -> InputHashes:
+        """The same for some of the files, for another thread to feed."""
+        return InputHashes({path: self._names[path] for path in files}, {})
 
     def finish(self, path: Path) -> None:
         if path in self.records or path not in self._names:

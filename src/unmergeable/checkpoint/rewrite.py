@@ -3,9 +3,9 @@
 A plan (:mod:`unmergeable.checkpoint.plan`) lists the tensors of the result in order. One thread reads ahead and
 hashes the input, workers compute the tensors that change, the calling thread hashes the output, and one more
 brings it to the disk; the bytes in between are bounded. One process writes all shards
-(:mod:`unmergeable.checkpoint.shards`), or several share them (:mod:`unmergeable.checkpoint.sharing`), which gives the
-same bytes. Everything happens in ``OUT.partial`` (:mod:`unmergeable.checkpoint.partial`), so that ``OUT`` either does
-not exist or is complete and verified.
+(:mod:`unmergeable.checkpoint.shards`), a few at a time (:mod:`unmergeable.checkpoint.lanes`), or several share them
+(:mod:`unmergeable.checkpoint.sharing`), which gives the same bytes. Everything happens in ``OUT.partial``
+(:mod:`unmergeable.checkpoint.partial`), so that ``OUT`` either does not exist or is complete and verified.
 
     plan = output_like(source, {"model.norm.weight": double})
     rewrite(source, out, plan, manifest={"recipe": {...}}, resume_token=fingerprint)
@@ -25,6 +25,7 @@ from typing import Any
 
 from unmergeable.checkpoint.disk import read_file, sync_folder, write_file
 from unmergeable.checkpoint.index import CheckpointIndex
+from unmergeable.checkpoint.lanes import write_in_lanes
 from unmergeable.checkpoint.listing import MANIFEST_NAME, FileState
 from unmergeable.checkpoint.manifest import (
     FileRecord,
@@ -48,7 +49,7 @@ from unmergeable.checkpoint.partial import (
 from unmergeable.checkpoint.pipeline import InputHashes
 from unmergeable.checkpoint.plan import OutputTensor, lay_out, output_like
 from unmergeable.checkpoint.reader import Checkpoint
-from unmergeable.checkpoint.shards import Means, resumed, write_shards
+from unmergeable.checkpoint.shards import Means, resumed
 from unmergeable.checkpoint.sharing import SharedPlan, write_elsewhere
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import CheckpointError, DiskError
@@ -151,7 +152,7 @@ def rewrite(
                 resumed(folder.files, folder.done, shard, checksums=checksums, progress=progress)
                 for shard in layout.shards
             ]
-            records += write_shards(folder.files, starts, hashes, folder, means, progress)
+            records += write_in_lanes(folder.files, starts, hashes, folder, means, progress)
         else:
             records += write_elsewhere(folder, layout, sources, hashes, shared, means, progress)
         sync_folder(folder.files)

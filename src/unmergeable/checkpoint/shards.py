@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from unmergeable.checkpoint.disk import Disk
@@ -111,20 +112,24 @@ def write_shards(
     journal: Journal,
     means: Means,
     progress: Progress = silent,
+    *,
+    advance: Callable[[int], object] | None = None,
 ) -> list[FileRecord]:
     """Write what is left of these shards into ``files``, and hash inputs; the records of all shards.
 
-    ``progress`` receives the bytes written, those of an earlier run first.
+    ``progress`` receives the bytes written, those of an earlier run first; or ``advance`` how many more they are.
     """
     jobs = [job for start in starts for job in start.jobs]
-    report = Written(progress, sum(start.position for start in starts), sum(start.shard.size for start in starts))
+    if advance is None:
+        done, total = sum(start.position for start in starts), sum(start.shard.size for start in starts)
+        advance = Written(progress, done, total).advance
     records: list[FileRecord] = []
     inputs = _Inputs(journal, hashes)
     streamed = stream(jobs, hashes, threads=means.threads, memory_budget=means.memory_budget)
     with Disk() as disk, closing(streamed) as pieces:
         for start in starts:
             records.append(
-                start.finished or _write_shard(files, start, disk, pieces, journal, report, checksums=means.checksums)
+                start.finished or _write_shard(files, start, disk, pieces, journal, advance, checksums=means.checksums)
             )
             inputs.note(disk)
         # Asking for one more waits until every input is hashed to its last byte.
@@ -141,7 +146,7 @@ def _write_shard(
     disk: Disk,
     pieces: Iterator[Piece],
     journal: Journal,
-    report: Written,
+    advance: Callable[[int], object],
     *,
     checksums: bool,
 ) -> FileRecord:
@@ -155,7 +160,7 @@ def _write_shard(
     try:
         if file.position == 0:
             file.write(start.shard.header)
-            report.advance(file.position)
+            advance(file.position)
         safe_position = file.position
         for _ in start.jobs:
             for piece in pieces:
@@ -167,7 +172,7 @@ def _write_shard(
                         disk.submit_always(piece.release)
                     else:
                         piece.release()
-                report.advance(nbytes)
+                advance(nbytes)
                 if piece.last:
                     break
             if file.position - safe_position >= _SYNC_BYTES:
@@ -196,13 +201,26 @@ class _Inputs:
                 disk.submit(self._journal.note_input, str(path), record)
 
 
+def first_reads(shards: Sequence[ShardLayout], inputs: Sequence[Path]) -> list[list[Path]]:
+    """For every shard the inputs that it is the first to read; and in one more list those that none reads."""
+    left = dict.fromkeys(inputs)
+    found: list[list[Path]] = []
+    for shard in shards:
+        read = dict.fromkeys(job.extent.path for job in shard.jobs if job.extent is not None)
+        found.append([path for path in read if path in left])
+        left = {path: None for path in left if path not in read}
+    return [*found, list(left)]
+
+
 class Written:
-    """Bytes written so far, told to a progress callback."""
+    """Bytes written so far, told to a progress callback, by one thread at a time."""
 
     def __init__(self, progress: Progress, done: int, total: int) -> None:
         self._progress, self._done, self._total = progress, done, total
+        self._one_at_a_time = Lock()
         self.advance(0)
 
     def advance(self, nbytes: int) -> None:
-        self._done += nbytes
-        self._progress("writing", self._done, self._total, "bytes")
+        with self._one_at_a_time:
+            self._done += nbytes
+            self._progress("writing", self._done, self._total, "bytes")

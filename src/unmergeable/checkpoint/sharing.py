@@ -29,7 +29,7 @@ from unmergeable.checkpoint.manifest import FileRecord, installed_version
 from unmergeable.checkpoint.partial import Done, PartialFolder
 from unmergeable.checkpoint.pipeline import InputHashes
 from unmergeable.checkpoint.plan import Layout, OutputTensor, ShardLayout, lay_out
-from unmergeable.checkpoint.shards import Means, NoJournal, Written, resumed, write_shards
+from unmergeable.checkpoint.shards import Means, NoJournal, Written, first_reads, resumed, write_shards
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import BadInput, UnmergeableError
 from unmergeable.pools.pool import Call, Pool
@@ -149,13 +149,9 @@ def write_elsewhere(
 
 def _dealt(shards: Sequence[ShardLayout], inputs: Sequence[Path]) -> Iterator[tuple[ShardLayout | None, list[Path]]]:
     """Every shard with the inputs that it is the first to read; then the inputs that none reads as they lie there."""
-    left = dict.fromkeys(inputs)
-    for shard in shards:
-        read = dict.fromkeys(job.extent.path for job in shard.jobs if job.extent is not None)
-        yield shard, [path for path in read if path in left]
-        left = {path: None for path in left if path not in read}
-    for path in left:
-        yield None, [path]
+    *read, left = first_reads(shards, inputs)
+    yield from zip(shards, read, strict=True)
+    yield from ((None, [path]) for path in left)
 
 
 @one_thread_per_kernel()
