@@ -18,6 +18,7 @@ from typing import Any
 
 from unmergeable.claims import EFFORT, THREAT_MODELS, DStar, Measurement, Study, limits, measured, measurements, overall
 from unmergeable.defaults import RELEASE_SETTINGS, release_settings
+from unmergeable.evaluation.flags import DOUBTS
 from unmergeable.protections import PROTECTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +97,7 @@ def defaults_of_protections() -> Mapping[str, Mapping[str, Any]]:
 
 
 def d_star(worst: Mapping[str, Any] | None) -> list[float | bool | None]:
-    """D* and the ends of its interval, and False where the release was not recognised.
+    """D* and the ends of its interval, and False where it was not recognised, or a control is undecided.
 
     Nothing where there was too little to steal for the figures to mean anything.
     """
@@ -104,7 +105,7 @@ def d_star(worst: Mapping[str, Any] | None) -> list[float | bool | None]:
     if worst is None or worst["is_denominator_small"] or "uncertain_denominator" in flags:
         return [None, None, None]
     found = [None if value is None else round(value, 6) for value in (worst["d_star"], *worst["interval"])]
-    return [*found, False] if "not_recognised" in flags else found
+    return found if DOUBTS.isdisjoint(flags) else [*found, False]
 
 
 def leaderboard() -> str:

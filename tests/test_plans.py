@@ -27,7 +27,7 @@ MADE_FROM = {"vision_audit": "vision", "text_audit": "text"}
 """Plans of committed audits, by result; those of the others are made by their scripts."""
 
 AUDITS = sorted(PLANS.glob("audits/*.yaml"))
-OF_PATHS = ("base", "path", "data", "head", "siblings", "sources", "test", "validation", "train", "encoder")
+OF_PATHS = ("base", "path", "data", "head", "siblings", "sources", "test", "validation", "train", "encoder", "generic")
 
 
 def paths_in(document: Any) -> Iterator[str]:

@@ -11,17 +11,21 @@ import yaml
 
 from evaluation.documents import WORST
 from unmergeable.evaluation.audits import audit, run_audit
-from unmergeable.evaluation.controls import controls
+from unmergeable.evaluation.controls import controls, doubted
 from unmergeable.evaluation.models import Variant
 from unmergeable.evaluation.names import IDENTITY, NOTHING, PLANTED, PLANTED_STRUCTURE, SCALE
 from unmergeable.evaluation.plans.audit_plan import Grid, read_plan
+from unmergeable.evaluation.report.verdict import judgement
 from unmergeable.evaluation.results import Control, ProtectionResult
+from unmergeable.evaluation.threat_models import ThreatModel
 
 FOUND = {SCALE: 0.05, PLANTED: 0.04, PLANTED_STRUCTURE: 0.04, NOTHING: 0.97, IDENTITY: 0.0}
 
 
-def protection(d_star: float, tier: str = "T1", **scores: float) -> ProtectionResult:
+def protection(d_star: float, tier: str = "T1", luck: float = 0.0, **scores: float) -> ProtectionResult:
+    """``luck``: standard error of the test."""
     trial = {**WORST, "rider": "theirs", "seed": 0, "attacks_tried": 3, **scores, "d_star": d_star}
+    trial["test_error"] = luck
     utility = {"expert": 0.8, "protected": 0.8, "loss": 0.0}
     tiers = {tier: {"worst": trial, "trials": [trial]}}
     return ProtectionResult.from_json(
@@ -49,6 +53,34 @@ def test_all_hold_for_an_attacker_who_is_strong_enough() -> None:
 )
 def test_each_can_fail(name: str, d_star: float) -> None:
     assert [control.name for control in checked(**{name: d_star}).values() if not control.passed] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "d_star", "luck", "passed", "undecided"),
+    [
+        (SCALE, 0.3, 0.09, False, False),  # 2.2 standard errors beyond the bound
+        (SCALE, 0.3, 0.11, True, True),
+        (SCALE, -0.3, 0.11, True, True),
+        (SCALE, 0.05, 0.25, True, False),  # within the bound it holds, however wide the interval
+        (NOTHING, 0.8, 0.07, False, False),
+        (NOTHING, 0.8, 0.08, True, True),
+        (PLANTED, 0.3, 0.5, False, False),  # the same function in other weights: luck does not part them
+        (PLANTED_STRUCTURE, 0.3, 0.5, False, False),
+    ],
+)
+def test_what_may_be_luck_is_undecided(name: str, d_star: float, luck: float, passed: bool, undecided: bool) -> None:
+    protections = {kind: protection(value) for kind, value in FOUND.items()} | {name: protection(d_star, luck=luck)}
+    (found,) = (control for control in controls(protections, []) if control.name == name)
+    assert (found.passed, found.undecided) == (passed, undecided)
+
+
+def test_under_an_undecided_control_nobody_is_said_to_be_stopped() -> None:
+    strong = {"lock": protection(0.97, luck=0.01)}
+    before, after = (each["lock"].tiers[ThreatModel.WHITE_BOX] for each in (strong, doubted(strong)))
+    assert judgement(before) == "stops"
+    assert judgement(after) == "is not shown to stop"
+    weak = doubted({"lock": protection(0.0)})["lock"].tiers[ThreatModel.WHITE_BOX]
+    assert judgement(weak) == "does not stop", "what got through got through"
 
 
 def test_what_is_worth_less_than_nothing_was_undone() -> None:

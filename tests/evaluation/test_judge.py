@@ -43,12 +43,13 @@ def test_the_worst_is_the_lowest_that_can_be_judged() -> None:
         ("T1", -0.2, 0.2),  # without training the estimate itself counts
         ("T2", -0.2, 0.1),  # two points of the twenty that the expert adds are luck
         ("T2", 0.06, 0.0),
-        ("T3", 1.0, 0.9),  # however wide the interval is
+        ("T3", 1.0, 0.9),
         ("T2", None, None),
     ],
 )
 def test_luck_of_training_is_no_failure_of_a_control(tier: str, d_star: float | None, expected: float | None) -> None:
-    found = {**trial(d_star, -1.0, 1.0), "unprotected": 0.8, "without_victim": 0.6}
+    ends = (d_star, d_star) if d_star is not None else (0.0, 0.0)
+    found = {**trial(d_star, *ends), "unprotected": 0.8, "without_victim": 0.6}
     scale = protection({tier: {"worst": None, "trials": [found]}})
     control = bounded({"scale": scale}, "scale", 0.1 + 1e-9, "a control")
     assert control.value == (None if expected is None else pytest.approx(expected))

@@ -142,6 +142,24 @@ def test_the_error_of_the_denominator_is_that_of_two_proportions() -> None:
     assert found.denominator == pytest.approx(difference.mean())
 
 
+def test_the_error_of_a_test_is_that_of_two_attacks_over_the_same_examples() -> None:
+    """As above, over what the victim adds; however unsure the selection is. Attacks alike have none."""
+    generator = np.random.default_rng(2)
+    p, q = ((generator.random((1, EXAMPLES)) < chance).astype(float) for chance in (0.7, 0.5))
+    one = Menu(rows(0.9), rows(0.8), p)
+    # Beside the selected attack another, chosen in half of the draws, whose test is much worse.
+    close = generator.random((1, EXAMPLES)) < 0.5
+    other = Menu(
+        np.concatenate([close, ~close]).astype(float), np.concatenate([rows(0.8)] * 2), np.concatenate([q, 0 * q])
+    )
+    number = int(other.defended.mean(axis=1).argmax())
+    nothing = Menu(rows(0.1), rows(0.8), np.zeros((1, EXAMPLES)))
+    found = worst_case(one, other, nothing, RIDER, resamples=2000)
+    expected = (p[0] - other.test[number]).std() / EXAMPLES**0.5 / p.mean()
+    assert found.test_error == pytest.approx(expected, rel=4 / 4000**0.5)
+    assert worst_case(one, one, nothing, RIDER).test_error == 0
+
+
 def test_contenders_serve_every_bar_and_the_fronts() -> None:
     generator = np.random.default_rng(3)
     chances = generator.uniform(0.2, 0.9, 40)

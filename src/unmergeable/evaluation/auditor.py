@@ -18,7 +18,7 @@ from unmergeable.evaluation.alike import scored_once
 from unmergeable.evaluation.analyses import Analyses, Surroundings, analyse, subjects_of
 from unmergeable.evaluation.cells import Cell, Credits
 from unmergeable.evaluation.contending import Searched, points_to_test
-from unmergeable.evaluation.controls import controls
+from unmergeable.evaluation.controls import controls, doubted
 from unmergeable.evaluation.heats import Heats
 from unmergeable.evaluation.judge import Contest, Job, Judge, ScoredAttack
 from unmergeable.evaluation.methods import is_sum
@@ -119,7 +119,7 @@ class Auditor:
             task=self.plan.defended_task,
             kept_share=KEPT_SHARE,
             alone=alone.scores(),
-            protections=protections,
+            protections=doubted(protections) if any(control.undecided for control in checked) else protections,
             models=tuple(_model(variant) for variant in variants),
             connectivity=tuple(lines),
             controls=checked,

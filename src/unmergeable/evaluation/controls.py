@@ -3,22 +3,29 @@
 Nobody can show that an attacker is the strongest. That it is strong enough to undo what is known to be nothing, and
 honest enough to report a protection that is complete, can be shown, and is shown here in every audit anew.
 
-    scale                 a shrunk task vector                             |D*| <= 0.1
+    scale                 a shrunk task vector                             |D*| <= 0.1   if luck does not explain it
     planted               the expert in another exact form, drawn          D* <= 0.05  white_box and beyond
     planted_structure     the same in another structure as well            D* <= 0.05  white_box and beyond
-    nothing               the base as if it were a release                 D* >= 0.95
+    nothing               the base as if it were a release                 D* >= 0.95    if luck does not explain it
     exact releases        outputs equal to the expert's within rounding    D* <= 0.1   white_box and beyond
     students              of the expert itself, share of a merge's gain    >= 0.5      black_box
     planted keys          what nearest_orbit leaves of the distance        <= 1.02, or what the key itself leaves
+
+``scale`` and ``nothing`` compare different merges, whose scores on few test examples differ by luck. They fail where
+D* is beyond the bound by more than two standard errors of that luck; up to there they are undecided, and nobody is said
+to be stopped. The luck of the selection is no excuse: a menu that is too small makes it. The others compare merges of
+the same function, which luck treats alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
+from unmergeable.evaluation.flags import STANDARD_ERRORS
 from unmergeable.evaluation.models import Variant
 from unmergeable.evaluation.names import CONTROLS, IDENTITY, NOTHING, PLANTED, PLANTED_STRUCTURE, SCALE
-from unmergeable.evaluation.results import Control, ProtectionResult, Trial
+from unmergeable.evaluation.results import Control, ProtectionResult, Trial, Verdicts
 from unmergeable.evaluation.threat_models import ThreatModel
 from unmergeable.evaluation.worst_case import SMALL_DENOMINATOR
 
@@ -59,11 +66,34 @@ def controls(protections: Mapping[str, ProtectionResult], variants: Sequence[Var
     )
 
 
+def doubted(protections: Mapping[str, ProtectionResult]) -> dict[str, ProtectionResult]:
+    """The same, where a control is undecided: every trial says so."""
+
+    def flagged(trial: Trial) -> Trial:
+        return replace(trial, flags=(*trial.flags, "undecided_control"))
+
+    def of(verdicts: Verdicts) -> Verdicts:
+        worst = None if verdicts.worst is None else flagged(verdicts.worst)
+        return replace(verdicts, worst=worst, trials=tuple(map(flagged, verdicts.trials)))
+
+    return {
+        name: replace(protection, tiers={model: of(verdicts) for model, verdicts in protection.tiers.items()})
+        for name, protection in protections.items()
+    }
+
+
 def bounded(protections: Mapping[str, ProtectionResult], name: str, bound: float, what: str) -> Control:
     """The control that a protection of this name has a D* of at most ``bound``, in either direction."""
     value = max(_values(protections[name], _distance_from_nothing), default=None)
-    passed = value is not None and value <= bound
-    return Control(name=name, what=f"largest |D*|: {what}", value=value, bound=bound, passed=passed)
+    surely = max(_values(protections[name], _surely_from_nothing), default=None)
+    return Control(name=name, what=f"largest |D*|: {what}", value=value, bound=bound, **_decided(value, surely, bound))
+
+
+def _decided(value: float | None, surely: float | None, bound: float) -> dict[str, bool]:
+    """Whether a control holds whose ``value`` may be ``bound`` at most; whatever the luck, it is ``surely`` or more."""
+    if value is None or surely is None:
+        return {"passed": False}
+    return {"passed": surely <= bound, "undecided": surely <= bound < value}
 
 
 def _undone(name: str, protection: ProtectionResult, bound: float, what: str) -> Control:
@@ -74,13 +104,18 @@ def _undone(name: str, protection: ProtectionResult, bound: float, what: str) ->
 
 def _adds_nothing(protection: ProtectionResult) -> Control:
     value = min(_values(protection, _hidden), default=None)
+    surely = min(_values(protection, _surely_hidden), default=None)
     return Control(
         name=NOTHING,
         what="smallest D*, at least: the base holds nothing that could be stolen",
         value=value,
         bound=NOTHING_BOUND,
-        passed=value is not None and value >= NOTHING_BOUND,
+        **_decided(_negative(value), _negative(surely), -NOTHING_BOUND),
     )
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value
 
 
 def _left_out(name: str, reason: str) -> Control:
@@ -151,12 +186,28 @@ def _distance_from_nothing(model: ThreatModel, trial: Trial) -> float | None:
     return None if trial.d_star is None else max(0.0, abs(trial.d_star) - _luck(model, trial))
 
 
+def _surely_from_nothing(model: ThreatModel, trial: Trial) -> float | None:
+    """The same less what the luck of the test examples may be."""
+    found = _distance_from_nothing(model, trial)
+    return None if found is None else max(0.0, found - _luck_of_test(trial))
+
+
 def _left_of_it(model: ThreatModel, trial: Trial) -> float | None:
     return None if trial.d_star is None else max(0.0, trial.d_star - _luck(model, trial))
 
 
 def _hidden(model: ThreatModel, trial: Trial) -> float | None:
     return None if trial.d_star is None else min(1.0, trial.d_star + _luck(model, trial))
+
+
+def _surely_hidden(model: ThreatModel, trial: Trial) -> float | None:
+    """The same and what the luck of the test examples may be."""
+    found = _hidden(model, trial)
+    return None if found is None else min(1.0, found + _luck_of_test(trial))
+
+
+def _luck_of_test(trial: Trial) -> float:
+    return STANDARD_ERRORS * (trial.test_error or 0.0)
 
 
 def _luck(model: ThreatModel, trial: Trial) -> float:

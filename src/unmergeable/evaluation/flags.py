@@ -10,16 +10,20 @@ from typing import Any, Literal
 
 from unmergeable.attacks.base import NOT_RECOGNISED
 
-Flag = Literal["edge", "not_recognised", "uncertain_denominator", "few_examples", "bar_decides"]
+Flag = Literal["edge", "not_recognised", "undecided_control", "uncertain_denominator", "few_examples", "bar_decides"]
 
 FLAGS: Mapping[Flag, str] = {
     "edge": "the best coefficients found lie on the edge of those that were tried; others may do better",
     "not_recognised": "no recovery brought the release near its base: what was done to it was not recognised",
+    "undecided_control": "a control is beyond its bound by no more than luck with so few examples may be",
     "uncertain_denominator": "what the unprotected expert adds to a merge is less than two standard errors",
     "few_examples": "fewer than 200 examples decide which attacks keep the free-rider's skill",
     "bar_decides": "at another share of kept skill the judgement is another",
 }
 """The flags, and what each says of the figure it stands beside."""
+
+DOUBTS: frozenset[Flag] = frozenset({"not_recognised", "undecided_control"})
+"""Under these nobody is said to be stopped: the attack may have been too weak."""
 
 FEWEST_EXAMPLES = 200
 """Of the free-rider's task, on validation: with these a share of 95 % is known to 1.5 points (one standard error)."""

@@ -386,6 +386,7 @@ def _trial(
         ),
         area=_number(area),
         kept_on_test=contest.kept_on_test(chosen["protected"]),
+        test_error=_number(worst.test_error),
         flags=tuple(_flags(contest, (name, seed), model, found, chosen)),
         attacks_tried=len(tried),
         search_cpu_seconds=round(sum(attack.cpu_seconds for attack in tried), 1),

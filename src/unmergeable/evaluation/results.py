@@ -69,7 +69,8 @@ class Trial(Record):
     these are, under ``unprotected``, ``protected``, ``without_victim``. ``bars``: the same at other shares of kept
     skill. ``area``: D* over the area between Pareto fronts, see :func:`unmergeable.evaluation.worst_case.area_between`.
     ``kept_on_test``: the share of the free-rider's own skill that the best attack keeps on test examples, on which
-    nothing was selected. ``flags``: what is to be held against the figures, see :mod:`unmergeable.evaluation.flags`.
+    nothing was selected. ``test_error``: standard error of ``d_star`` by the luck of the test examples alone.
+    ``flags``: what is to be held against the figures, see :mod:`unmergeable.evaluation.flags`.
     """
 
     rider: str
@@ -84,6 +85,7 @@ class Trial(Record):
     bars: tuple[AtBar, ...] = ()
     area: float | None = None
     kept_on_test: float | None = None
+    test_error: float | None = None
     flags: tuple[Flag, ...] = ()
     attacks_tried: int
     search_cpu_seconds: float = 0.0
@@ -211,13 +213,18 @@ class Line(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Control(Record):
-    """Something that must hold in every audit. ``bound`` is None where any ``value`` is allowed."""
+    """Something that must hold in every audit. ``bound`` is None where any ``value`` is allowed.
+
+    ``undecided``: it is beyond its bound, by no more than luck with so few examples may be. It has then not failed, and
+    shows nothing either.
+    """
 
     name: str
     what: str
     value: float | None
     bound: float | None
     passed: bool
+    undecided: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +293,7 @@ class AuditResult(Record):
         kept_share: of the free-rider's own skill, which an attack must keep to count.
         alone: mean test scores of models that are not merged, by model and task.
         protections: by name, controls among them.
-        passed: whether all controls hold; otherwise the figures mean nothing.
+        passed: whether no control failed; otherwise the figures mean nothing.
         cells: every set of weights that was scored; of a compact result only those that a selection may pick, which are
             enough for :func:`unmergeable.evaluation.recompute.recomputed`. None in older ones that were stored without.
             Both say how many there were (``scored``) and how base and experts were made (``prepared``).

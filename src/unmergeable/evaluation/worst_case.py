@@ -59,7 +59,8 @@ class WorstCase:
 
     ``best_…`` is the number of the selected attack in its menu. ``is_small``: there was little to defend.
     ``kept_share``: of the free-rider's skill, which attacks had to keep. ``denominator_error``: standard error of the
-    denominator, from the same bootstrap.
+    denominator, from the same bootstrap. ``test_error``: that of D* by the luck of the test examples alone, with the
+    attacks that were selected.
     """
 
     d_star: float
@@ -73,6 +74,7 @@ class WorstCase:
     best_reference: int
     kept_share: float = KEPT_SHARE
     denominator_error: float = math.nan
+    test_error: float = math.nan
 
     @property
     def denominator(self) -> float:
@@ -292,6 +294,8 @@ def _at_bar(scored: Sequence[_Scores], bar: float) -> WorstCase:
     unprotected, protected, reference = (float(values[0]) for values in tests)
     best = [int(numbers[0]) for numbers in chosen]
     differences = (tests[0] - tests[2])[1:]
+    kept = [scored[side].tests(np.full_like(chosen[side], best[side])) for side in (0, 1)]
+    is_something = unprotected > reference
     return WorstCase(
         d_star=ratios[0],
         low=low,
@@ -303,8 +307,13 @@ def _at_bar(scored: Sequence[_Scores], bar: float) -> WorstCase:
         best_protected=best[1],
         best_reference=best[2],
         kept_share=bar,
-        denominator_error=float(np.std(differences, ddof=1)) if len(differences) > 1 else math.nan,
+        denominator_error=_deviation(differences),
+        test_error=_deviation((kept[0] - kept[1])[1:]) / (unprotected - reference) if is_something else math.nan,
     )
+
+
+def _deviation(values: Floats) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:

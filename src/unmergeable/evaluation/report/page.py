@@ -18,12 +18,14 @@ from unmergeable.evaluation.report.commands import attack_commands
 from unmergeable.evaluation.report.pictures import Looks, front_picture, line_pictures, number, percent, shown
 from unmergeable.evaluation.report.verdict import (
     JUDGEMENTS,
+    MORE_EXAMPLES,
     against,
     attack,
     caveats,
     failed_controls,
     judgement,
     model_card,
+    undecided_controls,
     verdict,
 )
 from unmergeable.evaluation.report.without_expert import UNKNOWN
@@ -76,6 +78,8 @@ def render_report(result: AuditResult) -> str:
         is_without_data=not any(model.trains for model in result.threat_models),
         unknown="" if result.has_expert else UNKNOWN,
         failed="" if result.passed else failed_controls(result),
+        undecided=undecided_controls(result),
+        more_examples=MORE_EXAMPLES,
         heat_maps=_heat_maps(result.protections),
         refused=_refusals(result.refused),
         fronts=[front_picture(name, front) for name, entry in entries.items() for front in entry.fronts],

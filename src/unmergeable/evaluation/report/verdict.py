@@ -7,7 +7,7 @@ from itertools import groupby
 
 from unmergeable import claims
 from unmergeable.claims import DStar
-from unmergeable.evaluation.flags import FLAGS
+from unmergeable.evaluation.flags import DOUBTS, FLAGS
 from unmergeable.evaluation.report.access import beyond_merging
 from unmergeable.evaluation.report.without_expert import UNKNOWN, described
 from unmergeable.evaluation.results import AttackRecord, AuditResult, ProtectionResult, Trial, Verdicts, star
@@ -34,7 +34,7 @@ def judgement(verdicts: Verdicts) -> str:
         return CANNOT_BE_JUDGED
     if not _is_mergeable(verdicts):
         return CANNOT_BE_JUDGED
-    said = DStar(worst.d_star, *worst.interval, "not_recognised" not in worst.flags).judgement
+    said = DStar(worst.d_star, *worst.interval, DOUBTS.isdisjoint(worst.flags)).judgement
     return said if said in JUDGEMENTS else CANNOT_BE_JUDGED
 
 
@@ -138,6 +138,8 @@ def _merging(best: AttackRecord) -> str:
 def summary(result: AuditResult) -> list[str]:
     """The audit for a terminal."""
     lines = [] if result.passed else [f"INVALID: {failed_controls(result)}. The figures below mean nothing."]
+    if undecided := undecided_controls(result):
+        lines.append(f"UNDECIDED: {undecided}. Nobody is said to be stopped; {MORE_EXAMPLES}.")
     if not result.has_expert:
         lines.append(UNKNOWN)
     for name, protection in result.audited.items():
@@ -173,6 +175,18 @@ def failed_controls(result: AuditResult) -> str:
         f"allowed {control.bound}"
         for control in result.controls
         if not control.passed
+    )
+
+
+MORE_EXAMPLES = "give more examples of both tasks to learn more"
+
+
+def undecided_controls(result: AuditResult) -> str:
+    """Which controls are beyond their bounds, and may be so by luck."""
+    return "; ".join(
+        f"control {control.name} is {control.value:.2f}, allowed {control.bound}, and with so few examples may be luck"
+        for control in result.controls
+        if control.undecided
     )
 
 
