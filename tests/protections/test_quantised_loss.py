@@ -38,7 +38,7 @@ def loss_of(method: ExactProtection, name: str = "llama", tensors: Mapping[str, 
     source = MemorySource(dict(tensors or toy.tensors), toy.config)
     sequence = ExactSequence((method,))
     key = Key(bytes(range(32)), {}, {f"0.{name}": order for name, order in orders(method, toy.architecture).items()})
-    found = quantised_loss(source, toy.architecture, sequence.gauges(toy.architecture, key, source))
+    found = quantised_loss(source, toy.architecture, sequence.gauges(toy.architecture, key.draws, source))
     assert found is not None
     return found
 

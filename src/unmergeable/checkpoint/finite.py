@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -28,6 +28,15 @@ def not_finite(name: str, label: str) -> str:
     return f"{name}: {label} holds NaN or infinity there; repair or leave out that checkpoint."
 
 
+Place = tuple[str, TensorSource, str]
+"""What messages call a checkpoint, the checkpoint, and a tensor of it."""
+
+
+def places_of(sources: Mapping[str, TensorSource]) -> list[Place]:
+    """Every tensor of checkpoints, which are given by what messages call them."""
+    return [(label, source, name) for label, source in sources.items() for name in source.names]
+
+
 def require_finite(
     sources: Mapping[str, TensorSource], *, threads: int | None = None, progress: Progress = silent
 ) -> None:
@@ -41,20 +50,24 @@ def require_finite(
     Raises:
         BadInput: naming the first tensor that holds NaN or infinity.
     """
-    named = [(label, source, name) for label, source in sources.items() for name in source.names]
+    require_finite_at(places_of(sources), threads=threads, progress=progress)
+
+
+def require_finite_at(places: Sequence[Place], *, threads: int | None = None, progress: Progress = silent) -> None:
+    """As :func:`require_finite`, for some tensors."""
     pool = ThreadPoolExecutor(worker_threads(threads))
     try:
         for done, (found, (label, _, name)) in enumerate(
-            zip(pool.map(_is_sound_at, named), named, strict=True), start=1
+            zip(pool.map(_is_sound_at, places), places, strict=True), start=1
         ):
             if not found:
                 raise BadInput(not_finite(name, label))
-            progress("looking for NaN", done, len(named), "tensors")
+            progress("looking for NaN", done, len(places), "tensors")
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _is_sound_at(place: tuple[str, TensorSource, str]) -> bool:
+def _is_sound_at(place: Place) -> bool:
     _, source, name = place
     return is_sound(source, name)
 

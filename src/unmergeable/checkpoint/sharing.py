@@ -16,7 +16,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,13 @@ class SharedPlan:
         plan: a function that can be imported; it plans the same result in another process.
         arguments: of ``plan``. They travel one by one, so that a secret among them stays small
             (:mod:`unmergeable.pools.ray_pool`).
+        threads: workers for edits in each process.
     """
 
     pool: Pool
     plan: Callable[..., Planned]
     arguments: tuple[Any, ...] = ()
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def write_elsewhere(
             finished=None if shard is None else folder.done.finished.get(shard.name),
             described=described,
             software=_software(),
-            means=means,
+            means=replace(means, threads=shared.threads),
         )
         for number, (shard, inputs) in enumerate(_dealt(layout.shards, unread))
     ]
@@ -164,10 +166,7 @@ def write_share(share: _Share, plan: Callable[..., Planned], *arguments: Any) ->
     here = socket.gethostname()
     if _software() != share.software:
         raise UnmergeableError(f"{here} has {_software()}, this machine {share.software}: install the same on all.")
-    try:
-        planned = plan(*arguments)
-    except BadInput as error:
-        raise BadInput(f"{here} does not see what this machine sees: {error}") from None
+    planned = plan(*arguments)
     layout = planned.lay_out()
     if _described(planned.source, layout) != share.described:
         raise BadInput(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from unmergeable.cli.command import Outcome, working
-from unmergeable.cli.options import RootOption, WorkersOption
+from unmergeable.cli.options import RayOption, RootOption, WorkersOption
 from unmergeable.errors import UsageError
 
 
@@ -68,10 +68,7 @@ def audit(
     ] = False,
     root: RootOption = None,
     workers: WorkersOption = None,
-    ray: Annotated[
-        str | None,
-        typer.Option("--ray", metavar="ADDRESS", help="Run on a Ray cluster; local starts one on this machine."),
-    ] = None,
+    ray: RayOption = None,
 ) -> Outcome:
     """Measure what protections are worth against the best attack.
 

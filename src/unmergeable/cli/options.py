@@ -33,6 +33,9 @@ WorkersOption = Annotated[
     int | None,
     typer.Option("--workers", min=1, metavar="N", help="Processes; one per GPU, or per processor, by default."),
 ]
+RayOption = Annotated[
+    str | None, typer.Option("--ray", metavar="ADDRESS", help="Run on a Ray cluster; local starts one on this machine.")
+]
 PassphraseSwitch = Annotated[
     bool,
     typer.Option(

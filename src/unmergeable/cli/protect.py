@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from unmergeable.cli.command import Outcome, working
-from unmergeable.cli.options import AllowPickleOption, OutOption, PassphraseSwitch, SetOption, ThreadsOption
+from unmergeable.cli.options import AllowPickleOption, OutOption, PassphraseSwitch, RayOption, SetOption, ThreadsOption
 from unmergeable.cli.passphrase import read_passphrase
 from unmergeable.cli.recipe import read_recipe
 from unmergeable.defaults import DEFAULT_METHOD, RELEASE_SETTINGS
@@ -85,6 +85,10 @@ def protect(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
     allow_pickle: AllowPickleOption = False,
     threads: ThreadsOption = None,
+    ray: RayOption = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, metavar="N", help="Processes on it; one per processor by default.")
+    ] = None,
 ) -> Outcome:
     """Write a copy that works alone but does not merge, and its key.
 
@@ -125,6 +129,8 @@ def protect(
             dry_run=dry_run,
             allow_pickle=allow_pickle,
             threads=threads,
+            ray=ray,
+            workers=workers,
             progress=progress,
         )
     return Outcome(result.to_json(), result.lines())

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ from unmergeable.progress import Progress, silent
 from unmergeable.randomness import Stream
 
 Block = Attention | FeedForward | Mixture
+
+_Again = Callable[[int], Tensor]
+"""The output of a side once more, with simulated roundings."""
 
 ROUNDED_FACTORS = 4
 """Queries, keys, values, output: each stored with relative error u, amplified at most by the condition number."""
@@ -161,76 +165,129 @@ def compare(
     Raises:
         UnsupportedArchitecture: for weights that are not floating point, naming the tensor.
     """
-    stream = Stream.from_seed(seed)
-
-    both = (first, second)
-    kind = StreamActivations if through_streams else RandomActivations
-    sides = [kind.of(source, architecture, stream.child("activations")) for source in (first, second)]
-    noisy = [kind.of(source, architecture, stream.child("activations")) for source in rounded or ()]
-    factors = rounded_factors(through_streams=through_streams)
-    by_name = {block.name: block for block in architecture.blocks}
-
-    def block_error(block: Block) -> BlockError:
-        scale, expected = _evaluate(block, by_name, first, sides[0], architecture, stream.child(block.name), None)
-        _, found = _evaluate(block, by_name, second, sides[1], architecture, stream.child(block.name), scale)
-        bound = factors * condition * _unit(_tensors(block, by_name), *both)
-
-        def again(side: int) -> Tensor:
-            assert rounded is not None
-            source, activations = rounded[side], noisy[side]
-            child = stream.child(block.name)
-            return _evaluate(block, by_name, source, activations, architecture, child, scale)[1]
-
-        return measured(block.name, (expected, found), bound, again)
-
-    def tensor_error(name: str) -> BlockError:
-        expected, found = (side.contracted(name) for side in sides)
-        bound = factors * condition * _unit([name], *both)
-        return measured(name, (expected, found), bound, lambda side: noisy[side].contracted(name))
-
-    def computed_error(name: str) -> BlockError:
-        expected, found = (source.tensor(name).double() for source in both)
-        bound = factors * condition * _unit([name], *both)
-        return measured(name, (expected, found), bound, lambda side: (rounded or both)[side].tensor(name).double())
-
-    def measured(name: str, sides: tuple[Tensor, Tensor], bound: float, again: Callable[[int], Tensor]) -> BlockError:
-        """The error, with the bound measured where roundings are simulated and anything differs."""
-        error = _relative_error(sides[1], sides[0])
-        if rounded is None or error == 0 or math.isnan(error):
-            return BlockError(name, error, bound)
-        first, second = (_relative_error(again(side), sides[side]) for side in (0, 1))
-        # The fewer numbers there are, the more their errors scatter.
-        margin = MARGIN * (1 + 3 / math.sqrt(sides[0].numel()))
-        return BlockError(name, error, margin * math.hypot(amplified(condition) * first, second))
-
-    # A router with other rows may stand for experts in other places; with the same ones each expert is compared alone.
-    moved = [
-        item
-        for item in architecture.mixtures
-        if item.fused or not _same_values(*(side.tensor(item.router) for side in both))
-    ]
-    blocks = _units(architecture, moved)
-    evaluated = {name for block in blocks for name in _tensors(block, by_name)}
-    evaluated |= {shared.bias_tensor for shared in architecture.shared_heads}
-    along = [name for name in first.names if name not in evaluated and name in sides[0].along]
-    seen = evaluated | set(along) | sides[0].seen_through_readers
-    outside = [] if blocks_only else [name for name in first.names if name not in seen and name not in computed]
-    nearly = [name for name in first.names if name not in seen and name in computed]
-
-    def is_altered(name: str) -> bool:
-        return not _same_values(first.tensor(name), second.tensor(name))
-
-    total = len(blocks) + len(along) + len(nearly) + len(outside)
+    comparison = Comparison(
+        first,
+        second,
+        architecture,
+        condition=condition,
+        seed=seed,
+        blocks_only=blocks_only,
+        through_streams=through_streams,
+        rounded=rounded,
+        computed=computed,
+    )
+    total = comparison.units + len(comparison.outside)
+    errors = comparison.errors(
+        0, comparison.units, threads, lambda stage, done, _, unit: progress(stage, done, total, unit)
+    )
+    altered = []
     with ThreadPoolExecutor(threads) as pool:
-        errors, altered = [], []
-        for results in (pool.map(block_error, blocks), pool.map(tensor_error, along), pool.map(computed_error, nearly)):
-            for error in results:
-                errors.append(error)
-                progress("verifying", len(errors), total, "tensors")
-        for done, (name, differs) in enumerate(zip(outside, pool.map(is_altered, outside), strict=True), 1):
+        differ = pool.map(comparison.is_altered, comparison.outside)
+        for done, (name, differs) in enumerate(zip(comparison.outside, differ, strict=True), 1):
             altered += [name] if differs else []
             progress("verifying", len(errors) + done, total, "tensors")
     return Equivalence(tuple(errors), tuple(altered))
+
+
+class Comparison:
+    """What :func:`compare` does, ready to be done in parts: its ``units`` are blocks, and tensors along streams.
+
+    The arguments are those of :func:`compare`. ``outside``: tensors outside of all units, which must be equal.
+    """
+
+    def __init__(
+        self,
+        first: TensorSource,
+        second: TensorSource,
+        architecture: Architecture,
+        *,
+        condition: float,
+        seed: int = 0,
+        blocks_only: bool = False,
+        through_streams: bool = False,
+        rounded: tuple[TensorSource, TensorSource] | None = None,
+        computed: Collection[str] = (),
+    ) -> None:
+        stream = Stream.from_seed(seed)
+        both = (first, second)
+        kind = StreamActivations if through_streams else RandomActivations
+        sides = [kind.of(source, architecture, stream.child("activations")) for source in (first, second)]
+        noisy = [kind.of(source, architecture, stream.child("activations")) for source in rounded or ()]
+        factors = rounded_factors(through_streams=through_streams)
+        by_name = {block.name: block for block in architecture.blocks}
+
+        def block_error(block: Block) -> BlockError:
+            scale, expected = _evaluate(block, by_name, first, sides[0], architecture, stream.child(block.name), None)
+            _, found = _evaluate(block, by_name, second, sides[1], architecture, stream.child(block.name), scale)
+            bound = factors * condition * _unit(_tensors(block, by_name), *both)
+
+            def again(side: int) -> Tensor:
+                assert rounded is not None
+                source, activations = rounded[side], noisy[side]
+                child = stream.child(block.name)
+                return _evaluate(block, by_name, source, activations, architecture, child, scale)[1]
+
+            return measured(block.name, (expected, found), bound, again)
+
+        def tensor_error(name: str) -> BlockError:
+            expected, found = (side.contracted(name) for side in sides)
+            bound = factors * condition * _unit([name], *both)
+            return measured(name, (expected, found), bound, lambda side: noisy[side].contracted(name))
+
+        def computed_error(name: str) -> BlockError:
+            expected, found = (source.tensor(name).double() for source in both)
+            bound = factors * condition * _unit([name], *both)
+            return measured(name, (expected, found), bound, lambda side: (rounded or both)[side].tensor(name).double())
+
+        def measured(name: str, outputs: tuple[Tensor, Tensor], bound: float, again: _Again) -> BlockError:
+            """The error, with the bound measured where roundings are simulated and anything differs."""
+            error = _relative_error(outputs[1], outputs[0])
+            if rounded is None or error == 0 or math.isnan(error):
+                return BlockError(name, error, bound)
+            first, second = (_relative_error(again(side), outputs[side]) for side in (0, 1))
+            # The fewer numbers there are, the more their errors scatter.
+            margin = MARGIN * (1 + 3 / math.sqrt(outputs[0].numel()))
+            return BlockError(name, error, margin * math.hypot(amplified(condition) * first, second))
+
+        # A router with other rows may stand for experts in other places; with the same each expert is compared alone.
+        moved = [
+            item
+            for item in architecture.mixtures
+            if item.fused or not _same_values(*(side.tensor(item.router) for side in both))
+        ]
+        blocks = _units(architecture, moved)
+        evaluated = {name for block in blocks for name in _tensors(block, by_name)}
+        evaluated |= {shared.bias_tensor for shared in architecture.shared_heads}
+        along = [name for name in first.names if name not in evaluated and name in sides[0].along]
+        seen = evaluated | set(along) | sides[0].seen_through_readers
+        self.outside = (
+            [] if blocks_only else [name for name in first.names if name not in seen and name not in computed]
+        )
+        nearly = [name for name in first.names if name not in seen and name in computed]
+        self._both = both
+        self._units: list[Callable[[], BlockError]] = [
+            *(partial(block_error, block) for block in blocks),
+            *(partial(tensor_error, name) for name in along),
+            *(partial(computed_error, name) for name in nearly),
+        ]
+
+    @property
+    def units(self) -> int:
+        return len(self._units)
+
+    def errors(self, begin: int, end: int, threads: int, progress: Progress = silent) -> list[BlockError]:
+        """How far units ``begin`` to ``end`` lie apart, in their order."""
+        found: list[BlockError] = []
+        with ThreadPoolExecutor(threads) as pool:
+            for error in pool.map(lambda unit: unit(), self._units[begin:end]):
+                found.append(error)
+                progress("verifying", len(found), end - begin, "tensors")
+        return found
+
+    def is_altered(self, name: str) -> bool:
+        """Whether a tensor outside of all units differs."""
+        first, second = (source.tensor(name) for source in self._both)
+        return not _same_values(first, second)
 
 
 def _units(architecture: Architecture, mixtures: Sequence[Mixture]) -> tuple[Block, ...]:

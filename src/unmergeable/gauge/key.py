@@ -36,6 +36,17 @@ _IN_A_KEY = re.compile(rb'"format"\s*:\s*"unmergeable-key/\d')
 
 
 @dataclass(frozen=True)
+class Draws:
+    """What gauges are drawn from: all of a key that a process needs to write a part of what the key protects.
+
+    It gives the original back as the key does. It signs nothing: the secret that signs cannot be computed from it.
+    """
+
+    stream: Stream
+    orders: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
 class Key:
     """A secret and what it was used for. ``recipe`` is JSON-able and holds nothing secret.
 
@@ -54,10 +65,14 @@ class Key:
         return Stream.from_entropy(self.entropy)
 
     @property
+    def draws(self) -> Draws:
+        return Draws(self.stream(), self.orders)
+
+    @property
     def fingerprint(self) -> str:
         """32 hex digits that identify this key and recipe, and say nothing about the secret."""
         digest = hashlib.blake2b(_canonical(self.recipe), key=self.entropy, digest_size=16, person=b"unmergeable-id")
-        digest.update(_pack(self.orders))
+        digest.update(pack_orders(self.orders))
         return digest.hexdigest()
 
 
@@ -98,7 +113,7 @@ def _text_of(path: Path, key: Key, passphrase: str | None) -> bytes:
     if key.marks:
         document["marks"] = {name: list(values) for name, values in key.marks.items()}
     if passphrase is None:
-        document["secret"] = base64.b64encode(key.entropy + _pack(key.orders)).decode()
+        document["secret"] = base64.b64encode(key.entropy + pack_orders(key.orders)).decode()
     else:
         document["encrypted_secret"] = _encrypt(key, passphrase)
     return (json.dumps(document, indent=2) + "\n").encode()
@@ -121,7 +136,7 @@ def read_key(path: Path, passphrase: str | None = None) -> Key:
         else:
             secret = base64.b64decode(str(document.get("secret")), validate=True)
         marks = {str(name): [float(value) for value in values] for name, values in document.get("marks", {}).items()}
-        key = Key(secret[:KEY_BYTES], recipe, _unpack(secret[KEY_BYTES:]), marks)
+        key = Key(secret[:KEY_BYTES], recipe, unpack_orders(secret[KEY_BYTES:]), marks)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise KeyFileError(f"key file {path} is damaged; restore it from your backup.") from None
     if len(key.entropy) != KEY_BYTES or key.fingerprint != document.get("fingerprint"):
@@ -197,7 +212,7 @@ def _canonical(recipe: Mapping[str, Any]) -> bytes:
     return json.dumps(recipe, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _pack(orders: Mapping[str, Sequence[int]]) -> bytes:
+def pack_orders(orders: Mapping[str, Sequence[int]]) -> bytes:
     """A line of JSON with names and lengths, then the numbers, 4 bytes each; nothing for no orders."""
     if not orders:
         return b""
@@ -206,7 +221,7 @@ def _pack(orders: Mapping[str, Sequence[int]]) -> bytes:
     return json.dumps(lengths).encode() + b"\n" + numbers.tobytes()
 
 
-def _unpack(packed: bytes) -> dict[str, list[int]]:
+def unpack_orders(packed: bytes) -> dict[str, list[int]]:
     if not packed:
         return {}
     head, _, body = packed.partition(b"\n")
@@ -229,7 +244,7 @@ def _encrypt(key: Key, passphrase: str) -> dict[str, Any]:
 
     salt, nonce = os.urandom(16), os.urandom(12)
     secret = AESGCM(_derive(passphrase, salt, SCRYPT)).encrypt(
-        nonce, key.entropy + _pack(key.orders), _canonical(key.recipe)
+        nonce, key.entropy + pack_orders(key.orders), _canonical(key.recipe)
     )
     encoded = {
         name: base64.b64encode(value).decode()

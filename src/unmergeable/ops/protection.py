@@ -12,7 +12,7 @@ import logging
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 
 from unmergeable.checkpoint import scratch
 from unmergeable.checkpoint.disk import replace_file, sync_folder, writing
-from unmergeable.checkpoint.finite import require_finite
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.checkpoint.index import is_adapter
 from unmergeable.checkpoint.listing import MANIFEST_NAME
@@ -41,13 +40,17 @@ from unmergeable.gauge.key import Key, read_key, write_key
 from unmergeable.gauge.signature import sign
 from unmergeable.ops.adapter_release import release_adapter, release_trained_adapter
 from unmergeable.ops.key_places import default_key, make_key_folder
-from unmergeable.ops.opened import AnyPath, open_base, open_with_architecture
+from unmergeable.ops.opened import AnyPath
+from unmergeable.ops.protect_inputs import open_inputs, open_inputs_with
 from unmergeable.ops.protect_result import ProtectResult, StepReport
 from unmergeable.ops.recorded import EARLIER_STEPS, earlier_steps, methods_of
 from unmergeable.ops.relation import look_at_base
 from unmergeable.ops.steps import Methods, Step, settings_for_part, steps_of
+from unmergeable.pools.pool import Pool
+from unmergeable.pools.ray_pool import RayPool
 from unmergeable.progress import Progress, silent
 from unmergeable.protections import CONTROLS, PROTECTIONS, Extras, Facts, Inputs, Protection, Rewrite
+from unmergeable.protections.exact import ExactProtection
 from unmergeable.protections.trained import LEFTOVERS, TrainedProtection
 from unmergeable.settings import configure, nearest
 from unmergeable.threads import one_thread_per_kernel, worker_threads
@@ -80,6 +83,8 @@ def protect(
     dry_run: bool = False,
     allow_pickle: bool = False,
     threads: int | None = None,
+    ray: str | None = None,
+    workers: int | None = None,
     progress: Progress = silent,
 ) -> ProtectResult:
     """Write a protected copy of ``expert`` to ``out``, and a key where an exact method is among them.
@@ -112,12 +117,20 @@ def protect(
             method that trains, A and B are trained instead.
         dry_run: check everything, write nothing.
         allow_pickle: read a checkpoint that has no safetensors files; exact methods only.
-        threads: how many tensors are worked on at a time; None for one per processor.
+        threads: how many tensors are worked on at a time; None for one per processor, or one in each process of a
+            cluster.
+        ray: address of a Ray cluster to share the work among, ``local`` for one of this machine; the machines must see
+            ``expert``, ``base`` and ``out`` under the same paths. For exact methods. The result is the same.
+        workers: the most processes of the cluster, None for one for each of its processors.
 
     Raises:
         UsageError, BadInput, KeyFileError: before the first byte is written.
         NotEquivalent: the written file does not compute what it should; it is removed.
     """
+    if workers is not None and ray is None:
+        raise UsageError("workers is for a Ray cluster: give ray as well, or threads for this machine.")
+    if keep_adapter and ray is not None:
+        raise UsageError("keep_adapter works on one machine: leave out ray.")
     if keep_adapter and not method:
         others: dict[str, object] = {
             "settings": settings,
@@ -143,6 +156,8 @@ def protect(
         generic=_path(generic),
     )
     _require_use(steps, extras, allow_pickle=allow_pickle)
+    if ray is not None:
+        _require_shareable(steps)
     out = Path(out)
     request = _Request(
         expert=folder_of(expert),
@@ -168,8 +183,12 @@ def protect(
     # What an exact method wrote says all that its bytes depend on: the writer knows it again.
     may_be_there = step.requirements.exact and not dry_run
     (require_absent_or_written if may_be_there else require_absent)(out)
-    report = request.check(step, request.expert) if dry_run else request.write(step, request.expert, out)
-    return request.result(steps, [report], is_dry_run=dry_run)
+    if dry_run:
+        return request.result(steps, [request.check(step, request.expert)], is_dry_run=True)
+    with nullcontext() if ray is None else RayPool(ray, workers, uses_gpus=False) as pool:
+        request = replace(request, pool=pool, pool_threads=threads or 1)
+        report = request.write(step, request.expert, out)
+    return request.result(steps, [report], is_dry_run=False)
 
 
 def write_control(
@@ -192,7 +211,7 @@ def write_control(
     if method not in CONTROLS:
         raise UsageError(f"no control is called {method!r}{nearest(method, CONTROLS)}")
     control = configure(CONTROLS[method], settings or {})
-    inputs = _opened(folder_of(expert), folder_of(base))
+    inputs = open_inputs(folder_of(expert), folder_of(base))
     inputs = replace(inputs, seed=seed, threads=worker_threads(threads), progress=progress)
     _, manifest = _write(control, control.prepare(inputs), inputs, Path(out))
     return manifest
@@ -211,12 +230,13 @@ def _require_use(steps: Sequence[Step], extras: Extras, *, allow_pickle: bool) -
         raise UsageError(f"{steps[0].name} reads safetensors only: convert the checkpoint and leave out allow_pickle.")
 
 
-def _opened(expert: Path, base: Path, *, allow_pickle: bool | None = None) -> Inputs:
-    """Both checkpoints, headers only."""
-    source, architecture = open_with_architecture(expert, base=base, allow_pickle=allow_pickle)
-    origin = open_base(base, source, architecture, allow_pickle=allow_pickle)
-    require_finite({f"expert {source.description}": source, f"base {origin.description}": origin})
-    return Inputs(source, origin, architecture, template=base if is_adapter(expert) else expert, base_folder=base)
+def _require_shareable(steps: Sequence[Step]) -> None:
+    for step in steps:
+        if not step.protection.is_shareable:
+            methods = [name for name, method in PROTECTIONS.items() if issubclass(method, ExactProtection)]
+            raise UsageError(
+                f"{step.name} works on one machine: leave out ray, or use one of {', '.join(sorted(methods))}."
+            )
 
 
 @one_thread_per_kernel()
@@ -246,6 +266,7 @@ def write_prepared(
         is_determined=prepared.is_determined,
         sign=None if prepared.key is None else partial(sign, prepared.key),
         threads=threads,
+        shared=prepared.shared,
         progress=progress,
     )
     return facts, manifest
@@ -277,6 +298,8 @@ class _Request:
     allow_pickle: bool
     threads: int
     progress: Progress
+    pool: Pool | None = None
+    pool_threads: int = 1
 
     def require_places(self, steps: Sequence[Step], *, has_folder: bool) -> None:
         """Refuse places that cannot be written to: training and calibration come before the writing.
@@ -295,8 +318,20 @@ class _Request:
     def inputs(self, step: Step, source: Path, out: Path) -> Inputs:
         """What a step works on, ``source`` being the expert or what the step before wrote."""
         given = {extra.name: getattr(self.extras, extra.name) for extra in fields(Extras) if extra.name in step.reads}
+        allow_pickle = self.allow_pickle if step.has_key else None
+        if self.pool is None:
+            opened = open_inputs(source, self.base, allow_pickle=allow_pickle)
+        else:
+            opened = open_inputs_with(
+                self.pool,
+                source,
+                self.base,
+                allow_pickle=allow_pickle,
+                threads=self.pool_threads,
+                progress=self.progress,
+            )
         return replace(
-            _opened(source, self.base, allow_pickle=self.allow_pickle if step.has_key else None),
+            opened,
             extras=Extras(**given),
             key_file=self.key if step.has_key else None,
             passphrase=self.passphrase,

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import pairwise
 from typing import Any, Protocol
 
 from unmergeable.errors import UnmergeableError
@@ -16,6 +17,9 @@ from unmergeable.progress import Progress
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function that can be imported, and its arguments."""
+
+PARTS = 64
+"""Into how many calls work on many small things is divided: enough to even out the load of a cluster."""
 
 ATTEMPTS = 3
 """How often work is begun that kills its process."""
@@ -110,6 +114,13 @@ class WorkerPool:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def ranges(count: int) -> list[tuple[int, int]]:
+    """``range(count)`` in at most ``PARTS`` contiguous parts of nearly the same length: the begin and end of each."""
+    parts = min(count, PARTS)
+    ends = [count * part // parts for part in range(parts + 1)] if parts else []
+    return list(pairwise(ends))
 
 
 def run_all(pool: Pool, calls: Sequence[Call], stage: str, unit: str, progress: Progress) -> list[Any]:

@@ -22,11 +22,13 @@ from unmergeable import claims
 from unmergeable.architecture import Architecture
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.plan import OutputTensor
+from unmergeable.checkpoint.sharing import SharedPlan
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UsageError
 from unmergeable.gauge.key import Key
 from unmergeable.network.disk_weights import find_places, show
 from unmergeable.network.load import load_network, network_of
+from unmergeable.pools.pool import Pool
 from unmergeable.progress import Progress, silent
 from unmergeable.registry import Requirements
 from unmergeable.settings import settings_of
@@ -73,6 +75,21 @@ class Extras:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Other processes that share the work on streamed tensors.
+
+    Attributes:
+        pool: runs calls there.
+        reopen: opens the same checkpoints in another process. Two that do so are equal and have one hash.
+        threads: how many tensors each process works on at a time.
+    """
+
+    pool: Pool
+    reopen: Callable[[], Inputs]
+    threads: int = 1
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What a protection works on.
 
@@ -89,6 +106,8 @@ class Inputs:
         threads: how many threads work on streamed tensors.
         work: folder for what has to survive a kill. The protection makes it, and names the files in
             ``Rewrite.leftovers``. None in memory.
+        elsewhere: other processes to share the work with; None for this one alone. Only where the step's
+            :attr:`~Protection.is_shareable`.
     """
 
     expert: TensorSource
@@ -102,6 +121,7 @@ class Inputs:
     seed: int | None = None
     threads: int = 1
     work: Path | None = None
+    elsewhere: Elsewhere | None = None
     progress: Progress = silent
 
     def load_expert(self) -> Any:
@@ -164,6 +184,7 @@ class Rewrite:
         verify: judges the written checkpoint and completes the facts. What it raises removes the result.
         leftovers: files in the work folder, removed once the result is there.
         is_determined: whether recipe, record and the files read say all that the bytes depend on.
+        shared: other processes that write shards of it; None where this one writes all.
     """
 
     source: TensorSource
@@ -178,6 +199,7 @@ class Rewrite:
     verify: Callable[[TensorSource], Facts] | None = None
     leftovers: tuple[Path, ...] = ()
     is_determined: bool = False
+    shared: SharedPlan | None = None
 
 
 class Protection:
@@ -192,6 +214,8 @@ class Protection:
     remark: ClassVar[str] = ""
     is_control: ClassVar[bool] = False
     """A control protects nothing: audits use it, ``protect`` refuses it."""
+    is_shareable: ClassVar[bool] = False
+    """Whether several processes can share its work: every tensor of the result is made by itself, from files."""
 
     @property
     def limits(self) -> str:

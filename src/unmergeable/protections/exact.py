@@ -11,8 +11,9 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,16 +27,26 @@ from unmergeable.architecture.symmetry import GroupKind
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
 from unmergeable.checkpoint.index import content_digest
 from unmergeable.checkpoint.plan import OutputTensor
+from unmergeable.checkpoint.reader import Checkpoint
+from unmergeable.checkpoint.sharing import Planned, SharedPlan
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import KeyFileError, NotEquivalent, UsageError
 from unmergeable.gauge.act import compute_dtype, edits
-from unmergeable.gauge.equivalence import UNIT_ROUNDOFF, Equivalence, changed_blocks, compare, rounded_factors
+from unmergeable.gauge.equivalence import (
+    UNIT_ROUNDOFF,
+    BlockError,
+    Comparison,
+    Equivalence,
+    changed_blocks,
+    rounded_factors,
+)
 from unmergeable.gauge.gauge import Gauge, undo
-from unmergeable.gauge.key import Key, read_key
+from unmergeable.gauge.key import Draws, Key, pack_orders, read_key, unpack_orders
 from unmergeable.gauge.plan import transformed
 from unmergeable.network.logits import LogitGap, logit_gap
+from unmergeable.pools.pool import Call, ranges, run_all
 from unmergeable.progress import Progress
-from unmergeable.protections.base import Facts, Inputs, Protection, ProtectionRequirements, Rewrite
+from unmergeable.protections.base import Elsewhere, Facts, Inputs, Protection, ProtectionRequirements, Rewrite
 from unmergeable.protections.marks import marks_of
 from unmergeable.protections.quantised_loss import NOTICEABLE, quantised_loss
 from unmergeable.protections.untied import TIED, UNTIED, UntiedSource, untied
@@ -265,6 +276,7 @@ class ExactSequence(Protection):
 
     name: ClassVar[str] = "exact"
     summary: ClassVar[str] = "exact protections, applied at once"
+    is_shareable: ClassVar[bool] = True
 
     methods: tuple[ExactProtection, ...]
 
@@ -324,17 +336,18 @@ class ExactSequence(Protection):
         """Whether residual streams, or the gains of their norms, are among what changes."""
         return any(space.role in ("norm", "residual") for space in self.spaces(architecture).values())
 
-    def gauges(self, architecture: Architecture, key: Key, source: TensorSource) -> tuple[Gauge, ...]:
+    def gauges(self, architecture: Architecture, draws: Draws, source: TensorSource) -> tuple[Gauge, ...]:
         """The secret gauges, in the order they are applied; ``source`` as in :class:`Weights`."""
-        stream = key.stream()
         gauges: list[Gauge] = []
         for index, method in enumerate(self.methods):
             step = f"{index}."
             orders = {
-                name.removeprefix(step): torch.tensor(key.orders[name]) for name in key.orders if name.startswith(step)
+                name.removeprefix(step): torch.tensor(order)
+                for name, order in draws.orders.items()
+                if name.startswith(step)
             }
             seen = method.seen(architecture)
-            gauges += method.gauges(seen, stream.child(f"{step}{method.name}"), Weights(source, orders))
+            gauges += method.gauges(seen, draws.stream.child(f"{step}{method.name}"), Weights(source, orders))
         return tuple(gauges)
 
     def check(self, inputs: Inputs) -> ExactFacts:
@@ -353,21 +366,41 @@ class ExactSequence(Protection):
             changed = architecture.symmetry.tensors_of(self.spaces(architecture))
             marks = marks_of(inputs.expert, changed)
             key = replace(key, orders=self._orders(inputs, source, architecture), marks=marks)
-        gauges = self.gauges(architecture, key, source)
+        gauges = self.gauges(architecture, key.draws, source)
         facts = replace(facts, quantised_loss=quantised_loss(source, architecture, gauges))
-        heads = _heads_apart(source, architecture, gauges)
+        planned = self._planned(inputs, source, architecture, gauges)
         return Rewrite(
-            source=inputs.expert,
-            plan=transformed(inputs.expert, architecture.symmetry, gauges, extra=heads),
+            source=planned.source,
+            plan=planned.tensors,
             recipe=self._recipe(architecture),
             resume_token=key.fingerprint,
             facts=facts,
             record=self._record(facts, key, source, architecture, is_public=inputs.seed is not None),
-            config_changes=UNTIED if self.unties else None,
+            config_changes=planned.config_changes,
             key=key,
             is_determined=True,
             verify=lambda written: self._verified(facts, inputs, source, architecture, written),
+            shared=self._shared(inputs.elsewhere, key.draws),
         )
+
+    def plan_again(self, inputs: Inputs, draws: Draws) -> Planned:
+        """What :meth:`prepare` plans, from what its key is drawn from."""
+        source, architecture = self._seen(inputs)
+        return self._planned(inputs, source, architecture, self.gauges(architecture, draws, source))
+
+    def _planned(
+        self, inputs: Inputs, source: TensorSource, architecture: Architecture, gauges: Sequence[Gauge]
+    ) -> Planned:
+        heads = _heads_apart(source, architecture, gauges)
+        tensors = transformed(inputs.expert, architecture.symmetry, gauges, extra=heads)
+        return Planned(inputs.expert, tensors, UNTIED if self.unties else None)
+
+    def _shared(self, elsewhere: Elsewhere | None, draws: Draws) -> SharedPlan | None:
+        if elsewhere is None:
+            return None
+        # The orders may be large and go through a store of objects; the stream is 32 bytes, and travels by itself.
+        arguments = (elsewhere.reopen, self.methods, draws.stream, pack_orders(draws.orders))
+        return SharedPlan(elsewhere.pool, planned_elsewhere, arguments, elsewhere.threads)
 
     def restore(
         self, protected: TensorSource, architecture: Architecture, key: Key, *, threads: int, progress: Progress
@@ -383,7 +416,7 @@ class ExactSequence(Protection):
             restored = untied(written, detect(written.config, shapes))[0] if self.unties else written
             return self._same(protected, restored, architecture, threads, progress)
 
-        gauges = undo(self.gauges(architecture, key, protected))
+        gauges = undo(self.gauges(architecture, key.draws, protected))
         drop = [OUTPUT_HEAD] if self.unties else []
         return Rewrite(
             source=protected,
@@ -416,7 +449,10 @@ class ExactSequence(Protection):
             raise UsageError(
                 f"{names}: the key keeps an order that was found in the original; restore that, and protect it again."
             )
-        gauges = (*undo(self.gauges(architecture, old, protected)), *self.gauges(architecture, new, protected))
+        gauges = (
+            *undo(self.gauges(architecture, old.draws, protected)),
+            *self.gauges(architecture, new.draws, protected),
+        )
         return Rewrite(
             source=protected,
             plan=transformed(protected, architecture.symmetry, gauges),
@@ -530,7 +566,10 @@ class ExactSequence(Protection):
     def _verified(
         self, facts: ExactFacts, inputs: Inputs, source: TensorSource, architecture: Architecture, written: TensorSource
     ) -> ExactFacts:
-        equivalence = self._equivalence(source, written, architecture, inputs.threads, inputs.progress)
+        if inputs.elsewhere is None:
+            equivalence = self._equivalence(source, written, architecture, inputs.threads, inputs.progress)
+        else:
+            equivalence = self._equivalence_elsewhere(source, written, architecture, inputs.elsewhere, inputs.progress)
         if not equivalence.is_equal:
             raise NotEquivalent(
                 f"the result would not compute what {inputs.expert.description} computes: {equivalence.explain()}; "
@@ -546,16 +585,39 @@ class ExactSequence(Protection):
     def _equivalence(
         self, first: TensorSource, second: TensorSource, architecture: Architecture, threads: int, progress: Progress
     ) -> Equivalence:
-        return compare(
+        comparison = self._comparison(first, second, architecture)
+        return Equivalence(tuple(comparison.errors(0, comparison.units, threads, progress)), ())
+
+    def _equivalence_elsewhere(
+        self,
+        source: TensorSource,
+        written: TensorSource,
+        architecture: Architecture,
+        elsewhere: Elsewhere,
+        progress: Progress,
+    ) -> Equivalence:
+        units = self._comparison(source, written, architecture).units
+        calls: list[Call] = [
+            (_errors_elsewhere, (elsewhere.reopen, self.methods, written.folder, part, elsewhere.threads))
+            for part in ranges(units)
+        ]
+        found = run_all(elsewhere.pool, calls, "verifying", "parts", progress)
+        return Equivalence(tuple(error for errors in found for error in errors), ())
+
+    def compared_again(self, inputs: Inputs, written: TensorSource) -> Comparison:
+        """The comparison that follows :meth:`prepare` and the writing."""
+        source, architecture = self._seen(inputs)
+        return self._comparison(source, written, architecture)
+
+    def _comparison(self, first: TensorSource, second: TensorSource, architecture: Architecture) -> Comparison:
+        return Comparison(
             first,
             second,
             # Every tensor without a leg was copied byte for byte, so only blocks that changed can differ.
             changed_blocks(architecture, list(self.spaces(architecture))),
             condition=self.condition,
-            threads=threads,
             blocks_only=True,
             through_streams=self.moves_streams(architecture),
-            progress=progress,
         )
 
     def _remedy(self, architecture: Architecture) -> str:
@@ -568,6 +630,33 @@ class ExactSequence(Protection):
                     "leave as_published out."
                 )
         return "Try a smaller condition number."
+
+
+# A process that does one share after another opens the files and draws the large elements once.
+@lru_cache(maxsize=1)
+def planned_elsewhere(
+    reopen: Callable[[], Inputs], methods: tuple[ExactProtection, ...], stream: Stream, orders: bytes
+) -> Planned:
+    """The plan of exact ``methods`` in another process; ``stream`` and packed ``orders`` are a key's draws."""
+    return ExactSequence(methods).plan_again(reopen(), Draws(stream, unpack_orders(orders)))
+
+
+@lru_cache(maxsize=1)
+def _compared_elsewhere(
+    reopen: Callable[[], Inputs], methods: tuple[ExactProtection, ...], written: Path
+) -> Comparison:
+    return ExactSequence(methods).compared_again(reopen(), Checkpoint.open(written))
+
+
+@one_thread_per_kernel()
+def _errors_elsewhere(
+    reopen: Callable[[], Inputs],
+    methods: tuple[ExactProtection, ...],
+    written: Path,
+    part: tuple[int, int],
+    threads: int,
+) -> list[BlockError]:
+    return _compared_elsewhere(reopen, methods, written).errors(*part, threads)
 
 
 def key_for(recipe: Mapping[str, Any], path: Path | None, passphrase: str | None, seed: int | None) -> tuple[Key, bool]:
