@@ -5,7 +5,8 @@ everything that reads, x' = R x; what R may be is decided by the norms in betwee
 
     RMS    x / |x| . g      signed permutations, the gains g permuted with them; every rotation while g is one number,
                             which it becomes when diag(g) is moved into the weights that read the norm
-    layer  subtracts the mean: permutations, and one sign
+    layer  subtracts the mean: permutations, and one sign; with the gains folded likewise, every rotation that takes the
+           vector of ones to itself or its negative, and so the mean to the mean
 
 A gain whose norm is read only by weights is free by itself: D g there, and D^-1 on the columns that read it. That is
 the space by which a gain is moved into its readers, and out again. A gain that acts on what a block adds (Gemma 2,
@@ -84,6 +85,11 @@ class Residual:
         """Why not every rotation is a symmetry after folding, empty where it is."""
         if self.kind == "layer":
             return "a LayerNorm subtracts the mean of the coordinates"
+        return self.folding_limit
+
+    @property
+    def folding_limit(self) -> str:
+        """Why gains cannot be moved out of the way of a rotation, empty where they can."""
         if any(axis.variance == "gain" for axis in self.axes):
             return "a layer scale multiplies what a block adds"
         if self.tied is not None and all(norm.readers for norm in self.norms[:-1]):
@@ -100,10 +106,13 @@ def residual_rules(collector: Collector, residual: Residual) -> None:
     kind: GroupKind = "signed_permutation" if residual.kind == "rms" else "common_sign_permutation"
     limit = residual.rotation_limit
     _stream_space(collector, residual, residual.name, kind, limit or "any rotation once norm gains are folded away")
+    folded = tuple(norm.space for norm in residual.norms)
     if limit:
         collector.missing[f"{residual.name}.rotation"] = limit
+        if residual.kind == "layer" and folded and not residual.folding_limit:
+            name = f"{residual.name}.centred_rotation"
+            _stream_space(collector, residual, name, "centred_orthogonal", limit, folded)
         return
-    folded = tuple(norm.space for norm in residual.norms)
     _stream_space(collector, residual, f"{residual.name}.rotation", "orthogonal", "an RMS norm keeps lengths", folded)
 
 
