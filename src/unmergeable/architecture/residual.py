@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from unmergeable.architecture.collector import Collector
 from unmergeable.architecture.symmetry import GroupKind, Variance
 
@@ -38,6 +40,20 @@ class StreamAxis:
     axis: int
     variance: Variance
     copies: int = 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows ``first`` to ``last`` of a table along the stream, all by default. ``twins`` stand where they do: masks."""
+
+    tensor: str
+    first: int = 0
+    last: int | None = None
+    twins: tuple[str, ...] = ()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A view [rows, hidden] of ``tensor``, which is this one's."""
+        return tensor.view(-1, tensor.shape[-1])[self.first : self.last]
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,8 @@ class Residual:
     """One stream. ``axes`` are all that lie along it but norms; the first is an embedding, a matrix of many vectors.
 
     ``tied`` names the embedding that is the output head too, which keeps rotations out until OUTPUT_HEAD is stored
-    apart from it. ``layer_scales`` maps the gain on what a block adds to the name of the block. ``is_exposed``: the
+    apart from it. ``sums``: rows of which one of each is always added to the others', embeddings of words and positions
+    for instance, so that a vector may be added to one and taken from another. ``layer_scales`` maps the gain on what a block adds to the name of the block. ``is_exposed``: the
     network gives the stream out, so that its basis is fixed and only the norms inside are of use; ``is_normed_out``: by
     a last norm.
     """
@@ -79,6 +96,7 @@ class Residual:
     layer_scales: Mapping[str, str] = field(default_factory=dict)
     is_exposed: bool = False
     is_normed_out: bool = False
+    sums: tuple[tuple[Rows, ...], ...] = ()
 
     @property
     def rotation_limit(self) -> str:

@@ -278,7 +278,8 @@ def _read(source: TensorSource, name: str) -> Tensor | None:
 
 
 def _row_length(name: str, axis: int, kind: Literal["rms", "layer"]) -> Measure:
-    """The median length of what an embedding writes: a few rows that nobody reads say nothing then.
+    """The median distance of two rows of an embedding: a few rows that nobody reads say nothing then, nor does a vector
+    that was added to all and taken from another table.
 
     What a LayerNorm sees of it, which is all but the mean.
     """
@@ -291,8 +292,9 @@ def _row_length(name: str, axis: int, kind: Literal["rms", "layer"]) -> Measure:
         if kind == "layer":
             rows = rows - rows.mean(-1, keepdim=True)
         if rows.dim() > 1 and rows[..., 0].numel() > 1:
-            lengths = rows.reshape(-1, rows.shape[-1]).square().sum(-1).sqrt()
-            return float(lengths.median())
+            rows = rows.reshape(-1, rows.shape[-1])
+            half = len(rows) // 2
+            return float((rows[:half] - rows[half : 2 * half]).norm(dim=1).median())
         return float(rows.norm())
 
     return measure
