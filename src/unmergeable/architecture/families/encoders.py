@@ -228,10 +228,7 @@ def _vision_architecture(
         layer_scales=layer_scales,
         is_exposed=is_exposed,
         is_normed_out=True,
-        sums=[
-            (Rows(f"{inner}.cls_token"), Rows(positions, last=1)),
-            (patches, Rows(positions, first=1)),
-        ],
+        sums=[(Rows(f"{inner}.cls_token"), Rows(positions, last=1)), (patches, Rows(positions, first=1))],
     )
     missing = {"residual": EXPOSED} if is_exposed else {}
     return with_residuals(names, family, blocks, untouched, [stream], missing=missing)
