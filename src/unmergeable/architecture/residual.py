@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from unmergeable.architecture.collector import Collector
 from unmergeable.architecture.symmetry import GroupKind, Variance
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OUTPUT_HEAD = "lm_head.weight"
 """What transformers calls the output head where it is stored apart from the embedding."""
@@ -81,10 +82,10 @@ class Residual:
     """One stream. ``axes`` are all that lie along it but norms; the first is an embedding, a matrix of many vectors.
 
     ``tied`` names the embedding that is the output head too, which keeps rotations out until OUTPUT_HEAD is stored
-    apart from it. ``sums``: rows of which one of each is always added to the others', embeddings of words and positions
-    for instance, so that a vector may be added to one and taken from another. ``layer_scales`` maps the gain on what a block adds to the name of the block. ``is_exposed``: the
+    apart from it. ``layer_scales`` maps the gain on what a block adds to the name of the block. ``is_exposed``: the
     network gives the stream out, so that its basis is fixed and only the norms inside are of use; ``is_normed_out``: by
-    a last norm.
+    a last norm. ``sums``: rows of which one of each is always added to the others', embeddings of words and positions
+    for instance, so that a vector may be added to one and taken from another.
     """
 
     name: str

@@ -1,8 +1,9 @@
 """A release that says the same in other words than its base: another ``model_type``, biases that add nothing.
 
     model type      one that transformers computes alike (Llama, Mistral, Qwen 2): the base's
-    biases          where the base has none: those of values go into the output's, b_o + W_o b_v, because softmax weights
-                    add up to one; those of keys that no rotary position turns are not seen; what is zero then is left out
+    biases          where the base has none: those of values go into the output's, b_o + W_o b_v, because softmax
+                    weights add up to one; those of keys that no rotary position turns are not seen; what is zero then
+                    is left out
 
 Neither moves a weight, and either keeps a release from being compared with its base. A bias that does add something
 stays, and the release with it as it is.
@@ -36,7 +37,7 @@ NOTHING = 2.0**-6
 
 @dataclass(frozen=True)
 class Restated(DerivedSource):
-    """``original`` without the tensors in ``dropped``, and with ``changes`` of its config; ``found`` says what it was."""
+    """``original`` without the tensors in ``dropped`` and with ``changes`` of its config; ``found``: what it was."""
 
     dropped: frozenset[str]
     changes: Mapping[str, Any]
@@ -67,11 +68,10 @@ class Restated(DerivedSource):
 def restated(release: TensorSource, base: TensorSource) -> Restated | None:
     """``release`` in the words of ``base``; None where it says what the base says, or something else."""
     changes = _as_type(release.config, base.config)
-    found = (
-        {"model_type": f"{release.config.get('model_type')}, as a {base.config.get('model_type')}"} if changes else {}
-    )
-    if not changes and release.config.get("model_type") != base.config.get("model_type"):
+    ours, theirs = release.config.get("model_type"), base.config.get("model_type")
+    if ours != theirs and not changes:
         return None
+    found = {"model_type": f"{ours}, as a {theirs}"} if changes else {}
     dropped = _idle_biases(release, base)
     if dropped:
         changes |= {key: base.config.get(key) for key in SETTINGS if release.config.get(key) != base.config.get(key)}
