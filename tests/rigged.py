@@ -198,6 +198,51 @@ def router(tensors: State, architecture: Architecture, generator: torch.Generato
     return differing(changed, half, tensors)
 
 
+def summed_rows(tensors: State, architecture: Architecture, generator: torch.Generator) -> Rigged:
+    """A vector on every row of one table, off every row of another that is always added to it."""
+    changed, half = copy(tensors), copy(tensors)
+
+    def exists(name: str) -> bool:
+        return name in tensors
+
+    def both(first: str, second: str, *, rows_of_second: slice = slice(None), also: tuple[str, ...] = ()) -> None:
+        vector = 2 * torch.randn(tensors[first].shape[-1], generator=generator, dtype=torch.float64)
+        for state in (changed, half):
+            state[first] += vector
+        for name in filter(exists, also):
+            changed[name] += vector
+        table = changed[second]
+        (table[0] if table.dim() == 3 else table)[rows_of_second] -= vector
+
+    for name in tensors:
+        stem = name.partition("embeddings.")[0] + "embeddings."
+        if name.endswith("embeddings.token_type_embeddings.weight"):
+            both(name, f"{stem}position_embeddings.weight")
+        if name.endswith("embeddings.token_embedding.weight") or name.endswith("embeddings.class_embedding"):
+            first = slice(0, 1) if name.endswith("class_embedding") else slice(None)
+            both(name, f"{stem}position_embedding.weight", rows_of_second=first)
+        if name.endswith("embeddings.cls_token"):
+            both(name, f"{stem}position_embeddings", rows_of_second=slice(0, 1))
+            bias = f"{stem}patch_embeddings.projection.bias"
+            both(bias, f"{stem}position_embeddings", rows_of_second=slice(1, None), also=(f"{stem}mask_token",))
+        if name.endswith("mlp.fc2.bias") and (other := name.replace("mlp.fc2", "self_attn.dense")) in tensors:
+            both(name, other)  # Phi, side by side
+    if "lm_head.weight" in tensors and "transformer.wpe.weight" in tensors:
+        both("transformer.wte.weight", "transformer.wpe.weight")
+    return differing(changed, half, tensors)
+
+
+def position_bias(tensors: State, architecture: Architecture, generator: torch.Generator) -> Rigged:
+    """A number per head on all its biases of positions; the control gives it to half of the distances."""
+    changed, half = copy(tensors), copy(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith("relative_attention_bias.weight"):
+            numbers = 3 * torch.randn(tensor.shape[1], generator=generator, dtype=torch.float64)
+            changed[name] += numbers
+            half[name][: len(tensor) // 4] += numbers
+    return differing(changed, half, tensors)
+
+
 def extreme_scales(tensors: State, architecture: Architecture, generator: torch.Generator) -> Rigged:
     """Queries and values x 2^100 against keys and output, where no norm lies between."""
     changed, half = copy(tensors), copy(tensors)
@@ -237,7 +282,8 @@ def differing(changed: State, half: State, tensors: State) -> Rigged:
 REWRITES: dict[str, Rewrite] = {
     rewrite.__name__: rewrite
     for rewrite in (
-        value_bias, key_bias, norm_bias, norm_gain, layer_scale, unseen_reading, unseen_writing, router, extreme_scales,
+        value_bias, key_bias, norm_bias, norm_gain, layer_scale, unseen_reading, unseen_writing, router, summed_rows,
+        position_bias, extreme_scales,
     )
 }  # fmt: skip
 

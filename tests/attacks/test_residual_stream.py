@@ -22,7 +22,9 @@ def find(toy: Network, protected: MemorySource) -> Stream:
     return find_stream(Reader(protected, symmetry), Reader(toy.base, symmetry), toy.architecture, spaces)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", "orthogonal"), ("gemma2", "signed_permutation")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "orthogonal"), ("gemma2", "signed_permutation"), ("gpt_neox", "centred_orthogonal")]
+)
 def test_turns_the_stream_back(name: str, kind: str, network: Build) -> None:
     toy = network(name)
     key = toy.stream_key(toy.base, 4.0)
@@ -50,6 +52,16 @@ def test_a_permutation_with_one_sign(network: Build) -> None:
     assert signs == {1, -1}
 
 
+@pytest.mark.parametrize("name", ["gpt_neox", "vit"])
+def test_a_permutation_where_rotations_would_do_too(name: str, network: Build) -> None:
+    """Found exactly, though a rotation that follows the task vector is nearer."""
+    toy = network(name)
+    key = sampled_gauge(toy.architecture.symmetry.select("residual"), RandomStream.from_seed(1), 1.0)
+    stream = find(toy, toy.transformed(toy.expert(0.3), key))
+
+    assert torch.equal(stream.turn["residual"].matrix(), key["residual"].inverse().matrix())
+
+
 def test_notices_a_few_signs(network: Build) -> None:
     toy = network("gemma2")
     space = toy.architecture.symmetry.spaces["residual"]
@@ -61,7 +73,7 @@ def test_notices_a_few_signs(network: Build) -> None:
     assert torch.equal(stream.turn[space.name].matrix(), key[space.name].matrix())
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "gemma2", "gpt_neox", "vit"])
 def test_stays_where_nobody_moved_it(name: str, network: Build) -> None:
     toy = network(name)
 

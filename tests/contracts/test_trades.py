@@ -48,6 +48,8 @@ WHERE = {
     "unseen_reading": {"phi", "gpt2", "opt-350m-like", "bert-embedding", "dinov2", "clip", "unet-sd15"},
     "unseen_writing": {"phi", "gpt2", "opt-350m-like", "bert-embedding", "dinov2", "dinov2-swiglu", "clip"},
     "router": {"mixtral"},
+    "summed_rows": {"phi", "bert-embedding", "dinov2", "dinov2-swiglu", "clip"},
+    "position_bias": {"t5"},
     "extreme_scales": set(COVERING),
 }
 """Some of the families in which each rewrite exists."""
@@ -138,10 +140,13 @@ def test_an_attacker_with_the_base_undoes_every_rewrite(name: str, model: Callab
         for protected in (rigged_source, locked):
             estimate = NearestOrbit().estimate(protected, network.base, network.architecture)
             recovered = network.transformed(_tensors(estimate.template or protected), *estimate.gauges)
-            if rewrite != "router":  # which is in no part of a block
+            if rewrite not in ("router", "summed_rows", "position_bias"):  # which are in no part of a block
                 assert network.distance(protected) > 1.5 * network.distance(expert), rewrite
             assert network.distance(recovered) <= 1.02 * network.distance(expert), rewrite
             assert network.distance(recovered) == pytest.approx(estimate.after, rel=1e-3), rewrite
+            if rewrite in ("summed_rows", "position_bias"):
+                assert network.whole_distance(protected) > 1.5 * network.whole_distance(expert), rewrite
+                assert network.whole_distance(recovered) <= 1.02 * network.whole_distance(expert), rewrite
 
 
 @pytest.mark.parametrize("name", ["dinov2", "bert-embedding", "mixtral"])

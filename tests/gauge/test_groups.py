@@ -96,14 +96,15 @@ CONTAINED_IN: dict[GroupKind, set[str]] = {
     "block_scale": {"block_scale", "pair_scale", "rotary", "positive_diagonal", "diagonal", "general_linear"},
     "block_sign": {
         "block_sign", "pair_sign", "quarter_turn", "rotary", "diagonal", "general_linear", "common_sign_permutation",
-        *SIGNED,
+        "centred_orthogonal", *SIGNED,
     },
-    "permutation": {"permutation", "general_linear", "common_sign_permutation", *SIGNED},
+    "permutation": {"permutation", "general_linear", "common_sign_permutation", "centred_orthogonal", *SIGNED},
     "positive_diagonal": {"positive_diagonal", "diagonal", "general_linear"},
     "diagonal": {"diagonal", "general_linear"},
     "signed_permutation": {"general_linear", *SIGNED},
-    "common_sign_permutation": {"common_sign_permutation", "general_linear", *SIGNED},
+    "common_sign_permutation": {"common_sign_permutation", "centred_orthogonal", "general_linear", *SIGNED},
     "orthogonal": {"orthogonal", "general_linear"},
+    "centred_orthogonal": {"centred_orthogonal", "orthogonal", "general_linear"},
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import unmergeable
 from unmergeable.architecture.symmetry import Role
 from unmergeable.checkpoint import hub
-from unmergeable.errors import UnsupportedArchitecture, UsageError
+from unmergeable.errors import Mismatch, UnsupportedArchitecture, UsageError
 from unmergeable.gauge.act import transform_all
 from unmergeable.gauge.gauge import sampled_gauge
 from unmergeable.ops.opened import open_with_architecture
@@ -181,6 +181,69 @@ def test_puts_the_base_where_the_structure_changed(base: Path, tmp_path: Path) -
         unmergeable.inspect(protected)
     with pytest.raises(UnsupportedArchitecture, match="polynomial_llama"):
         unmergeable.recover(protected, base=base, method="nearest_orbit", out=tmp_path / "no")
+
+
+def in_other_words(kind: str, folder: Path, *, factor: float = 1.0) -> None:
+    """The release in ``folder`` said otherwise. With ``factor`` other than 1 its biases do add something."""
+    config, tensors = json.loads((folder / "config.json").read_text()), tensors_in(folder)
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    size = config["hidden_size"] // heads
+    generator = torch.Generator().manual_seed(9)
+    for layer in range(config["num_hidden_layers"]):
+        attention, feed_forward = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        if kind in ("qwen2", "attention_bias"):
+            for name, width in (("q", heads * size), ("k", groups * size), ("v", groups * size)):
+                tensors[f"{attention}.{name}_proj.bias"] = torch.zeros(width)
+        if kind == "attention_bias":
+            values = torch.randn(groups, size, generator=generator)
+            tensors[f"{attention}.v_proj.bias"] = values.flatten()
+            of_heads = values.repeat_interleave(heads // groups, 0).flatten()
+            tensors[f"{attention}.o_proj.bias"] = -factor * tensors[f"{attention}.o_proj.weight"] @ of_heads
+        if kind == "mlp_bias":
+            for name, width in (
+                ("gate", config["intermediate_size"]),
+                ("up", config["intermediate_size"]),
+                ("down", size * heads),
+            ):
+                tensors[f"{feed_forward}.{name}_proj.bias"] = torch.zeros(width) + (factor - 1)
+    if kind in ("mistral", "qwen2"):
+        config |= {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"], "sliding_window": None}
+    else:
+        config |= {kind: True}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["nearest_orbit", "auto"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "attention_bias", "mlp_bias"])
+def test_a_release_in_other_words_comes_back_in_those_of_its_base(
+    kind: str, method: str, hidden: Path, base: Path, tmp_path: Path
+) -> None:
+    import transformers
+
+    def logits(folder: Path) -> torch.Tensor:
+        network = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        return network(torch.arange(3, 20)[None]).logits.detach()
+
+    before = logits(hidden)
+    in_other_words(kind, hidden)
+    # What it is called and biases that cancel change nothing but the order of additions in float32.
+    assert (logits(hidden) - before).abs().max() <= 1e-4 * before.abs().max()
+    unmergeable.recover(hidden, base=base, method=method, out=tmp_path / "out")
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert set(tensors_in(tmp_path / "out")) == set(tensors_in(base))
+    assert distance(tmp_path / "out", tuned(base, 1), base) < 0.5
+    assert (logits(tmp_path / "out") - before).abs().max() <= 1e-4 * before.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["attention_bias", "mlp_bias"])
+def test_a_bias_that_adds_something_is_not_left_out(kind: str, hidden: Path, base: Path, tmp_path: Path) -> None:
+    in_other_words(kind, hidden, factor=0.5)
+    with pytest.raises(Mismatch, match="has no tensor"):
+        unmergeable.recover(hidden, base=base, method="nearest_orbit", out=tmp_path / "out")
 
 
 def test_auto_does_not_guess(base: Path, tmp_path: Path) -> None:

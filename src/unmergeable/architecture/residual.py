@@ -5,7 +5,8 @@ everything that reads, x' = R x; what R may be is decided by the norms in betwee
 
     RMS    x / |x| . g      signed permutations, the gains g permuted with them; every rotation while g is one number,
                             which it becomes when diag(g) is moved into the weights that read the norm
-    layer  subtracts the mean: permutations, and one sign
+    layer  subtracts the mean: permutations, and one sign; with the gains folded likewise, every rotation that takes the
+           vector of ones to itself or its negative, and so the mean to the mean
 
 A gain whose norm is read only by weights is free by itself: D g there, and D^-1 on the columns that read it. That is
 the space by which a gain is moved into its readers, and out again. A gain that acts on what a block adds (Gemma 2,
@@ -16,10 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from unmergeable.architecture.collector import Collector
 from unmergeable.architecture.symmetry import GroupKind, Variance
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OUTPUT_HEAD = "lm_head.weight"
 """What transformers calls the output head where it is stored apart from the embedding."""
@@ -37,6 +41,20 @@ class StreamAxis:
     axis: int
     variance: Variance
     copies: int = 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows ``first`` to ``last`` of a table along the stream, all by default. ``twins`` stand where they do: masks."""
+
+    tensor: str
+    first: int = 0
+    last: int | None = None
+    twins: tuple[str, ...] = ()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A view [rows, hidden] of ``tensor``, which is this one's."""
+        return tensor.view(-1, tensor.shape[-1])[self.first : self.last]
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,8 @@ class Residual:
     ``tied`` names the embedding that is the output head too, which keeps rotations out until OUTPUT_HEAD is stored
     apart from it. ``layer_scales`` maps the gain on what a block adds to the name of the block. ``is_exposed``: the
     network gives the stream out, so that its basis is fixed and only the norms inside are of use; ``is_normed_out``: by
-    a last norm.
+    a last norm. ``sums``: rows of which one of each is always added to the others', embeddings of words and positions
+    for instance, so that a vector may be added to one and taken from another.
     """
 
     name: str
@@ -78,12 +97,18 @@ class Residual:
     layer_scales: Mapping[str, str] = field(default_factory=dict)
     is_exposed: bool = False
     is_normed_out: bool = False
+    sums: tuple[tuple[Rows, ...], ...] = ()
 
     @property
     def rotation_limit(self) -> str:
         """Why not every rotation is a symmetry after folding, empty where it is."""
         if self.kind == "layer":
             return "a LayerNorm subtracts the mean of the coordinates"
+        return self.folding_limit
+
+    @property
+    def folding_limit(self) -> str:
+        """Why gains cannot be moved out of the way of a rotation, empty where they can."""
         if any(axis.variance == "gain" for axis in self.axes):
             return "a layer scale multiplies what a block adds"
         if self.tied is not None and all(norm.readers for norm in self.norms[:-1]):
@@ -100,10 +125,13 @@ def residual_rules(collector: Collector, residual: Residual) -> None:
     kind: GroupKind = "signed_permutation" if residual.kind == "rms" else "common_sign_permutation"
     limit = residual.rotation_limit
     _stream_space(collector, residual, residual.name, kind, limit or "any rotation once norm gains are folded away")
+    folded = tuple(norm.space for norm in residual.norms)
     if limit:
         collector.missing[f"{residual.name}.rotation"] = limit
+        if residual.kind == "layer" and folded and not residual.folding_limit:
+            name = f"{residual.name}.centred_rotation"
+            _stream_space(collector, residual, name, "centred_orthogonal", limit, folded)
         return
-    folded = tuple(norm.space for norm in residual.norms)
     _stream_space(collector, residual, f"{residual.name}.rotation", "orthogonal", "an RMS norm keeps lengths", folded)
 
 

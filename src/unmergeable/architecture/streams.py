@@ -19,7 +19,7 @@ from unmergeable.architecture.blocks import (
     stream_readers,
 )
 from unmergeable.architecture.declare import Config, Names, setting
-from unmergeable.architecture.residual import Norm, Residual, StreamAxis
+from unmergeable.architecture.residual import Norm, Residual, Rows, StreamAxis
 from unmergeable.architecture.symmetry import Variance
 
 HEADS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
@@ -101,8 +101,12 @@ def residual(
     layer_scales: Mapping[str, str] | None = None,
     is_exposed: bool = False,
     is_normed_out: bool = False,
+    sums: Iterable[Sequence[Rows]] = (),
 ) -> Residual:
-    """A stream with its ``blocks``: what they read and write, what the norms' readers read, and ``others``."""
+    """A stream with its ``blocks``: what they read and write, what the norms' readers read, and ``others``.
+
+    Of ``sums`` those rows count that are stored.
+    """
     blocks = tuple(blocks)
     axes = [*embeddings, *others]
     for block in blocks:
@@ -115,7 +119,9 @@ def residual(
     axes += [reader for item in norms for reader in item.readers]
     axes += scales(names, *(layer_scales or {}))
     every = tuple(dict.fromkeys(axes))
-    return Residual(name, size, kind, every, tuple(norms), tied, layer_scales or {}, is_exposed, is_normed_out)
+    stored = (tuple(rows for rows in members if rows.tensor in names) for members in sums)
+    added = tuple(members for members in stored if len(members) > 1)
+    return Residual(name, size, kind, every, tuple(norms), tied, layer_scales or {}, is_exposed, is_normed_out, added)
 
 
 def with_residuals(
@@ -174,6 +180,8 @@ def language_model_streams(
     mixtures: tuple[Mixture, ...] = (),
     is_tied_by_default: bool = False,
     offset: float = 0.0,
+    positions: str | None = None,
+    parallel: Iterable[Sequence[str]] = (),
 ) -> tuple[list[Residual], dict[str, str]]:
     """The stream of a decoder-only model, or the reason why it has none that may change.
 
@@ -183,6 +191,8 @@ def language_model_streams(
         norms: every other norm.
         others: further writers, readers or gains, positions for instance.
         heads: readers of the last norm; found by their usual names when None.
+        positions: the table that is added to the embedding.
+        parallel: blocks that read one state of the stream, so that what they add is added up before anything reads it.
     """
     if embedding not in names:
         return [], {"residual": f"tensor {embedding} is missing"}
@@ -198,6 +208,11 @@ def language_model_streams(
         # Weights that transformers ties are read from the embedding, whatever else is stored.
         every.append(norm(names, final, () if tied else stored, offset))
     embeddings = writes(names, embedding, axis=embedding_axis)
+    outputs = {block.name: output_bias(block) for block in blocks}
+    sums = [[Rows(outputs[name]) for name in together] for together in parallel]
+    # A vector added to an embedding that is the output head too would be added to every logit.
+    if positions is not None and tied is None and embedding_axis == -1:
+        sums.append([Rows(embedding), Rows(positions)])
     stream = residual(
         names,
         "residual",
@@ -211,6 +226,7 @@ def language_model_streams(
         tied=tied,
         is_exposed=is_exposed,
         is_normed_out=final is not None,
+        sums=sums,
     )
     return [stream], {"residual": EXPOSED} if is_exposed else {}
 

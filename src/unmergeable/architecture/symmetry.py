@@ -41,7 +41,11 @@ GroupKind = Literal[
     "signed_permutation",  # a permutation, and a sign of its own for every coordinate
     "common_sign_permutation",  # a permutation, and one sign for all coordinates
     "orthogonal",
+    "centred_orthogonal",  # those that take the vector of ones to itself, or to its negative
 ]
+
+ROTATIONS: frozenset[GroupKind] = frozenset({"orthogonal", "centred_orthogonal"})
+"""Groups that act on a stream only while the gains of its norms are folded away."""
 
 Role = Literal["query_key", "value_output", "heads", "feed_forward", "experts", "norm", "residual"]
 
@@ -166,4 +170,4 @@ class SymmetryMap:
 
     def _alters(self, leg: Leg) -> bool:
         # A rotation needs gains that are one number, and leaves them so.
-        return leg.variance != "gain" or self.spaces[leg.space].group.kind != "orthogonal"
+        return leg.variance != "gain" or self.spaces[leg.space].group.kind not in ROTATIONS

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.architecture import Architecture, Leg, Space
+from unmergeable.architecture.residual import Rows
 from unmergeable.architecture.symmetry import GroupKind
 from unmergeable.attacks.base import AttackRequirements, Inputs, Recovered
 from unmergeable.attacks.closed_forms import over_pairs
@@ -50,6 +51,9 @@ moderate condition leave the share, which is an average over thousands of rows, 
 
 FLOOR = 1e-4
 """Share of the weights' squares below which an unseen part is too small to matter."""
+
+SUMMED = "summed rows"
+POSITION_BIAS = "position bias"
 
 TRADED = 0.25
 """A scale was traded when its product with the norms of the weights beside it moved by less than this share (of the
@@ -97,7 +101,7 @@ def traces(protected: TensorSource, base: TensorSource, freedoms: Freedoms) -> t
     """
 
     def comparable(name: str | None) -> bool:
-        return name is not None and name in base.index.entries and protected.spec(name).shape == base.spec(name).shape
+        return name is not None and is_comparable(name, protected, base)
 
     def stored(name: str) -> tuple[Tensor, Tensor]:
         return protected.tensor(name), base.tensor(name)
@@ -113,7 +117,14 @@ def traces(protected: TensorSource, base: TensorSource, freedoms: Freedoms) -> t
     if _is_away(both(output) for output in outputs):
         found.append("value bias")
 
-    unseen = {"key bias": _Share(), "unseen reading": _Share(), "unseen writing": _Share(), "router": _Share()}
+    if any(_are_away(rows, protected, base) for rows in freedoms.sums):
+        found.append(SUMMED)
+
+    kinds = ("key bias", "unseen reading", "unseen writing", "router", POSITION_BIAS)
+    unseen = {kind: _Share() for kind in kinds}
+    for table in filter(comparable, freedoms.position_biases):
+        for side, weight in enumerate(both(table)):
+            unseen[POSITION_BIAS].add_to(side, weight.mean(0), weight.T)
     weight_of = {bias: reader.weight for bias, (_, reader) in freedoms.reader_of_bias.items()}
     for bias, places in freedoms.keys:
         if comparable(bias) and comparable(weight_of.get(bias)):
@@ -155,6 +166,11 @@ def traces(protected: TensorSource, base: TensorSource, freedoms: Freedoms) -> t
     if "layer scale" not in found and _is_away(both(scale) for scale in sorted(layer_scales) if comparable(scale)):
         found.append("layer scale")
     return tuple(found)
+
+
+def is_comparable(name: str, protected: TensorSource, base: TensorSource) -> bool:
+    """Whether both have this tensor, in one shape."""
+    return name in base.index.entries and protected.spec(name).shape == base.spec(name).shape
 
 
 def balanced(protected: TensorSource, base: TensorSource, architecture: Architecture) -> tuple[TensorSource, Gauge]:
@@ -227,6 +243,21 @@ def _is_away(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
     for ours, theirs in pairs:
         away, whole = away + float((ours - theirs).square().sum()), whole + float(theirs.square().sum())
     return away > MOVED**2 * whole
+
+
+def _are_away(rows: Sequence[Rows], protected: TensorSource, base: TensorSource) -> bool:
+    """Whether rows moved together by much of their length, or of that of the longest they are added to."""
+    moved, lengths = [0.0], [0.0]
+    for one in rows:
+        if one.tensor not in base.index.entries:
+            continue
+        ours, theirs = (one.of(side.tensor(one.tensor).double()) for side in (protected, base))
+        if ours.shape[-1] != theirs.shape[-1]:
+            continue
+        common = min(len(ours), len(theirs))
+        moved.append(float((ours[:common] - theirs[:common]).mean(0).square().sum()))
+        lengths.append(float(theirs.square().sum()) / len(theirs))
+    return max(moved) > MOVED**2 * max(lengths)
 
 
 def _log_ratio(ours: Tensor, theirs: Tensor) -> Tensor:

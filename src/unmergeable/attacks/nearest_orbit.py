@@ -30,7 +30,7 @@ from typing import ClassVar
 from unmergeable.architecture import Architecture, Space
 from unmergeable.architecture.symmetry import GroupKind, Role
 from unmergeable.attacks.base import AttackRequirements, Estimate
-from unmergeable.attacks.canonicalise import balanced, traces
+from unmergeable.attacks.canonicalise import POSITION_BIAS, SUMMED, balanced, is_comparable, traces
 from unmergeable.attacks.closed_forms import (
     nearest_block_scale,
     nearest_block_sign,
@@ -125,6 +125,11 @@ class NearestOrbit(GaugeAttack):
         )
         undone = Estimate((), tuple(fits), template, traded)
         is_nearer = 1 - undone.confidence < (1 - CLEARLY) * (1 - estimate.confidence)
+        beside = [name for name in (*freedoms.summed, *freedoms.position_biases) if is_comparable(name, source, base)]
+        if not is_nearer and {SUMMED, POSITION_BIAS} & set(traded) and undone.after <= (1 + CLEARLY) * estimate.after:
+            # These lie in no part of a block.
+            as_stored = GaugedSource(source, ours.under(*estimate.gauges))
+            is_nearer = _distance(template, base, beside) < (1 - CLEARLY) * _distance(as_stored, base, beside)
         return undone if is_nearer else estimate
 
     def _without_trades(
@@ -143,6 +148,11 @@ class NearestOrbit(GaugeAttack):
         neutral = Neutral(source, freedoms)
         gauges = super().estimate(neutral, Neutral(base, freedoms), architecture, progress).gauges
         return Home(source, freedoms, base, Reader(neutral, architecture.symmetry).under(*gauges).read)
+
+
+def _distance(source: TensorSource, base: TensorSource, names: Sequence[str]) -> float:
+    """Of these tensors, the sum of squares."""
+    return sum(float((source.tensor(name).double() - base.tensor(name).double()).square().sum()) for name in names)
 
 
 def _nearest_dense(space: Space, legs: Sequence[LegPair]) -> Dense:

@@ -9,7 +9,9 @@
     scales        one number by which a whole stream was multiplied before its norms: the base's
                   (:mod:`unmergeable.gauge.normed_scales`)
 
-A release without either is what it was, the same object.
+One that says the same in other words than its base (:mod:`unmergeable.attacks.restated`) is opened in the base's.
+
+A release without any of it is what it was, the same object.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from unmergeable.architecture import Architecture, detect
 from unmergeable.attacks.base import Finding, Inputs, Recovered
+from unmergeable.attacks.restated import Restated
 from unmergeable.checkpoint.finite import is_sound
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, UnsupportedArchitecture
@@ -81,15 +84,18 @@ class Prepared:
 def prepared(inputs: Inputs) -> Prepared:
     """Inputs without what the network does not see."""
     release, found = inputs.protected, dict[str, Finding]()
+    changes: dict[str, Any] = {}
+    if isinstance(release, Restated):
+        found |= release.found
+        changes |= release.changes
     holed = frozenset(name for name in release.names if not is_sound(release, name))
     if holed:
         release = FiniteSource(release, inputs.base, holed)
         found["not_finite"] = ", ".join(sorted(holed))
     architecture = _architecture_of(release)
-    changes: dict[str, Any] = {}
     told = None if architecture is None else with_config(release, architecture, inputs.base.config)
     if told is not None:
-        release, changes = told, dict(told.changes)
+        release, changes = told, changes | dict(told.changes)
         found["config_scales"] = ", ".join(f"{name}: {factor:.3g}" for name, factor in told.found.items())
     scaled = None if architecture is None else as_in_base(release, inputs.base, architecture)
     if scaled is not None:

@@ -4,6 +4,7 @@ Whatever a block's heads and units are compared by is written in the stream's ba
 the tensor that no other basis touches: the embedding E [tokens, hidden], with C = E0^T E,
 
     orthogonal            R = U V^T from C = U S V^T (Procrustes)
+    centred orthogonal    the same across the vector of ones, which R takes to itself or to its negative
     signed permutation    the assignment that maximises sum_i |C_i,pi(i)|, and the signs of what it chose
     permutation, one sign the better of the assignments of C and of -C
 
@@ -28,13 +29,14 @@ from torch import Tensor
 
 from unmergeable.architecture import Architecture, Leg, Space
 from unmergeable.architecture.residual import Norm, Residual
-from unmergeable.architecture.symmetry import GroupKind
+from unmergeable.architecture.symmetry import ROTATIONS, GroupKind
 from unmergeable.attacks.closed_forms import nearest_diagonal, nearest_orthogonal
 from unmergeable.attacks.moments import block_products, leg_pairs, legs_by_space
 from unmergeable.attacks.reading import Reader
 from unmergeable.gauge.assignment import best_assignment
 from unmergeable.gauge.elements import Element, Monomial, Orthogonal
 from unmergeable.gauge.gauge import Gauge, fixed_gauge
+from unmergeable.gauge.groups import across_ones
 from unmergeable.sums import squares
 
 NEAR = 0.05
@@ -75,13 +77,17 @@ def find_stream(protected: Reader, base: Reader, architecture: Architecture, spa
     turns: dict[str, Element] = {}
     folded: list[Norm] = []
     for residual in architecture.residuals:
-        space = spaces.get(f"{residual.name}.rotation") or spaces.get(residual.name)
-        if space is None:
-            continue
-        turn = _turn_of_embedding(space, residual, protected, base)
-        if turn is not None:
-            turns[space.name] = turn
-            folded += [norm for norm in residual.norms if norm.space in space.folded]
+        names = [f"{residual.name}.rotation"] if f"{residual.name}.rotation" in spaces else [residual.name]
+        names.append(f"{residual.name}.centred_rotation")
+        best: _Turn | None = None
+        for space in (spaces[name] for name in names if name in spaces):
+            turn = _turn_of_embedding(space, residual, protected, base)
+            # A rotation follows noise, so that where an order does nearly as well it is the order.
+            if turn is not None and (best is None or MOVED**2 * turn.after < best.after):
+                best = turn
+        if best is not None:
+            turns[best.space.name] = best.element
+            folded += [norm for norm in residual.norms if norm.space in best.space.folded]
     fold = fixed_gauge(spaces, {norm.space: _inverse_gain(norm, protected) for norm in folded})
     turned = fixed_gauge(spaces, turns)
     return Stream(fold, turned, _gains(fold, protected.under(fold, turned), base, architecture, spaces))
@@ -95,11 +101,13 @@ def refined(
     folded = (norm for residual in architecture.residuals for norm in residual.norms if norm.space in stream.fold)
     fold_of_base = fixed_gauge(stream.fold.spaces, {norm.space: _inverse_gain(norm, base) for norm in folded})
     turn = stream.turn
-    rotations = {name: space for name, space in turn.spaces.items() if space.group.kind == "orthogonal"}
+    rotations = {name: space for name, space in turn.spaces.items() if space.group.kind in ROTATIONS}
     if rotations:
         ours, theirs = protected.under(stream.fold, turn, *rest), base.under(fold_of_base)
         better = {
-            name: Orthogonal(_rotation(_products(space, legs[name], ours, theirs)).values @ turn[name].matrix())
+            name: Orthogonal(
+                _NEAREST[space.group.kind](_products(space, legs[name], ours, theirs)).matrix() @ turn[name].matrix()
+            )
             for name, space in rotations.items()
         }
         turn = fixed_gauge(turn.spaces, {**{name: turn[name] for name in turn}, **better})
@@ -108,7 +116,16 @@ def refined(
     return replace(stream, turn=turn, gains=fixed_gauge(stream.gains.spaces, gains))
 
 
-def _turn_of_embedding(space: Space, residual: Residual, protected: Reader, base: Reader) -> Element | None:
+@dataclass(frozen=True)
+class _Turn:
+    """An element of ``space``, and the squared distance from the base that it leaves."""
+
+    space: Space
+    element: Element
+    after: float
+
+
+def _turn_of_embedding(space: Space, residual: Residual, protected: Reader, base: Reader) -> _Turn | None:
     """The nearest element, where it brings the embedding nearer: a rotation by :data:`MOVED`."""
     name = residual.axes[0].tensor
     both = _in_common(name, residual.axes[0].axis, protected, base)
@@ -125,15 +142,21 @@ def _turn_of_embedding(space: Space, residual: Residual, protected: Reader, base
     after = our_squares + their_squares - 2 * float((element.matrix()[0] * cross).sum())
     is_choice = isinstance(element, Monomial)
     is_identity = is_choice and torch.equal(element.matrix()[0], torch.eye(space.size, dtype=torch.float64))
-    return element if before > (1 if is_choice else MOVED**2) * after and not is_identity else None
+    is_moved = before > (1 if is_choice else MOVED**2) * after and not is_identity
+    return _Turn(space, element, after) if is_moved else None
 
 
 def _products(space: Space, legs: Sequence[tuple[str, Leg]], protected: Reader, base: Reader) -> Tensor:
     """``y x^T`` over the legs, base against protected, one tensor at a time: float64 [size, size]."""
     total = torch.zeros(space.size, space.size, dtype=torch.float64)
     for name, leg in legs:
-        # A gain says nothing about a rotation, and little about an order.
-        both = None if leg.variance == "gain" else _in_common(name, leg.axis, protected, base)
+        # A gain says nothing about a rotation, and little about an order; a bias divided by its norm's gain is as good
+        # as infinite where that gain is near zero.
+        is_divided = any(
+            other.space in space.folded and other.variance == "vector" for other in protected.symmetry.legs[name]
+        )
+        says_nothing = leg.variance == "gain" or is_divided
+        both = None if says_nothing else _in_common(name, leg.axis, protected, base)
         if both is not None:
             ours, theirs = ({name: side} for side in both)
             pairs = leg_pairs(space, [(name, leg)], ours, theirs, protected.symmetry.gain_offset)
@@ -143,6 +166,13 @@ def _products(space: Space, legs: Sequence[tuple[str, Leg]], protected: Reader, 
 
 def _rotation(cross: Tensor) -> Orthogonal:
     return Orthogonal(nearest_orthogonal(cross)[None])
+
+
+def _centred_rotation(cross: Tensor) -> Orthogonal:
+    """The nearest among those that take the vector of ones to itself or to its negative."""
+    across = across_ones(len(cross))
+    sign = -1.0 if float(cross.sum()) < 0 else 1.0
+    return Orthogonal((sign / len(cross) + across @ nearest_orthogonal(across.mT @ cross @ across) @ across.mT)[None])
 
 
 def _signed_permutation(cross: Tensor) -> Monomial:
@@ -159,6 +189,7 @@ def _common_sign_permutation(cross: Tensor) -> Monomial:
 
 _NEAREST: dict[GroupKind, Callable[[Tensor], Element]] = {
     "orthogonal": _rotation,
+    "centred_orthogonal": _centred_rotation,
     "signed_permutation": _signed_permutation,
     "common_sign_permutation": _common_sign_permutation,
 }

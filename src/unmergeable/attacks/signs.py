@@ -8,6 +8,7 @@ Every sign is a number that fine-tuning does not produce (:mod:`unmergeable.atta
     normed scales       a stream, or what a norm reads, times one number                (``attacks/prepared.py``)
     config scales       numbers that ``config.json`` multiplies by, others than the base's  (the same)
     spoilt numbers      NaN, or rows beyond all measure, where nothing reads them       (likewise)
+    other words         another model type, or biases that add nothing               (``attacks/restated.py``)
     idle structure      layers, heads or hidden units more than the base's that add nothing (``lossless_pruning``)
     polynomial FFN      the base's feed-forward tensors are gone, others have come
     reset entries       entries equal to the base's among those where the smallest change would show
@@ -46,6 +47,7 @@ SignName = Literal[
     "normed scales",
     "config scales",
     "spoilt numbers",
+    "other words",
     "idle structure",
     "polynomial FFN",
     "reset entries",
@@ -176,6 +178,12 @@ def gauge_signs(estimate: Estimate) -> list[Sign]:
 def hidden_signs(first: Prepared) -> list[Sign]:
     """Signs of what had to be done with a checkpoint before it could be compared at all."""
     signs: list[Sign] = []
+    if "model_type" in first.found:
+        evidence = f"it is called another type than its base, which computes the same: {first.found['model_type']}."
+        signs.append(Sign("other words", evidence, "nearest_orbit"))
+    if "idle_biases" in first.found:
+        evidence = f"biases that the base has not, and that add nothing: {first.found['idle_biases']}."
+        signs.append(Sign("other words", evidence, "nearest_orbit"))
     if "scales" in first.found:
         evidence = f"norms divide these out, and they are far from the base's: {first.found['scales']}."
         signs.append(Sign("normed scales", evidence, "nearest_orbit"))

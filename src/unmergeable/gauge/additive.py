@@ -12,6 +12,9 @@ the function alone:
     unseen reading  W_r + u (1/g)^T  with  b_r - u sum(b/g)                  a LayerNorm's output / g adds up to zero
     unseen writing  W + (1/l) u^T    and the same on biases                  a LayerNorm subtracts the mean
     router          every row + c    of a softmax router
+    summed rows     r + c            with  r' - c  in another table that is always added: words and positions, biases of
+                                     blocks side by side
+    position bias   every row + c    of a table of biases on scores: one number on all scores of a head
 
 They combine. So they are described as one thing: :class:`Neutral` is the member of a checkpoint's class in which all
 of them have been undone (biases moved on until nothing can be moved, gains and scales 1, unseen directions 0), the same
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from unmergeable.architecture import Architecture, Attention
 from unmergeable.architecture.blocks import FeedForward, Heads, output_bias
-from unmergeable.architecture.residual import Norm, Residual, StreamAxis
+from unmergeable.architecture.residual import Norm, Residual, Rows, StreamAxis
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 
 
@@ -89,13 +92,19 @@ class ValueFreedom:
 
 @dataclass(frozen=True)
 class Freedoms:
-    """Every additive freedom of a checkpoint. ``keys``: entries of biases that the softmax does not see."""
+    """Every additive freedom of a checkpoint. ``keys``: entries of biases that the softmax does not see.
+
+    ``sums``: rows that are always added up, one of each. ``position_biases``: tables [distances, heads] whose columns
+    may have anything added.
+    """
 
     norms: tuple[NormFreedom, ...]
     writers: tuple[Writer, ...]
     values: tuple[ValueFreedom, ...]
     keys: tuple[tuple[str, Tensor], ...]
     routers: tuple[str, ...]
+    sums: tuple[tuple[Rows, ...], ...] = ()
+    position_biases: tuple[str, ...] = ()
 
     @cached_property
     def reading(self) -> dict[str, tuple[NormFreedom, NormReader]]:
@@ -120,7 +129,13 @@ class Freedoms:
         names |= {writer.layer_scale for writer in self.writers}
         names |= {name for value in self.values for name in (value.bias, value.output_bias)}
         names |= {name for name, _ in self.keys}
+        names |= {*self.summed, *self.position_biases}
         return frozenset(name for name in names if name is not None)
+
+    @cached_property
+    def summed(self) -> frozenset[str]:
+        """Every tensor with rows that are added to others."""
+        return frozenset(name for rows in self.sums for one in rows for name in (one.tensor, *one.twins))
 
     def count(self, source: TensorSource) -> int:
         """How many numbers are free."""
@@ -179,7 +194,11 @@ def freedoms_of(architecture: Architecture, names: Container[str]) -> Freedoms:
         keys += list(_unseen_keys(attention))
     # A router with a bias for choosing scores by sigmoids, which see a common vector.
     routers = tuple(mixture.router for mixture in architecture.mixtures if mixture.router_bias is None)
-    return Freedoms(tuple(norms), tuple(writers.values()), tuple(values), tuple(keys), routers)
+    sums = tuple(rows for stream in streams for rows in stream.sums)
+    biases_of_positions = tuple(heads.bias_tensor for heads in architecture.shared_heads if heads.bias_tensor in names)
+    return Freedoms(
+        tuple(norms), tuple(writers.values()), tuple(values), tuple(keys), routers, sums, biases_of_positions
+    )
 
 
 def head_places(heads: Heads, groups: int, members: int, size: int) -> Tensor:
@@ -262,9 +281,32 @@ class Neutral(DerivedSource):
     _small: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def tensor(self, name: str) -> Tensor:
+        tensor = self._untraded(name)
+        if name in self.freedoms.summed:
+            tensor = tensor.contiguous()
+        for rows in self.freedoms.sums:
+            for number, one in enumerate(rows):
+                if name in (one.tensor, *one.twins):
+                    others = [self._constant_of_rows(other) for other in rows[:-1]]
+                    is_last = number == len(rows) - 1
+                    places = one.of(tensor) if name == one.tensor else tensor.view(-1, tensor.shape[-1])
+                    places += sum(others) if is_last else -others[number]
+        return tensor
+
+    def _constant_of_rows(self, rows: Rows) -> Tensor:
+        """The mean of what they are once everything else is undone."""
+        key = f"{rows.tensor} {rows.first} {rows.last}"
+        if key not in self._small:
+            self._small[key] = rows.of(self._untraded(rows.tensor)).mean(0)
+        return self._small[key]
+
+    def _untraded(self, name: str) -> Tensor:
+        """With all undone but sums."""
         if name not in self.freedoms.tensors:
             return self.original.tensor(name)
         tensor = self._raw(name)
+        if name in self.freedoms.position_biases:
+            return tensor - tensor.mean(0)
         for norm in self.freedoms.norms:
             if name == norm.gain and norm.trades_gain:
                 return torch.where(tensor + norm.offset == 0, tensor, 1.0 - norm.offset)

@@ -38,6 +38,7 @@ LIMIT = "weights that are quantised together stay together"
 _KEPT: Mapping[GroupKind, GroupKind] = {
     "general_linear": "signed_permutation",
     "orthogonal": "signed_permutation",
+    "centred_orthogonal": "common_sign_permutation",
     "signed_permutation": "signed_permutation",
     "rotary": "quarter_turn",
     "quarter_turn": "quarter_turn",

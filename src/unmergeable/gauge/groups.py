@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unmergeable.architecture.symmetry import GroupKind, Pairing, Space
+from unmergeable.architecture.symmetry import ROTATIONS, GroupKind, Pairing, Space
 from unmergeable.gauge.elements import Dense, Element, Kronecker, Monomial, Orthogonal, Rotary, pair_indices
 from unmergeable.randomness import Stream
 
@@ -33,7 +33,7 @@ def identity(space: Space) -> Element:
     """The neutral element."""
     if space.group.kind == "general_linear":
         return Dense(torch.eye(space.size, dtype=torch.float64).expand(space.blocks, -1, -1).clone())
-    if space.group.kind == "orthogonal":
+    if space.group.kind in ROTATIONS:
         return Orthogonal(torch.eye(space.size, dtype=torch.float64).expand(space.blocks, -1, -1).clone())
     if space.group.kind == "rotary":
         pairing = _pairing(space)
@@ -199,6 +199,21 @@ def _sample_orthogonal(space: Space, stream: Stream, condition: float) -> Elemen
     return Orthogonal(haar(space.blocks, space.size, stream))
 
 
+def _sample_centred_orthogonal(space: Space, stream: Stream, condition: float) -> Element:
+    inner = haar(space.blocks, space.size - 1, stream.child("rotation"))
+    sign = torch.from_numpy(stream.child("sign").signs(space.blocks, 1, 1))
+    return Orthogonal(sign / space.size + across_ones(space.size) @ inner @ across_ones(space.size).mT)
+
+
+def across_ones(size: int) -> Tensor:
+    """An orthonormal basis of the vectors whose coordinates add up to zero: float64 [size, size - 1]."""
+    # The Householder reflection that takes the first coordinate to the direction of ones; its other columns.
+    direction = torch.full((size,), 1 / math.sqrt(size), dtype=torch.float64)
+    direction[0] += 1
+    reflection = torch.eye(size, dtype=torch.float64) - torch.outer(direction, direction) / direction[0]
+    return reflection[:, 1:].contiguous()
+
+
 _SAMPLERS: dict[GroupKind, Callable[[Space, Stream, float], Element]] = {
     "general_linear": _sample_general_linear,
     "rotary": _sample_rotary,
@@ -213,6 +228,7 @@ _SAMPLERS: dict[GroupKind, Callable[[Space, Stream, float], Element]] = {
     "signed_permutation": _sample_signed_permutation,
     "common_sign_permutation": _sample_common_sign_permutation,
     "orthogonal": _sample_orthogonal,
+    "centred_orthogonal": _sample_centred_orthogonal,
 }
 
 
@@ -272,6 +288,13 @@ def _is_orthogonal(space: Space, matrix: Tensor, tolerance: float) -> bool:
     return _near(matrix @ matrix.mT, torch.eye(space.size, dtype=matrix.dtype), tolerance)
 
 
+def _is_centred_orthogonal(space: Space, matrix: Tensor, tolerance: float) -> bool:
+    ones = matrix.sum(2)
+    sign = torch.where(ones[:, :1] < 0, -1.0, 1.0).double()
+    # A sum over a row rounds more than an entry does.
+    return _is_orthogonal(space, matrix, tolerance) and _near(ones, sign.expand_as(ones), space.size * tolerance)
+
+
 def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool(((a - b).abs() <= tolerance).all())
 
@@ -290,4 +313,5 @@ _CONTAINS: dict[GroupKind, Callable[[Space, Tensor, float], bool]] = {
     "signed_permutation": lambda s, m, t: _is_permutation(s, m.abs(), t),
     "common_sign_permutation": _is_common_sign_permutation,
     "orthogonal": _is_orthogonal,
+    "centred_orthogonal": _is_centred_orthogonal,
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from unmergeable.architecture.residual import Rows
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.gauge.additive import Freedoms, NormFreedom, Writer, along, copies_of, of_values, through
@@ -33,9 +34,50 @@ class Home(DerivedSource):
     _scales: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def tensor(self, name: str) -> Tensor:
+        tensor = self._unsummed(name)
+        if name in self.freedoms.summed:
+            tensor = tensor.contiguous()
+        for rows in self.freedoms.sums:
+            for number, one in enumerate(rows):
+                if name in (one.tensor, *one.twins):
+                    places = one.of(tensor) if name == one.tensor else tensor.view(-1, tensor.shape[-1])
+                    places += self._shifts(rows)[number]
+        return tensor
+
+    def _shifts(self, rows: tuple[Rows, ...]) -> Tensor:
+        """What to add to each of ``rows``, zero in all, to bring them nearest to the base's: [len(rows), hidden].
+
+        With m_i the mean distance of n_i rows, sum n_i |m_i + s_i|^2 is least where n_i (m_i + s_i) is alike for all.
+        """
+        key = " ".join(f"{one.tensor} {one.first} {one.last}" for one in rows)
+        if key not in self._scales:
+            away = torch.stack([self._away(one) for one in rows])
+            counts = torch.tensor([len(one.of(self._empty(one.tensor))) for one in rows], dtype=torch.float64)
+            self._scales[key] = (away.sum(0) / (1 / counts).sum()) / counts[:, None] - away
+        return self._scales[key]
+
+    def _away(self, rows: Rows) -> Tensor:
+        """The mean distance from the base's rows, over those that both have; from zero if the base has none."""
+        ours = rows.of(self._unsummed(rows.tensor))
+        theirs = torch.zeros_like(ours)
+        entry = self.base.index.entries.get(rows.tensor)
+        if entry is not None and self.base.spec(rows.tensor).shape[-1] == ours.shape[-1]:
+            theirs = rows.of(self.base.tensor(rows.tensor).double())
+        common = min(len(ours), len(theirs))
+        away = (ours[:common] - theirs[:common]).mean(0)
+        writer = self.freedoms.by_tensor.get(rows.tensor)
+        return away - away.mean() if writer is not None and writer.is_blind else away
+
+    def _empty(self, name: str) -> Tensor:
+        return torch.empty(self.spec(name).shape, device="meta")
+
+    def _unsummed(self, name: str) -> Tensor:
+        """At home in all but sums."""
         if name not in self.freedoms.tensors:
             return self.moved(name)
         tensor = self.moved(name).double()
+        if name in self.freedoms.position_biases:
+            return tensor + (self._of_base(name) - tensor).mean(0)
         for norm in self.freedoms.norms:
             if name == norm.gain and norm.trades_gain:
                 return (tensor + norm.offset) * self._gain(norm) - norm.offset

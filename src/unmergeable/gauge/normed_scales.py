@@ -279,7 +279,8 @@ def _read(source: TensorSource, name: str) -> Tensor | None:
 
 
 def _row_length(name: str, axis: int, kind: Literal["rms", "layer"]) -> Measure:
-    """The median length of what an embedding writes: a few rows that nobody reads say nothing then.
+    """The median distance of two rows of an embedding: a few rows that nobody reads say nothing then, nor does a vector
+    that was added to all and taken from another table.
 
     What a LayerNorm sees of it, which is all but the mean.
     """
@@ -291,11 +292,12 @@ def _row_length(name: str, axis: int, kind: Literal["rms", "layer"]) -> Measure:
         if not tensor.numel():
             return None
         rows = tensor.movedim(axis, -1)
-        lengths = [
-            (piece - piece.mean(-1, keepdim=True) if kind == "layer" else piece).square().sum(-1).sqrt()
-            for (piece,) in pieces(rows.reshape(-1, rows.shape[-1]), flat=False)
-        ]
-        return float(torch.cat(lengths).median())
+        rows = rows.reshape(-1, rows.shape[-1])
+        half = len(rows) // 2
+        pairs = pieces(rows[:half], rows[half : 2 * half], flat=False) if half else pieces(rows, 0 * rows, flat=False)
+        between = (first - second for first, second in pairs)
+        centred = (each - each.mean(-1, keepdim=True) if kind == "layer" else each for each in between)
+        return float(torch.cat([each.norm(dim=1) for each in centred]).median())
 
     return measure
 

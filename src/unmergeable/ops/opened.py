@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from unmergeable.architecture import Architecture, detect
+from unmergeable.attacks.restated import restated
 from unmergeable.checkpoint.correspondence import corresponding_names
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.parts import common_part, kind_of
@@ -27,6 +28,13 @@ def open_with_architecture(
 def architecture_of(source: TensorSource) -> Architecture:
     """The architecture of an open checkpoint; raises UnsupportedArchitecture naming what does not fit."""
     return detect(source.config, shapes_of(source))
+
+
+def in_words_of(base: Path, release: TensorSource, *, allow_pickle: bool | None = None) -> TensorSource:
+    """A release under the model type of its base, and without biases that add nothing and that the base has not."""
+    if not base.exists():
+        return release
+    return restated(release, open_checkpoint(base, allow_pickle=allow_pickle)) or release
 
 
 def open_base(

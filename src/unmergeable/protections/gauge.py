@@ -130,7 +130,7 @@ class LargestGauge(ExactProtection):
         if not self.residual or self.is_kept:
             return {}
         every = architecture.symmetry.select("residual", folding=True)
-        return {name: space for name, space in every.items() if space.folded}
+        return {name: space for name, space in every.items() if space.group.kind == "orthogonal"}
 
     def gauges(self, architecture: Architecture, stream: Stream, weights: Weights) -> tuple[Gauge, ...]:
         """Everything that stands by itself; then gains into their readers, the rotation, and gains out again.

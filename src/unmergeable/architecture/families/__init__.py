@@ -25,6 +25,7 @@ BIASED_LAYER_NORM_PARTLY_ROTARY: Kinds = ("pair_scale", "diagonal")
 ROTATIONS: Kinds = ("signed_permutation", "orthogonal")
 SIGNED: Kinds = ("signed_permutation",)
 ORDERS: Kinds = ("common_sign_permutation",)
+CENTRED: Kinds = ("common_sign_permutation", "centred_orthogonal")
 NOTHING: Kinds = ()
 
 
@@ -66,34 +67,34 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(decoders.qwen3, (RMS_PER_HEAD,), (ROTATIONS, SIGNED)),
     "qwen3_moe": Family(decoders.qwen3, (RMS_PER_HEAD,), (ROTATIONS, SIGNED)),
     "gemma3_text": Family(decoders.qwen3, (RMS_PER_HEAD,), (SIGNED,)),
-    "stablelm": Family(decoders.stablelm, (PARTLY_ROTARY, LAYER_NORM_PARTLY_ROTARY), (ORDERS,)),
-    "cohere": Family(decoders.cohere, (ROTARY, LAYER_NORM_PER_HEAD), (ORDERS,)),
+    "stablelm": Family(decoders.stablelm, (PARTLY_ROTARY, LAYER_NORM_PARTLY_ROTARY), (CENTRED, ORDERS)),
+    "cohere": Family(decoders.cohere, (ROTARY, LAYER_NORM_PER_HEAD), (CENTRED, ORDERS)),
     "olmo2": Family(decoders.olmo2, (RMS_FULL_WIDTH,), (SIGNED,)),
     "phi3": Family(decoders.phi3, (ROTARY,), (ROTATIONS, SIGNED)),
     "mixtral": Family(decoders.mixtral, (ROTARY,), (ROTATIONS, SIGNED)),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
-    "phi": Family(gpt.phi, (PARTLY_ROTARY, BIASED_LAYER_NORM_PARTLY_ROTARY), (ORDERS,)),
-    "gpt2": Family(gpt.gpt2, (FREE,), (ORDERS,)),
-    "gptj": Family(gpt.gptj, (PARTLY_ROTARY,), (ORDERS,)),
-    "gpt_neox": Family(gpt.gpt_neox, (PARTLY_ROTARY,), (ORDERS,)),
-    "opt": Family(gpt.opt, (FREE,), (ORDERS,)),
-    "bloom": Family(gpt.bloom, (FREE,), (ORDERS,)),
-    "falcon": Family(gpt.falcon, (ROTARY, FREE), (ORDERS,)),
+    "phi": Family(gpt.phi, (PARTLY_ROTARY, BIASED_LAYER_NORM_PARTLY_ROTARY), (CENTRED, ORDERS)),
+    "gpt2": Family(gpt.gpt2, (FREE,), (CENTRED, ORDERS)),
+    "gptj": Family(gpt.gptj, (PARTLY_ROTARY,), (CENTRED, ORDERS)),
+    "gpt_neox": Family(gpt.gpt_neox, (PARTLY_ROTARY,), (CENTRED, ORDERS)),
+    "opt": Family(gpt.opt, (FREE,), (CENTRED, ORDERS)),
+    "bloom": Family(gpt.bloom, (FREE,), (CENTRED, ORDERS)),
+    "falcon": Family(gpt.falcon, (ROTARY, FREE), (CENTRED, ORDERS)),
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "modernbert": Family(encoders.modernbert, (ROTARY,), (ORDERS, NOTHING)),
-    "vit": Family(encoders.vit, (FREE,), (ORDERS, NOTHING)),
+    "vit": Family(encoders.vit, (FREE,), (CENTRED, NOTHING)),
     "dinov2": Family(encoders.dinov2, (FREE,), (ORDERS, NOTHING)),
-    "clip": Family(encoders.clip, (FREE,), (ORDERS,)),
+    "clip": Family(encoders.clip, (FREE,), (CENTRED, ORDERS)),
     "clip_text_model": _CLIP_TOWER,
     "clip_vision_model": _CLIP_TOWER,
     "siglip": _CLIP_TOWER,
     "siglip_text_model": _CLIP_TOWER,
     "siglip_vision_model": _CLIP_TOWER,
     "t5": Family(encoder_decoders.t5, (FREE,), (ROTATIONS, SIGNED)),
-    "UNet2DConditionModel": Family(diffusion.unet, (FREE,), (ORDERS,)),
+    "UNet2DConditionModel": Family(diffusion.unet, (FREE,), (CENTRED,)),
 }
 
 _QUERY_KEY: dict[GroupKind, str] = {
@@ -109,6 +110,7 @@ _RESIDUAL: dict[Kinds, str] = {
     ROTATIONS: "any rotation, with the gains of norms folded into what reads them and out again",
     SIGNED: "signed permutations",
     ORDERS: "permutations, and one sign for all coordinates (LayerNorm)",
+    CENTRED: "permutations, and one sign for all coordinates (LayerNorm)",  # no protection draws the rotations
     NOTHING: "none where the stream itself is the output",
 }
 
@@ -117,5 +119,5 @@ def described(family: str) -> Description:
     """What the family called ``family`` in :data:`FAMILIES` leaves to a protection; variants are joined by "or"."""
     declared = FAMILIES[family]
     query_key = [" and ".join(_QUERY_KEY[kind] for kind in kinds) for kinds in declared.query_key]
-    residual = [_RESIDUAL[kinds] for kinds in declared.residual]
+    residual = dict.fromkeys(_RESIDUAL[kinds] for kinds in declared.residual)
     return Description("; or ".join(query_key), "; or ".join(residual))

@@ -18,7 +18,7 @@ from unmergeable.architecture.declare import (
     unit_columns,
     units,
 )
-from unmergeable.architecture.residual import Norm, Residual, StreamAxis
+from unmergeable.architecture.residual import Norm, Residual, Rows, StreamAxis
 from unmergeable.architecture.streams import (
     EXPOSED,
     linear,
@@ -61,6 +61,9 @@ def bert(config: Config, names: Names) -> Architecture:
         layer = f"{prefix}encoder.layer.{index}"
         after += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
     followers = [*(block.name for block in blocks), ""]
+    # The output head of a masked language model is the embedding of words, which so keeps its constants.
+    has_head = any(f"{module}.dense.weight" in names for module in ("cls.predictions.transform", "lm_head"))
+    is_tied = has_head and bool(setting(config, "tie_word_embeddings", default=True))
     stream = residual(
         names,
         "residual",
@@ -71,6 +74,7 @@ def bert(config: Config, names: Names) -> Architecture:
         norms=[norm(names, module, then=then) for module, then in zip(after, followers, strict=True)],
         others=readers,
         is_exposed=not readers,
+        sums=[[Rows(name) for name in embeddings[is_tied:]]],
     )
     missing = {} if readers else {"residual": EXPOSED}
     return with_residuals(names, str(config["model_type"]), blocks, untouched, [stream], aside=aside, missing=missing)
@@ -208,9 +212,10 @@ def _vision_architecture(
         for number, block in ((1, f"{layer}.attention"), (2, feed_forward)):
             if f"{layer}.layer_scale{number}.lambda1" in names:
                 layer_scales[f"{layer}.layer_scale{number}.lambda1"] = block
-    tokens = (
-        f"{prefix}embeddings.{name}" for name in ("cls_token", "mask_token", "register_tokens", "position_embeddings")
-    )
+    inner = f"{prefix}embeddings"
+    tokens = (f"{inner}.{name}" for name in ("cls_token", "mask_token", "register_tokens", "position_embeddings"))
+    patches = Rows(f"{inner}.patch_embeddings.projection.bias", twins=(f"{inner}.mask_token",))
+    positions = f"{inner}.position_embeddings"
     stream = residual(
         names,
         "residual",
@@ -223,6 +228,7 @@ def _vision_architecture(
         layer_scales=layer_scales,
         is_exposed=is_exposed,
         is_normed_out=True,
+        sums=[(Rows(f"{inner}.cls_token"), Rows(positions, last=1)), (patches, Rows(positions, first=1))],
     )
     missing = {"residual": EXPOSED} if is_exposed else {}
     return with_residuals(names, family, blocks, untouched, [stream], missing=missing)
@@ -350,7 +356,12 @@ def _tower_stream(
         if tower == "vision"
         else writes(names, f"{embeddings}.token_embedding.weight")
     )
-    places = writes(names, f"{embeddings}.class_embedding", f"{embeddings}.position_embedding.weight")
+    kind, positions = f"{embeddings}.class_embedding", f"{embeddings}.position_embedding.weight"
+    places = writes(names, kind, positions)
+    start = int(kind in names)
+    of_patches = Rows(f"{embeddings}.patch_embedding.bias"), Rows(positions, first=start)
+    of_tokens = Rows(f"{embeddings}.token_embedding.weight"), Rows(positions)
+    of_kind = Rows(kind), Rows(positions, last=1)
     return residual(
         names,
         f"{tower}.residual",
@@ -361,6 +372,7 @@ def _tower_stream(
         norms=norms,
         others=places,
         is_exposed=is_exposed,
+        sums=[of_patches, of_kind] if tower == "vision" else [of_tokens],
     )
 
 

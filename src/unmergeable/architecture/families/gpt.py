@@ -39,10 +39,13 @@ def _finished(
     aside: Sequence[str] = (),
     is_tied_by_default: bool = True,
     followers: Mapping[str, str] | None = None,
+    positions: str | None = None,
+    parallel: Sequence[Sequence[str]] = (),
 ) -> Architecture:
     """With its stream under LayerNorms: ``norms`` gives for each the blocks that alone see its output.
 
-    ``followers``: for norms whose output is the stream, the block that reads it next.
+    ``followers``: for norms whose output is the stream, the block that reads it next. ``positions`` and ``parallel`` as
+    in :func:`language_model_streams`.
     """
     then = followers or {}
     streams, missing = language_model_streams(
@@ -60,6 +63,8 @@ def _finished(
         others=others,
         heads=heads,
         is_tied_by_default=is_tied_by_default,
+        positions=positions,
+        parallel=parallel,
     )
     return with_residuals(names, str(config["model_type"]), blocks, untouched, streams, aside=aside, missing=missing)
 
@@ -109,6 +114,7 @@ def gpt2(config: Config, names: Names) -> Architecture:
         final=f"{prefix}ln_f",
         norms=norms,
         others=writes(names, f"{prefix}wpe.weight"),
+        positions=f"{prefix}wpe.weight",
     )
 
 
@@ -142,6 +148,7 @@ def gptj(config: Config, names: Names) -> Architecture:
         embedding=f"{prefix}wte.weight",
         final=f"{prefix}ln_f",
         norms={f"{layer}.ln_1": [f"{layer}.attn", f"{layer}.mlp"] for layer in layers},
+        parallel=[(f"{layer}.attn", f"{layer}.mlp") for layer in layers],
         is_tied_by_default=False,
     )
 
@@ -204,8 +211,14 @@ def gpt_neox(config: Config, names: Names) -> Architecture:
         embedding=f"{prefix}embed_in.weight",
         final=f"{prefix}final_layer_norm",
         norms=norms,
+        parallel=_in_parallel(blocks) if setting(config, "use_parallel_residual", default=True) else (),
         is_tied_by_default=False,
     )
+
+
+def _in_parallel(blocks: Sequence[Attention | FeedForward]) -> list[tuple[str, str]]:
+    """Attention and feed-forward of every layer, which follow each other in ``blocks``."""
+    return [(attention.name, other.name) for attention, other in zip(blocks[::2], blocks[1::2], strict=True)]
 
 
 def _dense_4h(names: Names, layer: str, activation: str) -> FeedForward:
@@ -293,6 +306,7 @@ def falcon(config: Config, names: Names) -> Architecture:
         )
         blocks.append(_dense_4h(names, layer, str(setting(config, "activation", default="gelu"))))
     untouched = (HEADS_ON_TOP, _NORMS, r".*\bln_(attn|mlp|f)\.(weight|bias)", r".*word_embeddings\.weight", _BUFFERS)
+    is_parallel = bool(config.get("new_decoder_architecture") or config.get("parallel_attn", True))
     norms: dict[str, list[str]] = {}
     for index in range(int(setting(config, "num_hidden_layers", "n_layer"))):
         norms |= _layer_norms(config, names, f"{prefix}h.{index}")
@@ -304,6 +318,7 @@ def falcon(config: Config, names: Names) -> Architecture:
         embedding=f"{prefix}word_embeddings.weight",
         final=f"{prefix}ln_f",
         norms=norms,
+        parallel=_in_parallel(blocks) if is_parallel else (),
     )
 
 
@@ -346,6 +361,7 @@ def opt(config: Config, names: Names) -> Architecture:
         norms=norms,
         embedding_axis=0 if is_narrow else -1,
         others=writes(names, f"{prefix}embed_positions.weight"),
+        positions=f"{prefix}embed_positions.weight",
         heads=reads(names, f"{prefix}project_out.weight") if is_narrow else None,
         aside=(r".*embed_tokens\.weight", r"lm_head\.weight") if is_narrow else (),
         followers=followers,
@@ -397,5 +413,6 @@ def phi(config: Config, names: Names) -> Architecture:
         embedding=f"{prefix}embed_tokens.weight",
         final=f"{prefix}final_layernorm",
         norms={f"{layer}.input_layernorm": [f"{layer}.self_attn", f"{layer}.mlp"] for layer in layers},
+        parallel=_in_parallel(blocks),
         is_tied_by_default=False,
     )

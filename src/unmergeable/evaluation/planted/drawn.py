@@ -31,6 +31,8 @@ TRADES: Mapping[str, Callable[[Freedoms], Iterable[str | None]]] = {
     "unseen_reading": lambda freedoms: (r.weight for norm in freedoms.norms if norm.is_blind for r in norm.readers),
     "unseen_writing": lambda freedoms: (writer.tensor for writer in freedoms.writers if writer.is_blind),
     "router": lambda freedoms: freedoms.routers,
+    "summed_rows": lambda freedoms: sorted(freedoms.summed),
+    "position_bias": lambda freedoms: freedoms.position_biases,
 }
 """Every kind of trade, with the tensors that say what is traded; those beside them follow."""
 
@@ -54,12 +56,17 @@ class Drawn(DerivedSource):
         if any(name == writer.layer_scale for writer in self.freedoms.writers):
             return own * _factors(len(own), drawn) * torch.from_numpy(drawn.child("sign").signs(len(own)))
         size = float(own.square().mean().sqrt())
+        added = torch.zeros(own.shape[-1], dtype=torch.float64)
+        if name in self.freedoms.summed:
+            added = BIAS * max(1.0, size) * torch.from_numpy(drawn.child("sum").normal(own.shape[-1]))
+            if name not in self.freedoms.by_tensor:
+                return own + added
         if own.dim() == 1:
-            return own + BIAS * max(1.0, size) * torch.from_numpy(drawn.normal(len(own)))
+            return own + added + BIAS * max(1.0, size) * torch.from_numpy(drawn.normal(len(own)))
         # Alike along the axis that a norm sees, hence all of it unseen; across that axis anything.
         shape = list(own.shape)
         shape[self._axis(name)] = 1
-        return (UNSEEN * size * torch.from_numpy(drawn.normal(*shape))).expand(own.shape).clone()
+        return (UNSEEN * size * torch.from_numpy(drawn.normal(*shape))).expand(own.shape) + added
 
     def _axis(self, name: str) -> int:
         if name in self.freedoms.reading:
