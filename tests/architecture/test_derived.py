@@ -132,14 +132,62 @@ def test_a_flag_that_classes_set_differently_is_accepted_as_either() -> None:
         architecture_of(derived, {**CONFIG, "kind": "ab"}, names)
 
 
-def test_settings_of_a_tower_count_only_where_the_map_changes_one() -> None:
-    flags = {"vision_config.hidden_act": "relu", "projector_bias": True}
+TOWER = {
+    "name": "vision_tower.layers.{}.mlp",
+    "up": {"weight": "vision_tower.layers.{}.fc1.weight", "axis": 0},
+    "down": {"weight": "vision_tower.layers.{}.fc2.weight", "axis": 1},
+    "activation": "other",
+    "scale_limit": "",
+}
+
+
+def tower_shapes(root: str = "vision_tower.") -> dict[str, tuple[int, ...]]:
+    return {f"{root}layers.0.fc1.weight": (8, 6), f"{root}layers.0.fc2.weight": (6, 8)}
+
+
+def with_tower(**flags: Any) -> DerivedMap:
+    text = granite()
+    return replace(text, feed_forwards=(*text.feed_forwards, TOWER), flags=flags, known=(*text.known, *tower_shapes()))
+
+
+def names_of(derived: DerivedMap, settings: dict[str, Any], root: str = "vision_tower.") -> list[str]:
+    found = architecture_of(derived, {**CONFIG, **settings}, Names(shapes(layers=1) | tower_shapes(root)))
+    return [block.name for block in found.blocks]
+
+
+def test_a_tower_that_is_put_together_in_another_way_is_left_as_it_is() -> None:
+    derived = with_tower(**{"vision_config.hidden_act": "relu", "vision_config.model_type": "clip_vision_model"})
+    same = {"vision_config": {"hidden_act": "relu", "model_type": "clip_vision_model"}}
+    text = ["model.layers.0.self_attn", "model.layers.0.mlp"]
+    assert names_of(derived, same) == [*text, "vision_tower.layers.0.mlp"]
+    assert names_of(derived, {"vision_config": {}}) == [*text, "vision_tower.layers.0.mlp"]
+    for strange in ({"hidden_act": "gelu"}, {"model_type": "siglip_vision_model"}):
+        assert names_of(derived, {"vision_config": same["vision_config"] | strange}) == text
+
+
+def test_where_a_strange_tower_is_all_there_is_it_is_refused() -> None:
+    derived = replace(with_tower(**{"vision_config.hidden_act": "relu"}), attentions=(), feed_forwards=(TOWER,))
+    with pytest.raises(UnsupportedArchitecture, match=r"^config\.json: vision_config\.hidden_act is 'gelu'"):
+        names_of(derived, {"vision_config": {"hidden_act": "gelu"}})
+
+
+def test_settings_of_a_tower_do_not_count_where_the_map_has_none() -> None:
+    text = replace(granite(), flags={"vision_config.hidden_act": "relu", "projector_bias": True})
     config = {**CONFIG, "vision_config": {"hidden_act": "gelu"}, "projector_bias": False}
-    text = replace(granite(), flags=flags)
     assert architecture_of(text, config, Names(shapes())).attentions
-    tower = {**text.feed_forwards[0], "name": "vision_tower.layers.{}.mlp"}
-    with pytest.raises(UnsupportedArchitecture, match=r"^config\.json: vision_config\.hidden_act is "):
-        architecture_of(replace(text, feed_forwards=(tower,)), config, Names(shapes()))
+
+
+def test_the_module_that_older_files_have_around_a_tower_is_seen_through() -> None:
+    older = names_of(with_tower(), {}, root="vision_tower.vision_model.")
+    assert older[-1] == "vision_tower.vision_model.layers.0.mlp"
+    assert "vision_tower.layers.0.mlp" not in names_of(with_tower(), {}, root="vision_tower.other.")
+
+
+def test_a_block_may_say_with_which_of_several_settings_it_is_found() -> None:
+    derived = replace(with_tower(), feed_forwards=({**TOWER, "when": {"vision_config.kind": ["plain", None]}},))
+    assert "vision_tower.layers.0.mlp" in names_of(derived, {})
+    assert "vision_tower.layers.0.mlp" in names_of(derived, {"vision_config": {"kind": "plain"}})
+    assert "vision_tower.layers.0.mlp" not in names_of(derived, {"vision_config": {"kind": "normed"}})
 
 
 def test_flags_are_what_is_no_size() -> None:

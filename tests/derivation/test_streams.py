@@ -133,7 +133,7 @@ def test_what_is_the_same_in_both_variants_is_listed_once() -> None:
     (own,) = derived.attentions
     other = replace(derived, attentions=({**own, "members": 1}, {**own, "name": "second"}), flags={"new": True})
     both = with_variant(derived, other, {"new": True, "layers": [0]}, {"new": False})
-    assert [template.get("when") for template in both.attentions] == [{"new": False}, {"new": True}, None]
+    assert [template.get("when") for template in both.attentions] == [{"new": [False, None]}, {"new": True}, None]
     assert both.feed_forwards == derived.feed_forwards
     assert both.flags == {**derived.flags, "new": True}
 

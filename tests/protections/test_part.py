@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import unmergeable
 from toy_checkpoints import toy_checkpoint
+from unmergeable.architecture.derived import known_map
+from unmergeable.architecture.detect import detect
 from unmergeable.architecture.parts import part_of, parts_of, restricted
-from unmergeable.derivation.build import Specimen
+from unmergeable.derivation.build import Specimen, class_named
 from unmergeable.derivation.model_types import built, usual_config
-from unmergeable.derivation.shrink import SMALL
+from unmergeable.derivation.shrink import SMALL, UNSEEN
 from unmergeable.errors import UsageError
 from unmergeable.protections.mergelock import MergeLock
 
@@ -83,6 +86,68 @@ def logits(folder: Path, small: Specimen) -> torch.Tensor:
     }
     with torch.no_grad():
         return network(**inputs).logits
+
+
+def specimen(kind: str) -> Specimen:
+    derived = known_map(kind)
+    assert derived is not None
+    network_class = class_named(derived.network_class)
+    return built(usual_config(kind, network_class), network_class, UNSEEN)
+
+
+def written(small: Specimen, folder: Path, *, seed: int | None = None) -> Path:
+    """Saved in float32; with a seed, every tensor moved a little, as by a fine-tune."""
+    small.network.float().save_pretrained(folder)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        moved = {
+            name: tensor + 0.02 * tensor.std(correction=0) * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in weights(folder).items()
+        }
+        save_file(moved, next(folder.glob("*.safetensors")), metadata={"format": "pt"})
+    return folder
+
+
+TOWERS = {
+    "llava": {"vision", "projector", "language"},
+    "gemma3": {"vision", "language"},
+    "qwen2_5_vl": {"vision", "language"},
+    "qwen3_vl": {"vision", "language"},
+    "qwen2_vl": {"vision", "language"},
+    "llava_next": {"vision", "projector", "language"},
+    "mistral3": {"vision", "projector", "language"},
+    "paligemma": {"vision", "language"},
+    "idefics3": {"vision", "language"},
+    "smolvlm": {"vision", "language"},
+    "internvl": {"vision", "projector", "language"},
+    "mllama": {"vision", "language"},
+}
+"""Types that read images, and the parts that their maps have blocks in; a projector of one matrix has none."""
+
+QUICK = ["llava", "qwen2_5_vl"]
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in TOWERS]
+)
+def test_each_part_of_a_network_that_reads_images(kind: str, tmp_path: Path) -> None:
+    small = specimen(kind)
+    assert "pixel_values" in small.inputs
+    base, expert = written(small, tmp_path / "base"), written(small, tmp_path / "expert", seed=1)
+    config = json.loads((expert / "config.json").read_text("utf-8"))
+    before, expected = weights(expert), logits(expert, small)
+    assert set(parts_of(detect(config, {name: tuple(one.shape) for name, one in before.items()}))) == TOWERS[kind]
+    for part in sorted(TOWERS[kind]):
+        out, key = tmp_path / part, tmp_path / f"{part}.key"
+        unmergeable.protect(expert, base=base, method="gauge", part=part, out=out, key=key, seed=3)
+        after = weights(out)
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert {part_of(name) for name in changed} == {part}
+        assert float((logits(out, small) - expected).norm() / expected.norm()) <= 2e-5
+        halves = {name: (tensor + after[name]) / 2 for name, tensor in before.items()}
+        save_file(halves, next(out.glob("*.safetensors")), metadata={"format": "pt"})
+        change = float((logits(out, small) - expected).norm() / expected.norm())
+        assert change > 1e-3, "control: the outputs depend on the part, and its mean with the expert's is another"
 
 
 @pytest.mark.parametrize("method", ["gauge", "mergelock"])

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from unmergeable.architecture.architecture import Architecture
 from unmergeable.architecture.blocks import Attention, FeedForward, Heads, JoinedStream, QueryKeyNorm, ScorePart
 from unmergeable.architecture.declare import Config, Names
+from unmergeable.architecture.parts import is_of_a_tower, part_of
 from unmergeable.architecture.rules import tensor_extents
 from unmergeable.errors import UnsupportedArchitecture
 
@@ -129,8 +130,8 @@ def architecture_of(derived: DerivedMap, config: Config, names: Names) -> Archit
         UnsupportedArchitecture: the config has other flags than the map was proven with, no block of the map is in the
             checkpoint, or one of its modules holds a tensor that the network the map was proven on does not have.
     """
-    _require_flags(derived, config)
-    prefix = _prefix(derived, names)
+    derived = _without_strange_towers(derived, config)
+    prefix = _change(derived, names)
     scope = _settings(config, derived.defaults)
     blocks: list[Attention | FeedForward] = []
     for template in (*derived.attentions, *derived.feed_forwards):
@@ -144,26 +145,57 @@ def architecture_of(derived: DerivedMap, config: Config, names: Names) -> Archit
     return Architecture(derived.model_type, tuple(blocks), (r".*",), missing={"residual": RESIDUAL})
 
 
-def _prefix(derived: DerivedMap, names: Names) -> tuple[str, str]:
+@dataclass(frozen=True)
+class _Change:
+    """How names in a checkpoint differ from those of a map: ``old`` at the start is ``new``, then ``towers`` follow.
+
+    Each of ``towers`` is the start of a tower's names with and without the module that older files have around it.
+    """
+
+    old: str = ""
+    new: str = ""
+    towers: tuple[tuple[str, str], ...] = ()
+
+    def __call__(self, name: str) -> str:
+        if name.startswith(self.old):
+            name = self.new + name.removeprefix(self.old)
+        for before, after in self.towers:
+            if name.startswith(before):
+                return after + name.removeprefix(before)
+        return name
+
+
+_AROUND = "vision_model."
+"""A module around the tower, which files have or have not, as the version of transformers had it that wrote them."""
+
+
+def _change(derived: DerivedMap, names: Names) -> _Change:
     """What templates' names start with, and what stands there in this checkpoint."""
     anchors = [template["output" if "output" in template else "down"]["weight"] for template in _templates(derived)]
 
-    def count(change: tuple[str, str]) -> int:
-        patterns = [re.compile(_pattern(_renamed(anchor, change))) for anchor in anchors]
+    def count(change: _Change) -> int:
+        patterns = [re.compile(_pattern(change(anchor))) for anchor in anchors]
         return sum(any(pattern.fullmatch(name) for pattern in patterns) for name in names.shapes)
 
     bare = ("", derived.prefix, "model.", "language_model.", "model.language_model.", "language_model.model.")
     options = [("", ""), *((derived.prefix, other) for other in bare), *(("", other) for other in bare)]
-    return max(dict.fromkeys(options), key=count)
+    best = max((_Change(old, new) for old, new in dict.fromkeys(options)), key=count)
+    for root in dict.fromkeys(map(_tower_root, map(best, anchors))):
+        inside = root + _AROUND
+        wrapped, bared = (replace(best, towers=(*best.towers, pair)) for pair in ((root, inside), (inside, root)))
+        best = max((best, wrapped, bared), key=count) if root else best
+    return best
+
+
+def _tower_root(name: str) -> str:
+    """What the names of a tower's tensors start with; empty for a tensor of no tower."""
+    words = name.split(".")
+    place = next((place for place, word in enumerate(words[:-1]) if is_of_a_tower(word)), None)
+    return "" if place is None else ".".join(words[: place + 1]) + "."
 
 
 def _templates(derived: DerivedMap) -> tuple[Mapping[str, Any], ...]:
     return (*derived.attentions, *derived.feed_forwards)
-
-
-def _renamed(name: str, change: tuple[str, str]) -> str:
-    old, new = change
-    return new + name.removeprefix(old) if name.startswith(old) else name
 
 
 def _pattern(template: str) -> str:
@@ -222,14 +254,14 @@ def evaluate(formula: str | int, scope: Mapping[str, float]) -> int:
 
 
 def _instances(
-    template: Mapping[str, Any], config: Config, scope: Mapping[str, float], names: Names, change: tuple[str, str]
+    template: Mapping[str, Any], config: Config, scope: Mapping[str, float], names: Names, change: _Change
 ) -> Iterator[Attention | FeedForward]:
     """A template's blocks: one for every number under which its last tensor is stored."""
-    if any(config.get(name) != value for name, value in template.get("when", {}).items()):
+    if any(not _is_among(_setting(config, name), value) for name, value in template.get("when", {}).items()):
         return
     is_attention = "output" in template
     anchor = template["output" if is_attention else "down"]
-    pattern = re.compile(_pattern(_renamed(anchor["weight"], change)))
+    pattern = re.compile(_pattern(change(anchor["weight"])))
     matches = (pattern.fullmatch(name) for name in names.shapes)
     numbers = sorted({tuple(map(int, match.groups())) for match in matches if match})
     for number in numbers:
@@ -242,12 +274,12 @@ class _Reader:
     """One instance of a template: its numbers are filled into names, its formulas evaluated in order."""
 
     names: Names
-    change: tuple[str, str]
+    change: _Change
     number: tuple[int, ...]
     scope: dict[str, float]
 
     def name(self, template: str) -> str:
-        return _renamed(template, self.change).format(*self.number)
+        return self.change(template).format(*self.number)
 
     def length(self, heads: Mapping[str, Any]) -> int:
         shape = self.names.shapes.get(self.name(heads["weight"]), ())
@@ -365,29 +397,49 @@ _NO_FLAGS = {
 }  # fmt: skip
 
 
-_TOWERS = ("vision", "visual", "image", "video", "audio", "projector", "multi_modal")
+def _setting(config: Config, name: str) -> Any:
+    """A setting by its dotted name; None where it is not given."""
+    found: Any = config
+    for word in name.split("."):
+        found = found.get(word) if isinstance(found, Mapping) else None
+    return found
 
 
-def _is_of_a_tower(name: str) -> bool:
-    """Whether a setting or a module belongs to what turns images or sound into tokens."""
-    return any(word.startswith(_TOWERS) for word in name.split("."))
+def _without_strange_towers(derived: DerivedMap, config: Config) -> DerivedMap:
+    """The map without the towers that are put together in another way than those that it was proven on.
 
-
-def _require_flags(derived: DerivedMap, config: Config) -> None:
-    """Refuse a network of the same type that is put together differently, but for towers that the map leaves alone."""
-    is_text = not any(_is_of_a_tower(str(template["name"])) for template in _templates(derived))
-    for name, value in flags_of(config).items():
-        if is_text and _is_of_a_tower(name):
-            continue
-        proven = derived.flags.get(name)
-        if proven is None or _is_among(value, proven):
-            continue
-        if name.endswith(("_act", "activation", "activation_function")) and "relu" not in f"{value} {proven}":
-            continue  # whatever is not ReLU lets the same through
+    Raises:
+        UnsupportedArchitecture: all that the map has is put together differently.
+    """
+    given = flags_of(config)
+    given |= {name: kind for name in derived.flags if name.endswith(".model_type") and (kind := _setting(config, name))}
+    strange = {name: value for name, value in given.items() if not _is_proven(derived, name, value)}
+    left_alone = {part_of(name) for name in strange if is_of_a_tower(name)}
+    own = {role: tuple(t for t in getattr(derived, role) if _part(t) not in left_alone) for role in _ROLES}
+    lacking = next((name for name in strange if not is_of_a_tower(name) or not any(own.values())), None)
+    if lacking is not None:
         raise UnsupportedArchitecture(
-            f"config.json: {name} is {value!r}, and the map of {derived.model_type} was proven with {proven!r}; derive "
-            f"one for this model with `unmergeable map` and put it into the folder {MAPS_VARIABLE} names."
+            f"config.json: {lacking} is {strange[lacking]!r}, and the map of {derived.model_type} was proven with "
+            f"{derived.flags[lacking]!r}; derive one for this model with `unmergeable map` and put it into the folder "
+            f"{MAPS_VARIABLE} names."
         )
+    return replace(derived, **own)  # type: ignore[arg-type]
+
+
+_ROLES = ("attentions", "feed_forwards")
+
+
+def _part(template: Mapping[str, Any]) -> str:
+    return part_of(template["output" if "output" in template else "down"]["weight"])
+
+
+def _is_proven(derived: DerivedMap, name: str, value: Any) -> bool:
+    """Whether a flag is one that the map was proven with, or of which it knows nothing."""
+    proven = derived.flags.get(name)
+    if proven is None or _is_among(value, proven):
+        return True
+    # Whatever is not ReLU lets the same through.
+    return name.endswith(("_act", "activation", "activation_function")) and "relu" not in f"{value} {proven}"
 
 
 def _is_among(value: Any, proven: Any) -> bool:
@@ -397,11 +449,9 @@ def _is_among(value: Any, proven: Any) -> bool:
     return set(value) <= set(proven) if isinstance(value, list) else value in proven
 
 
-def _require_known(
-    derived: DerivedMap, blocks: list[Attention | FeedForward], names: Names, change: tuple[str, str]
-) -> None:
+def _require_known(derived: DerivedMap, blocks: list[Attention | FeedForward], names: Names, change: _Change) -> None:
     """Refuse a tensor beside a block's own that the small network did not have: it may read what is changed."""
-    known = {_renamed(name, change) for name in derived.known}
+    known = {change(name) for name in derived.known}
     owned = set(tensor_extents(Architecture(derived.model_type, tuple(blocks)).symmetry))
     modules = {name.rsplit(".", 2)[0] + "." for name in owned}
     for name in names.shapes:

@@ -22,6 +22,7 @@ _BEGINNINGS = {
     "language": ("language", "text"),
 }
 _STACKS = ("encoder", "decoder")
+_TOWERS = ("vision", "audio", "projector")
 
 
 def part_of(tensor: str) -> str:
@@ -32,6 +33,11 @@ def part_of(tensor: str) -> str:
             if word.startswith(beginnings):
                 return part
     return next((word for word in words if word in _STACKS), "language")
+
+
+def is_of_a_tower(name: str) -> bool:
+    """Whether a setting or a tensor belongs to what turns images or sound into tokens."""
+    return part_of(name) in _TOWERS
 
 
 def parts_of(architecture: Architecture) -> tuple[str, ...]:

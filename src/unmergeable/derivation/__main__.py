@@ -30,7 +30,7 @@ from typing import Any
 
 from unmergeable.architecture.derived import DerivedMap, forget_shipped, known_map, shipped
 from unmergeable.architecture.families import FAMILIES
-from unmergeable.derivation.build import TASKS, VARIANTS, class_named, registered
+from unmergeable.derivation.build import TASKS, VARIANTS, class_named, registered, varied
 from unmergeable.derivation.model_types import built, confirm, derive_map, usual_config
 from unmergeable.derivation.shrink import UNSEEN
 from unmergeable.derivation.summary import counts, levels, page, read_reasons, short
@@ -203,7 +203,7 @@ def _confirm(derived: DerivedMap) -> dict[str, Any]:
         network = class_named(name)
         usual = usual_config(derived.model_type, network)
         for settings in ({}, *VARIANTS.get(derived.model_type, ())):
-            confirm(derived, built({**usual, **settings}, network, UNSEEN))
+            confirm(derived, built(varied(usual, settings), network, UNSEEN))
     return {}
 
 

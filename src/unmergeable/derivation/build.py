@@ -7,45 +7,16 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from unmergeable.derivation.double import in_float64
 from unmergeable.derivation.inputs import proposals
 from unmergeable.errors import UnsupportedArchitecture, UsageError
 from unmergeable.network.disk_weights import find_places
-
-LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
-
-
-class InFloat64(TorchFunctionMode):
-    """Everything in float64: networks compute norms, softmax and positions in float32 whatever their weights are."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CASTS:
-            return args[0].double()
-        return func(*(_doubled(arg) for arg in args), **{name: _doubled(arg) for name, arg in (kwargs or {}).items()})
-
-
-def _doubled(argument: Any) -> Any:
-    return torch.float64 if isinstance(argument, torch.dtype) and argument in LOW_PRECISION else argument
-
-
-@contextmanager
-def in_float64() -> Iterator[None]:
-    """What is built and computed inside is float64 throughout."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with InFloat64():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)
@@ -177,8 +148,37 @@ DIFFUSION = (
 VARIANTS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "FluxTransformer2DModel": ({"guidance_embeds": True},),  # FLUX.1-dev, beside schnell
     "SD3Transformer2DModel": ({"qk_norm": "rms_norm", "dual_attention_layers": [0]},),  # SD 3.5, beside SD 3
+    "gemma3": ({"vision_config": {"vision_use_head": False}},),
+    "internvl": (
+        {"vision_config": {"attention_bias": True}},
+        {"vision_config": {"use_qk_norm": True, "norm_type": "rms_norm"}},  # those of 38 and 78 billion
+    ),
+    "llava": (
+        {"vision_config": {"model_type": "siglip_vision_model"}, "vision_feature_select_strategy": "full"},
+        {  # Pixtral
+            "vision_config": {"model_type": "pixtral"},
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+        },
+    ),
+    "paligemma": ({"vision_config": {"vision_use_head": False}},),
 }
-"""Settings with which networks of one class are published besides the usual ones."""
+"""Settings with which networks of one class are published besides the usual ones.
+
+Nested settings are put beside the usual ones, those of another ``model_type`` in their place.
+"""
+
+
+def varied(usual: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the ``usual`` settings but for some."""
+    found = dict(usual)
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            kind = value.get("model_type")
+            before = usual[name] if kind in {None, usual[name].get("model_type")} else default_config(kind)
+            value = varied(before, value)
+        found[name] = value
+    return found
 
 
 def class_named(name: str) -> Any:

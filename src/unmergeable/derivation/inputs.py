@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unmergeable.derivation.images import Reader
 from unmergeable.errors import UsageError
 
 LENGTH = 12
@@ -47,7 +48,7 @@ def proposals(network: Any, config: Any) -> Iterator[Inputs]:
 class _Maker:
     def __init__(self, network: Any, config: Any) -> None:
         self.accepted = inspect.signature(network.forward).parameters
-        self.config = config
+        self.network, self.config = network, config
         self.generator = torch.Generator().manual_seed(1)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.vocabulary = int(getattr(text, "vocab_size", 100) or 100)
@@ -63,9 +64,10 @@ class _Maker:
         return self.tokens(1, DECODED, channels) if channels else self.tokens(1, DECODED)
 
     def text(self) -> Iterator[Inputs]:
-        """Tokens; then with what is read beside them, where the network cannot do without."""
+        """Tokens with an image, which runs the network's tower; tokens alone; then with what else is read."""
         if "input_ids" not in self.accepted:
             raise UsageError("the network reads neither tokens nor anything else that is known.")
+        yield from Reader(self.network, self.config, self.accepted, self.numbers, self.tokens).inputs(LENGTH)
         if "bbox" in self.accepted:
             yield {"input_ids": self.tokens(1, LENGTH), "bbox": torch.rand(1, LENGTH, 4, generator=self.generator)}
         yield {"input_ids": self.tokens(1, LENGTH)}

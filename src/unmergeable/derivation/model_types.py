@@ -9,6 +9,7 @@ from typing import Any
 from unmergeable.architecture.blocks import Attention
 from unmergeable.architecture.declare import Names
 from unmergeable.architecture.derived import DerivedMap, architecture_of, flags_of
+from unmergeable.architecture.parts import is_of_a_tower
 from unmergeable.architecture.rules import possible_lengths
 from unmergeable.derivation.attentions import NOT_UNDERSTOOD
 from unmergeable.derivation.build import (
@@ -20,6 +21,7 @@ from unmergeable.derivation.build import (
     default_config,
     is_diffusion,
     registered,
+    varied,
 )
 from unmergeable.derivation.derive import Derivation, derive, without_numbers
 from unmergeable.derivation.probe import Disk
@@ -43,7 +45,7 @@ def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | 
         usual = usual_config(model_type, kind)
         derived = derive_map(model_type, network_class, usual)
         for settings in VARIANTS.get(model_type, ()):
-            variant = {**usual, **settings}
+            variant = varied(usual, settings)
             derived = with_variant(derived, derive_map(model_type, network_class, variant), settings, usual)
             for each in (usual, variant):
                 confirm(derived, built(each, kind, UNSEEN))
@@ -63,20 +65,22 @@ def with_variant(
     A block that is not the same in both says with which it is which.
     """
     # What tells two kinds of networks apart is one for all layers.
-    told = {name: value for name, value in settings.items() if not isinstance(value, (list, tuple))}
-    before = {name: usual.get(name) for name in told}
+    told = {name: value for name, value in _dotted(settings).items() if not isinstance(value, (list, tuple))}
+    own_settings = _dotted(usual)
+    before = {name: [own_settings.get(name), None] for name in told}  # None: a file may leave out what is usual
 
     def both(own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        named = {str(template["name"]): template for template in other}
-        shared = [str(template["name"]) for template in own if named.get(template["name"], template) == template]
-        differ = [template for template in own if template["name"] not in shared]
-        added = [named[name] for name in named if name not in shared]
-        apart = {str(template["name"]) for template in differ}
-        return (
-            *(template for template in own if template["name"] in shared),
-            *({**template, "when": before} for template in differ),
-            *({**template, "when": told} if template["name"] in apart else template for template in added),
-        )
+        theirs = {str(template["name"]): template for template in other}
+        found: list[Mapping[str, Any]] = []
+        for template in own:
+            twin = theirs.pop(str(template["name"]), None)
+            if twin is None:  # no tensor of it is in the other network
+                found.append(template)
+                continue
+            template, twin = _with_biases_of(template, twin), _with_biases_of(twin, template)
+            is_same = template == twin
+            found += [template] if is_same else [{**template, "when": before}, {**twin, "when": told}]
+        return (*found, *theirs.values())
 
     flags = dict(derived.flags)
     flags |= {name: _either(flags.get(name, value), value) for name, value in variant.flags.items()}
@@ -92,11 +96,39 @@ def with_variant(
     )
 
 
+def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def _with_biases_of(template: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A template with the biases of another that has the same weights; a checkpoint may do without."""
+    if template.get("weight") != other.get("weight") or template.keys() - other.keys() - {"bias"}:
+        return template
+    found = dict(template)
+    for name, value in other.items():
+        if name == "bias" and "bias" not in template:
+            found[name] = value
+        elif isinstance(value, Mapping) and isinstance(template.get(name), Mapping):
+            found[name] = _with_biases_of(template[name], value)
+        elif name == "parts" and len(value) == len(template.get(name, ())):
+            found[name] = [_with_biases_of(own, one) for own, one in zip(template[name], value, strict=True)]
+    return found
+
+
 def usual_config(model_type: str, kind: Any) -> Mapping[str, Any]:
-    """The config that a network class has when nothing is set."""
-    if is_diffusion(kind) or kind.config_class.model_type == model_type:
+    """The config that a network class has when nothing is set, but for towers: it has those that it may be without."""
+    if is_diffusion(kind):
         return default_config(model_type)
-    return dict(kind.config_class().to_dict())
+    is_own = kind.config_class.model_type == model_type
+    usual = default_config(model_type) if is_own else dict(kind.config_class().to_dict())
+    for name, part in getattr(kind.config_class, "sub_configs", {}).items():
+        if usual.get(name, 0) is None and is_of_a_tower(name) and hasattr(part, "model_type"):
+            usual[name] = part().to_dict()
+    return usual
 
 
 def _tabulated(model_type: str, kind: Any, config: Mapping[str, Any]) -> DerivedMap:

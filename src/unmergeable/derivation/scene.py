@@ -82,8 +82,11 @@ class Scene:
 
 
 def layer_of(name: str) -> str:
-    """The name of the layer a parameter belongs to: up to the first number, or all but the last word."""
-    match = re.match(r".*?\.\d+(?=\.)", name)
+    """The name of the layer a parameter belongs to: up to the first number; empty outside of layers.
+
+    A number right before the last word is that of a step in a sequence, which is no layer.
+    """
+    match = re.match(r".*?\.\d+(?=\.[^.]+\.)", name)
     return match.group(0) if match else ""
 
 

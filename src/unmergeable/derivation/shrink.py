@@ -7,8 +7,10 @@ differ; nested configs are shrunken with the same table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from unmergeable.architecture.parts import is_of_a_tower
 
 MOST_LAYERS = 4
 
@@ -30,6 +32,11 @@ class Sizes:
     def hidden(self) -> int:
         return self.heads * self.head_size
 
+    @property
+    def tower(self) -> Sizes:
+        """Sizes for what reads images or sound: as wide, with other heads, so that no formula is taken from text."""
+        return replace(self, heads=self.heads // 2, groups=self.heads // 2, head_size=2 * self.head_size)
+
 
 SMALL = Sizes()
 WIDE = Sizes(heads=16, groups=4, head_size=24, intermediate=144, experts=8, latent=28, plain=6)
@@ -49,7 +56,8 @@ _HIDDEN = (
     "embedding_size", "decoder_hidden_size", "encoder_hidden_size", "n_embed", "proj_size", "hidden_size_per_layer",
     "model_dim", "attention_hidden_size", "lru_width", "output_dim", "out_hidden_size", "cross_attention_dim",
     "text_hidden_size", "attention_dim", "rnn_hidden_size", "decoder_dim", "encoder_embed_dim", "mm_hidden_size",
-    "intra_bottleneck_size", "true_hidden_size", "cross_hidden_size",
+    "intra_bottleneck_size", "true_hidden_size", "cross_hidden_size", "projection_dim",
+    "vision_output_dim", "projector_input_dim", "projector_output_dim",
 )  # fmt: skip
 _INTERMEDIATE = (
     "intermediate_size", "d_ff", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
@@ -90,6 +98,11 @@ _LAYERS = (
     "num_encoder_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers", "depth", "num_blocks",
     "num_hidden_groups",
 )  # fmt: skip
+_INDICES = {
+    "fullatt_block_indexes", "deepstack_visual_indexes", "cross_attention_layers", "intermediate_layers_indices",
+}  # fmt: skip
+"""Settings that list the layers of one kind."""
+
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 
@@ -104,7 +117,9 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
         if key in _NAMES_OF_LAYERS:
             continue
         if isinstance(value, Mapping) and "model_type" in value:
-            small[key] = shrunken(value, sizes)
+            small[key] = shrunken(value, sizes.tower if is_of_a_tower(key) and "text_config" in config else sizes)
+        elif key in _INDICES and isinstance(value, (list, tuple)) and layers > 1:
+            small[key] = [place for place, index in enumerate(kept) if index in value]
         elif isinstance(value, Mapping) and value and all(str(name).isdigit() for name in value):
             part_of = {kept.index(int(name)): part for name, part in value.items() if int(name) in kept}
             small[key] = part_of or dict(value)
@@ -114,6 +129,10 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
             small[key] = value  # placed below, when all are known
         else:
             small[key] = _small(key, value, config, sizes, len(kept))
+    if "intermediate_layers_indices" in small:  # the tower gives these out beside its last layer
+        small["vision_output_dim"] = sizes.hidden * (1 + len(small["intermediate_layers_indices"]))
+    if "pixel_shuffle_ratio" in small:  # as many patches as become one are read side by side
+        small["intermediate_size"] = int(sizes.hidden / small["pixel_shuffle_ratio"] ** 2)
     _place_tokens(small)
     return small
 
@@ -146,9 +165,11 @@ def _layers_that_differ(config: Mapping[str, Any], layers: int) -> list[int]:
     per_layer = [
         value for value in config.values() if isinstance(value, (list, tuple)) and layers > 1 and len(value) == layers
     ]
+    chosen = [value for key, value in config.items() if key in _INDICES and isinstance(value, (list, tuple))]
     first: dict[str, int] = {}
     for index in range(layers):
-        first.setdefault(repr([value[index] for value in per_layer]), index)
+        own = [value[index] for value in per_layer] + [index in value for value in chosen]
+        first.setdefault(repr(own), index)
     kept = sorted(first.values())[:MOST_LAYERS]
     return sorted({*kept, *range(layers)[: max(0, 2 - len(kept)) + (1 if kept == [0] else 0)]})[:MOST_LAYERS] or [0, 1]
 
@@ -169,9 +190,15 @@ def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers
         third = sizes.head_size // 6 * 2
         return [sizes.head_size - 2 * third, third, third]
     if key == "vision_feature_layer" and isinstance(value, (list, tuple)):
-        return list(range(-len(value), 0))
+        return [-1 - place % 3 for place in range(len(value))]
+    if key == "projector_patch_to_query_dict":
+        return {16: 4}
     if key in {"attention_window", "block_sizes"} and isinstance(value, (list, tuple)):
         return [4 if key == "attention_window" else 1] * len(value)
+    if key in {"image_size", "patch_size"} and isinstance(value, (list, tuple)):
+        return [_OTHER[key](side, sizes) for side in value]
+    if key == "image_grid_pinpoints" and isinstance(value, (list, tuple)):
+        return [[32, 64], [64, 32], [64, 64]]
     if not isinstance(value, int):
         return value
     if key == "patch_size" and "_class_name" in config:
@@ -320,6 +347,9 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "v_head_dim": lambda value, sizes: sizes.plain + 2,
     "rotary_dim": lambda value, sizes: sizes.head_size // 2,
     "image_size": lambda value, sizes: 32,
+    **dict.fromkeys(("window_size",), lambda value, sizes: min(value, 16)),
+    **dict.fromkeys(("mm_tokens_per_image", "image_seq_length", "num_image_tokens"), lambda value, sizes: 4),
+    "num_global_layers": lambda value, sizes: min(value, 2),
     "patch_size": lambda value, sizes: 8,
     **dict.fromkeys(
         ("caption_channels", "joint_attention_dim", "text_dim", "text_embed_dim", "cap_feat_dim"),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from unmergeable.architecture.derived import DerivedMap, known_map, shipped
 from unmergeable.architecture.families import FAMILIES
+from unmergeable.architecture.parts import part_of
 from unmergeable.derivation.build import TASKS, registered
 
 Level = Literal["declared", "whole", "part", "none"]
@@ -78,6 +79,18 @@ def counts(task: str) -> dict[str, int]:
     return {"registered": len(found), **{name: found.count(name) for name in ("declared", "whole", "part", "none")}}
 
 
+def with_towers(task: str) -> list[str]:
+    """The types of a task whose derived maps have a tower for images or sound."""
+    found = {kind: known_map(kind) for kind, known in levels(task).items() if known in {"whole", "part"}}
+    return [kind for kind, derived in found.items() if derived is not None and has_tower(derived)]
+
+
+def has_tower(derived: DerivedMap) -> bool:
+    """Whether a map has a block of a tower for images or sound."""
+    names = (str(template["name"]) for template in (*derived.attentions, *derived.feed_forwards))
+    return any(part_of(name) in {"vision", "audio"} for name in names)
+
+
 _INTRODUCTION = """\
 Of the `model_type`s that transformers {version} registers for a task, these have a symmetry map: declared by hand, or
 [derived by experiment](command-line.md#map) and proven: the function of a small random network stays the same to 1e-9
@@ -112,8 +125,10 @@ def _page(reasons: Reasons) -> Iterator[str]:
         row = counts(task)
         yield f"| {HEADINGS[task]} | " + " | ".join(str(number) for number in row.values()) + " |"
     yield ""
-    yield "`unmergeable map TYPE` says what a derived map holds and what was left alone. In types that read images or"
-    yield "sound besides text, towers that the experiment did not run are left as they are."
+    yield "`unmergeable map TYPE` says what a derived map holds and what was left alone. Of the types that read images"
+    count = len(with_towers("image-text"))
+    yield f"with text, {count} have the tower for images in their maps; the towers of the others are left as they are:"
+    yield "the experiment could not run them, or was not repeated since it can."
     yield ""
     yield from _MEASURED.split("\n")
     for task in TASKS:

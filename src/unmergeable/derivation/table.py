@@ -15,6 +15,7 @@ from typing import Any
 
 from unmergeable.architecture.blocks import Attention, FeedForward, Heads, JoinedStream, QueryKeyNorm
 from unmergeable.architecture.derived import DerivedMap, evaluate, flags_of, numbers, of_layer
+from unmergeable.architecture.parts import is_of_a_tower, part_of
 from unmergeable.architecture.rules import symmetry_map
 from unmergeable.derivation.attentions import NOT_UNDERSTOOD
 from unmergeable.derivation.build import Specimen
@@ -70,6 +71,15 @@ class _Pair:
             return values[0]
         raise Unexplained(f"no formula in the config gives {values[0]} and {values[1]}")
 
+    def _of_own_part(self, names: Sequence[str]) -> list[str]:
+        """Settings without those of other parts, where the part has a config of its own: its settings come first."""
+        block = self.first
+        own = part_of(block.down.weight if isinstance(block, FeedForward) else block.output.weight)
+        nested = {name: part_of(name.rpartition(".")[0]) for name in names if "." in name}
+        if own not in nested.values():
+            return list(names)
+        return [name for name in names if nested.get(name) == own] + [name for name in names if name not in nested]
+
     def _scopes(self) -> list[dict[str, float]]:
         return [{**settings, **scope} for settings, scope in zip(self.settings, self.scope, strict=True)]
 
@@ -93,6 +103,7 @@ class _Pair:
         """
         first, second = self.settings
         names = sorted(first, key=lambda name: (_rank(name), name.count("."), len(name), name))
+        names = self._of_own_part(names)
         shares = [name for name in names if "rotary" in name and isinstance(first[name], float)]
         yield from (f"{size} * {share}" for size in _sizes(self.scope[0]) for share in shares)
         sizes = [name for name in names if _last(name) in SIZES_OF_HEADS or first[name] != second.get(name)]
@@ -179,12 +190,19 @@ def tabulate(
         prefix=f"{prefix}." if prefix else "",
         attentions=tuple(template for name, template in attentions.items() if name not in dropped),
         feed_forwards=tuple(template for name, template in feed_forwards.items() if name not in dropped),
-        flags=flags_of(first.config),
+        flags=flags_of(first.config) | _kinds_of_towers(first),
         defaults=defaults,
         known=tuple(sorted({without_numbers(name) for name in first.stored_names()})),
         reasons=dict(sorted(reasons.items())),
         proof=_proof(str(type(first.network).__module__).partition(".")[0], found, other),
     )
+
+
+def _kinds_of_towers(specimen: Specimen) -> dict[str, str]:
+    """The ``model_type`` of every tower that may be of several, as a flag."""
+    parts = getattr(specimen.network.config, "sub_configs", {})
+    free = [name for name, kind in parts.items() if is_of_a_tower(name) and kind.__name__ == "AutoConfig"]
+    return {f"{name}.model_type": specimen.config[name]["model_type"] for name in free if specimen.config.get(name)}
 
 
 def _shapes(specimen: Specimen) -> Shapes:
