@@ -322,13 +322,14 @@ def test_holds_one_part_of_one_block_at_a_time(network: Build) -> None:
     NearestOrbit().estimate(source, toy.base, toy.architecture)
 
     every = parts(toy.architecture)
-    # Once to find the orders, once for the distance as found, once for the bases; before that, the embedding. And three
+    # Once to find the orders, once for the distance as found, once for the bases; before that, the embeddings. And three
     # times at most for scales and constants: how far apart, traded or not, keys that are not seen.
     times = Counter(source.read)
     inside = {name for part in every for name in part.tensors}
     assert all(3 <= times[name] <= 6 for name in inside)
     small = {name for name in source.read if source.spec(name).numel <= 80}
-    assert set(source.read) - inside - small == {"bert.embeddings.word_embeddings.weight"}
+    embeddings = {f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")}
+    assert set(source.read) - inside - small == embeddings
     assert source.peak[0] <= max(len(part.tensors) for part in every)
 
 

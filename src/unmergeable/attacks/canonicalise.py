@@ -123,8 +123,8 @@ def traces(protected: TensorSource, base: TensorSource, freedoms: Freedoms) -> t
     kinds = ("key bias", "unseen reading", "unseen writing", "router", POSITION_BIAS)
     unseen = {kind: _Share() for kind in kinds}
     for table in filter(comparable, freedoms.position_biases):
-        for side, weight in enumerate(both(table)):
-            unseen[POSITION_BIAS].add_to(side, weight.mean(0), weight.T)
+        for side, weight in enumerate(stored(table)):
+            unseen[POSITION_BIAS].add_to(side, weight.T)
     weight_of = {bias: reader.weight for bias, (_, reader) in freedoms.reader_of_bias.items()}
     for bias, places in freedoms.keys:
         if comparable(bias) and comparable(weight_of.get(bias)):
