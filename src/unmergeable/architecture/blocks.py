@@ -24,6 +24,8 @@ class Heads:
     ``g`` counts key-value heads, ``m`` the query heads that share one. ``axis`` is 0 for the rows of a
     ``[out, in]`` weight, 1 for its columns (an output projection, or GPT-2's transposed storage). The bias, when
     there is one, follows the rows. Several blocks may name one tensor: fused storage is nothing special.
+    Coordinates of a head are ``element_stride`` apart: 2 where gate and up take turns. ``slice``: heads lie in this
+    slice of the tensors along their first axis alone, as one of several experts does, and ``axis`` is one of the others.
     """
 
     weight: str
@@ -32,6 +34,13 @@ class Heads:
     offset: int
     group_stride: int
     member_stride: int = 0
+    element_stride: int = 1
+    slice: int | None = None
+
+    @property
+    def bias_axis(self) -> int:
+        """The axis of the bias on which heads lie."""
+        return 0 if self.slice is None else 1
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 A file lists templates of attention and feed-forward blocks. A tensor's name in one has ``{}`` in place of the number of
 its layer or expert; a place or a size is a formula in the config's settings ("num_attention_heads") and in what was
-computed before it ("groups * members * value_size"). A template may say "when" it holds: with which settings. Whatever
+computed before it ("groups * members * value_size"). A template may say "when" it holds: with which settings. One whose tensors hold several matrices
+along their first axis ("sliced") stands for a block in each. Whatever
 no template names is copied unchanged.
 """
 
@@ -232,6 +233,9 @@ def _instances(
     pattern = re.compile(_pattern(_renamed(anchor["weight"], change)))
     matches = (pattern.fullmatch(name) for name in names.shapes)
     numbers = sorted({tuple(map(int, match.groups())) for match in matches if match})
+    if anchor.get("sliced"):  # a block for every slice of the tensor
+        name = _renamed(anchor["weight"], change)
+        numbers = [(*own, index) for own in numbers for index in range(names.shapes[name.format(*own)][0])]
     for number in numbers:
         reader = _Reader(names, change, number, {**scope, **of_layer(config, number)})
         yield reader.attention(template) if is_attention else reader.feed_forward(template)
@@ -261,7 +265,14 @@ class _Reader:
     def heads(self, data: Mapping[str, Any]) -> Heads:
         bias = self.names.optional(self.name(data["bias"])) if data.get("bias") else None
         places = {key: evaluate(data.get(key, 0), self.scope) for key in ("offset", "group_stride", "member_stride")}
-        return Heads(self.name(data["weight"]), bias, data["axis"], **places)
+        return Heads(
+            self.name(data["weight"]),
+            bias,
+            data["axis"],
+            **places,
+            element_stride=data.get("element_stride", 1),
+            slice=self.number[-1] if data.get("sliced") else None,
+        )
 
     def attention(self, data: Mapping[str, Any]) -> Attention:
         groups, members = self.value("groups", data["groups"]), self.value("members", data["members"])

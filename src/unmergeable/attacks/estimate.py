@@ -193,7 +193,9 @@ class _Solver:
 
     def _overlap(self, first: Space, second: Space) -> bool:
         return any(
-            tensor == other and (leg.axis != other_leg.axis or _meet(_extent(leg, first), _extent(other_leg, second)))
+            tensor == other
+            and (leg.slice == other_leg.slice or leg.slice is None or other_leg.slice is None)
+            and (leg.axis != other_leg.axis or _meet(_extent(leg, first), _extent(other_leg, second)))
             for tensor, leg in self._legs[first.name]
             for other, other_leg in self._legs[second.name]
         )

@@ -222,8 +222,15 @@ def _sides(heads: Heads, size: int, protected: Tensors, base: Tensors) -> tuple[
 
 def _units(heads: Heads, size: int, tensors: Tensors) -> Tensor:
     """Hidden units as the rows of a float32 matrix, with their biases as one more column."""
-    weight = tensors[heads.weight].narrow(heads.axis, heads.offset, size)
-    columns = [weight if heads.axis == 0 else weight.T]
+    places = slice(heads.offset, heads.offset + size * heads.element_stride, heads.element_stride)
+    columns = [_along(heads, heads.axis, tensors[heads.weight])[places]]
     if heads.bias is not None:
-        columns.append(tensors[heads.bias].narrow(0, heads.offset, size)[:, None])
+        columns.append(_along(heads, heads.bias_axis, tensors[heads.bias])[places, None])
     return torch.cat(columns, dim=1).float()
+
+
+def _along(heads: Heads, axis: int, tensor: Tensor) -> Tensor:
+    """A tensor, or the slice of it that heads lie in, with the axis they lie on first."""
+    if heads.slice is None:
+        return tensor.movedim(axis, 0)
+    return tensor[heads.slice].movedim(axis - 1, 0)

@@ -117,7 +117,7 @@ class _Search:
         """The first proposal whose groups of a role are all proven."""
         tried: list[str] = []
         for block in options:
-            key = f"{role} {without_numbers(repr(block).replace(chr(39), '.'))}"
+            key = f"{role} {without_numbers(re.sub(r'slice=[0-9]+', 'slice=', repr(block)).replace(chr(39), '.'))}"
             if key not in self._verdicts or not self.share:
                 self._verdicts[key] = self._failures(block, role)
             if not self._verdicts[key]:

@@ -42,6 +42,8 @@ def feed_forward(scene: Scene, index: int, taken: set[tuple[str, int]]) -> Itera
     made = [laid_out([[[side[which] for side in sides]]]) for which in range(len(sides[0]))]
     is_shared = len(read) < len(every)  # with an attention, which has the name of the module that both lie in
     name = made[0].weight.removesuffix(".weight") if is_shared else common_module(made[0].weight, down.weight)
+    if down.slice is not None:
+        name = f"{name}.{down.slice}"
     block = FeedForward(name, len(order), made[0], down)
     if down.offset != (read[0] if is_shared else 0):
         raise Unexplained(f"{down.weight} reads more than these units")

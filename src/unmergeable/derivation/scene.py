@@ -91,7 +91,10 @@ def laid_out(spots: Sequence[Sequence[Sequence[Spot]]]) -> Heads:
     """The heads whose coordinate (group, member, element) lies at ``spots[group][member][element]``."""
     flat = [spot for group in spots for member in group for spot in member]
     first = flat[0]
-    if any((spot.weight, spot.axis, spot.bias) != (first.weight, first.axis, first.bias) for spot in flat):
+    if any(
+        (spot.weight, spot.axis, spot.bias, spot.slice) != (first.weight, first.axis, first.bias, first.slice)
+        for spot in flat
+    ):
         raise Unexplained(f"{first.weight}: heads are spread over several tensors")
 
     def stride(other: Spot | None) -> int:
@@ -99,12 +102,13 @@ def laid_out(spots: Sequence[Sequence[Sequence[Spot]]]) -> Heads:
 
     groups = stride(spots[1][0][0] if len(spots) > 1 else None)
     members = stride(spots[0][1][0] if len(spots[0]) > 1 else None)
+    elements = stride(spots[0][0][1]) if len(spots[0][0]) > 1 else 1
     for g, group in enumerate(spots):
         for m, member in enumerate(group):
             for e, spot in enumerate(member):
-                if spot.place != first.place + g * groups + m * members + e:
+                if elements < 1 or spot.place != first.place + g * groups + m * members + e * elements:
                     raise Unexplained(f"{first.weight}: heads lie in no regular order")
-    return Heads(first.weight, first.bias, first.axis, first.place, groups, members)
+    return Heads(first.weight, first.bias, first.axis, first.place, groups, members, elements, first.slice)
 
 
 def common_module(first: str, second: str) -> str:

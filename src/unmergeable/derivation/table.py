@@ -391,7 +391,13 @@ def _feed_forward(both: _Pair, block: FeedForward, twin: FeedForward) -> dict[st
 def _heads(both: _Pair, here: Heads, there: Heads) -> dict[str, Any]:
     if (without_numbers(here.weight), here.axis) != (without_numbers(there.weight), there.axis):
         raise Unexplained("two sizes of the network are stored differently")
+    if (here.element_stride, here.slice is None) != (there.element_stride, there.slice is None):
+        raise Unexplained("two sizes of the network are stored differently")
     data: dict[str, Any] = {"weight": both.named(here.weight), "axis": here.axis}
+    if here.element_stride != 1:
+        data["element_stride"] = here.element_stride
+    if here.slice is not None:
+        data["sliced"] = True
     if here.bias is not None:
         data["bias"] = both.named(here.bias)
     for key in ("offset", "group_stride", "member_stride"):

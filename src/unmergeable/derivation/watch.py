@@ -26,7 +26,7 @@ class Product:
     """``outputs`` = weight applied to ``inputs``, both [..., coordinates]; ``replay`` applies it to other inputs.
 
     ``name`` is the parameter's, ``weight`` the part of it that is used; with three axes, the first counts experts.
-    ``added`` are vectors added to the outputs afterwards.
+    ``added`` are vectors added to the outputs afterwards, each with the parameter that it is, or is a part of.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Product:
     inputs: Tensor
     outputs: Tensor
     replay: Callable[[Tensor], Tensor]
-    added: list[Tensor] = field(default_factory=list)
+    added: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 @dataclass
@@ -126,8 +126,8 @@ class _Recorder(TorchFunctionMode):
         """A vector of parameters added to what a product gave out belongs to it."""
         made = _mark(terms, "_product")
         if made is not None and len(terms) == 2:
-            vectors = (self._parameter(term) for term in terms)
-            made.added.extend(vector for vector in vectors if vector is not None and vector.dim() == 1)
+            owned = ((self._parameter(term), term) for term in terms)
+            made.added.extend((owner, vector) for owner, vector in owned if owner is not None and vector.dim() == 1)
 
     def _attention(self, first: Tensor, second: Tensor, result: Tensor) -> None:
         scored = getattr(first, "_weights", None)

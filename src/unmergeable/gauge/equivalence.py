@@ -331,30 +331,37 @@ class _Projections:
     def __init__(self, source: TensorSource, activations: Activations) -> None:
         self._source = source
         self._activations = activations
-        self._outputs: dict[str, Tensor] = {}
+        self._outputs: dict[tuple[str, int | None], Tensor] = {}
 
     def heads(self, heads: Heads, groups: int, members: int, size: int) -> Tensor:
         """The output of a projection as [groups, members, size, tokens]."""
-        if heads.weight not in self._outputs:
-            self._outputs[heads.weight] = self._project(heads)
-        rows = self._outputs[heads.weight]
-        strides = (heads.group_stride * TOKENS, heads.member_stride * TOKENS, TOKENS, 1)
+        place = (heads.weight, heads.slice)
+        if place not in self._outputs:
+            self._outputs[place] = self._project(heads)
+        rows = self._outputs[place]
+        strides = (heads.group_stride * TOKENS, heads.member_stride * TOKENS, heads.element_stride * TOKENS, 1)
         return torch.as_strided(rows, (groups, members, size, TOKENS), strides, heads.offset * TOKENS)
 
     def read(self, heads: Heads, hidden: Tensor) -> Tensor:
         """A reader (output or down projection) applied to [features, tokens], by the columns that read them."""
+        weight, axis = self._matrix(heads)
+        if weight.shape[axis] > len(hidden):
+            weight = weight.narrow(axis, heads.offset, len(hidden))
+        return product(weight, hidden, is_transposed=axis == 0)
+
+    def _matrix(self, heads: Heads) -> tuple[Tensor, int]:
+        """The weight that heads lie in, and the axis of it."""
         weight = self._source.tensor(heads.weight)
-        if weight.shape[heads.axis] > len(hidden):
-            weight = weight.narrow(heads.axis, heads.offset, len(hidden))
-        return product(weight, hidden, is_transposed=heads.axis == 0)
+        return (weight, heads.axis) if heads.slice is None else (weight[heads.slice], heads.axis - 1)
 
     def _project(self, heads: Heads) -> Tensor:
-        weight = self._source.tensor(heads.weight)
-        is_transposed = heads.axis == 1  # [in, out] storage
+        weight, axis = self._matrix(heads)
+        is_transposed = axis == 1  # [in, out] storage
         features = weight.shape[0] if is_transposed else weight.shape[1]
         output = product(weight, self._activations.inputs(heads.weight, features), is_transposed=is_transposed)
         if heads.bias is not None:
-            output += self._source.tensor(heads.bias).to(output.dtype)[:, None]
+            bias = self._source.tensor(heads.bias)
+            output += (bias if heads.slice is None else bias[heads.slice]).to(output.dtype)[:, None]
         return output.contiguous()
 
 
