@@ -2,9 +2,9 @@
 
 A file lists templates of attention and feed-forward blocks. A tensor's name in one has ``{}`` in place of the number of
 its layer or expert; a place or a size is a formula in the config's settings ("num_attention_heads") and in what was
-computed before it ("groups * members * value_size"). A template may say "when" it holds: with which settings. One whose tensors hold several matrices
-along their first axis ("sliced") stands for a block in each. Whatever
-no template names is copied unchanged.
+computed before it ("groups * members * value_size"). A template may say "when" it holds: with which settings. One whose
+tensors hold several matrices along their first axis ("sliced") stands for a block in each. Whatever no template names
+is copied unchanged.
 """
 
 from __future__ import annotations
@@ -275,9 +275,8 @@ class _Reader:
         )
 
     def attention(self, data: Mapping[str, Any]) -> Attention:
-        groups, members = self.value("groups", data["groups"]), self.value("members", data["members"])
-        self.scope["columns"] = self.length(data["output"])
-        value_size = self.value("value_size", data["value_size"])
+        self.scope["rows"], self.scope["columns"] = self.length(data["value"]), self.length(data["output"])
+        counts = {name: self.value(name, data[name]) for name in data if name in {"groups", "members", "value_size"}}
         for index, part in enumerate(data["parts"]):
             size = self.value(f"part_{index}", part["size"])
             if size % 2 and (part["rotary"] or data.get("norm")):
@@ -298,12 +297,12 @@ class _Reader:
         ]
         return Attention(
             name=self.name(data["name"]),
-            groups=groups,
-            members=members,
+            groups=counts["groups"],
+            members=counts["members"],
             parts=tuple(parts),
             value=self.heads(data["value"]),
             output=self.heads(data["output"]),
-            value_size=value_size,
+            value_size=counts["value_size"],
             position=data["position"],
             norm=self.norm(data["norm"]) if data.get("norm") else None,
             is_cross=data["is_cross"],

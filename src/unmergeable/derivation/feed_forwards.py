@@ -28,8 +28,8 @@ def feed_forward(scene: Scene, index: int, taken: set[tuple[str, int]]) -> Itera
     sources = scene.before(index, layer_of(product.name))
     part = product.inputs if len(read) == len(every) else product.inputs[..., read]
     inputs = Source(part, outer=product.weight.dim() > 2)
-    few = scene.origins(Source(part[..., :1]), sources)  # most products read the stream, and are done with here
-    origins = scene.origins(inputs, sources) if {len(rows) for rows in few} <= {1, 2} else few
+    first = scene.origins_of_first(inputs, sources)  # most products read the stream, and are done with here
+    origins = scene.origins(inputs, sources) if len(first) in {1, 2} else [first]
     counts = {len(rows) for rows in origins}
     if len(counts) != 1 or not counts <= {1, 2}:
         raise Unexplained("its input does not come from one or two rows for each coordinate")

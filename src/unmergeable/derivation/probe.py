@@ -63,14 +63,17 @@ def output_of(product: Product) -> Source:
     return Source(product.outputs, outer=product.weight.dim() > 2)
 
 
-def support(target: Source, sources: Sequence[Source], *, first_token: bool = False) -> list[Tensor]:
+def support(
+    target: Source, sources: Sequence[Source], *, first_token: bool = False, only: Sequence[int] | None = None
+) -> list[Tensor]:
     """For each source, a boolean [coordinates of target, coordinates of source]: whether one changes with the other.
 
-    Over all tokens, or at the first one alone.
+    Over all tokens, or at the first one alone; of the ``only`` coordinates of the target that are asked for, or all.
     """
     tensor = target.tensor
     if tensor.numel() == 0:  # an expert that no token was sent to
-        return [torch.zeros(target.width, source.width, dtype=torch.bool) for source in sources]
+        count = target.width if only is None else len(only)
+        return [torch.zeros(count, source.width, dtype=torch.bool) for source in sources]
     tokens = tensor.shape[-2] if tensor.dim() > 1 else 1
     weights = torch.zeros(tokens, dtype=tensor.dtype)
     weights[0] = 1
@@ -78,7 +81,8 @@ def support(target: Source, sources: Sequence[Source], *, first_token: bool = Fa
         weights = torch.rand(tokens, generator=torch.Generator().manual_seed(3), dtype=tensor.dtype) + 0.5
     summed = (tensor * weights[:, None]).sum(-2) if tensor.dim() > 1 else tensor
     flat = summed.reshape(-1, target.width).sum(0)
-    return [_nonzero(grad) for grad in _derivatives(flat, sources)]
+    asked = flat if only is None else flat[list(only)]
+    return [_nonzero(grad) for grad in _derivatives(asked, sources)]
 
 
 def reached(target: Tensor, sources: Sequence[Source], tokens: Sequence[int]) -> Tensor:
@@ -140,7 +144,8 @@ class Disk:
         tags = torch.arange(1, count + 1, dtype=torch.float64)
         tagged = tags.reshape(answer.shape[0], 1, -1) if product.weight.dim() > 2 else tags
         spots = self._spots(product, (answer * tagged).sum(), count)
-        for owner, bias in product.added if len(product.added) == 1 and product.added[0][1].numel() == count else ():
+        added = product.added if len(product.added) == 1 and product.added[0][1].numel() == count else ()
+        for owner, bias in added:
             (grad,) = torch.autograd.grad((bias * tags).sum(), owner)
             for name, every in self._tags(owner, grad):
                 for index, along in _slices(every):

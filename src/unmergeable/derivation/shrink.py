@@ -99,6 +99,8 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
         return _with_stages(config, sizes)
     layers = next((int(config[key]) for key in _LAYERS if isinstance(config.get(key), int)), 0)
     kept = _layers_that_differ(config, layers)
+    if config.get("num_kv_shared_layers") and layers > MOST_LAYERS:
+        kept += _first_of_each_kind(config, layers - int(config["num_kv_shared_layers"]), layers)
     small: dict[str, Any] = {}
     for key, value in config.items():
         if key in _NAMES_OF_LAYERS:
@@ -115,7 +117,32 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
         else:
             small[key] = _small(key, value, config, sizes, len(kept))
     _place_tokens(small)
+    _share_last(small)
+    _round_rotary(small, sizes)
     return small
+
+
+def _share_last(small: dict[str, Any]) -> None:
+    """As many of the last layers as may use the keys and values of earlier ones, where the config lets some.
+
+    Every kind of layer among them is also among those before.
+    """
+    kinds, shared = small.get("layer_types"), small.get("num_kv_shared_layers")
+    if shared and kinds:
+        first = next(count for count in range(1, len(kinds) + 1) if set(kinds[:count]) == set(kinds))
+        small["num_kv_shared_layers"] = min(shared, len(kinds) - first, len(set(kinds)))
+
+
+def _round_rotary(small: dict[str, Any], sizes: Sizes) -> None:
+    """A share of each head that is rotated comes out as whole pairs."""
+    if "qk_rope_head_dim" in small:
+        return
+    rope = small.get("rope_parameters")
+    every = [rope, *rope.values()] if isinstance(rope, dict) else []
+    for part in (small, *(part for part in every if isinstance(part, dict))):
+        share, size = part.get("partial_rotary_factor"), small.get("head_dim") or sizes.head_size
+        if isinstance(share, float) and int(size * share) % 2:
+            part["partial_rotary_factor"] = max(2, round(size * share / 2) * 2) / size
 
 
 _NAMES_OF_LAYERS = {"stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "hybrid_layer_ids"}
@@ -153,10 +180,18 @@ def _layers_that_differ(config: Mapping[str, Any], layers: int) -> list[int]:
     return sorted({*kept, *range(layers)[: max(0, 2 - len(kept)) + (1 if kept == [0] else 0)]})[:MOST_LAYERS] or [0, 1]
 
 
+def _first_of_each_kind(config: Mapping[str, Any], start: int, stop: int) -> list[int]:
+    """Among layers ``start`` to ``stop``, the first of every kind."""
+    kinds = config.get("layer_types") or [""] * stop
+    return sorted({kinds[index]: index for index in range(stop - 1, start - 1, -1)}.values())
+
+
 def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers: int) -> Any:
     """The small value of one setting; the value itself where it is no size."""
     if key == "attn_layer_indices" and value is None:
         return [1]
+    if key.endswith("swiglu_limit") and isinstance(value, float):
+        return min(value, 0.5)  # or nothing in a small network would reach it
     if isinstance(value, bool) or value is None:
         return value
     if key == "block_types" and isinstance(value, (list, tuple)):
@@ -240,6 +275,9 @@ def filled(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
         "downsample_rate": "1/2",
         "vocabulary_map": {"<image>": 5},
         "default_language": next(iter(config.get("languages") or [None])),
+        "indexer_n_heads": sizes.groups,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": sizes.head_size,
         "indexer_budget": 4,
         "indexer_compress_ratio": 2,
         **dict.fromkeys(("image_token_id", "image_token_index", "pad_token_id"), 5),

@@ -70,6 +70,16 @@ class _Pair:
             return values[0]
         raise Unexplained(f"no formula in the config gives {values[0]} and {values[1]}")
 
+    def fit_one(self, which: int, value: int) -> str:
+        """The simplest formula that gives a number in one of the networks, where the other tells nothing.
+
+        Raises Unexplained when none does.
+        """
+        for formula in _terms(self.scope[which]):
+            if evaluate(formula, self.scope[which]) == value:
+                return formula
+        raise Unexplained(f"no formula in the config gives {value}")
+
     def _scopes(self) -> list[dict[str, float]]:
         return [{**settings, **scope} for settings, scope in zip(self.settings, self.scope, strict=True)]
 
@@ -122,7 +132,26 @@ def _terms(scope: Mapping[str, float]) -> list[str]:
 def tabulate(
     model_type: str, network_class: str, one: tuple[Specimen, Derivation], two: tuple[Specimen, Derivation]
 ) -> DerivedMap:
-    """The map of a type from two derivations with different sizes; blocks that no formula describes are left out."""
+    """The map of a type from two derivations with different sizes; blocks that no formula describes are left out.
+
+    Where no setting counts the heads, or layers have different numbers of them, the lengths of tensors tell.
+    """
+    table = _tabulated(model_type, network_class, one, two, by_length=frozenset())
+    every = {without_numbers(block.name) for block in one[1].blocks if isinstance(block, Attention)}
+    if not (lacking := every - {str(template["name"]) for template in table.attentions}):
+        return table
+    again = _tabulated(model_type, network_class, one, two, by_length=frozenset(lacking))
+    return again if len(again.attentions) > len(table.attentions) else table
+
+
+def _tabulated(
+    model_type: str,
+    network_class: str,
+    one: tuple[Specimen, Derivation],
+    two: tuple[Specimen, Derivation],
+    *,
+    by_length: frozenset[str],
+) -> DerivedMap:
     (first, found), (second, other) = one, two
     settings = (numbers(first.config), numbers(second.config))
     shapes = (_shapes(first), _shapes(second))
@@ -143,9 +172,10 @@ def tabulate(
             {**own, **of_layer(one.config, layer)} for own, one in zip(settings, (first, second), strict=True)
         )
         both = _Pair(block, twin, shapes, (here, there), ({}, {}), used)
+        name = without_numbers(block.name)
         try:
             if isinstance(block, Attention) and isinstance(twin, Attention):
-                template = _attention(both, block, twin, reasons)
+                template = _attention(both, block, twin, reasons, by_length=name in by_length)
                 kept = attentions
             else:
                 assert isinstance(block, FeedForward)
@@ -153,15 +183,16 @@ def tabulate(
                 template = _feed_forward(both, block, twin)
                 kept = feed_forwards
         except Unexplained as reason:
-            reasons[without_numbers(block.name)] = str(reason)
+            reasons[name] = str(reason)
             continue
-        name = str(template["name"])
         is_single = all(isinstance(one, Attention) and one.groups == 1 for one in (block, twin))
         known = kept.setdefault(name, template)
         if known == template:
             singles[name] = is_single
             continue
-        if singles[name] != is_single:
+        if name in by_length:
+            known, template = _with_strides(known, template)[0], _with_strides(template, known)[0]
+        elif singles[name] != is_single:
             known, template = _with_strides(known, template) if singles[name] else _with_strides(template, known)
         singles[name] = False
         try:
@@ -204,7 +235,7 @@ def _with_strides(single: dict[str, Any], other: dict[str, Any]) -> tuple[dict[s
     """The template of a layer with one head, with the distances between heads of another layer, and the other."""
 
     def heads(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
-        return {**here, **({"group_stride": there["group_stride"]} if "group_stride" in there else {})}
+        return {**{name: there[name] for name in ("group_stride", "member_stride") if name in there}, **here}
 
     parts = [
         {**here, **{side: heads(here[side], there[side]) for side in ("query", "key")}}
@@ -273,19 +304,23 @@ def _spans(plain: Sequence[Mapping[str, Any]], rotary: Sequence[Mapping[str, Any
     )
 
 
-def _attention(both: _Pair, block: Attention, twin: Attention, reasons: dict[str, str]) -> dict[str, Any]:
+def _attention(
+    both: _Pair, block: Attention, twin: Attention, reasons: dict[str, str], *, by_length: bool
+) -> dict[str, Any]:
     """The template of one attention; why it has no queries and keys, if so, goes to ``reasons``."""
     same = ("position", "is_cross", "heads_limit", "value_group")
     if block.is_cross != twin.is_cross or block.value_group != twin.value_group:
         raise Unexplained("two sizes of the network have different groups")
     template: dict[str, Any] = {"name": without_numbers(block.name)}
-    heads = (block.num_heads, twin.num_heads)
-    template["groups"] = both.fit((block.groups, twin.groups))
-    both.know("groups", (block.groups, twin.groups))
-    template["members"] = _members(both, block, twin, heads)
-    both.know("members", (block.members, twin.members))
-    template["value_size"] = _value_size(both, block, twin)
-    both.know("value_size", (block.value_size, twin.value_size))
+    if by_length:
+        template |= _counts_by_length(both, block, twin)
+    else:
+        template["groups"] = both.fit((block.groups, twin.groups))
+        both.know("groups", (block.groups, twin.groups))
+        template["members"] = _members(both, block, twin, (block.num_heads, twin.num_heads))
+        both.know("members", (block.members, twin.members))
+        template["value_size"] = _value_size(both, block, twin)
+        both.know("value_size", (block.value_size, twin.value_size))
     changed: dict[str, Any] = {}
     known = tuple(dict(scope) for scope in both.scope)
     try:
@@ -307,6 +342,18 @@ def _attention(both: _Pair, block: Attention, twin: Attention, reasons: dict[str
             for here, there in zip(block.joined, twin.joined, strict=True)
         ]
     return template | {name: getattr(block, name) for name in same} | changed
+
+
+def _counts_by_length(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]:
+    """How many heads there are, from the lengths of the tensors of values and of what reads the result."""
+    pairs = tuple((one.groups * one.value_size, one.num_heads * one.value_size) for one in (block, twin))
+    lengths = tuple(zip(both.lengths(block.value, twin.value), both.lengths(block.output, twin.output), strict=True))
+    if pairs != lengths:
+        raise Unexplained("the values, or what reads the result, hold more than the heads that no setting counts")
+    size = both.fit((block.value_size, twin.value_size))
+    for name in ("value_size", "groups", "members"):
+        both.know(name, (getattr(block, name), getattr(twin, name)))
+    return {"value_size": size, "groups": "rows / value_size", "members": "columns / value_size / groups"}
 
 
 def _score_parts(both: _Pair, block: Attention, twin: Attention) -> list[dict[str, Any]]:
@@ -400,9 +447,14 @@ def _heads(both: _Pair, here: Heads, there: Heads) -> dict[str, Any]:
         data["sliced"] = True
     if here.bias is not None:
         data["bias"] = both.named(here.bias)
-    for key in ("offset", "group_stride", "member_stride"):
+    counts = {"group_stride": "groups", "member_stride": "members"}
+    for key in ("offset", *counts):
         values = (getattr(here, key), getattr(there, key))
-        if values != (0, 0):
+        single = [scope.get(counts.get(key, "")) == 1 for scope in both.scope]
+        if single[0] != single[1] and 0 in values and any(values):
+            which = single.index(False)  # the other network has but one head, and so no distance between heads
+            data[key] = both.fit_one(which, values[which])
+        elif values != (0, 0):
             data[key] = both.fit(values)
     return data
 
