@@ -25,7 +25,7 @@ class Heads:
     ``[out, in]`` weight, 1 for its columns (an output projection, or GPT-2's transposed storage). The bias, when
     there is one, follows the rows. Several blocks may name one tensor: fused storage is nothing special.
     Coordinates of a head are ``element_stride`` apart: 2 where gate and up take turns. ``slice``: heads lie in this
-    slice of the tensors along their first axis alone, as one of several experts does, and ``axis`` is one of the others.
+    slice of the tensors along their first axis alone, as one of several experts does; ``axis`` is one of the others.
     """
 
     weight: str

@@ -65,7 +65,7 @@ def _heads_leg(collector: Collector, space: Space, heads: Heads, variance: Varia
             block_stride=heads.group_stride,
             element_stride=heads.element_stride,
             spectators=((members, heads.member_stride),),
-            slice=heads.slice,
+            in_slice=heads.slice,
         )
 
 

@@ -64,7 +64,7 @@ _HEADS = (
     "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads", "decoder_attention_heads",
     "num_encoder_attention_heads", "num_decoder_attention_heads", "attention_heads", "num_self_attention_heads",
     "encoder_num_attention_heads", "decoder_num_attention_heads", "num_swa_attention_heads",
-    "cross_num_attention_heads",
+    "cross_num_attention_heads", "swa_num_attention_heads",
 )  # fmt: skip
 _GROUPS = (
     "num_key_value_heads", "num_kv_heads", "n_head_kv", "encoder_num_key_value_heads", "decoder_num_key_value_heads",
@@ -80,8 +80,10 @@ _HEAD_SIZE = (
     "attention_head_size",
     "global_head_dim",
     "cross_head_dim",
+    "swa_head_dim",
 )
 COUNTS_OF_HEADS = {*_HEADS, *_GROUPS}
+SIZES_OF_ONE_HEAD = set(_HEAD_SIZE)
 SIZES_OF_HEADS = {*COUNTS_OF_HEADS, *_HEAD_SIZE, *_HIDDEN}
 """Settings by name that say how many heads there are, and how many or how large."""
 
@@ -109,7 +111,12 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
             small[key] = shrunken(value, sizes)
         elif isinstance(value, Mapping) and value and all(str(name).isdigit() for name in value):
             part_of = {kept.index(int(name)): part for name, part in value.items() if int(name) in kept}
-            small[key] = part_of or dict(value)
+            small[key] = {
+                index: {name: _small(name, one, {**config, **part}, sizes, len(kept)) for name, one in part.items()}
+                if isinstance(part, Mapping)
+                else part
+                for index, part in part_of.items()
+            } or dict(value)
         elif isinstance(value, (list, tuple)) and layers > 1 and len(value) == layers:
             small[key] = [value[index] for index in kept]
         elif key.endswith("token_id") or key.endswith("token_index"):
@@ -224,10 +231,15 @@ def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers
             return sizes.heads
         return 1 if value == 1 else sizes.groups
     if key in _HEAD_SIZE:
-        # With latent attention this name is that of the rotary part.
-        return sizes.head_size // 2 if key == "head_dim" and "qk_rope_head_dim" in config else sizes.head_size
+        if key == "head_dim" and "qk_rope_head_dim" in config:
+            # With latent attention this name is that of the rotary part, or of both.
+            is_both = value >= int(config["qk_rope_head_dim"]) + int(config.get("qk_nope_head_dim") or value)
+            return sizes.head_size // 2 + (sizes.plain if is_both else 0)
+        return sizes.head_size
     if key in _LAYERS:
         return min(value, layers)
+    if key == "n_recurrent_layers":  # between one layer at the beginning and one at the end
+        return max(layers - 2, 1)
     if key in _EXPERTS:
         return sizes.experts
     return _OTHER[key](value, sizes) if key in _OTHER else value
@@ -357,6 +369,9 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "qk_head_dim": lambda value, sizes: sizes.plain + sizes.head_size // 2,
     "v_head_dim": lambda value, sizes: sizes.plain + 2,
     "rotary_dim": lambda value, sizes: sizes.head_size // 2,
+    **dict.fromkeys(("n_input_layers", "n_output_layers"), lambda value, sizes: 1),
+    "num_layers_per_stack": lambda value, sizes: min(value, 2),
+    "hc_lowrank": lambda value, sizes: sizes.latent,
     "image_size": lambda value, sizes: 32,
     "patch_size": lambda value, sizes: 8,
     **dict.fromkeys(

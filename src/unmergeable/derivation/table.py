@@ -20,7 +20,7 @@ from unmergeable.derivation.attentions import NOT_UNDERSTOOD
 from unmergeable.derivation.build import Specimen
 from unmergeable.derivation.derive import Block, Derivation, without_numbers
 from unmergeable.derivation.scene import Unexplained
-from unmergeable.derivation.shrink import COUNTS_OF_HEADS, SIZES_OF_HEADS
+from unmergeable.derivation.shrink import COUNTS_OF_HEADS, SIZES_OF_HEADS, SIZES_OF_ONE_HEAD
 from unmergeable.network.disk_weights import find_places
 
 _PREFERRED = (
@@ -70,6 +70,10 @@ class _Pair:
             return values[0]
         raise Unexplained(f"no formula in the config gives {values[0]} and {values[1]}")
 
+    def head_sizes(self) -> list[str]:
+        """Settings that say how large one head is."""
+        return [name for name in self.settings[0] if _last(name) in SIZES_OF_ONE_HEAD]
+
     def fit_one(self, which: int, value: int) -> str:
         """The simplest formula that gives a number in one of the networks, where the other tells nothing.
 
@@ -104,8 +108,9 @@ class _Pair:
         first, second = self.settings
         names = sorted(first, key=lambda name: (_rank(name), name.count("."), len(name), name))
         shares = [name for name in names if "rotary" in name and isinstance(first[name], float)]
-        yield from (f"{size} * {share}" for size in _sizes(self.scope[0]) for share in shares)
         sizes = [name for name in names if _last(name) in SIZES_OF_HEADS or first[name] != second.get(name)]
+        whole = [*_sizes(self.scope[0]), *self.head_sizes()]
+        yield from (f"{size} * {share}" for size in whole for share in shares)
         yield from (name for name in sizes if first[name] == values[0])
         counts = [name for name in sizes if _last(name) in COUNTS_OF_HEADS and first[name]]
         yield from (f"{a} / {b}" for a in sizes for b in counts if first[a] / first[b] == values[0])
@@ -127,6 +132,9 @@ def _terms(scope: Mapping[str, float]) -> list[str]:
     """Products of known numbers that places are usually made of."""
     outer = ("", "groups * ", "members * ", "groups * members * ") if "groups" in scope else ("",)
     return [factor + size for factor in outer for size in _sizes(scope)]
+
+
+_NOT_AT_BOTH = "proven at one size of the network and not at another"
 
 
 def tabulate(
@@ -165,7 +173,7 @@ def _tabulated(
     dropped: set[str] = set()
     for block in found.blocks:
         if block.name not in {twin.name for twin in other.blocks}:
-            reasons[without_numbers(block.name)] = "proven at one size of the network and not at another"
+            reasons[without_numbers(block.name)] = _NOT_AT_BOTH
     for block, twin in _matched(found.blocks, other.blocks):
         layer = tuple(int(word) for word in block.name.split(".") if word.isdigit())
         here, there = (
@@ -202,6 +210,9 @@ def _tabulated(
         except Unexplained as reason:
             reasons[name] = str(reason)
             dropped.add(name)
+    for name in {*attentions, *feed_forwards} - dropped:  # of experts, an input may reach others at another size
+        if reasons.get(name) == _NOT_AT_BOTH and name.count("{}") > 1:
+            del reasons[name]
     defaults = {name: value for name in sorted(used) if isinstance(value := settings[0].get(name), float)}
     prefix = str(getattr(first.network, "base_model_prefix", "") or "")
     return DerivedMap(
@@ -361,10 +372,10 @@ def _score_parts(both: _Pair, block: Attention, twin: Attention) -> list[dict[st
         raise Unexplained("two sizes of the network have different groups")
     parts = []
     for index, (part, other) in enumerate(zip(block.parts, twin.parts, strict=True)):
-        rest = " - ".join(["value_size", *(f"part_{before}" for before in range(index))])
-        parts.append(
-            {"size": both.fit((part.size, other.size), *([rest] if 0 < index == len(block.parts) - 1 else []))}
-        )
+        before = "".join(f" - part_{earlier}" for earlier in range(index))
+        is_rest = 0 < index == len(block.parts) - 1
+        rest = [f"{size}{before}" for size in ("value_size", *both.head_sizes())] if is_rest else []
+        parts.append({"size": both.fit((part.size, other.size), *rest)})
         both.know(f"part_{index}", (part.size, other.size))
     if block.parts:
         both.know("query_size", (sum(p.size for p in block.parts), sum(p.size for p in twin.parts)))
@@ -455,7 +466,10 @@ def _heads(both: _Pair, here: Heads, there: Heads) -> dict[str, Any]:
             which = single.index(False)  # the other network has but one head, and so no distance between heads
             data[key] = both.fit_one(which, values[which])
         elif values != (0, 0):
-            data[key] = both.fit(values)
+            # Heads that share a group lie side by side, however many groups there are by chance.
+            is_shared = key == "group_stride" and here.member_stride and there.member_stride
+            side_by_side = [f"members * {size}" for size in _sizes(both.scope[0])] if is_shared else []
+            data[key] = both.fit(values, *side_by_side)
     return data
 
 
