@@ -195,11 +195,17 @@ def numbers(settings: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def of_layer(settings: Mapping[str, Any], numbers_in_name: tuple[int, ...]) -> dict[str, float]:
     """The entries for one layer of settings that list a number for each, by the setting's name and ``[layer]``.
 
-    The first number in a block's name counts.
+    The first number in a block's name counts. Settings of one layer alone, in a table by the layers' numbers, have
+    their own names.
     """
+    own: dict[str, float] = {}
+    for table in settings.values():
+        if numbers_in_name and isinstance(table, Mapping) and all(str(name).isdigit() for name in table):
+            parts = [part for name, part in table.items() if int(name) == numbers_in_name[0]]
+            own |= numbers(parts[0]) if parts and isinstance(parts[0], Mapping) else {}
     lists = {name: value for name, value in settings.items() if isinstance(value, (list, tuple)) and numbers_in_name}
     found = {name: value[numbers_in_name[0]] for name, value in lists.items() if len(value) > numbers_in_name[0]}
-    return {f"{name}[layer]": value for name, value in found.items() if type(value) in (int, float)}
+    return own | {f"{name}[layer]": value for name, value in found.items() if type(value) in (int, float)}
 
 
 def evaluate(formula: str | int, scope: Mapping[str, float]) -> int:

@@ -394,6 +394,8 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "num_mel_bins": lambda value, sizes: 16,
     "max_source_positions": lambda value, sizes: 32,
     "max_target_positions": lambda value, sizes: 64,
+    "linear_num_heads": lambda value, sizes: min(value, sizes.groups),
+    "linear_head_dim": lambda value, sizes: 8,
     "linear_num_key_heads": lambda value, sizes: 2,
     "linear_num_value_heads": lambda value, sizes: min(value, 4),
     "linear_key_head_dim": lambda value, sizes: 8,

@@ -112,6 +112,7 @@ class _Pair:
         whole = [*_sizes(self.scope[0]), *self.head_sizes()]
         yield from (f"{size} * {share}" for size in whole for share in shares)
         yield from (name for name in sizes if first[name] == values[0])
+        yield from (f"{name} + {size}" for name in sizes if "head_dim" in name for size in _sizes(self.scope[0]))
         counts = [name for name in sizes if _last(name) in COUNTS_OF_HEADS and first[name]]
         yield from (f"{a} / {b}" for a in sizes for b in counts if first[a] / first[b] == values[0])
 

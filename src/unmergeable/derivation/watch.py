@@ -81,6 +81,8 @@ class _Recorder(TorchFunctionMode):
             # A unit that is off for every token would seem to come from nowhere.
             return functional.leaky_relu(args[0], 0.5)
         result = func(*args, **kwargs)
+        if name in {"clamp", "clip"} and isinstance(result, Tensor) and result.requires_grad:
+            result = (result + args[0]) / 2  # so does one that is at its limit for every token
         if name in _PRODUCTS and isinstance(result, Tensor):
             self._product(func, name, args, kwargs, result)
         elif func is functional.scaled_dot_product_attention:
