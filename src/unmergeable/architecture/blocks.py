@@ -246,7 +246,7 @@ class Mixture:
 
     ``router`` [experts, hidden] scores them, ``router_bias`` [experts] is added for choosing. ``groups``: how many
     equal runs of experts the router chooses among first. ``stacks``: for every kind of tensor an expert has, the names
-    in the order of the experts.
+    in the order of the experts. ``others``: tensors that hold all experts' blocks, one along their first axis each.
     """
 
     name: str
@@ -256,9 +256,10 @@ class Mixture:
     stacks: tuple[tuple[str, ...], ...]
     groups: int = 1
     fused: FusedExperts | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def indexed(self) -> tuple[str, ...]:
         """Tensors with one entry for each expert along their first axis."""
         fused = (self.fused.up, self.fused.down) if self.fused else ()
-        return tuple(name for name in (self.router, self.router_bias, *fused) if name)
+        return tuple(name for name in (self.router, self.router_bias, *fused, *self.others) if name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmergeable.architecture.architecture import Architecture
-from unmergeable.architecture.blocks import Attention, FeedForward, Heads, JoinedStream, QueryKeyNorm, ScorePart
+from unmergeable.architecture.blocks import (
+    Attention,
+    FeedForward,
+    Heads,
+    JoinedStream,
+    Mixture,
+    QueryKeyNorm,
+    ScorePart,
+)
 from unmergeable.architecture.declare import Config, Names
 from unmergeable.architecture.rules import tensor_extents
 from unmergeable.errors import UnsupportedArchitecture
@@ -134,15 +142,21 @@ def architecture_of(derived: DerivedMap, config: Config, names: Names) -> Archit
     prefix = _prefix(derived, names)
     scope = _settings(config, derived.defaults)
     blocks: list[Attention | FeedForward] = []
+    mixtures: list[Mixture] = []
     for template in (*derived.attentions, *derived.feed_forwards):
-        blocks += _instances(template, config, scope, names, prefix)
+        own = list(_instances(template, config, scope, names, prefix))
+        blocks += own
+        if "mixture" in template:
+            mixtures += _mixtures(template["mixture"], own, prefix)
     if not blocks:
         raise UnsupportedArchitecture(
             f"none of the blocks that a {derived.model_type} model has is in the checkpoint; it does not hold the "
             "network its config names."
         )
     _require_known(derived, blocks, names, prefix)
-    return Architecture(derived.model_type, tuple(blocks), (r".*",), missing={"residual": RESIDUAL})
+    return Architecture(
+        derived.model_type, tuple(blocks), (r".*",), mixtures=tuple(mixtures), missing={"residual": RESIDUAL}
+    )
 
 
 def _prefix(derived: DerivedMap, names: Names) -> tuple[str, str]:
@@ -248,6 +262,29 @@ def _instances(
     for number in numbers:
         reader = _Reader(names, change, number, {**scope, **of_layer(config, number)})
         yield reader.attention(template) if is_attention else reader.feed_forward(template)
+
+
+def _mixtures(
+    data: Mapping[str, Any], blocks: Iterable[Attention | FeedForward], change: tuple[str, str]
+) -> Iterator[Mixture]:
+    """The mixtures that experts in slices of the same tensors make up, in the order of the slices."""
+    experts: dict[tuple[str, ...], list[str]] = {}
+    for block in blocks:
+        numbers = tuple(word for word in block.name.split(".") if word.isdigit())
+        experts.setdefault(numbers[:-1], []).append(block.name)
+    for number, own in experts.items():
+
+        def named(template: str, number: tuple[str, ...] = number) -> str:
+            return _renamed(template, change).format(*number)
+
+        yield Mixture(
+            name=named(data["name"]),
+            router=named(data["router"]),
+            router_bias=named(data["router_bias"]) if data.get("router_bias") else None,
+            experts=tuple(own),
+            stacks=(),
+            others=tuple(map(named, data["others"])),
+        )
 
 
 def _with_own_values(

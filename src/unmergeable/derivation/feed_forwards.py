@@ -5,11 +5,11 @@ Nothing here has to be right: every proposal is proven or dropped by :mod:`unmer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from unmergeable.architecture.blocks import FeedForward
-from unmergeable.derivation.probe import Source
+from unmergeable.architecture.blocks import Attention, FeedForward, Mixture
+from unmergeable.derivation.probe import Disk, Source
 from unmergeable.derivation.scene import Scene, Unexplained, common_module, laid_out, layer_of
 
 
@@ -54,3 +54,37 @@ def feed_forward(scene: Scene, index: int, taken: set[tuple[str, int]]) -> Itera
     for gate, up in (made, made[::-1]):
         yield replace(block, gate=gate, up=up)
     yield replace(block, gate=made[0], up=made[1], scale_limit="both factors pass through what is not linear")
+
+
+def mixtures(blocks: Iterable[Attention | FeedForward], disk: Disk) -> Iterator[Mixture]:
+    """Proposals for the experts that share tensors: these, and the router beside them, in another order."""
+    shared: dict[str, list[FeedForward]] = {}
+    for block in blocks:
+        if isinstance(block, FeedForward) and block.down.slice is not None:
+            shared.setdefault(block.down.weight, []).append(block)
+    for weight, own in shared.items():
+        inner = own[0].name.rsplit(".", 1)[0]
+        shapes = {name: place.shape for name, place in disk.places.items()}
+        count = shapes[weight][0]
+        module = inner if any(_is_router(name, inner, shapes[name], count) for name in shapes) else _parent(inner)
+        routers = [name for name in shapes if _is_router(name, module, shapes[name], count)]
+        if len(routers) != 1:
+            continue
+        along = [name for name in shapes if name.startswith(f"{module}.") and shapes[name][:1] == (count,)]
+        bias = next((name for name in along if name != routers[0] and len(shapes[name]) == 1), None)
+        yield Mixture(
+            name=module,
+            router=routers[0],
+            router_bias=bias,
+            experts=tuple(f"{inner}.{index}" for index in range(count)),
+            stacks=(),
+            others=tuple(sorted(set(along) - {routers[0], bias})),
+        )
+
+
+def _is_router(name: str, module: str, shape: Sequence[int], experts: int) -> bool:
+    return name.startswith(f"{module}.") and len(shape) == 2 and shape[0] == experts and not name.endswith("bias")
+
+
+def _parent(module: str) -> str:
+    return module.rpartition(".")[0]

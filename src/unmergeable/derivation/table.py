@@ -195,6 +195,8 @@ def _tabulated(
             reasons[name] = str(reason)
             continue
         is_single = all(isinstance(one, Attention) and one.groups == 1 for one in (block, twin))
+        if isinstance(block, FeedForward) and block.down.slice is not None:
+            template |= _mixture(both, block, found, other)
         known = kept.setdefault(name, template)
         if known == template:
             singles[name] = is_single
@@ -447,6 +449,16 @@ def _feed_forward(both: _Pair, block: FeedForward, twin: FeedForward) -> dict[st
     return template | {"activation": block.activation, "scale_limit": block.scale_limit}
 
 
+def _mixture(both: _Pair, block: FeedForward, found: Derivation, other: Derivation) -> dict[str, Any]:
+    """The template of the mixture that a block is an expert of; nothing where its experts keep their order."""
+    for mixture in found.mixtures:
+        if block.name in mixture.experts and mixture.name in {twin.name for twin in other.mixtures}:
+            data: dict[str, Any] = {"name": without_numbers(mixture.name), "router": both.named(mixture.router)}
+            data["router_bias"] = mixture.router_bias and both.named(mixture.router_bias)
+            return {"mixture": {**data, "others": [both.named(name) for name in mixture.others]}}
+    return {}
+
+
 def _heads(both: _Pair, here: Heads, there: Heads) -> dict[str, Any]:
     if (without_numbers(here.weight), here.axis) != (without_numbers(there.weight), there.axis):
         raise Unexplained("two sizes of the network are stored differently")
@@ -478,7 +490,7 @@ def _proof(library: str, *derivations: Derivation) -> dict[str, Any]:
     """The versions a map was proven with, and the worst figures for every kind of group."""
     figures: dict[str, dict[str, Any]] = {}
     for derivation in derivations:
-        spaces = symmetry_map(derivation.blocks).spaces
+        spaces = symmetry_map(derivation.blocks, mixtures=derivation.mixtures).spaces
         for name, proof in derivation.proofs.items():
             if name not in spaces:
                 continue
