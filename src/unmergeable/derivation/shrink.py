@@ -238,8 +238,6 @@ def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers
         return sizes.head_size
     if key in _LAYERS:
         return min(value, layers)
-    if key == "n_recurrent_layers":  # between one layer at the beginning and one at the end
-        return max(layers - 2, 1)
     if key in _EXPERTS:
         return sizes.experts
     return _OTHER[key](value, sizes) if key in _OTHER else value
@@ -369,7 +367,6 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "qk_head_dim": lambda value, sizes: sizes.plain + sizes.head_size // 2,
     "v_head_dim": lambda value, sizes: sizes.plain + 2,
     "rotary_dim": lambda value, sizes: sizes.head_size // 2,
-    **dict.fromkeys(("n_input_layers", "n_output_layers"), lambda value, sizes: 1),
     "num_layers_per_stack": lambda value, sizes: min(value, 2),
     "hc_lowrank": lambda value, sizes: sizes.latent,
     "image_size": lambda value, sizes: 32,

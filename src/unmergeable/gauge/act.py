@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.architecture.symmetry import Leg, Space, Stack, SymmetryMap
-from unmergeable.gauge.elements import Element
+from unmergeable.gauge.elements import Element, Monomial
 from unmergeable.gauge.gauge import Gauge
 
 _Step = tuple[Leg, Element]
@@ -107,16 +107,24 @@ def act_(tensor: Tensor, name: str, symmetry: SymmetryMap, gauges: Sequence[Gaug
 
 
 def _apart(tensor: Tensor, steps: Sequence[_Step]) -> Iterator[tuple[Tensor, list[_Step]]]:
-    """Views of a tensor with the steps that act on each: its slices where every step has one, or all of it."""
-    if any(leg.slice is None for leg, _ in steps):
+    """Views of a tensor, in turn, with the steps that act on each: its slices one by one, and all of it.
+
+    Only all of it where numbers would be rounded more than once.
+    """
+    runs = [(is_sliced, list(run)) for is_sliced, run in groupby(steps, key=lambda step: step[0].slice is not None)]
+    is_exact = all(isinstance(element, Monomial) and element.is_unscaled for leg, element in steps if leg.slice is None)
+    if not (is_exact and sum(is_sliced for is_sliced, _ in runs) == 1):
         yield tensor, list(steps)
         return
-    by_slice: dict[int, list[_Step]] = {}
-    for leg, element in steps:
-        assert leg.slice is not None
-        by_slice.setdefault(leg.slice, []).append((replace(leg, axis=leg.axis - 1, slice=None), element))
-    for index, own in by_slice.items():
-        yield tensor[index], own
+    for is_sliced, run in runs:
+        if not is_sliced:
+            yield tensor, run
+            continue
+        by_slice: dict[int, list[_Step]] = {}
+        for leg, element in run:
+            assert leg.slice is not None
+            by_slice.setdefault(leg.slice, []).append((replace(leg, axis=leg.axis - 1, slice=None), element))
+        yield from ((tensor[index], own) for index, own in by_slice.items())
 
 
 def _act_along(work: Tensor, axis: int, steps: Sequence[tuple[Leg, Element]], symmetry: SymmetryMap) -> None:

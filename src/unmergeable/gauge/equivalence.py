@@ -207,7 +207,7 @@ def compare(
     moved = [
         item
         for item in architecture.mixtures
-        if item.fused or not _same_values(*(side.tensor(item.router) for side in both))
+        if item.fused or item.others or not _same_values(*(side.tensor(item.router) for side in both))
     ]
     blocks = _units(architecture, moved)
     evaluated = {name for block in blocks for name in _tensors(block, by_name)}
@@ -332,6 +332,7 @@ class _Projections:
         self._source = source
         self._activations = activations
         self._outputs: dict[tuple[str, int | None], Tensor] = {}
+        self._shared: dict[str, Tensor] = {}
 
     def heads(self, heads: Heads, groups: int, members: int, size: int) -> Tensor:
         """The output of a projection as [groups, members, size, tokens]."""
@@ -351,8 +352,11 @@ class _Projections:
 
     def _matrix(self, heads: Heads) -> tuple[Tensor, int]:
         """The weight that heads lie in, and the axis of it."""
-        weight = self._source.tensor(heads.weight)
-        return (weight, heads.axis) if heads.slice is None else (weight[heads.slice], heads.axis - 1)
+        if heads.slice is None:
+            return self._source.tensor(heads.weight), heads.axis
+        if heads.weight not in self._shared:  # with all other experts, which are read next
+            self._shared[heads.weight] = self._source.tensor(heads.weight)
+        return self._shared[heads.weight][heads.slice], heads.axis - 1
 
     def _project(self, heads: Heads) -> Tensor:
         weight, axis = self._matrix(heads)
@@ -386,7 +390,8 @@ def _mixture(
         outputs, down = _fused_experts(block.fused, source, activations), block.fused.down
     else:
         experts = [expert for name in block.experts if isinstance(expert := by_name[name], FeedForward)]
-        outputs = (_feed_forward(expert, _Projections(source, activations)) for expert in experts)
+        shared = _Projections(source, activations) if block.others else None
+        outputs = (_feed_forward(expert, shared or _Projections(source, activations)) for expert in experts)
         down = experts[0].down.weight
     total = torch.zeros(())
     for weight, output in zip(weights, outputs, strict=True):
