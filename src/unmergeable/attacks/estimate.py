@@ -178,7 +178,12 @@ class _Solver:
         return elements, Fit(before, after, sum(freedoms(space) for space in own))
 
     def _spaces_of(self, part: Part) -> list[Space]:
-        names = dict.fromkeys(leg.space for tensor in part.tensors for leg in self._symmetry.legs.get(tensor, ()))
+        names = dict.fromkeys(
+            leg.space
+            for tensor in part.tensors
+            for leg in self._symmetry.legs.get(tensor, ())
+            if leg.slice is None or part.holds(tensor, leg.slice)
+        )
         return [self._spaces[name] for name in names if name in self._spaces and self._spaces[name].role == part.name]
 
     def _components(self, spaces: list[Space]) -> list[list[Space]]:

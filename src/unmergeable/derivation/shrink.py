@@ -118,7 +118,9 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
                 for index, part in part_of.items()
             } or dict(value)
         elif isinstance(value, (list, tuple)) and layers > 1 and len(value) == layers:
-            small[key] = [value[index] for index in kept]
+            per_layer = [value[index] for index in kept]
+            is_size = key in _INTERMEDIATE  # there may be one for each layer
+            small[key] = [_small(key, one, config, sizes, len(kept)) for one in per_layer] if is_size else per_layer
         elif key.endswith("token_id") or key.endswith("token_index"):
             small[key] = value  # placed below, when all are known
         else:
