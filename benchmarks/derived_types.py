@@ -1,4 +1,4 @@
-"""The owner's whole job on types that no family declares, through files: small random networks of seventy-five types.
+"""The owner's whole job on types that no family declares, through files: small random networks of seventy-eight types.
 
     python -m benchmarks.derived_types [--only TYPE …] [--out benchmarks/results/derived_types.json]
 
@@ -70,7 +70,7 @@ KINDS = (
     "flex_olmo", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt_bigcode", "gpt_neo", "granite", "granitemoehybrid",
     "helium", "hunyuan_v1_dense", "jais2", "lfm2", "ministral", "ministral3", "minicpm3", "mpt", "nanochat", "nemotron",
     "olmo", "olmo3", "olmoe", "qwen2_moe", "qwen3_5_text", "qwen3_next", "seed_oss", "starcoder2", "xglm", "dots1",
-    "persimmon",
+    "persimmon", "gpt_oss", "granitemoe", "laguna",
     "camembert", "data2vec-text", "deberta-v2", "distilbert", "electra", "ernie", "esm", "eurobert", "mpnet", "rembert",
     "deit", "beit", "dinov2_with_registers", "siglip2",
     "bart", "mbart", "marian", "pegasus", "m2m_100", "mt5", "t5gemma", "whisper", "speech_to_text",

@@ -33,7 +33,7 @@ class Counting:
         self.asked: list[tuple[int, int]] = []
 
     def __call__(self, block: FeedForward, protected: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
-        self.asked.append((block.size, protected[block.down.weight].shape[0]))
+        self.asked.append((block.size, protected[block.down.weight].shape[1]))
         return self._similarity(block, protected, base)
 
 

@@ -322,8 +322,8 @@ def test_holds_one_part_of_one_block_at_a_time(network: Build) -> None:
     NearestOrbit().estimate(source, toy.base, toy.architecture)
 
     every = parts(toy.architecture)
-    # Once to find the orders, once for the distance as found, once for the bases; before that, the embeddings. And three
-    # times at most for scales and constants: how far apart, traded or not, keys that are not seen.
+    # Once to find the orders, once for the distance as found, once for the bases; before that, the embeddings. And
+    # three times at most for scales and constants: how far apart, traded or not, keys that are not seen.
     times = Counter(source.read)
     inside = {name for part in every for name in part.tensors}
     assert all(3 <= times[name] <= 6 for name in inside)

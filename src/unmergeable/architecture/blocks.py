@@ -24,6 +24,8 @@ class Heads:
     ``g`` counts key-value heads, ``m`` the query heads that share one. ``axis`` is 0 for the rows of a
     ``[out, in]`` weight, 1 for its columns (an output projection, or GPT-2's transposed storage). The bias, when
     there is one, follows the rows. Several blocks may name one tensor: fused storage is nothing special.
+    Coordinates of a head are ``element_stride`` apart: 2 where gate and up take turns. ``slice``: heads lie in this
+    slice of the tensors along their first axis alone, as one of several experts does; ``axis`` is one of the others.
     """
 
     weight: str
@@ -32,6 +34,13 @@ class Heads:
     offset: int
     group_stride: int
     member_stride: int = 0
+    element_stride: int = 1
+    slice: int | None = None
+
+    @property
+    def bias_axis(self) -> int:
+        """The axis of the bias on which heads lie."""
+        return 0 if self.slice is None else 1
 
 
 @dataclass(frozen=True)
@@ -237,7 +246,7 @@ class Mixture:
 
     ``router`` [experts, hidden] scores them, ``router_bias`` [experts] is added for choosing. ``groups``: how many
     equal runs of experts the router chooses among first. ``stacks``: for every kind of tensor an expert has, the names
-    in the order of the experts.
+    in the order of the experts. ``others``: tensors that hold all experts' blocks, one along their first axis each.
     """
 
     name: str
@@ -247,9 +256,10 @@ class Mixture:
     stacks: tuple[tuple[str, ...], ...]
     groups: int = 1
     fused: FusedExperts | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def indexed(self) -> tuple[str, ...]:
         """Tensors with one entry for each expert along their first axis."""
         fused = (self.fused.up, self.fused.down) if self.fused else ()
-        return tuple(name for name in (self.router, self.router_bias, *fused) if name)
+        return tuple(name for name in (self.router, self.router_bias, *fused, *self.others) if name)

@@ -47,12 +47,13 @@ class Collector:
         block_stride: int = 0,
         element_stride: int = 1,
         spectators: Iterable[tuple[int, int]] = (),
+        in_slice: int | None = None,
         is_outer: bool = False,
     ) -> None:
         if tensor is None:
             return
         kept = tuple((count, stride) for count, stride in spectators if count > 1)
-        leg = Leg(space.name, axis, variance, offset, block_stride, element_stride, kept)
+        leg = Leg(space.name, axis, variance, offset, block_stride, element_stride, kept, in_slice)
         (self.outer if is_outer else self.inner).setdefault(tensor, []).append(leg)
 
     def finish(self) -> SymmetryMap:

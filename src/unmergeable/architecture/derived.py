@@ -2,8 +2,9 @@
 
 A file lists templates of attention and feed-forward blocks. A tensor's name in one has ``{}`` in place of the number of
 its layer or expert; a place or a size is a formula in the config's settings ("num_attention_heads") and in what was
-computed before it ("groups * members * value_size"). A template may say "when" it holds: with which settings. Whatever
-no template names is copied unchanged.
+computed before it ("groups * members * value_size"). A template may say "when" it holds: with which settings. One whose
+tensors hold several matrices along their first axis ("sliced") stands for a block in each. Whatever no template names
+is copied unchanged.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
@@ -19,7 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmergeable.architecture.architecture import Architecture
-from unmergeable.architecture.blocks import Attention, FeedForward, Heads, JoinedStream, QueryKeyNorm, ScorePart
+from unmergeable.architecture.blocks import (
+    Attention,
+    FeedForward,
+    Heads,
+    JoinedStream,
+    Mixture,
+    QueryKeyNorm,
+    ScorePart,
+)
 from unmergeable.architecture.declare import Config, Names
 from unmergeable.architecture.parts import is_of_a_tower, part_of
 from unmergeable.architecture.rules import tensor_extents
@@ -134,15 +143,21 @@ def architecture_of(derived: DerivedMap, config: Config, names: Names) -> Archit
     prefix = _change(derived, names)
     scope = _settings(config, derived.defaults)
     blocks: list[Attention | FeedForward] = []
+    mixtures: list[Mixture] = []
     for template in (*derived.attentions, *derived.feed_forwards):
-        blocks += _instances(template, config, scope, names, prefix)
+        own = list(_instances(template, config, scope, names, prefix))
+        blocks += own
+        if "mixture" in template:
+            mixtures += _mixtures(template["mixture"], own, prefix)
     if not blocks:
         raise UnsupportedArchitecture(
             f"none of the blocks that a {derived.model_type} model has is in the checkpoint; it does not hold the "
             "network its config names."
         )
     _require_known(derived, blocks, names, prefix)
-    return Architecture(derived.model_type, tuple(blocks), (r".*",), missing={"residual": RESIDUAL})
+    return Architecture(
+        derived.model_type, tuple(blocks), (r".*",), mixtures=tuple(mixtures), missing={"residual": RESIDUAL}
+    )
 
 
 @dataclass(frozen=True)
@@ -226,11 +241,17 @@ def numbers(settings: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def of_layer(settings: Mapping[str, Any], numbers_in_name: tuple[int, ...]) -> dict[str, float]:
     """The entries for one layer of settings that list a number for each, by the setting's name and ``[layer]``.
 
-    The first number in a block's name counts.
+    The first number in a block's name counts. Settings of one layer alone, in a table by the layers' numbers, have
+    their own names.
     """
+    own: dict[str, float] = {}
+    for table in settings.values():
+        if numbers_in_name and isinstance(table, Mapping) and all(str(name).isdigit() for name in table):
+            parts = [part for name, part in table.items() if int(name) == numbers_in_name[0]]
+            own |= numbers(parts[0]) if parts and isinstance(parts[0], Mapping) else {}
     lists = {name: value for name, value in settings.items() if isinstance(value, (list, tuple)) and numbers_in_name}
     found = {name: value[numbers_in_name[0]] for name, value in lists.items() if len(value) > numbers_in_name[0]}
-    return {f"{name}[layer]": value for name, value in found.items() if type(value) in (int, float)}
+    return own | {f"{name}[layer]": value for name, value in found.items() if type(value) in (int, float)}
 
 
 def evaluate(formula: str | int, scope: Mapping[str, float]) -> int:
@@ -264,9 +285,62 @@ def _instances(
     pattern = re.compile(_pattern(change(anchor["weight"])))
     matches = (pattern.fullmatch(name) for name in names.shapes)
     numbers = sorted({tuple(map(int, match.groups())) for match in matches if match})
+    if is_attention:
+        value = change(template["value"]["weight"])
+        numbers = _with_own_values(numbers, [own for own in numbers if value.format(*own) not in names.shapes], config)
+    if anchor.get("sliced"):  # a block for every slice of the tensor
+        name = change(anchor["weight"])
+        numbers = [(*own, index) for own in numbers for index in range(names.shapes[name.format(*own)][0])]
     for number in numbers:
         reader = _Reader(names, change, number, {**scope, **of_layer(config, number)})
         yield reader.attention(template) if is_attention else reader.feed_forward(template)
+
+
+def _mixtures(data: Mapping[str, Any], blocks: Iterable[Attention | FeedForward], change: _Change) -> Iterator[Mixture]:
+    """The mixtures that experts in slices of the same tensors make up, in the order of the slices."""
+    experts: dict[tuple[str, ...], list[str]] = {}
+    for block in blocks:
+        numbers = tuple(word for word in block.name.split(".") if word.isdigit())
+        experts.setdefault(numbers[:-1], []).append(block.name)
+    for number, own in experts.items():
+
+        def named(template: str, number: tuple[str, ...] = number) -> str:
+            return change(template).format(*number)
+
+        yield Mixture(
+            name=named(data["name"]),
+            router=named(data["router"]),
+            router_bias=named(data["router_bias"]) if data.get("router_bias") else None,
+            experts=tuple(own),
+            stacks=(),
+            others=tuple(map(named, data["others"])),
+        )
+
+
+def _with_own_values(
+    numbers: list[tuple[int, ...]], without: list[tuple[int, ...]], config: Config
+) -> list[tuple[int, ...]]:
+    """The layers whose values no other layer reads, of attentions by their ``numbers``.
+
+    Layers ``without`` values, and as many of the last as the config lets share, read those of the last layer of their
+    kind before them. Files may hold values of theirs all the same, which nothing reads.
+    """
+    text = config if "num_kv_shared_layers" in config else config.get("text_config") or {}
+    if shared := text.get("num_kv_shared_layers"):
+        first = int(text["num_hidden_layers"]) - int(shared)
+        without = [own for own in numbers if own in without or (own and own[0] >= first)]
+    if not without or not any("share" in name or "reuse" in name for name in (*config, *text)):
+        return numbers  # one that is missing is found out later
+    kinds = text.get("layer_types") or config.get("layer_types") or ()
+
+    def kind(number: tuple[int, ...]) -> object:
+        return kinds[number[0]] if number and number[0] < len(kinds) else None
+
+    makers = [own for own in numbers if own not in without]
+    read = {
+        max((own for own in makers if own < reader and kind(own) == kind(reader)), default=None) for reader in without
+    }
+    return [own for own in makers if own not in read]
 
 
 @dataclass
@@ -293,12 +367,18 @@ class _Reader:
     def heads(self, data: Mapping[str, Any]) -> Heads:
         bias = self.names.optional(self.name(data["bias"])) if data.get("bias") else None
         places = {key: evaluate(data.get(key, 0), self.scope) for key in ("offset", "group_stride", "member_stride")}
-        return Heads(self.name(data["weight"]), bias, data["axis"], **places)
+        return Heads(
+            self.name(data["weight"]),
+            bias,
+            data["axis"],
+            **places,
+            element_stride=data.get("element_stride", 1),
+            slice=self.number[-1] if data.get("sliced") else None,
+        )
 
     def attention(self, data: Mapping[str, Any]) -> Attention:
-        groups, members = self.value("groups", data["groups"]), self.value("members", data["members"])
-        self.scope["columns"] = self.length(data["output"])
-        value_size = self.value("value_size", data["value_size"])
+        self.scope["rows"], self.scope["columns"] = self.length(data["value"]), self.length(data["output"])
+        counts = {name: self.value(name, data[name]) for name in data if name in {"groups", "members", "value_size"}}
         for index, part in enumerate(data["parts"]):
             size = self.value(f"part_{index}", part["size"])
             if size % 2 and (part["rotary"] or data.get("norm")):
@@ -319,12 +399,12 @@ class _Reader:
         ]
         return Attention(
             name=self.name(data["name"]),
-            groups=groups,
-            members=members,
+            groups=counts["groups"],
+            members=counts["members"],
             parts=tuple(parts),
             value=self.heads(data["value"]),
             output=self.heads(data["output"]),
-            value_size=value_size,
+            value_size=counts["value_size"],
             position=data["position"],
             norm=self.norm(data["norm"]) if data.get("norm") else None,
             is_cross=data["is_cross"],

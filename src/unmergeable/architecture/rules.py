@@ -55,7 +55,7 @@ def symmetry_map(
 
 def _heads_leg(collector: Collector, space: Space, heads: Heads, variance: Variance, *, members: int = 1) -> None:
     """A leg on the rows (and the bias) of ``heads``, one block per key-value head."""
-    for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
+    for tensor, axis in ((heads.weight, heads.axis), (heads.bias, heads.bias_axis)):
         collector.leg(
             space,
             tensor,
@@ -63,7 +63,9 @@ def _heads_leg(collector: Collector, space: Space, heads: Heads, variance: Varia
             axis=axis,
             offset=heads.offset,
             block_stride=heads.group_stride,
+            element_stride=heads.element_stride,
             spectators=((members, heads.member_stride),),
+            in_slice=heads.slice,
         )
 
 
@@ -414,6 +416,8 @@ def tensor_extents(symmetry: SymmetryMap) -> Mapping[str, Mapping[int, int]]:
         for leg in legs:
             axes = extents.setdefault(name, {})
             axes[leg.axis] = max(axes.get(leg.axis, 0), leg.extent(symmetry.spaces[leg.space]))
+            if leg.slice is not None:
+                axes[0] = max(axes.get(0, 0), leg.slice + 1)
     return extents
 
 
@@ -429,6 +433,6 @@ def possible_lengths(symmetry: SymmetryMap) -> Mapping[str, Mapping[int, frozens
             length = symmetry.spaces[leg.space].blocks * leg.block_stride
             whole[name, leg.axis] = max(whole.get((name, leg.axis), 0), length)
     return {
-        name: {axis: frozenset({least, max(least, whole[name, axis])}) for axis, least in axes.items()}
+        name: {axis: frozenset({least, max(least, whole.get((name, axis), 0))}) for axis, least in axes.items()}
         for name, axes in tensor_extents(symmetry).items()
     }

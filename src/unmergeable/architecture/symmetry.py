@@ -93,7 +93,8 @@ class Leg:
 
     Coordinate ``i`` of block ``b`` lies at ``offset + b * block_stride + i * element_stride`` on the axis, and
     again at every combination of the ``spectators`` (count, stride): query heads that share a key head,
-    coordinates that travel with a permuted head.
+    coordinates that travel with a permuted head. ``slice``: only in this slice of the tensor along its first axis, as
+    one expert lies in a tensor that holds all of them; ``axis`` is then one of the others.
     """
 
     space: str
@@ -103,6 +104,7 @@ class Leg:
     block_stride: int
     element_stride: int = 1
     spectators: tuple[tuple[int, int], ...] = ()
+    slice: int | None = None
 
     def extent(self, space: Space) -> int:
         """The smallest axis length that holds every coordinate of this leg."""

@@ -30,7 +30,8 @@ PartName = Literal["query_key", "value_output", "feed_forward"]
 class Section:
     """Some coordinates of one axis of a tensor: ``size`` of them from every start ``offset + g*group + m*member``.
 
-    ``size`` None stands for the whole tensor. Several parts may own sections of one fused tensor.
+    ``size`` None stands for the whole tensor. Several parts may own sections of one fused tensor. Coordinates are
+    ``stride`` apart. ``slice``: in this slice of the tensor along its first axis alone.
     """
 
     tensor: str
@@ -39,15 +40,18 @@ class Section:
     groups: tuple[int, int] = (1, 0)
     members: tuple[int, int] = (1, 0)
     size: int | None = None
+    stride: int = 1
+    slice: int | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """This section of ``tensor``: a view, or a copy where the coordinates leave gaps."""
         if self.size is None:
             return tensor
         starts = [torch.arange(count) * stride for count, stride in (self.groups, self.members)]
-        grid = starts[0][:, None, None] + starts[1][None, :, None] + torch.arange(self.size)
+        grid = starts[0][:, None, None] + starts[1][None, :, None] + torch.arange(self.size) * self.stride
         index = torch.unique(self.offset + grid)
-        return tensor if len(index) == tensor.shape[self.axis] else tensor.index_select(self.axis, index)
+        piece, axis = (tensor, self.axis) if self.slice is None else (tensor[self.slice], self.axis - 1)
+        return piece if len(index) == piece.shape[axis] else piece.index_select(axis, index)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,10 @@ class Part:
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors with a section here, each once."""
         return tuple(dict.fromkeys(section.tensor for section in self.sections))
+
+    def holds(self, tensor: str, slice_of_it: int | None) -> bool:
+        """Whether a slice of a tensor (None: what is in no slice) belongs here, beside those of other parts."""
+        return any(section.tensor == tensor and section.slice in {None, slice_of_it} for section in self.sections)
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,7 @@ def _value_output_sections(block: Attention) -> Iterator[Section]:
 
 
 def _sections(heads: Heads, size: int, *, groups: int = 1, members: int = 1) -> Iterator[Section]:
-    for tensor, axis in ((heads.weight, heads.axis), (heads.bias, 0)):
+    for tensor, axis in ((heads.weight, heads.axis), (heads.bias, heads.bias_axis)):
         if tensor is not None:
             group, member = (groups, heads.group_stride), (members, heads.member_stride)
-            yield Section(tensor, axis, heads.offset, group, member, size)
+            yield Section(tensor, axis, heads.offset, group, member, size, heads.element_stride, heads.slice)

@@ -190,7 +190,12 @@ class _Solver:
         return elements, Fit(before, after, sum(freedoms(space) for space in own))
 
     def _spaces_of(self, part: Part) -> list[Space]:
-        names = dict.fromkeys(leg.space for tensor in part.tensors for leg in self._symmetry.legs.get(tensor, ()))
+        names = dict.fromkeys(
+            leg.space
+            for tensor in part.tensors
+            for leg in self._symmetry.legs.get(tensor, ())
+            if leg.slice is None or part.holds(tensor, leg.slice)
+        )
         return [self._spaces[name] for name in names if name in self._spaces and self._spaces[name].role == part.name]
 
     def _components(self, spaces: list[Space]) -> list[list[Space]]:
@@ -205,7 +210,9 @@ class _Solver:
 
     def _overlap(self, first: Space, second: Space) -> bool:
         return any(
-            tensor == other and (leg.axis != other_leg.axis or _meet(_extent(leg, first), _extent(other_leg, second)))
+            tensor == other
+            and (leg.slice == other_leg.slice or leg.slice is None or other_leg.slice is None)
+            and (leg.axis != other_leg.axis or _meet(_extent(leg, first), _extent(other_leg, second)))
             for tensor, leg in self._legs[first.name]
             for other, other_leg in self._legs[second.name]
         )

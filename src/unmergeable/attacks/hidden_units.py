@@ -51,7 +51,7 @@ def match_units(block: FeedForward, protected: Tensors, base: Tensors, similarit
     samples = _samples(plain, ours)
     if samples is None:
         return match(similarity(plain, ours, theirs))
-    seen = similarity(plain, *(_sampled(plain, tensors, samples) for tensors in (ours, theirs)))
+    seen = similarity(plain, *(_sampled(tensors, samples) for tensors in (ours, theirs)))
     most, index = seen.max(1)
     leads = margins(seen, index)
     # Both say so: the base's unit has nothing like this one, and this one has nothing like the base's.
@@ -65,7 +65,7 @@ def match_units(block: FeedForward, protected: Tensors, base: Tensors, similarit
         is_free[index[is_known]] = False
         columns = is_free.nonzero().flatten()
         fewer = replace(plain, size=len(rows))
-        rest = similarity(fewer, _chosen(plain, ours, columns), _chosen(plain, theirs, rows))
+        rest = similarity(fewer, _chosen(ours, columns), _chosen(theirs, rows))
         found = best_assignment(rest)
         index[rows], leads[rows] = columns[found], margins(rest, found)
     return Match.of(index, leads)
@@ -94,23 +94,23 @@ def _members(block: FeedForward) -> list[tuple[str, Heads]]:
 
 
 def _apart(block: FeedForward, tensors: Tensors) -> tuple[FeedForward, dict[str, Tensor]]:
-    """The block and its tensors with nothing but its hidden units in them, views where they can be, in place of its
-    names on disk, of which several may mean one tensor."""
+    """The block and its tensors with nothing but its hidden units in them, as rows, views where they can be, in place
+    of its names on disk, of which several may mean one tensor."""
     found: dict[str, Tensor] = {}
     parts: dict[str, Heads] = {}
     for name, heads in _members(block):
-        found[name] = tensors[heads.weight].narrow(heads.axis, heads.offset, block.size)
+        found[name] = _rows(heads, heads.axis, block.size, tensors[heads.weight])
         bias = None
         if heads.bias is not None:
             bias = f"{name}.bias"
-            found[bias] = tensors[heads.bias].narrow(0, heads.offset, block.size)
-        parts[name] = Heads(name, bias, heads.axis, 0, 0)
+            found[bias] = _rows(heads, heads.bias_axis, block.size, tensors[heads.bias])
+        parts[name] = Heads(name, bias, 0, 0, 0)
     return replace(block, gate=parts.get("gate"), up=parts["up"], down=parts["down"]), found
 
 
 def _samples(block: FeedForward, tensors: Tensors) -> dict[str, Tensor] | None:
     """Which weights of a unit are looked at, by matrix; None where looking at all costs little more."""
-    lengths = {name: tensors[name].shape[1 - heads.axis] for name, heads in _members(block)}
+    lengths = {name: tensors[name].shape[1] for name, _ in _members(block)}
     if min(*lengths.values(), block.size) < 4 * SAMPLE:
         return None
     stream = Stream.from_seed(0).child("hidden units")
@@ -118,20 +118,14 @@ def _samples(block: FeedForward, tensors: Tensors) -> dict[str, Tensor] | None:
     return {name: torch.from_numpy(order[:SAMPLE]) for name, order in orders.items()}
 
 
-def _sampled(block: FeedForward, tensors: Tensors, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    members = dict(_members(block))
+def _sampled(tensors: Tensors, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
-        name: tensor.index_select(1 - members[name].axis, samples[name]) if name in samples else tensor
-        for name, tensor in tensors.items()
+        name: tensor.index_select(1, samples[name]) if name in samples else tensor for name, tensor in tensors.items()
     }
 
 
-def _chosen(block: FeedForward, tensors: Tensors, units: Tensor) -> dict[str, Tensor]:
-    members = dict(_members(block))
-    return {
-        name: tensor.index_select(members[name].axis if name in members else 0, units)
-        for name, tensor in tensors.items()
-    }
+def _chosen(tensors: Tensors, units: Tensor) -> dict[str, Tensor]:
+    return {name: tensor.index_select(0, units) for name, tensor in tensors.items()}
 
 
 def _by_rows(size: int, similarity: Callable[[slice], Tensor]) -> Tensor:
@@ -156,8 +150,15 @@ def _sides(heads: Heads, size: int, protected: Tensors, base: Tensors) -> tuple[
 
 def _units(heads: Heads, size: int, tensors: Tensors) -> Tensor:
     """Hidden units as the rows of a float32 matrix, with their biases as one more column."""
-    weight = tensors[heads.weight].narrow(heads.axis, heads.offset, size)
-    columns = [weight if heads.axis == 0 else weight.T]
+    columns = [_rows(heads, heads.axis, size, tensors[heads.weight])]
     if heads.bias is not None:
-        columns.append(tensors[heads.bias].narrow(0, heads.offset, size)[:, None])
+        columns.append(_rows(heads, heads.bias_axis, size, tensors[heads.bias])[:, None])
     return torch.cat(columns, dim=1).float()
+
+
+def _rows(heads: Heads, axis: int, size: int, tensor: Tensor) -> Tensor:
+    """A view of what hidden units have of a tensor, or of the slice of it that they lie in: one row for each."""
+    places = slice(heads.offset, heads.offset + size * heads.element_stride, heads.element_stride)
+    if heads.slice is None:
+        return tensor.movedim(axis, 0)[places]
+    return tensor[heads.slice].movedim(axis - 1, 0)[places]

@@ -36,8 +36,8 @@ from unmergeable.derivation.shrink import UNSEEN
 from unmergeable.derivation.summary import counts, levels, page, read_reasons, short
 from unmergeable.errors import UnmergeableError
 
-CPU_SECONDS = 60
-WALL_SECONDS = 300
+CPU_SECONDS = 300
+WALL_SECONDS = 3600
 MEMORY_BYTES = 6 << 30
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from unmergeable.architecture.blocks import Attention, FeedForward
+from unmergeable.architecture.blocks import Attention, FeedForward, Mixture
 from unmergeable.architecture.rules import symmetry_map
 from unmergeable.architecture.symmetry import Role
 from unmergeable.derivation import attentions
 from unmergeable.derivation.build import Specimen
-from unmergeable.derivation.feed_forwards import feed_forward
+from unmergeable.derivation.feed_forwards import feed_forward, mixtures
 from unmergeable.derivation.probe import Disk
 from unmergeable.derivation.prove import TOLERANCE, Proof, Prover
 from unmergeable.derivation.scene import Scene, Unexplained, layer_of
@@ -31,6 +31,7 @@ class Derivation:
     """
 
     blocks: list[Block] = field(default_factory=list)
+    mixtures: list[Mixture] = field(default_factory=list)
     proofs: dict[str, Proof] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     joint: float = 0.0
@@ -48,7 +49,7 @@ def derive(specimen: Specimen) -> Derivation:
         found = _Search(specimen, share=False).run()
     if found.joint > TOLERANCE:
         found.reasons["everything at once"] = f"changes the function by {found.joint:.1e}"
-        found.blocks = []
+        found.blocks, found.mixtures = [], []
     return found
 
 
@@ -87,8 +88,13 @@ class _Search:
                 self._add(self._first_proven(feed_forward(self.scene, index, taken), "feed_forward"))
             except Unexplained as reason:
                 self.result.reasons[product.name] = str(reason)
-        symmetry = symmetry_map(self.result.blocks)
-        every = symmetry.select("query_key", "value_output", "heads", "feed_forward")
+        for mixture in mixtures(self.result.blocks, self.scene.disk):
+            try:
+                self.result.mixtures.append(self._mixture(mixture))
+            except Unexplained as reason:
+                self.result.reasons[f"experts of {mixture.name}"] = str(reason)
+        symmetry = symmetry_map(self.result.blocks, mixtures=self.result.mixtures)
+        every = symmetry.select("query_key", "value_output", "heads", "feed_forward", "experts")
         self.result.joint = self.prover.together(symmetry, every)
         return self.result
 
@@ -113,11 +119,21 @@ class _Search:
         except Unexplained:
             return replace(scored, heads_limit="reordering heads changes the function")
 
+    def _mixture(self, mixture: Mixture) -> Mixture:
+        """The mixture, if its experts may be reordered."""
+        symmetry = symmetry_map((), mixtures=[mixture])
+        for name, space in symmetry.spaces.items():
+            proof = self.prover.prove(symmetry, space)
+            if not proof.holds:
+                raise Unexplained(f"not proven; {proof}")
+            self.result.proofs[name] = proof
+        return mixture
+
     def _first_proven(self, options: Iterable[AnyBlock], role: Role) -> AnyBlock:
         """The first proposal whose groups of a role are all proven."""
         tried: list[str] = []
         for block in options:
-            key = f"{role} {without_numbers(repr(block).replace(chr(39), '.'))}"
+            key = f"{role} {without_numbers(re.sub(r'slice=[0-9]+', 'slice=', repr(block)).replace(chr(39), '.'))}"
             if key not in self._verdicts or not self.share:
                 self._verdicts[key] = self._failures(block, role)
             if not self._verdicts[key]:

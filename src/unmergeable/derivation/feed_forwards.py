@@ -5,11 +5,11 @@ Nothing here has to be right: every proposal is proven or dropped by :mod:`unmer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from unmergeable.architecture.blocks import FeedForward
-from unmergeable.derivation.probe import Source
+from unmergeable.architecture.blocks import Attention, FeedForward, Mixture
+from unmergeable.derivation.probe import Disk, Source
 from unmergeable.derivation.scene import Scene, Unexplained, common_module, laid_out, layer_of
 
 
@@ -28,8 +28,8 @@ def feed_forward(scene: Scene, index: int, taken: set[tuple[str, int]]) -> Itera
     sources = scene.before(index, layer_of(product.name))
     part = product.inputs if len(read) == len(every) else product.inputs[..., read]
     inputs = Source(part, outer=product.weight.dim() > 2)
-    few = scene.origins(Source(part[..., :1]), sources)  # most products read the stream, and are done with here
-    origins = scene.origins(inputs, sources) if {len(rows) for rows in few} <= {1, 2} else few
+    first = scene.origins_of_first(inputs, sources)  # most products read the stream, and are done with here
+    origins = scene.origins(inputs, sources) if len(first) in {1, 2} else [first]
     counts = {len(rows) for rows in origins}
     if len(counts) != 1 or not counts <= {1, 2}:
         raise Unexplained("its input does not come from one or two rows for each coordinate")
@@ -42,6 +42,8 @@ def feed_forward(scene: Scene, index: int, taken: set[tuple[str, int]]) -> Itera
     made = [laid_out([[[side[which] for side in sides]]]) for which in range(len(sides[0]))]
     is_shared = len(read) < len(every)  # with an attention, which has the name of the module that both lie in
     name = made[0].weight.removesuffix(".weight") if is_shared else common_module(made[0].weight, down.weight)
+    if down.slice is not None:
+        name = f"{name}.{down.slice}"
     block = FeedForward(name, len(order), made[0], down)
     if down.offset != (read[0] if is_shared else 0):
         raise Unexplained(f"{down.weight} reads more than these units")
@@ -52,3 +54,37 @@ def feed_forward(scene: Scene, index: int, taken: set[tuple[str, int]]) -> Itera
     for gate, up in (made, made[::-1]):
         yield replace(block, gate=gate, up=up)
     yield replace(block, gate=made[0], up=made[1], scale_limit="both factors pass through what is not linear")
+
+
+def mixtures(blocks: Iterable[Attention | FeedForward], disk: Disk) -> Iterator[Mixture]:
+    """Proposals for the experts that share tensors: these, and the router beside them, in another order."""
+    shared: dict[str, list[FeedForward]] = {}
+    for block in blocks:
+        if isinstance(block, FeedForward) and block.down.slice is not None:
+            shared.setdefault(block.down.weight, []).append(block)
+    for weight, own in shared.items():
+        inner = own[0].name.rsplit(".", 1)[0]
+        shapes = {name: place.shape for name, place in disk.places.items()}
+        count = shapes[weight][0]
+        module = inner if any(_is_router(name, inner, shapes[name], count) for name in shapes) else _parent(inner)
+        routers = [name for name in shapes if _is_router(name, module, shapes[name], count)]
+        if len(routers) != 1:
+            continue
+        along = [name for name in shapes if name.startswith(f"{module}.") and shapes[name][:1] == (count,)]
+        bias = next((name for name in along if name != routers[0] and len(shapes[name]) == 1), None)
+        yield Mixture(
+            name=module,
+            router=routers[0],
+            router_bias=bias,
+            experts=tuple(f"{inner}.{index}" for index in range(count)),
+            stacks=(),
+            others=tuple(sorted(set(along) - {routers[0], bias})),
+        )
+
+
+def _is_router(name: str, module: str, shape: Sequence[int], experts: int) -> bool:
+    return name.startswith(f"{module}.") and len(shape) == 2 and shape[0] == experts and not name.endswith("bias")
+
+
+def _parent(module: str) -> str:
+    return module.rpartition(".")[0]

@@ -11,6 +11,7 @@ from unmergeable.architecture.declare import Names
 from unmergeable.architecture.derived import DerivedMap, architecture_of, flags_of
 from unmergeable.architecture.parts import is_of_a_tower
 from unmergeable.architecture.rules import possible_lengths
+from unmergeable.architecture.symmetry import Role
 from unmergeable.derivation.attentions import NOT_UNDERSTOOD
 from unmergeable.derivation.build import (
     TASKS,
@@ -29,6 +30,8 @@ from unmergeable.derivation.prove import TOLERANCE, Prover
 from unmergeable.derivation.shrink import OTHER, PARTIAL, SMALL, UNSEEN, WIDE, Sizes, filled, shrunken, supply
 from unmergeable.derivation.table import tabulate
 from unmergeable.errors import UnsupportedArchitecture
+
+ROLES: tuple[Role, ...] = ("query_key", "value_output", "heads", "feed_forward", "experts")
 
 MISSING = 4
 """How many settings a class may read that its config lacks."""
@@ -237,7 +240,7 @@ def confirm(derived: DerivedMap, specimen: Specimen) -> None:
     for name, axes in possible_lengths(symmetry).items():
         if name not in names.shapes or any(names.shapes[name][axis] not in lengths for axis, lengths in axes.items()):
             raise UnsupportedArchitecture(f"{derived.model_type}: the map's formulas do not give the shape of {name}.")
-    change = prover.together(symmetry, symmetry.select("query_key", "value_output", "heads", "feed_forward"))
+    change = prover.together(symmetry, symmetry.select(*ROLES))
     if change > TOLERANCE:
         raise UnsupportedArchitecture(f"{derived.model_type}: read back for other sizes, the map changes outputs.")
 

@@ -8,7 +8,7 @@ columns(product)[i]    the same for coordinate i of its input
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,12 +27,16 @@ AT_A_TIME = 64
 
 @dataclass(frozen=True)
 class Spot:
-    """Where one coordinate lies: ``place`` on ``axis`` of ``weight``, and the bias that goes with it."""
+    """Where one coordinate lies: ``place`` on ``axis`` of ``weight``, and the bias that goes with it.
+
+    ``slice``: of a weight that holds several matrices along its first axis, the one.
+    """
 
     weight: str
     axis: int
     place: int
     bias: str | None = None
+    slice: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,17 @@ def output_of(product: Product) -> Source:
     return Source(product.outputs, outer=product.weight.dim() > 2)
 
 
-def support(target: Source, sources: Sequence[Source], *, first_token: bool = False) -> list[Tensor]:
+def support(
+    target: Source, sources: Sequence[Source], *, first_token: bool = False, only: Sequence[int] | None = None
+) -> list[Tensor]:
     """For each source, a boolean [coordinates of target, coordinates of source]: whether one changes with the other.
 
-    Over all tokens, or at the first one alone.
+    Over all tokens, or at the first one alone; of the ``only`` coordinates of the target that are asked for, or all.
     """
     tensor = target.tensor
     if tensor.numel() == 0:  # an expert that no token was sent to
-        return [torch.zeros(target.width, source.width, dtype=torch.bool) for source in sources]
+        count = target.width if only is None else len(only)
+        return [torch.zeros(count, source.width, dtype=torch.bool) for source in sources]
     tokens = tensor.shape[-2] if tensor.dim() > 1 else 1
     weights = torch.zeros(tokens, dtype=tensor.dtype)
     weights[0] = 1
@@ -74,7 +81,8 @@ def support(target: Source, sources: Sequence[Source], *, first_token: bool = Fa
         weights = torch.rand(tokens, generator=torch.Generator().manual_seed(3), dtype=tensor.dtype) + 0.5
     summed = (tensor * weights[:, None]).sum(-2) if tensor.dim() > 1 else tensor
     flat = summed.reshape(-1, target.width).sum(0)
-    return [_nonzero(grad) for grad in _derivatives(flat, sources)]
+    asked = flat if only is None else flat[list(only)]
+    return [_nonzero(grad) for grad in _derivatives(asked, sources)]
 
 
 def reached(target: Tensor, sources: Sequence[Source], tokens: Sequence[int]) -> Tensor:
@@ -136,13 +144,18 @@ class Disk:
         tags = torch.arange(1, count + 1, dtype=torch.float64)
         tagged = tags.reshape(answer.shape[0], 1, -1) if product.weight.dim() > 2 else tags
         spots = self._spots(product, (answer * tagged).sum(), count)
-        for bias in product.added if len(product.added) == 1 and product.added[0].numel() == count else ():
-            for name, along in self._tags(bias, tags):
-                places = {int(tag) - 1: place for place, tag in enumerate(along.tolist())}
-                spots = [
-                    Spot(spot.weight, spot.axis, spot.place, name) if spot and places.get(row) == spot.place else spot
-                    for row, spot in enumerate(spots)
-                ]
+        added = product.added if len(product.added) == 1 and product.added[0][1].numel() == count else ()
+        for owner, bias in added:
+            (grad,) = torch.autograd.grad((bias * tags).sum(), owner)
+            for name, every in self._tags(owner, grad):
+                for index, along in _slices(every):
+                    if along.dim() != 1:
+                        continue
+                    places = {int(tag) - 1: (index, place) for place, tag in enumerate(along.tolist())}
+                    spots = [
+                        replace(spot, bias=name) if spot and places.get(row) == (spot.slice, spot.place) else spot
+                        for row, spot in enumerate(spots)
+                    ]
         return spots
 
     def columns(self, product: Product) -> list[Spot | None]:
@@ -151,31 +164,33 @@ class Disk:
         count = inputs.numel()
         tagged = torch.arange(1, count + 1, dtype=torch.float64).reshape(inputs.shape)
         spots = self._spots(product, product.replay(tagged).sum(), count)
-        return [spot and Spot(spot.weight, spot.axis, spot.place) for spot in spots]
+        return [spot and replace(spot, bias=None) for spot in spots]
 
     def _spots(self, product: Product, total: Tensor, count: int) -> list[Spot | None]:
         found = torch.autograd.grad(total, product.parameters, retain_graph=True, allow_unused=True)
         grads: list[Tensor | None] = list(found)
         spots: list[Spot | None] = [None] * count
-        biases: dict[tuple[int, int], str] = {}
+        biases: dict[tuple[int, int | None, int], str] = {}
         for parameter, grad in zip(product.parameters, grads, strict=True):
             if grad is None:
                 continue
-            for name, tags in self._tags(parameter, grad):
-                axis = _tagged_axis(tags)
-                if axis is None:
-                    continue
-                along = tags.movedim(axis, 0).reshape(tags.shape[axis], -1).amax(1).long()
-                for place, tag in enumerate(along.tolist()):
-                    if not 0 < tag <= count:
+            for name, every in self._tags(parameter, grad):
+                for index, tags in _slices(every):
+                    axis = _tagged_axis(tags)
+                    if axis is None:
                         continue
-                    if tags.dim() == 1:
-                        biases[tag - 1, place] = name
-                    else:
-                        spots[tag - 1] = None if spots[tag - 1] is not None else Spot(name, axis, place)
+                    along = tags.movedim(axis, 0).reshape(tags.shape[axis], -1).amax(1).long()
+                    axis += index is not None
+                    for place, tag in enumerate(along.tolist()):
+                        if not 0 < tag <= count:
+                            continue
+                        if tags.dim() == 1:
+                            biases[tag - 1, index, place] = name
+                        else:
+                            is_first = spots[tag - 1] is None
+                            spots[tag - 1] = Spot(name, axis, place, slice=index) if is_first else None
         return [
-            spot and Spot(spot.weight, spot.axis, spot.place, biases.get((index, spot.place)))
-            for index, spot in enumerate(spots)
+            spot and replace(spot, bias=biases.get((row, spot.slice, spot.place))) for row, spot in enumerate(spots)
         ]
 
     def _tags(self, parameter: Tensor, grad: Tensor) -> list[tuple[str, Tensor]]:
@@ -199,6 +214,16 @@ def _one_token(product: Product) -> Tensor:
     width = product.inputs.shape[-1]
     shape = (product.weight.shape[0], 1, width) if product.weight.dim() > 2 else (1, width)
     return torch.ones(shape, dtype=torch.float64)
+
+
+def _slices(tags: Tensor) -> list[tuple[int | None, Tensor]]:
+    """The tags of a whole tensor; or those of each slice along its first axis that has any, with its number.
+
+    The latter where tags lie on no one axis of the tensor, as of the experts that one tensor holds.
+    """
+    if tags.dim() < 2 or _tagged_axis(tags) is not None:
+        return [(None, tags)]
+    return [(index, tags[index]) for index in range(len(tags)) if bool(tags[index].any())]
 
 
 def _tagged_axis(tags: Tensor) -> int | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from unmergeable.architecture.blocks import Heads
 from unmergeable.derivation.probe import Disk, Source, Spot, output_of, support
@@ -70,15 +71,44 @@ class Scene:
         return [output_of(self.trace.products[index]) for index in products]
 
     def origins(self, target: Source, sources: Sequence[int], *, first_token: bool = False) -> list[set[Row]]:
-        """For each coordinate of ``target``, the rows it comes from without being mixed with many others."""
+        """For each coordinate of ``target``, the rows it comes from without being mixed with many others.
+
+        A few coordinates tell which products that is asked of: the way back through all that a layer computed is long.
+        """
+        last = target.width - 1
+        some = sorted({0, last // 3, 2 * last // 3, last})
+        tables = support(target, self.outputs(sources), first_token=first_token, only=some)
+        near = [index for index, table in zip(sources, tables, strict=True) if bool(_few(table, target.width).any())]
+        found = self._rows_of(target, near, first_token=first_token)
+        return found if found and all(found) else self._rows_of(target, sources, first_token=first_token)
+
+    def _rows_of(self, target: Source, sources: Sequence[int], *, first_token: bool) -> list[set[Row]]:
         found: list[set[Row]] = []
         tables = support(target, self.outputs(sources), first_token=first_token)
         for index, table in zip(sources, tables, strict=True):
             found = found or [set() for _ in range(len(table))]
-            few = table & (table.sum(1, keepdim=True) <= MOST_ROWS)
-            for coordinate, row in torch.nonzero(few).tolist():
+            for coordinate, row in torch.nonzero(_few(table, target.width)).tolist():
                 found[coordinate].add(Row(index, row))
         return found
+
+    def origins_of_first(self, target: Source, sources: Sequence[int]) -> set[Row]:
+        """The rows that the first coordinate of ``target`` comes from."""
+        tables = support(target, self.outputs(sources), only=(0,))
+        return {
+            Row(index, row)
+            for index, table in zip(sources, tables, strict=True)
+            for _, row in torch.nonzero(_few(table, target.width)).tolist()
+        }
+
+
+def _few(table: Tensor, width: int) -> Tensor:
+    """What coordinates come from, where that is little: boolean as ``table`` [coordinates, rows].
+
+    The few rows of a narrow product that every one of ``width`` coordinates comes from have been mixed.
+    """
+    if table.shape[1] <= MOST_ROWS < width and bool(table.all()):
+        return torch.zeros_like(table)
+    return table & (table.sum(1, keepdim=True) <= MOST_ROWS)
 
 
 def layer_of(name: str) -> str:
@@ -94,7 +124,10 @@ def laid_out(spots: Sequence[Sequence[Sequence[Spot]]]) -> Heads:
     """The heads whose coordinate (group, member, element) lies at ``spots[group][member][element]``."""
     flat = [spot for group in spots for member in group for spot in member]
     first = flat[0]
-    if any((spot.weight, spot.axis, spot.bias) != (first.weight, first.axis, first.bias) for spot in flat):
+    if any(
+        (spot.weight, spot.axis, spot.bias, spot.slice) != (first.weight, first.axis, first.bias, first.slice)
+        for spot in flat
+    ):
         raise Unexplained(f"{first.weight}: heads are spread over several tensors")
 
     def stride(other: Spot | None) -> int:
@@ -102,12 +135,13 @@ def laid_out(spots: Sequence[Sequence[Sequence[Spot]]]) -> Heads:
 
     groups = stride(spots[1][0][0] if len(spots) > 1 else None)
     members = stride(spots[0][1][0] if len(spots[0]) > 1 else None)
+    elements = stride(spots[0][0][1]) if len(spots[0][0]) > 1 else 1
     for g, group in enumerate(spots):
         for m, member in enumerate(group):
             for e, spot in enumerate(member):
-                if spot.place != first.place + g * groups + m * members + e:
+                if elements < 1 or spot.place != first.place + g * groups + m * members + e * elements:
                     raise Unexplained(f"{first.weight}: heads lie in no regular order")
-    return Heads(first.weight, first.bias, first.axis, first.place, groups, members)
+    return Heads(first.weight, first.bias, first.axis, first.place, groups, members, elements, first.slice)
 
 
 def common_module(first: str, second: str) -> str:

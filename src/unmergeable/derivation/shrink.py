@@ -72,7 +72,7 @@ _HEADS = (
     "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads", "decoder_attention_heads",
     "num_encoder_attention_heads", "num_decoder_attention_heads", "attention_heads", "num_self_attention_heads",
     "encoder_num_attention_heads", "decoder_num_attention_heads", "num_swa_attention_heads",
-    "cross_num_attention_heads",
+    "cross_num_attention_heads", "swa_num_attention_heads",
 )  # fmt: skip
 _GROUPS = (
     "num_key_value_heads", "num_kv_heads", "n_head_kv", "encoder_num_key_value_heads", "decoder_num_key_value_heads",
@@ -88,8 +88,10 @@ _HEAD_SIZE = (
     "attention_head_size",
     "global_head_dim",
     "cross_head_dim",
+    "swa_head_dim",
 )
 COUNTS_OF_HEADS = {*_HEADS, *_GROUPS}
+SIZES_OF_ONE_HEAD = set(_HEAD_SIZE)
 SIZES_OF_HEADS = {*COUNTS_OF_HEADS, *_HEAD_SIZE, *_HIDDEN}
 """Settings by name that say how many heads there are, and how many or how large."""
 
@@ -112,6 +114,8 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
         return _with_stages(config, sizes)
     layers = next((int(config[key]) for key in _LAYERS if isinstance(config.get(key), int)), 0)
     kept = _layers_that_differ(config, layers)
+    if config.get("num_kv_shared_layers") and layers > MOST_LAYERS:
+        kept += _first_of_each_kind(config, layers - int(config["num_kv_shared_layers"]), layers)
     small: dict[str, Any] = {}
     for key, value in config.items():
         if key in _NAMES_OF_LAYERS:
@@ -122,9 +126,16 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
             small[key] = [place for place, index in enumerate(kept) if index in value]
         elif isinstance(value, Mapping) and value and all(str(name).isdigit() for name in value):
             part_of = {kept.index(int(name)): part for name, part in value.items() if int(name) in kept}
-            small[key] = part_of or dict(value)
+            small[key] = {
+                index: {name: _small(name, one, {**config, **part}, sizes, len(kept)) for name, one in part.items()}
+                if isinstance(part, Mapping)
+                else part
+                for index, part in part_of.items()
+            } or dict(value)
         elif isinstance(value, (list, tuple)) and layers > 1 and len(value) == layers:
-            small[key] = [value[index] for index in kept]
+            per_layer = [value[index] for index in kept]
+            is_size = key in _INTERMEDIATE  # there may be one for each layer
+            small[key] = [_small(key, one, config, sizes, len(kept)) for one in per_layer] if is_size else per_layer
         elif key.endswith("token_id") or key.endswith("token_index"):
             small[key] = value  # placed below, when all are known
         else:
@@ -134,7 +145,32 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
     if "pixel_shuffle_ratio" in small:  # as many patches as become one are read side by side
         small["intermediate_size"] = int(sizes.hidden / small["pixel_shuffle_ratio"] ** 2)
     _place_tokens(small)
+    _share_last(small)
+    _round_rotary(small, sizes)
     return small
+
+
+def _share_last(small: dict[str, Any]) -> None:
+    """As many of the last layers as may use the keys and values of earlier ones, where the config lets some.
+
+    Every kind of layer among them is also among those before.
+    """
+    kinds, shared = small.get("layer_types"), small.get("num_kv_shared_layers")
+    if shared and kinds:
+        first = next(count for count in range(1, len(kinds) + 1) if set(kinds[:count]) == set(kinds))
+        small["num_kv_shared_layers"] = min(shared, len(kinds) - first, len(set(kinds)))
+
+
+def _round_rotary(small: dict[str, Any], sizes: Sizes) -> None:
+    """A share of each head that is rotated comes out as whole pairs."""
+    if "qk_rope_head_dim" in small:
+        return
+    rope = small.get("rope_parameters")
+    every = [rope, *rope.values()] if isinstance(rope, dict) else []
+    for part in (small, *(part for part in every if isinstance(part, dict))):
+        share, size = part.get("partial_rotary_factor"), small.get("head_dim") or sizes.head_size
+        if isinstance(share, float) and int(size * share) % 2:
+            part["partial_rotary_factor"] = max(2, round(size * share / 2) * 2) / size
 
 
 _NAMES_OF_LAYERS = {"stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "hybrid_layer_ids"}
@@ -174,10 +210,18 @@ def _layers_that_differ(config: Mapping[str, Any], layers: int) -> list[int]:
     return sorted({*kept, *range(layers)[: max(0, 2 - len(kept)) + (1 if kept == [0] else 0)]})[:MOST_LAYERS] or [0, 1]
 
 
+def _first_of_each_kind(config: Mapping[str, Any], start: int, stop: int) -> list[int]:
+    """Among layers ``start`` to ``stop``, the first of every kind."""
+    kinds = config.get("layer_types") or [""] * stop
+    return sorted({kinds[index]: index for index in range(stop - 1, start - 1, -1)}.values())
+
+
 def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers: int) -> Any:
     """The small value of one setting; the value itself where it is no size."""
     if key == "attn_layer_indices" and value is None:
         return [1]
+    if key.endswith("swiglu_limit") and isinstance(value, float):
+        return min(value, 0.5)  # or nothing in a small network would reach it
     if isinstance(value, bool) or value is None:
         return value
     if key == "block_types" and isinstance(value, (list, tuple)):
@@ -216,8 +260,11 @@ def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers
             return sizes.heads
         return 1 if value == 1 else sizes.groups
     if key in _HEAD_SIZE:
-        # With latent attention this name is that of the rotary part.
-        return sizes.head_size // 2 if key == "head_dim" and "qk_rope_head_dim" in config else sizes.head_size
+        if key == "head_dim" and "qk_rope_head_dim" in config:
+            # With latent attention this name is that of the rotary part, or of both.
+            is_both = value >= int(config["qk_rope_head_dim"]) + int(config.get("qk_nope_head_dim") or value)
+            return sizes.head_size // 2 + (sizes.plain if is_both else 0)
+        return sizes.head_size
     if key in _LAYERS:
         return min(value, layers)
     if key in _EXPERTS:
@@ -267,6 +314,9 @@ def filled(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
         "downsample_rate": "1/2",
         "vocabulary_map": {"<image>": 5},
         "default_language": next(iter(config.get("languages") or [None])),
+        "indexer_n_heads": sizes.groups,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": sizes.head_size,
         "indexer_budget": 4,
         "indexer_compress_ratio": 2,
         **dict.fromkeys(("image_token_id", "image_token_index", "pad_token_id"), 5),
@@ -346,6 +396,8 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "qk_head_dim": lambda value, sizes: sizes.plain + sizes.head_size // 2,
     "v_head_dim": lambda value, sizes: sizes.plain + 2,
     "rotary_dim": lambda value, sizes: sizes.head_size // 2,
+    "num_layers_per_stack": lambda value, sizes: min(value, 2),
+    "hc_lowrank": lambda value, sizes: sizes.latent,
     "image_size": lambda value, sizes: 32,
     **dict.fromkeys(("window_size",), lambda value, sizes: min(value, 16)),
     **dict.fromkeys(("mm_tokens_per_image", "image_seq_length", "num_image_tokens"), lambda value, sizes: 4),
@@ -371,6 +423,8 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "num_mel_bins": lambda value, sizes: 16,
     "max_source_positions": lambda value, sizes: 32,
     "max_target_positions": lambda value, sizes: 64,
+    "linear_num_heads": lambda value, sizes: min(value, sizes.groups),
+    "linear_head_dim": lambda value, sizes: 8,
     "linear_num_key_heads": lambda value, sizes: 2,
     "linear_num_value_heads": lambda value, sizes: min(value, 4),
     "linear_key_head_dim": lambda value, sizes: 8,

@@ -21,7 +21,7 @@ from unmergeable.derivation.attentions import NOT_UNDERSTOOD
 from unmergeable.derivation.build import Specimen
 from unmergeable.derivation.derive import Block, Derivation, without_numbers
 from unmergeable.derivation.scene import Unexplained
-from unmergeable.derivation.shrink import COUNTS_OF_HEADS, SIZES_OF_HEADS
+from unmergeable.derivation.shrink import COUNTS_OF_HEADS, SIZES_OF_HEADS, SIZES_OF_ONE_HEAD
 from unmergeable.network.disk_weights import find_places
 
 _PREFERRED = (
@@ -80,6 +80,20 @@ class _Pair:
             return list(names)
         return [name for name in names if nested.get(name) == own] + [name for name in names if name not in nested]
 
+    def head_sizes(self) -> list[str]:
+        """Settings that say how large one head is."""
+        return [name for name in self.settings[0] if _last(name) in SIZES_OF_ONE_HEAD]
+
+    def fit_one(self, which: int, value: int) -> str:
+        """The simplest formula that gives a number in one of the networks, where the other tells nothing.
+
+        Raises Unexplained when none does.
+        """
+        for formula in _terms(self.scope[which]):
+            if evaluate(formula, self.scope[which]) == value:
+                return formula
+        raise Unexplained(f"no formula in the config gives {value}")
+
     def _scopes(self) -> list[dict[str, float]]:
         return [{**settings, **scope} for settings, scope in zip(self.settings, self.scope, strict=True)]
 
@@ -105,9 +119,11 @@ class _Pair:
         names = sorted(first, key=lambda name: (_rank(name), name.count("."), len(name), name))
         names = self._of_own_part(names)
         shares = [name for name in names if "rotary" in name and isinstance(first[name], float)]
-        yield from (f"{size} * {share}" for size in _sizes(self.scope[0]) for share in shares)
         sizes = [name for name in names if _last(name) in SIZES_OF_HEADS or first[name] != second.get(name)]
+        whole = [*_sizes(self.scope[0]), *self.head_sizes()]
+        yield from (f"{size} * {share}" for size in whole for share in shares)
         yield from (name for name in sizes if first[name] == values[0])
+        yield from (f"{name} + {size}" for name in sizes if "head_dim" in name for size in _sizes(self.scope[0]))
         counts = [name for name in sizes if _last(name) in COUNTS_OF_HEADS and first[name]]
         yield from (f"{a} / {b}" for a in sizes for b in counts if first[a] / first[b] == values[0])
 
@@ -130,10 +146,32 @@ def _terms(scope: Mapping[str, float]) -> list[str]:
     return [factor + size for factor in outer for size in _sizes(scope)]
 
 
+_NOT_AT_BOTH = "proven at one size of the network and not at another"
+
+
 def tabulate(
     model_type: str, network_class: str, one: tuple[Specimen, Derivation], two: tuple[Specimen, Derivation]
 ) -> DerivedMap:
-    """The map of a type from two derivations with different sizes; blocks that no formula describes are left out."""
+    """The map of a type from two derivations with different sizes; blocks that no formula describes are left out.
+
+    Where no setting counts the heads, or layers have different numbers of them, the lengths of tensors tell.
+    """
+    table = _tabulated(model_type, network_class, one, two, by_length=frozenset())
+    every = {without_numbers(block.name) for block in one[1].blocks if isinstance(block, Attention)}
+    if not (lacking := every - {str(template["name"]) for template in table.attentions}):
+        return table
+    again = _tabulated(model_type, network_class, one, two, by_length=frozenset(lacking))
+    return again if len(again.attentions) > len(table.attentions) else table
+
+
+def _tabulated(
+    model_type: str,
+    network_class: str,
+    one: tuple[Specimen, Derivation],
+    two: tuple[Specimen, Derivation],
+    *,
+    by_length: frozenset[str],
+) -> DerivedMap:
     (first, found), (second, other) = one, two
     settings = (numbers(first.config), numbers(second.config))
     shapes = (_shapes(first), _shapes(second))
@@ -147,16 +185,17 @@ def tabulate(
     dropped: set[str] = set()
     for block in found.blocks:
         if block.name not in {twin.name for twin in other.blocks}:
-            reasons[without_numbers(block.name)] = "proven at one size of the network and not at another"
+            reasons[without_numbers(block.name)] = _NOT_AT_BOTH
     for block, twin in _matched(found.blocks, other.blocks):
         layer = tuple(int(word) for word in block.name.split(".") if word.isdigit())
         here, there = (
             {**own, **of_layer(one.config, layer)} for own, one in zip(settings, (first, second), strict=True)
         )
         both = _Pair(block, twin, shapes, (here, there), ({}, {}), used)
+        name = without_numbers(block.name)
         try:
             if isinstance(block, Attention) and isinstance(twin, Attention):
-                template = _attention(both, block, twin, reasons)
+                template = _attention(both, block, twin, reasons, by_length=name in by_length)
                 kept = attentions
             else:
                 assert isinstance(block, FeedForward)
@@ -164,15 +203,18 @@ def tabulate(
                 template = _feed_forward(both, block, twin)
                 kept = feed_forwards
         except Unexplained as reason:
-            reasons[without_numbers(block.name)] = str(reason)
+            reasons[name] = str(reason)
             continue
-        name = str(template["name"])
         is_single = all(isinstance(one, Attention) and one.groups == 1 for one in (block, twin))
+        if isinstance(block, FeedForward) and block.down.slice is not None:
+            template |= _mixture(both, block, found, other)
         known = kept.setdefault(name, template)
         if known == template:
             singles[name] = is_single
             continue
-        if singles[name] != is_single:
+        if name in by_length:
+            known, template = _with_strides(known, template)[0], _with_strides(template, known)[0]
+        elif singles[name] != is_single:
             known, template = _with_strides(known, template) if singles[name] else _with_strides(template, known)
         singles[name] = False
         try:
@@ -182,6 +224,9 @@ def tabulate(
         except Unexplained as reason:
             reasons[name] = str(reason)
             dropped.add(name)
+    for name in {*attentions, *feed_forwards} - dropped:  # of experts, an input may reach others at another size
+        if reasons.get(name) == _NOT_AT_BOTH and name.count("{}") > 1:
+            del reasons[name]
     defaults = {name: value for name in sorted(used) if isinstance(value := settings[0].get(name), float)}
     prefix = str(getattr(first.network, "base_model_prefix", "") or "")
     return DerivedMap(
@@ -222,7 +267,7 @@ def _with_strides(single: dict[str, Any], other: dict[str, Any]) -> tuple[dict[s
     """The template of a layer with one head, with the distances between heads of another layer, and the other."""
 
     def heads(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
-        return {**here, **({"group_stride": there["group_stride"]} if "group_stride" in there else {})}
+        return {**{name: there[name] for name in ("group_stride", "member_stride") if name in there}, **here}
 
     parts = [
         {**here, **{side: heads(here[side], there[side]) for side in ("query", "key")}}
@@ -291,19 +336,23 @@ def _spans(plain: Sequence[Mapping[str, Any]], rotary: Sequence[Mapping[str, Any
     )
 
 
-def _attention(both: _Pair, block: Attention, twin: Attention, reasons: dict[str, str]) -> dict[str, Any]:
+def _attention(
+    both: _Pair, block: Attention, twin: Attention, reasons: dict[str, str], *, by_length: bool
+) -> dict[str, Any]:
     """The template of one attention; why it has no queries and keys, if so, goes to ``reasons``."""
     same = ("position", "is_cross", "heads_limit", "value_group")
     if block.is_cross != twin.is_cross or block.value_group != twin.value_group:
         raise Unexplained("two sizes of the network have different groups")
     template: dict[str, Any] = {"name": without_numbers(block.name)}
-    heads = (block.num_heads, twin.num_heads)
-    template["groups"] = both.fit((block.groups, twin.groups))
-    both.know("groups", (block.groups, twin.groups))
-    template["members"] = _members(both, block, twin, heads)
-    both.know("members", (block.members, twin.members))
-    template["value_size"] = _value_size(both, block, twin)
-    both.know("value_size", (block.value_size, twin.value_size))
+    if by_length:
+        template |= _counts_by_length(both, block, twin)
+    else:
+        template["groups"] = both.fit((block.groups, twin.groups))
+        both.know("groups", (block.groups, twin.groups))
+        template["members"] = _members(both, block, twin, (block.num_heads, twin.num_heads))
+        both.know("members", (block.members, twin.members))
+        template["value_size"] = _value_size(both, block, twin)
+        both.know("value_size", (block.value_size, twin.value_size))
     changed: dict[str, Any] = {}
     known = tuple(dict(scope) for scope in both.scope)
     try:
@@ -327,15 +376,27 @@ def _attention(both: _Pair, block: Attention, twin: Attention, reasons: dict[str
     return template | {name: getattr(block, name) for name in same} | changed
 
 
+def _counts_by_length(both: _Pair, block: Attention, twin: Attention) -> dict[str, Any]:
+    """How many heads there are, from the lengths of the tensors of values and of what reads the result."""
+    pairs = tuple((one.groups * one.value_size, one.num_heads * one.value_size) for one in (block, twin))
+    lengths = tuple(zip(both.lengths(block.value, twin.value), both.lengths(block.output, twin.output), strict=True))
+    if pairs != lengths:
+        raise Unexplained("the values, or what reads the result, hold more than the heads that no setting counts")
+    size = both.fit((block.value_size, twin.value_size))
+    for name in ("value_size", "groups", "members"):
+        both.know(name, (getattr(block, name), getattr(twin, name)))
+    return {"value_size": size, "groups": "rows / value_size", "members": "columns / value_size / groups"}
+
+
 def _score_parts(both: _Pair, block: Attention, twin: Attention) -> list[dict[str, Any]]:
     if (len(block.parts), block.position, block.heads_limit) != (len(twin.parts), twin.position, twin.heads_limit):
         raise Unexplained("two sizes of the network have different groups")
     parts = []
     for index, (part, other) in enumerate(zip(block.parts, twin.parts, strict=True)):
-        rest = " - ".join(["value_size", *(f"part_{before}" for before in range(index))])
-        parts.append(
-            {"size": both.fit((part.size, other.size), *([rest] if 0 < index == len(block.parts) - 1 else []))}
-        )
+        before = "".join(f" - part_{earlier}" for earlier in range(index))
+        is_rest = 0 < index == len(block.parts) - 1
+        rest = [f"{size}{before}" for size in ("value_size", *both.head_sizes())] if is_rest else []
+        parts.append({"size": both.fit((part.size, other.size), *rest)})
         both.know(f"part_{index}", (part.size, other.size))
     if block.parts:
         both.know("query_size", (sum(p.size for p in block.parts), sum(p.size for p in twin.parts)))
@@ -406,16 +467,40 @@ def _feed_forward(both: _Pair, block: FeedForward, twin: FeedForward) -> dict[st
     return template | {"activation": block.activation, "scale_limit": block.scale_limit}
 
 
+def _mixture(both: _Pair, block: FeedForward, found: Derivation, other: Derivation) -> dict[str, Any]:
+    """The template of the mixture that a block is an expert of; nothing where its experts keep their order."""
+    for mixture in found.mixtures:
+        if block.name in mixture.experts and mixture.name in {twin.name for twin in other.mixtures}:
+            data: dict[str, Any] = {"name": without_numbers(mixture.name), "router": both.named(mixture.router)}
+            data["router_bias"] = mixture.router_bias and both.named(mixture.router_bias)
+            return {"mixture": {**data, "others": [both.named(name) for name in mixture.others]}}
+    return {}
+
+
 def _heads(both: _Pair, here: Heads, there: Heads) -> dict[str, Any]:
     if (without_numbers(here.weight), here.axis) != (without_numbers(there.weight), there.axis):
         raise Unexplained("two sizes of the network are stored differently")
+    if (here.element_stride, here.slice is None) != (there.element_stride, there.slice is None):
+        raise Unexplained("two sizes of the network are stored differently")
     data: dict[str, Any] = {"weight": both.named(here.weight), "axis": here.axis}
+    if here.element_stride != 1:
+        data["element_stride"] = here.element_stride
+    if here.slice is not None:
+        data["sliced"] = True
     if here.bias is not None:
         data["bias"] = both.named(here.bias)
-    for key in ("offset", "group_stride", "member_stride"):
+    counts = {"group_stride": "groups", "member_stride": "members"}
+    for key in ("offset", *counts):
         values = (getattr(here, key), getattr(there, key))
-        if values != (0, 0):
-            data[key] = both.fit(values)
+        single = [scope.get(counts.get(key, "")) == 1 for scope in both.scope]
+        if single[0] != single[1] and 0 in values and any(values):
+            which = single.index(False)  # the other network has but one head, and so no distance between heads
+            data[key] = both.fit_one(which, values[which])
+        elif values != (0, 0):
+            # Heads that share a group lie side by side, however many groups there are by chance.
+            is_shared = key == "group_stride" and here.member_stride and there.member_stride
+            side_by_side = [f"members * {size}" for size in _sizes(both.scope[0])] if is_shared else []
+            data[key] = both.fit(values, *side_by_side)
     return data
 
 
@@ -423,7 +508,7 @@ def _proof(library: str, *derivations: Derivation) -> dict[str, Any]:
     """The versions a map was proven with, and the worst figures for every kind of group."""
     figures: dict[str, dict[str, Any]] = {}
     for derivation in derivations:
-        spaces = symmetry_map(derivation.blocks).spaces
+        spaces = symmetry_map(derivation.blocks, mixtures=derivation.mixtures).spaces
         for name, proof in derivation.proofs.items():
             if name not in spaces:
                 continue

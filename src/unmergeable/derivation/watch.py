@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from unmergeable.derivation.build import Specimen, in_float64
+from unmergeable.derivation.build import Specimen
+from unmergeable.derivation.double import in_float64
 
 _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"}
 _OPERANDS = ("input", "batch1", "batch2", "mat1", "mat2", "tensor2", "other", "weight", "bias")
@@ -26,7 +27,7 @@ class Product:
     """``outputs`` = weight applied to ``inputs``, both [..., coordinates]; ``replay`` applies it to other inputs.
 
     ``name`` is the parameter's, ``weight`` the part of it that is used; with three axes, the first counts experts.
-    ``added`` are vectors added to the outputs afterwards.
+    ``added`` are vectors added to the outputs afterwards, each with the parameter that it is, or is a part of.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Product:
     inputs: Tensor
     outputs: Tensor
     replay: Callable[[Tensor], Tensor]
-    added: list[Tensor] = field(default_factory=list)
+    added: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 @dataclass
@@ -81,6 +82,8 @@ class _Recorder(TorchFunctionMode):
             # A unit that is off for every token would seem to come from nowhere.
             return functional.leaky_relu(args[0], 0.5)
         result = func(*args, **kwargs)
+        if name in {"clamp", "clip"} and isinstance(result, Tensor) and result.requires_grad:
+            result = (result + args[0]) / 2  # so does one that is at its limit for every token
         if name in _PRODUCTS and isinstance(result, Tensor):
             self._product(func, name, args, kwargs, result)
         elif func is functional.scaled_dot_product_attention:
@@ -126,8 +129,8 @@ class _Recorder(TorchFunctionMode):
         """A vector of parameters added to what a product gave out belongs to it."""
         made = _mark(terms, "_product")
         if made is not None and len(terms) == 2:
-            vectors = (self._parameter(term) for term in terms)
-            made.added.extend(vector for vector in vectors if vector is not None and vector.dim() == 1)
+            owned = ((self._parameter(term), term) for term in terms)
+            made.added.extend((owner, vector) for owner, vector in owned if owner is not None and vector.dim() == 1)
 
     def _attention(self, first: Tensor, second: Tensor, result: Tensor) -> None:
         scored = getattr(first, "_weights", None)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from unmergeable.architecture.symmetry import Leg, Space, Stack, SymmetryMap
-from unmergeable.gauge.elements import Element
+from unmergeable.gauge.elements import Element, Monomial
 from unmergeable.gauge.gauge import Gauge
+
+_Step = tuple[Leg, Element]
 
 CHUNK_ELEMENTS = 1 << 20
 """Numbers transformed at a time: 8 MiB in float64, which is about what a processor's cache holds."""
@@ -90,16 +93,38 @@ def act_(tensor: Tensor, name: str, symmetry: SymmetryMap, gauges: Sequence[Gaug
     if not steps or tensor.numel() == 0:
         return tensor
     offset = symmetry.gain_offset.get(name, 0.0)
-    for piece in _pieces(tensor, {leg.axis for leg, _ in steps}):
-        work = piece.to(compute_dtype(tensor.dtype)).contiguous()
-        if offset:
-            work += offset
-        for axis, run in groupby(steps, key=lambda step: step[0].axis):
-            _act_along(work, axis, list(run), symmetry)
-        if offset:
-            work -= offset
-        piece.copy_(work)
+    for part, own in _apart(tensor, steps):
+        for piece in _pieces(part, {leg.axis for leg, _ in own}):
+            work = piece.to(compute_dtype(tensor.dtype)).contiguous()
+            if offset:
+                work += offset
+            for (index, axis), run in groupby(own, key=lambda step: (step[0].slice, step[0].axis)):
+                _act_along(work if index is None else work[index], axis - (index is not None), list(run), symmetry)
+            if offset:
+                work -= offset
+            piece.copy_(work)
     return tensor
+
+
+def _apart(tensor: Tensor, steps: Sequence[_Step]) -> Iterator[tuple[Tensor, list[_Step]]]:
+    """Views of a tensor, in turn, with the steps that act on each: its slices one by one, and all of it.
+
+    Only all of it where numbers would be rounded more than once.
+    """
+    runs = [(is_sliced, list(run)) for is_sliced, run in groupby(steps, key=lambda step: step[0].slice is not None)]
+    is_exact = all(isinstance(element, Monomial) and element.is_unscaled for leg, element in steps if leg.slice is None)
+    if not (is_exact and sum(is_sliced for is_sliced, _ in runs) == 1):
+        yield tensor, list(steps)
+        return
+    for is_sliced, run in runs:
+        if not is_sliced:
+            yield tensor, run
+            continue
+        by_slice: dict[int, list[_Step]] = {}
+        for leg, element in run:
+            assert leg.slice is not None
+            by_slice.setdefault(leg.slice, []).append((replace(leg, axis=leg.axis - 1, slice=None), element))
+        yield from ((tensor[index], own) for index, own in by_slice.items())
 
 
 def _act_along(work: Tensor, axis: int, steps: Sequence[tuple[Leg, Element]], symmetry: SymmetryMap) -> None:
@@ -107,7 +132,7 @@ def _act_along(work: Tensor, axis: int, steps: Sequence[tuple[Leg, Element]], sy
     for piece in _pieces(work, {axis}):
         part = piece.contiguous()
         for leg, element in steps:
-            coordinates = leg_view(part, leg, symmetry.spaces[leg.space])
+            coordinates = _view(part, leg, axis, symmetry.spaces[leg.space])
             coordinates.copy_(element.apply(coordinates, leg.variance))
         if part is not piece:
             piece.copy_(part)
@@ -115,9 +140,15 @@ def _act_along(work: Tensor, axis: int, steps: Sequence[tuple[Leg, Element]], sy
 
 def leg_view(tensor: Tensor, leg: Leg, space: Space) -> Tensor:
     """The coordinates of a leg, as a view [outer, blocks, *spectators, size, inner] of a contiguous tensor."""
+    if leg.slice is not None:
+        return _view(tensor[leg.slice], leg, leg.axis - 1, space)
+    return _view(tensor, leg, leg.axis, space)
+
+
+def _view(tensor: Tensor, leg: Leg, axis: int, space: Space) -> Tensor:
     assert tensor.is_contiguous()
-    length = tensor.shape[leg.axis]
-    outer, inner = math.prod(tensor.shape[: leg.axis]), math.prod(tensor.shape[leg.axis + 1 :])
+    length = tensor.shape[axis]
+    outer, inner = math.prod(tensor.shape[:axis]), math.prod(tensor.shape[axis + 1 :])
     counts, strides = [count for count, _ in leg.spectators], [stride for _, stride in leg.spectators]
     return torch.as_strided(
         tensor,

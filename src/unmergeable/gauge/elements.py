@@ -169,7 +169,7 @@ class Monomial:
         return bool((self.index == torch.arange(self.index.shape[1])).all())
 
     @cached_property
-    def _is_unscaled(self) -> bool:
+    def is_unscaled(self) -> bool:
         return bool((self.scale == 1).all())
 
     def apply(self, coordinates: Tensor, variance: Variance) -> Tensor:
@@ -184,7 +184,7 @@ class Monomial:
             moved = torch.gather(coordinates, -2, self.index.view(shape).expand(coordinates.shape))
         if variance == "gain":
             assert bool((self.scale.abs() == 1).all()), "a gain only follows signed permutations"
-        elif not self._is_unscaled:
+        elif not self.is_unscaled:
             scale = self.scale if variance == "vector" else 1.0 / self.scale
             return moved * scale.to(coordinates.dtype).view(shape)
         return moved.clone() if moved is coordinates else moved

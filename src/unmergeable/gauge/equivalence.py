@@ -253,7 +253,7 @@ class Comparison:
         moved = [
             item
             for item in architecture.mixtures
-            if item.fused or not _same_values(*(side.tensor(item.router) for side in both))
+            if item.fused or item.others or not _same_values(*(side.tensor(item.router) for side in both))
         ]
         blocks = _units(architecture, moved)
         evaluated = {name for block in blocks for name in _tensors(block, by_name)}
@@ -388,30 +388,41 @@ class _Projections:
     def __init__(self, source: TensorSource, activations: Activations) -> None:
         self._source = source
         self._activations = activations
-        self._outputs: dict[str, Tensor] = {}
+        self._outputs: dict[tuple[str, int | None], Tensor] = {}
+        self._shared: dict[str, Tensor] = {}
 
     def heads(self, heads: Heads, groups: int, members: int, size: int) -> Tensor:
         """The output of a projection as [groups, members, size, tokens]."""
-        if heads.weight not in self._outputs:
-            self._outputs[heads.weight] = self._project(heads)
-        rows = self._outputs[heads.weight]
-        strides = (heads.group_stride * TOKENS, heads.member_stride * TOKENS, TOKENS, 1)
+        place = (heads.weight, heads.slice)
+        if place not in self._outputs:
+            self._outputs[place] = self._project(heads)
+        rows = self._outputs[place]
+        strides = (heads.group_stride * TOKENS, heads.member_stride * TOKENS, heads.element_stride * TOKENS, 1)
         return torch.as_strided(rows, (groups, members, size, TOKENS), strides, heads.offset * TOKENS)
 
     def read(self, heads: Heads, hidden: Tensor) -> Tensor:
         """A reader (output or down projection) applied to [features, tokens], by the columns that read them."""
-        weight = self._source.tensor(heads.weight)
-        if weight.shape[heads.axis] > len(hidden):
-            weight = weight.narrow(heads.axis, heads.offset, len(hidden))
-        return product(weight, hidden, is_transposed=heads.axis == 0)
+        weight, axis = self._matrix(heads)
+        if weight.shape[axis] > len(hidden):
+            weight = weight.narrow(axis, heads.offset, len(hidden))
+        return product(weight, hidden, is_transposed=axis == 0)
+
+    def _matrix(self, heads: Heads) -> tuple[Tensor, int]:
+        """The weight that heads lie in, and the axis of it."""
+        if heads.slice is None:
+            return self._source.tensor(heads.weight), heads.axis
+        if heads.weight not in self._shared:  # with all other experts, which are read next
+            self._shared[heads.weight] = self._source.tensor(heads.weight)
+        return self._shared[heads.weight][heads.slice], heads.axis - 1
 
     def _project(self, heads: Heads) -> Tensor:
-        weight = self._source.tensor(heads.weight)
-        is_transposed = heads.axis == 1  # [in, out] storage
+        weight, axis = self._matrix(heads)
+        is_transposed = axis == 1  # [in, out] storage
         features = weight.shape[0] if is_transposed else weight.shape[1]
         output = product(weight, self._activations.inputs(heads.weight, features), is_transposed=is_transposed)
         if heads.bias is not None:
-            output += self._source.tensor(heads.bias).to(output.dtype)[:, None]
+            bias = self._source.tensor(heads.bias)
+            output += (bias if heads.slice is None else bias[heads.slice]).to(output.dtype)[:, None]
         return output.contiguous()
 
 
@@ -436,7 +447,8 @@ def _mixture(
         outputs, down = _fused_experts(block.fused, source, activations), block.fused.down
     else:
         experts = [expert for name in block.experts if isinstance(expert := by_name[name], FeedForward)]
-        outputs = (_feed_forward(expert, _Projections(source, activations)) for expert in experts)
+        shared = _Projections(source, activations) if block.others else None
+        outputs = (_feed_forward(expert, shared or _Projections(source, activations)) for expert in experts)
         down = experts[0].down.weight
     total = torch.zeros(())
     for weight, output in zip(weights, outputs, strict=True):

@@ -236,4 +236,6 @@ def _cost(expert: TensorSource, base: TensorSource, legs: Mapping[str, Leg], siz
 
 def _units(tensor: Tensor, leg: Leg, size: int) -> Tensor:
     """What one tensor holds of each hidden unit, [size, numbers]."""
-    return tensor.narrow(leg.axis, leg.offset, size).movedim(leg.axis, 0).reshape(size, -1)
+    along = tensor.movedim(leg.axis, 0) if leg.slice is None else tensor[leg.slice].movedim(leg.axis - 1, 0)
+    places = slice(leg.offset, leg.offset + size * leg.element_stride, leg.element_stride)
+    return along[places].reshape(size, -1)

@@ -39,6 +39,8 @@ def prune_units(
     ``activation``: of the network; without it units that put out the same for every input count as doing something.
     ``usual``: the largest bias of the base's units, see :mod:`.turned_units`.
     """
+    if block.down.slice is not None:  # of all experts in a tensor, none can be made narrower alone
+        return False
     if activation is not None:
         silence_units(state, own, block, size, activation, usual)
     rows = {heads.weight: _rows(state, heads, block.size) for heads in (block.gate, block.up) if heads is not None}
@@ -76,7 +78,7 @@ def silence_units(
 ) -> None:
     """What units put out whatever they read, into the output bias; they then add nothing. Arguments as above."""
     bias, output = block.up.bias, output_bias(block)
-    if block.gate is not None or bias is None or output not in state:
+    if block.gate is not None or bias is None or output not in state or block.down.slice is not None:
         return
     biases = state[bias].double()
     lengths = state[block.up.weight].movedim(block.up.axis, 0).double().norm(dim=1)
