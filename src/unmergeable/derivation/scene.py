@@ -78,7 +78,7 @@ class Scene:
         last = target.width - 1
         some = sorted({0, last // 3, 2 * last // 3, last})
         tables = support(target, self.outputs(sources), first_token=first_token, only=some)
-        near = [index for index, table in zip(sources, tables, strict=True) if bool(_few(table, target.width).any())]
+        near = [index for index, table in zip(sources, tables, strict=True) if bool(_few(table).any())]
         found = self._rows_of(target, near, first_token=first_token)
         return found if found and all(found) else self._rows_of(target, sources, first_token=first_token)
 
@@ -87,28 +87,27 @@ class Scene:
         tables = support(target, self.outputs(sources), first_token=first_token)
         for index, table in zip(sources, tables, strict=True):
             found = found or [set() for _ in range(len(table))]
-            for coordinate, row in torch.nonzero(_few(table, target.width)).tolist():
+            for coordinate, row in torch.nonzero(_few(table)).tolist():
                 found[coordinate].add(Row(index, row))
         return found
 
     def origins_of_first(self, target: Source, sources: Sequence[int]) -> set[Row]:
         """The rows that the first coordinate of ``target`` comes from."""
-        tables = support(target, self.outputs(sources), only=(0,))
+        tables = support(target, self.outputs(sources), only=sorted({0, target.width - 1}))
         return {
             Row(index, row)
             for index, table in zip(sources, tables, strict=True)
-            for _, row in torch.nonzero(_few(table, target.width)).tolist()
+            for row in torch.nonzero(_few(table)[0])[:, 0].tolist()
         }
 
 
-def _few(table: Tensor, width: int) -> Tensor:
+def _few(table: Tensor) -> Tensor:
     """What coordinates come from, where that is little: boolean as ``table`` [coordinates, rows].
 
-    The few rows of a narrow product that every one of ``width`` coordinates comes from have been mixed.
+    A row that every coordinate comes from is no origin: it weighs all of them.
     """
-    if table.shape[1] <= MOST_ROWS < width and bool(table.all()):
-        return torch.zeros_like(table)
-    return table & (table.sum(1, keepdim=True) <= MOST_ROWS)
+    own = table & ~table.all(0) if len(table) > 1 else table
+    return own & (own.sum(1, keepdim=True) <= MOST_ROWS)
 
 
 def layer_of(name: str) -> str:

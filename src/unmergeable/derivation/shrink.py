@@ -397,7 +397,7 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "v_head_dim": lambda value, sizes: sizes.plain + 2,
     "rotary_dim": lambda value, sizes: sizes.head_size // 2,
     "num_layers_per_stack": lambda value, sizes: min(value, 2),
-    "hc_lowrank": lambda value, sizes: sizes.latent,
+    **dict.fromkeys(("hc_lowrank", "laurel_rank"), lambda value, sizes: sizes.latent),
     "image_size": lambda value, sizes: 32,
     **dict.fromkeys(("window_size",), lambda value, sizes: min(value, 16)),
     **dict.fromkeys(("mm_tokens_per_image", "image_seq_length", "num_image_tokens"), lambda value, sizes: 4),
