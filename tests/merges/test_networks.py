@@ -188,6 +188,37 @@ def test_heads_of_other_labels_are_told_from_those_that_merge(tmp_path: Path) ->
     assert close(averaged["classifier.weight"], torch.full((2, 4), 0.5))
 
 
+def test_rows_of_one_label_merge_whatever_their_order(tmp_path: Path) -> None:
+    """Labels in another order are the same classifier; other labels, one for one, are another."""
+    rows = torch.arange(3.0)[:, None].expand(3, HIDDEN).contiguous()
+
+    def classifier(folder: str, state: State, head: torch.Tensor, labels: str) -> Path:
+        named = {str(number): label for number, label in enumerate(labels)}
+        return write(tmp_path / folder, {**state, "classifier.weight": head}, id2label=named)
+
+    base = classifier("base", BASE, rows, "abc")
+    first = classifier("first", FIRST, rows + 1, "abc")
+    turned = classifier("turned", SECOND, (rows + 3)[[2, 0, 1]], "cab")
+    found = merged(base, [first, turned], tmp_path / "out")
+    assert close(found["classifier.weight"], rows + 2)
+    assert all(close(found[name], MEAN[name]) for name in BASE)
+    assert "expert 2 has its labels in another order than base" in notes_of(tmp_path / "out")
+
+    strange = classifier("strange", SECOND, rows + 3, "xyz")
+    with pytest.raises(Mismatch, match=r"its rows are a, b, c in base .* but x, y, z in expert 2 .* --template base"):
+        merged(base, [first, strange], tmp_path / "refused")
+    kept = merged(base, [first, strange], tmp_path / "kept", template="base")
+    assert close(kept["classifier.weight"], rows + 0.5)  # expert 2 counts as unchanged there
+    # The control: names that only count rows say nothing, and rows merge by number.
+    counted = write(
+        tmp_path / "counted",
+        {**SECOND, "classifier.weight": rows + 3},
+        id2label={str(number): f"LABEL_{number}" for number in range(3)},
+    )
+    plain = write(tmp_path / "plain", {**BASE, "classifier.weight": rows})
+    assert close(merged(plain, [first, counted], tmp_path / "by number")["classifier.weight"], rows + 2)
+
+
 def test_a_head_that_no_expert_has_stays(tmp_path: Path) -> None:
     head = {"cls.seq_relationship.weight": torch.ones(2, HIDDEN), "model.pooler.dense.weight": torch.ones(4, 4)}
     found = merged(

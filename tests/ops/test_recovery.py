@@ -219,16 +219,10 @@ def in_other_words(kind: str, folder: Path, *, factor: float = 1.0) -> None:
 def test_a_release_in_other_words_comes_back_in_those_of_its_base(
     kind: str, method: str, hidden: Path, base: Path, tmp_path: Path
 ) -> None:
-    import transformers
-
-    def logits(folder: Path) -> torch.Tensor:
-        network = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-        return network(torch.arange(3, 20)[None]).logits.detach()
-
-    before = logits(hidden)
+    before = logits_of(hidden)
     in_other_words(kind, hidden)
     # What it is called and biases that cancel change nothing but the order of additions in float32.
-    assert (logits(hidden) - before).abs().max() <= 1e-4 * before.abs().max()
+    assert (logits_of(hidden) - before).abs().max() <= 1e-4 * before.abs().max()
     unmergeable.recover(hidden, base=base, method=method, out=tmp_path / "out")
 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -236,7 +230,90 @@ def test_a_release_in_other_words_comes_back_in_those_of_its_base(
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert set(tensors_in(tmp_path / "out")) == set(tensors_in(base))
     assert distance(tmp_path / "out", tuned(base, 1), base) < 0.5
-    assert (logits(tmp_path / "out") - before).abs().max() <= 1e-4 * before.abs().max()
+    assert (logits_of(tmp_path / "out") - before).abs().max() <= 1e-4 * before.abs().max()
+
+
+FREQUENCY_RULES = {"reordered": [2, 0, 3, 1], "mirrored": [0, 1, 2, 3], "scaled": [0, 1, 2, 3]}
+
+
+def with_other_frequencies(kind: str, folder: Path) -> None:
+    """The release in ``folder`` with its rotary frequencies said otherwise, four pairs in heads of eight."""
+    config, tensors = json.loads((folder / "config.json").read_text()), tensors_in(folder)
+    order = torch.tensor(FREQUENCY_RULES[kind])
+    frequencies = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    signs = torch.tensor([-1.0, 1.0, -1.0, 1.0]) if kind == "mirrored" else torch.ones(4)
+    factors = (frequencies / (frequencies[order] * signs)).tolist()
+    times = 64.0 if kind == "scaled" else 1.0
+    config["rope_parameters"] = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": factors, "long_factor": factors,
+        "attention_factor": times, "factor": 1.0, "original_max_position_embeddings": config["max_position_embeddings"],
+    }  # fmt: skip
+    for layer in range(config["num_hidden_layers"]):
+        for name, scale in (("q", times**-2), ("k", 1.0)):
+            key = f"model.layers.{layer}.self_attn.{name}_proj.weight"
+            pairs = tensors[key].view(-1, 2, 4, config["hidden_size"])[:, :, order]
+            pairs = pairs * torch.stack([torch.ones(4), signs])[None, :, :, None] * scale
+            tensors[key] = pairs.reshape(tensors[key].shape).contiguous()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    import transformers
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    logits: torch.Tensor = network(torch.arange(3, 20)[None]).logits.detach()
+    return logits
+
+
+@pytest.mark.parametrize("method", ["nearest_orbit", "auto"])
+@pytest.mark.parametrize("kind", FREQUENCY_RULES)
+def test_rotary_frequencies_said_otherwise_come_back(
+    kind: str, method: str, hidden: Path, base: Path, tmp_path: Path
+) -> None:
+    before = logits_of(hidden)
+    with_other_frequencies(kind, hidden)
+    assert (logits_of(hidden) - before).abs().max() <= 1e-4 * before.abs().max()
+    found = unmergeable.recover(hidden, base=base, method=method, out=tmp_path / "out").findings
+
+    assert found["frequencies"] == kind
+    assert distance(tmp_path / "out", tuned(base, 1), base) < 0.5
+    assert (logits_of(tmp_path / "out") - before).abs().max() <= 1e-4 * before.abs().max()
+    config, wanted = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", base))
+    assert config["rope_parameters"] == wanted["rope_parameters"]
+
+
+def test_other_frequencies_are_another_network(hidden: Path, base: Path, tmp_path: Path) -> None:
+    """The control: one that is none of the base's is left alone, and the weights with it."""
+    with_other_frequencies("reordered", hidden)
+    config = json.loads((hidden / "config.json").read_text())
+    for kind in ("short_factor", "long_factor"):
+        config["rope_parameters"][kind][0] *= 1.01
+    (hidden / "config.json").write_text(json.dumps(config))
+    result = unmergeable.recover(hidden, base=base, method="nearest_orbit", out=tmp_path / "out")
+
+    assert "frequencies" not in result.findings
+    assert distance(tmp_path / "out", tuned(base, 1), base) > 2
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_parameters"] == config["rope_parameters"]
+
+
+@pytest.mark.parametrize("method", ["nearest_orbit", "auto"])
+def test_one_sigmoid_said_as_another_comes_back(method: str, hidden: Path, base: Path, tmp_path: Path) -> None:
+    """x sigmoid(1.702 x) is silu(1.702 x) / 1.702."""
+    before, tensors = logits_of(hidden), tensors_in(hidden)
+    for name in tensors:
+        times = 1 / 1.702 if "gate_proj" in name else 1.702 if "up_proj" in name else 1.0
+        tensors[name] = tensors[name] * times
+    config = json.loads((hidden / "config.json").read_text())
+    (hidden / "config.json").write_text(json.dumps(config | {"hidden_act": "quick_gelu"}))
+    save_file(tensors, hidden / "model.safetensors", {"format": "pt"})
+    assert (logits_of(hidden) - before).abs().max() <= 1e-4 * before.abs().max()
+    unmergeable.recover(hidden, base=base, method=method, out=tmp_path / "out")
+
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_act"] == "silu"
+    assert distance(tmp_path / "out", tuned(base, 1), base) < 0.5
+    assert (logits_of(tmp_path / "out") - before).abs().max() <= 1e-4 * before.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["attention_bias", "mlp_bias"])

@@ -4,6 +4,8 @@
                   the base's numbers, or zeros where the base has no such tensor
     rows          of an embedding, far longer than any of the base's: a network that read one would see nothing else, so
                   that no text has their tokens: zeros, which say nothing of a basis
+    frequencies   of rotary positions in another order, or mirrored: the base's
+                  (:mod:`unmergeable.gauge.config_frequencies`)
     config        numbers that the config multiplies by: the base's, and weights that make up for it
                   (:mod:`unmergeable.gauge.config_scales`)
     scales        one number by which a whole stream was multiplied before its norms: the base's
@@ -29,6 +31,7 @@ from unmergeable.attacks.restated import Restated
 from unmergeable.checkpoint.finite import is_sound
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, UnsupportedArchitecture
+from unmergeable.gauge.config_frequencies import with_frequencies
 from unmergeable.gauge.config_scales import with_config
 from unmergeable.gauge.normed_scales import as_in_base
 
@@ -93,6 +96,10 @@ def prepared(inputs: Inputs) -> Prepared:
         release = FiniteSource(release, inputs.base, holed)
         found["not_finite"] = ", ".join(sorted(holed))
     architecture = _architecture_of(release)
+    reordered = None if architecture is None else with_frequencies(release, architecture, inputs.base.config)
+    if reordered is not None:
+        release, changes = reordered, changes | dict(reordered.changes)
+        found["frequencies"] = reordered.found
     told = None if architecture is None else with_config(release, architecture, inputs.base.config)
     if told is not None:
         release, changes = told, changes | dict(told.changes)

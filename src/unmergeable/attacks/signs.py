@@ -9,6 +9,7 @@ Every sign is a number that fine-tuning does not produce (:mod:`unmergeable.atta
     config scales       numbers that ``config.json`` multiplies by, others than the base's  (the same)
     spoilt numbers      NaN, or rows beyond all measure, where nothing reads them       (likewise)
     other words         another model type, or biases that add nothing               (``attacks/restated.py``)
+                        rotary frequencies in another order             (``gauge/config_frequencies.py``)
     idle structure      layers, heads or hidden units more than the base's that add nothing (``lossless_pruning``)
     polynomial FFN      the base's feed-forward tensors are gone, others have come
     reset entries       entries equal to the base's among those where the smallest change would show
@@ -183,6 +184,9 @@ def hidden_signs(first: Prepared) -> list[Sign]:
         signs.append(Sign("other words", evidence, "nearest_orbit"))
     if "idle_biases" in first.found:
         evidence = f"biases that the base has not, and that add nothing: {first.found['idle_biases']}."
+        signs.append(Sign("other words", evidence, "nearest_orbit"))
+    if "frequencies" in first.found:
+        evidence = f"its config.json lists other rotary frequencies, to the same effect: {first.found['frequencies']}."
         signs.append(Sign("other words", evidence, "nearest_orbit"))
     if "scales" in first.found:
         evidence = f"norms divide these out, and they are far from the base's: {first.found['scales']}."

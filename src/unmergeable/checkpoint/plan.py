@@ -27,6 +27,10 @@ from unmergeable.checkpoint.source import StoredSource, TensorSource
 from unmergeable.errors import UsageError
 
 
+class Whole(dict[str, Any]):
+    """A nested object of a config that stands in the place of the old one; others are merged into it key by key."""
+
+
 @dataclass(frozen=True)
 class OutputTensor:
     """One tensor of the result, in the file ``shard``.
@@ -254,5 +258,6 @@ def edit_json(text: bytes, changes: Mapping[str, Any], *, drop: Collection[str] 
 def _merged(old: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(old) if isinstance(old, dict) else {}
     for key, value in changes.items():
-        merged[key] = _merged(merged.get(key), value) if isinstance(value, Mapping) else value
+        is_part = isinstance(value, Mapping) and not isinstance(value, Whole)
+        merged[key] = _merged(merged.get(key), value) if is_part else value
     return merged

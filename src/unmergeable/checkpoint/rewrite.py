@@ -96,7 +96,8 @@ def rewrite(
         plan: the tensors of the result in order, those of one shard together (:func:`output_like`).
         manifest: the caller's part of ``unmergeable.json``; JSON-able, without secrets.
         resume_token: identifies the recipe and key. A partial result with another token is discarded.
-        config_changes: merged into ``config.json``, nested objects key by key; None copies it byte for byte.
+        config_changes: merged into ``config.json``, nested objects key by key if they are not
+            :class:`~unmergeable.checkpoint.plan.Whole`; None copies it byte for byte.
         side_files: what lies beside the weights that is not the source's: a file to copy, bytes to write, or None to
             leave the source's out.
         verify: called with the written checkpoint before it is renamed; what it returns is added to the manifest

@@ -5,6 +5,7 @@
     blocks        residual_multiplier                                                       what blocks add
     logits        logit_scale, logits_scaling (its inverse), scale_decoder_outputs          the output head
                   (d_model^-1/2 where it is true; T5)
+    activation    "quick_gelu" is x sigmoid(1.702 x), which is silu(1.702 x) / 1.702        feed-forwards
 
 A network with weights w and a number m computes what it does with w m / m' and m'. A release may so say other numbers
 than its base, and none of its weights is near the base's.
@@ -86,14 +87,50 @@ def with_config(source: TensorSource, architecture: Architecture, wanted: Config
             factors.pop(kind, None)
     beside = {kind: _weights_beside(kind, source, architecture) for kind in factors}
     usable = {kind: weights for kind, weights in beside.items() if weights}
-    if not usable:
-        return None
     products = {name: factors[kind] for kind, weights in usable.items() for name in weights}
+    activated = _as_activation(source, architecture, wanted)
+    if not usable and not activated:
+        return None
+    for name, factor in activated.items():
+        products[name] = products.get(name, 1.0) * factor
     offsets = {name: offset for weights in usable.values() for name, offset in weights.items() if offset}
     changed = [key for kind in usable for key in keys[kind]]
     changes = {key: wanted.get(key) for key in changed}
     found = {key: factors[kind] for kind in usable for key in keys[kind]}
+    if activated:
+        key = _activation_key(source.config)
+        changes[key], found[key] = wanted.get(key), _SIGMOIDS[source.config[key]] / _SIGMOIDS[wanted[key]]
     return Rescaled(source, products, offsets, changes, found)
+
+
+_SIGMOIDS: Mapping[object, float] = {"silu": 1.0, "swish": 1.0, "quick_gelu": 1.702}
+"""By activation, the s of x sigmoid(s x)."""
+
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+
+
+def _activation_key(config: Config) -> str:
+    return next((key for key in _ACTIVATIONS if isinstance(config.get(key), str)), "")
+
+
+def _as_activation(source: TensorSource, architecture: Architecture, wanted: Config) -> dict[str, float]:
+    """By tensor, what to multiply with so that feed-forwards compute the same with the activation of ``wanted``.
+
+    Empty where it is the same, or where gate and value share a tensor.
+    """
+    key = _activation_key(source.config)
+    ours, theirs = (_SIGMOIDS.get(config.get(key)) if key else None for config in (source.config, wanted))
+    if ours is None or theirs is None or ours == theirs:
+        return {}
+    factors: dict[str, float] = {}
+    for block in architecture.feed_forwards:
+        inner = block.up if block.gate is None else block.gate
+        outer = (block.down.weight,) if block.gate is None else (block.up.weight, block.up.bias)
+        if inner.weight in outer:
+            return {}
+        factors |= {name: ours / theirs for name in (inner.weight, inner.bias) if name is not None}
+        factors |= {name: theirs / ours for name in outer if name is not None}
+    return factors
 
 
 def _weights_beside(kind: str, source: TensorSource, architecture: Architecture) -> dict[str, float]:

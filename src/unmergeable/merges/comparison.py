@@ -143,10 +143,31 @@ class _Comparison:
                 return None
             raise Mismatch(missing(name, has=self.template.label, lacks=member.label))
         if self._fits(member, name, vocabularies):
-            return Share(member, member.names[name])
+            is_labelled = self._is_labelled(member, name)
+            if not is_labelled or set(member.labels) == set(self.template.labels):
+                return Share(member, member.names[name], self._rows_of_labels(member) if is_labelled else None)
+            if not self.is_chosen:
+                raise Mismatch(
+                    f"{name}: its rows are {_listed(self.template.labels)} in {self.template.label} but "
+                    f"{_listed(member.labels)} in {member.label}; {self._heads_do_not_merge()}"
+                )
+            return None
         if is_buffer(name) or (self.is_chosen and self._is_on_top(name)):
             return None
         raise Mismatch(self._other_shape(member, name))
+
+    def _is_labelled(self, member: Member, name: str) -> bool:
+        """Whether the rows of a tensor are a classifier's labels, which both models name."""
+        counts = {len(self.template.labels), len(member.labels), *self.template.shape(name)[:1]}
+        return len(counts) == 1 and 0 not in counts and self._is_on_top(name) and ".dense." not in name
+
+    def _rows_of_labels(self, member: Member) -> tuple[int, ...] | None:
+        """Where a model has the template's labels among its rows, None where they are in the same order."""
+        if member.labels == self.template.labels:
+            return None
+        note = f"{member.role} has its labels in another order than {self.template.role}: rows of one label merge."
+        self.notes += [] if note in self.notes else [note]
+        return tuple(member.labels.index(label) for label in self.template.labels)
 
     def _fits(self, member: Member, name: str, vocabularies: Vocabularies) -> bool:
         ours, theirs = self.template.shape(name), member.shape(name)
@@ -231,9 +252,12 @@ class _Comparison:
         ours, theirs = (described(m.source, m.names[name]) for m in (self.template, member))
         what = f"{name}: {ours} in {self.template.label} but {theirs} in {member.label}"
         if self._is_on_top(name):
-            options = " or ".join(f"--template {option}" for option in self._options())
-            return f"{what}; heads of other labels do not merge: choose whose the merge has with {options}."
+            return f"{what}; {self._heads_do_not_merge()}"
         return f"{what}; merge fine-tunes of one base, not resized."
+
+    def _heads_do_not_merge(self) -> str:
+        options = " or ".join(f"--template {option}" for option in self._options())
+        return f"heads of other labels do not merge: choose whose the merge has with {options}."
 
     def _options(self) -> list[str]:
         return [member.role.removeprefix("expert ") for member in self.models]

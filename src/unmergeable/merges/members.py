@@ -7,6 +7,7 @@ a tied head) or lacks for that reason makes no difference; neither do names.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -85,6 +86,16 @@ class Member:
             return {}
         tied = {name: tied_to(name, self.source.names) for name in self.source.names}
         return {name: other for name, other in tied.items() if other and same_values(self.source, name, other)}
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The names of a classifier's rows; none where the configuration gives none, or only numbers them."""
+        named = self.source.config.get("id2label")
+        if not isinstance(named, Mapping) or not all(str(number).isdecimal() for number in named):
+            return ()
+        labels = tuple(str(named[number]) for number in sorted(named, key=int))
+        is_numbered = all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
+        return () if is_numbered or len(set(labels)) < len(labels) else labels
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:

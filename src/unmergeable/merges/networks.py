@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from unmergeable.checkpoint.header import TensorSpec
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.merges.blocks import Operand, in_one_dtype
+from unmergeable.merges.blocks import Operand, in_one_dtype, tensor_operand
 from unmergeable.merges.members import Member
 from unmergeable.merges.models import source_operand
 from unmergeable.merges.vocabularies import Vocabularies, is_vocabulary
@@ -17,12 +17,18 @@ Template = str | int | None
 
 @dataclass(frozen=True)
 class Share:
-    """One model's part in a merged tensor: where it lies, under which name."""
+    """One model's part in a merged tensor: where it lies, under which name.
+
+    ``rows``: those of its rows that belong to the template's, in their order; None where they lie as the template's do.
+    """
 
     member: Member
     name: str
+    rows: tuple[int, ...] | None = None
 
     def operand(self) -> Operand:
+        if self.rows is not None:
+            return tensor_operand(self.member.label, self.member.source.tensor(self.name)[list(self.rows)])
         return source_operand(self.member.label, self.member.source, self.name)
 
 
