@@ -269,6 +269,40 @@ def travelled(owner: Owner, scratch: Path) -> dict[str, Any]:
     return {**result, "accuracy": accuracies(place), "d_star": d_star}
 
 
+COLUMNS = {
+    "the base": "the-base",
+    "fine-tune": "my-finetune",
+    "release": "release",
+    "restored": "restored",
+    "merged": "unprotected",
+    "merged, release": "stolen",
+    "merged, recovered": "stolen-again",
+}
+"""Of the page's table, by what the page calls a model in ``accuracy``."""
+
+
+def table(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: right answers on the owner's task, and D* of the audit."""
+    heads = ["model", *COLUMNS, "D* of the audit: ordinary merging", "… white box"]
+    rows = [
+        [
+            found["model"],
+            *(f"{100 * found['accuracy'][name]:.1f} %" for name in COLUMNS.values()),
+            *(f"{found['d_star'][tier]:.2f}" for tier in ("off_the_shelf", "white_box")),
+        ]
+        for found in models.values()
+        if "accuracy" in found
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in [heads, *rows]]
+    return "\n".join([lines[0], f"|{'---|' * len(heads)}", *lines[1:]])
+
+
+def with_table(page: str, models: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page with its table made anew."""
+    block = re.compile(r"(<!-- owner journey -->\n).*?(<!-- end of owner journey -->)", re.DOTALL)
+    return block.sub(lambda match: f"{match[1]}\n{table(models)}\n\n{match[2]}", page)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path, help="a folder with 4 GB to spare; prepared models are kept there")
@@ -286,6 +320,8 @@ def main() -> int:
     text = json.dumps(report, indent=1) + "\n"
     if options.out:
         options.out.write_text(text)
+        if PAGE.exists():
+            PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), models), encoding="utf-8")
     print(text, end="")
     refused = [step for model in models.values() for step in model["commands"] if step["exit"]]
     return 1 if refused else 0

@@ -7,13 +7,14 @@ same commands to real models; what that gave is committed.
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.owner_journey import UNPROTECTED, Answer, Step, commands, follow, page_plan
+from benchmarks.owner_journey import PAGE, UNPROTECTED, Answer, Step, commands, follow, page_plan, with_table
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -171,6 +172,25 @@ def test_every_command_of_the_tutorial_works_and_the_way_back_is_exact(
     )
     assert works < 0.1 < broken
     assert 10 * works < broken
+
+
+RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "owner_journey.json"
+
+
+def test_real_models_went_the_whole_way() -> None:
+    """With the commands of the page as it is today; what its table says of them."""
+    models = json.loads(RESULT.read_text(encoding="utf-8"))["models"]
+    text = PAGE.read_text(encoding="utf-8")
+    assert with_table(text, models) == text, "run python -m benchmarks.owner_journey with --out"
+    assert len(models) >= 1
+    for found in models.values():
+        assert [step["command"] for step in found["commands"]] == commands()
+        assert all(step["exit"] == 0 for step in found["commands"])
+        accuracy = found["accuracy"]
+        assert accuracy["release"] == accuracy["restored"] == pytest.approx(accuracy["my-finetune"], abs=0.01)
+        assert accuracy["stolen-again"] == pytest.approx(accuracy["unprotected"], abs=0.02), "not stopped"
+        assert accuracy["stolen"] < accuracy["the-base"] < accuracy["unprotected"], "merging works, but with a release"
+        assert found["d_star"]["white_box"] < 0.1
 
 
 def test_a_journey_ends_at_the_first_refusal() -> None:
