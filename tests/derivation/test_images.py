@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from unmergeable.architecture.derived import known_map
-from unmergeable.derivation.build import Specimen, class_named, registered, varied
+from unmergeable.architecture.derived import DerivedMap, known_map, shipped
+from unmergeable.architecture.parts import part_of
+from unmergeable.derivation.build import Specimen, build, class_named, registered, varied
 from unmergeable.derivation.double import in_float64
-from unmergeable.derivation.model_types import built, usual_config
+from unmergeable.derivation.model_types import built, confirm, usual_config
 from unmergeable.derivation.scene import layer_of
 from unmergeable.derivation.shrink import OTHER, SMALL, UNSEEN, Sizes, shrunken
+from unmergeable.errors import UnsupportedArchitecture
 
 
 def specimen(kind: str) -> Specimen:
@@ -125,3 +128,44 @@ def test_a_network_whose_towers_differ_has_all_of_them() -> None:
         "vision_tower.transformer.layers.{}.attention",
         "language_model.model.layers.{}.self_attn",
     }
+
+
+def foreign(derived: DerivedMap) -> list[str]:
+    """Settings of one part in the formulas of another, where that has a config of its own: numbers alike by chance."""
+    sections = {name.rpartition(".")[0] for name in derived.flags if "." in name}
+    parts = {part_of(section) for section in sections}
+    found = []
+    for template in derived.attentions:
+        weight = template["output"]["weight"]
+        words = f"{template['groups']} {template['members']} {template['value_size']}".split()
+        for section in (word.rpartition(".")[0] for word in words if "." in word):
+            is_own = part_of(section) == part_of(weight) or section.split(".")[0] in weight.split(".")
+            found += [] if is_own or part_of(weight) not in parts else [f"{template['name']}: {section}"]
+    return found
+
+
+@pytest.mark.parametrize("kind", shipped())
+def test_no_formula_is_in_the_settings_of_another_part(kind: str) -> None:
+    derived = known_map(kind)
+    assert derived is not None
+    assert foreign(derived) == []
+
+
+def test_a_formula_in_the_settings_of_another_part_would_show() -> None:
+    derived = known_map("llava")
+    assert derived is not None
+    mistaken = [{**one, "groups": "text_config.num_attention_heads"} for one in derived.attentions]
+    assert foreign(replace(derived, attentions=tuple(mistaken))) != []
+
+
+def test_an_encoder_with_other_heads_than_its_decoder() -> None:
+    network_class = class_named("VisionEncoderDecoderModel")
+    small = shrunken(usual_config("vision-encoder-decoder", network_class), UNSEEN)
+    small["encoder"]["num_attention_heads"] //= 4
+    apart = build(small, network_class)
+    derived = known_map("vision-encoder-decoder")
+    assert derived is not None
+    confirm(derived, apart)
+    mistaken = [{**one, "groups": "decoder.num_attention_heads"} for one in derived.attentions]
+    with pytest.raises(UnsupportedArchitecture, match="changes outputs"):
+        confirm(replace(derived, attentions=tuple(mistaken)), apart)

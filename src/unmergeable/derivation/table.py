@@ -72,13 +72,19 @@ class _Pair:
         raise Unexplained(f"no formula in the config gives {values[0]} and {values[1]}")
 
     def _of_own_part(self, names: Sequence[str]) -> list[str]:
-        """Settings without those of other parts, where the part has a config of its own: its settings come first."""
+        """Settings without those of other parts, where the part has a config of its own: its settings come first.
+
+        Where encoder and decoder have configs, that with the name of a module around the block does.
+        """
         block = self.first
-        own = part_of(block.down.weight if isinstance(block, FeedForward) else block.output.weight)
+        weight = block.down.weight if isinstance(block, FeedForward) else block.output.weight
+        own, modules = part_of(weight), weight.split(".")
         nested = {name: part_of(name.rpartition(".")[0]) for name in names if "." in name}
         if own not in nested.values():
-            return list(names)
-        return [name for name in names if nested.get(name) == own] + [name for name in names if name not in nested]
+            return sorted(names, key=lambda name: name in nested and name.split(".")[0] not in modules)
+        kept = {own, "language"} if own in {"encoder", "decoder"} else {own}  # either may have a text_config inside
+        names = [name for name in names if nested.get(name, own) in kept]
+        return sorted(names, key=lambda name: (name not in nested, name.split(".")[0] not in modules))
 
     def head_sizes(self) -> list[str]:
         """Settings that say how large one head is."""
