@@ -5,7 +5,8 @@ them; an audit in which a planted release stays unmergeable is no audit.
 
     structure   idle_layer, split_layer, wider_feed_forwards, turned_units, saturated_units, more_heads,
                 split_heads, wider_heads, untied                                ``config.json`` says so
-    trades      value_bias, key_bias, norm_bias, norm_gain, layer_scale, unseen_reading, unseen_writing, router
+    trades      value_bias, key_bias, norm_bias, norm_gain, layer_scale, unseen_reading, unseen_writing, router,
+                summed_rows, position_bias
                 between tensors: :mod:`unmergeable.gauge.additive`
     gauge       every basis that the network cannot see          (:mod:`unmergeable.protections.gauge`)
     scales      queries and values by powers of two near 2^100 against keys and outputs
