@@ -14,6 +14,9 @@ from unmergeable.errors import BadInput
 from unmergeable.network.encoding import EncodedBatch
 from unmergeable.network.tasks import answer, refusing
 
+WIDE = 4096
+"""Outputs that are wider (a language model's choice of a token) are not fitted: the embedding is, which they share."""
+
 
 @dataclass(frozen=True)
 class LayerStack:
@@ -38,7 +41,8 @@ class Recording:
     """What a network did on some batches.
 
     ``streams``: for each stack, before its first layer and behind each, the stream batch by batch: float32
-    [rows, width], rows being the places that a mask shows. ``outputs``: what the network put out, first of all.
+    [rows, width], rows being the places that a mask shows. ``outputs``: what the network put out, first of all; none
+    where that is wider than :data:`WIDE`.
     """
 
     streams: tuple[tuple[tuple[Tensor, ...], ...], ...]
@@ -69,7 +73,8 @@ def record(network: nn.Module, batches: Sequence[EncodedBatch]) -> Recording:
                         lambda _, __, out, to=place, of=batch: to.append(of.visible(stream_in(out)).float())
                     )
                     hooks.callback(hook.remove)
-            outputs.append(first_of(answer(network, batch)).float())
+            output = first_of(answer(network, batch))
+            outputs += [output.float()] if output.shape[-1] <= WIDE else []
     for places in seen:
         if any(len(place) != len(batches) for place in places):
             raise BadInput(f"{type(network).__name__} does not go through its layers once; recover it another way.")

@@ -35,8 +35,6 @@ from unmergeable.progress import Progress, silent
 EXPLAINED = 0.5
 """Share of the base's stream that the release's has to explain, for it to be taken for a fine-tune of the base."""
 
-WIDE = 4096
-"""Outputs that are wider (a language model's choice of a token) are not fitted: the embedding is, which they share."""
 
 NEAR = 0.7
 """Relative distance from the base's up to which a mapped embedding of the release is one of the same tokens."""
@@ -243,6 +241,8 @@ class _Problem:
     def output(self, release: Recording) -> list[LayerFit]:
         """What comes behind the last layer, until outputs are the release's; nothing where they are of other shapes."""
         outputs = release.outputs
+        if not outputs:
+            return []
         recorded = [self._last_streams(batch) for batch in self.batches]
         with given(self.student, self.stacks) as stand_ins:
 
@@ -252,7 +252,7 @@ class _Problem:
                 inputs = dict(self.batches[number].inputs)
                 return first_of(functional_call(self.student, dict(weights), (), inputs))
 
-            if out({}, 0).shape != outputs[0].shape or outputs[0].shape[-1] > WIDE:
+            if out({}, 0).shape != outputs[0].shape:
                 return []
             paths = tuple(f"{stack.path}." for stack in self.stacks)
             vectors = [name for name, value in self.student.named_parameters() if value.dim() < 2]
