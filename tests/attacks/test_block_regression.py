@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def test_a_choice_among_many_tokens_is_not_kept(monkeypatch: pytest.MonkeyPatch)
     batches = complete(network, drawn(network, examples=4, seed=0))
     kept = record(network, batches)
     assert kept.outputs[0].shape == (4, 32, network.config.vocab_size)
-    monkeypatch.setattr("unmergeable.attacks.block_regression.recording.WIDE", network.config.vocab_size - 1)
+    monkeypatch.setattr(sys.modules[record.__module__], "WIDE", network.config.vocab_size - 1)
     without = record(network, batches)
     assert without.outputs == ()
     assert all(map(torch.equal, without.streams[0][-1], kept.streams[0][-1]))
