@@ -24,6 +24,7 @@ LOCAL = "local"
 """The address that starts a cluster of this machine alone, for as long as the pool lasts."""
 
 _PATIENCE = 10.0  # seconds
+_STARTS = 3  # Ray gives its own processes 15 seconds, which they miss on a busy machine
 _OBJECT_STORE_BYTES = 100 << 20  # results are small; Ray would take a third of the memory
 
 
@@ -50,12 +51,18 @@ class RayPool:
             place: dict[str, Any] = {"num_cpus": workers, "object_store_memory": _OBJECT_STORE_BYTES}
         else:
             place = {"address": address}
-        try:
-            _require_reachable(address)
-            self._ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **place)
-        except Exception as error:  # Ray raises bare ones over a node that does not start in time
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UsageError(f"--ray {address}: no cluster to work with ({reason}); use --ray local.") from None
+        for attempt in range(1, _STARTS + 1):
+            try:
+                _require_reachable(address)
+                self._ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **place)
+                break
+            except Exception as error:  # Ray raises bare ones over a node that does not start in time
+                self._ray.shutdown()
+                if address == LOCAL and attempt < _STARTS:
+                    continue
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                remedy = "the machine may be too busy" if address == LOCAL else "use --ray local"
+                raise UsageError(f"--ray {address}: no cluster to work with ({reason}); {remedy}.") from None
         resources = self._ray.cluster_resources()
         gpus = resources.get("GPU", 0) if uses_gpus else 0
         self._needs = {"num_gpus": 1} if gpus else {"num_cpus": 1}
