@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from unmergeable.derivation.build import Specimen, in_float64
+from unmergeable.derivation.build import Specimen
+from unmergeable.derivation.double import in_float64
 
 _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"}
 _OPERANDS = ("input", "batch1", "batch2", "mat1", "mat2", "tensor2", "other", "weight", "bias")
