@@ -286,8 +286,7 @@ def _instances(
     matches = (pattern.fullmatch(name) for name in names.shapes)
     numbers = sorted({tuple(map(int, match.groups())) for match in matches if match})
     if is_attention:
-        value = change(template["value"]["weight"])
-        numbers = _with_own_values(numbers, [own for own in numbers if value.format(*own) not in names.shapes], config)
+        numbers = _with_own_values(numbers, config)
     if anchor.get("sliced"):  # a block for every slice of the tensor
         name = change(anchor["weight"])
         numbers = [(*own, index) for own in numbers for index in range(names.shapes[name.format(*own)][0])]
@@ -317,29 +316,25 @@ def _mixtures(data: Mapping[str, Any], blocks: Iterable[Attention | FeedForward]
         )
 
 
-def _with_own_values(
-    numbers: list[tuple[int, ...]], without: list[tuple[int, ...]], config: Config
-) -> list[tuple[int, ...]]:
+def _with_own_values(numbers: list[tuple[int, ...]], config: Config) -> list[tuple[int, ...]]:
     """The layers whose values no other layer reads, of attentions by their ``numbers``.
 
-    Layers ``without`` values, and as many of the last as the config lets share, read those of the last layer of their
-    kind before them. Files may hold values of theirs all the same, which nothing reads.
+    As many of the last layers as the config lets share read those of the last layer of their kind before them. Files
+    may hold values of theirs all the same, which nothing reads.
     """
     text = config if "num_kv_shared_layers" in config else config.get("text_config") or {}
-    if shared := text.get("num_kv_shared_layers"):
-        first = int(text["num_hidden_layers"]) - int(shared)
-        without = [own for own in numbers if own in without or (own and own[0] >= first)]
-    if not without or not any("share" in name or "reuse" in name for name in (*config, *text)):
-        return numbers  # one that is missing is found out later
-    kinds = text.get("layer_types") or config.get("layer_types") or ()
+    shared = int(text.get("num_kv_shared_layers") or 0)
+    if not shared:
+        return numbers
+    kinds = text.get("layer_types") or ()
 
     def kind(number: tuple[int, ...]) -> object:
         return kinds[number[0]] if number and number[0] < len(kinds) else None
 
-    makers = [own for own in numbers if own not in without]
-    read = {
-        max((own for own in makers if own < reader and kind(own) == kind(reader)), default=None) for reader in without
-    }
+    first = int(text.get("num_hidden_layers") or 0) - shared
+    makers = [own for own in numbers if own and own[0] < first]
+    readers = [own for own in numbers if own not in makers]
+    read = [max((own for own in makers if kind(own) == kind(reader)), default=None) for reader in readers]
     return [own for own in makers if own not in read]
 
 
