@@ -82,11 +82,8 @@ KINDS = (
 """Language models, masked ones, of images, encoder-decoders of text and sound, of images and text, of diffusion."""
 
 
-EXCEPTIONS = dict.fromkeys(
-    ("granitemoehybrid", "idefics3", "llava", "paligemma", "qwen3_next"), ("mergelock: moved", "mergelock, free: moved")
-)
-"""What is known not to be kept: MergeLock changes attention alone, which few layers of some hybrids have, and which
-lies outside of the towers for images."""
+EXCEPTIONS = dict.fromkeys(("granitemoehybrid", "qwen3_next"), ("mergelock: moved", "mergelock, free: moved"))
+"""What is known not to be kept: MergeLock changes attention alone, which few layers of some hybrids have."""
 
 
 def specimen(kind: str) -> Specimen:
