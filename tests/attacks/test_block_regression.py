@@ -17,7 +17,7 @@ from unmergeable.attacks.block_regression.fitting import Coordinates, coordinate
 from unmergeable.attacks.block_regression.inputs import complete, drawn
 from unmergeable.attacks.block_regression.recording import layer_stacks, record
 from unmergeable.attacks.block_regression.regression import RegressionResult, block_regression
-from unmergeable.attacks.block_regression.stream_map import find_map, match_layers
+from unmergeable.attacks.block_regression.stream_map import find_map, match_layers, rows_of
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.evaluation.planted import planted
@@ -140,6 +140,20 @@ def test_the_smallest_map_is_found() -> None:
                 assert float((found.of(x, layer) - y).norm()) <= 0.15 * float(y.norm())
     unrelated = find_map(streams(7), base, is_centred=False)
     assert unrelated.unexplained > 0.9
+
+
+def test_a_map_is_found_from_some_rows_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spread over all batches, in the same places of both streams; all of them where there are few."""
+    stream_map = sys.modules[rows_of.__module__]
+    monkeypatch.setattr(stream_map, "ROWS", 50)
+    monkeypatch.setattr(stream_map, "ROWS_OF_WIDTH", 2)
+    batches = [torch.arange(start, start + 70.0)[:, None].expand(-1, 4) for start in (0, 70, 140, 210)]
+    (found,) = rows_of([batches])
+    assert found[:, 0].tolist() == list(range(0, 280, 5))
+    (wide,) = rows_of([[batch.repeat(1, 10) for batch in batches]])
+    assert wide[:, 0].tolist() == list(range(0, 280, 3)), "twice the width of 40"
+    (few,) = rows_of([batches[:1]])
+    assert len(few) == 70
 
 
 def test_layers_are_matched_past_those_that_do_nothing() -> None:

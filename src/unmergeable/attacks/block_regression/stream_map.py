@@ -24,6 +24,10 @@ NEARLY = 4.0
 RIDGE = 1e-6
 """Of the largest kind, relative to the mean square of the stream."""
 
+ROWS, ROWS_OF_WIDTH = 4096, 8
+"""A map is found from about so many rows of each place, or so many times the width: with more, copies of them fill the
+memory, and it is no better known."""
+
 
 @dataclass(frozen=True)
 class StreamMap:
@@ -198,5 +202,8 @@ _KINDS: dict[str, Callable[[Pairs], Tensor | None]] = {
 
 
 def rows_of(streams: Sequence[Sequence[Tensor]]) -> Iterator[Tensor]:
-    """All rows of every place, batches one behind another."""
-    return (torch.cat(list(batches)) for batches in streams)
+    """Rows of every place, batches one behind another: all, or as many as a map needs, evenly spread."""
+    for batches in streams:
+        rows = torch.cat(list(batches))
+        step = len(rows) // max(ROWS, ROWS_OF_WIDTH * rows.shape[1])
+        yield rows[::step].clone() if step > 1 else rows
