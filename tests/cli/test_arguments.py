@@ -60,6 +60,8 @@ def test_protect_by_default(ops: RecordingOps, run: Runner) -> None:
         "dry_run": False,
         "allow_pickle": False,
         "threads": None,
+        "ray": None,
+        "workers": None,
     }
 
 
