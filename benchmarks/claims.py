@@ -61,6 +61,7 @@ def protections_of(audit: Mapping[str, Any], date: str = DATE) -> list[dict[str,
     """What an audit found for each protection; ValueError if its own controls say that it is not to be trusted."""
     if not audit["passed"]:
         raise ValueError("a control of this audit failed: nothing can be claimed from it")
+    is_first_look = str(audit["plan"].get("attacker", "")).startswith("quick")
     entries = []
     for planned in audit["plan"]["protect"]["methods"]:
         entry: dict[str, Any] = {"method": planned} if isinstance(planned, str) else planned
@@ -72,7 +73,9 @@ def protections_of(audit: Mapping[str, Any], date: str = DATE) -> list[dict[str,
                 "settings": distinguishing(method, settings_then(date, method, entry.get("settings", {}))),
                 "utility_loss": round(100 * found["utility"]["loss"], 1),
                 "d_star": {
-                    TIERS[tier]: d_star(tried["worst"]) for tier, tried in found["tiers"].items() if tier in TIERS
+                    TIERS[tier]: d_star(tried["worst"], is_first_look=is_first_look and tier != "T0")
+                    for tier, tried in found["tiers"].items()
+                    if tier in TIERS
                 },
             }
         )
@@ -96,8 +99,9 @@ def defaults_of_protections() -> Mapping[str, Mapping[str, Any]]:
     return {name: {item.name: item.default for item in dataclasses.fields(PROTECTIONS[name])} for name in PROTECTIONS}
 
 
-def d_star(worst: Mapping[str, Any] | None) -> list[float | bool | None]:
-    """D* and the ends of its interval, and False where it was not recognised, or a control is undecided.
+def d_star(worst: Mapping[str, Any] | None, *, is_first_look: bool = False) -> list[float | bool | None]:
+    """D* and the ends of its interval, and False where it was not recognised, a control is undecided, or the
+    attacker is one for a first look, who tries little of what somebody can who knows the method.
 
     Nothing where there was too little to steal for the figures to mean anything.
     """
@@ -105,7 +109,7 @@ def d_star(worst: Mapping[str, Any] | None) -> list[float | bool | None]:
     if worst is None or worst["is_denominator_small"] or "uncertain_denominator" in flags:
         return [None, None, None]
     found = [None if value is None else round(value, 6) for value in (worst["d_star"], *worst["interval"])]
-    return found if DOUBTS.isdisjoint(flags) else [*found, False]
+    return found if DOUBTS.isdisjoint(flags) and not is_first_look else [*found, False]
 
 
 def leaderboard() -> str:

@@ -46,6 +46,13 @@ def entry_of(row: Measurement) -> Mapping[str, Any]:
     return found
 
 
+def attacker_of(row: Measurement) -> str | None:
+    """By name; None of those that listed their own attacks."""
+    plan = json.loads((RESULTS / f"{row.study.name}.json").read_text(encoding="utf-8"))["plan"]
+    found: str | None = plan.get("attacker")
+    return found
+
+
 def kept(worst: Mapping[str, Any]) -> float:
     """Share of the skill, among all that an attacker can gain by the expert, that the protection keeps from it."""
     gain: float = worst["unprotected"] - worst["without_victim"]
@@ -97,7 +104,7 @@ def test_a_protection_is_said_to_stop_only_what_it_stops(row: Measurement) -> No
     for tier in spoken:
         low = tiers[tier]["worst"]["interval"][0]
         clause = next(text for text in sentence.split(". ") if claims.THREAT_MODELS[TIERS[tier]] in text)
-        assert (" stops " in clause) == (low >= 0.8)
+        assert (" stops " in clause) == (low >= 0.8 and (tier == "T0" or attacker_of(row) != "quick-1"))
         assert ("does not stop" in clause) == (max(low, kept(tiers[tier]["worst"])) < 0.2)
     # Who is not named can do at least what somebody can whom nothing stops.
     assert len(spoken) == len(tiers) or "does not stop" in sentence
@@ -173,12 +180,14 @@ def test_the_file_is_part_of_the_package() -> None:
 
 
 def test_what_is_said_of_all_is_what_each_audit_says() -> None:
-    """A protection is named for an attacker where some audit's own interval lies above 0.8, and nowhere else."""
+    """A protection is named for an attacker where some audit's own interval lies above 0.8, and nowhere else. An audit
+    by the attacker for a first look says of nobody who knows the method that he is stopped."""
     stopping: dict[str, set[str]] = {}
     for row in DEFAULTS:
         for tier, tried in entry_of(row)["tiers"].items():
             low = tried["worst"]["interval"][0]
-            stopping.setdefault(TIERS[tier], set()).update({row.method} if low >= 0.8 else set())
+            is_stopped = low >= 0.8 and (tier == "T0" or attacker_of(row) != "quick-1")
+            stopping.setdefault(TIERS[tier], set()).update({row.method} if is_stopped else set())
     sentences = claims.overall().removesuffix(".").split(". ")
     assert len(sentences) == len(stopping)
     for sentence, (threat_model, methods) in zip(sentences, stopping.items(), strict=True):
@@ -194,4 +203,5 @@ def test_who_was_not_recognised_stops_nobody() -> None:
     found = {"d_star": 1.0, "interval": [1.0, 1.0], "is_denominator_small": False}
     assert d_star({**found, "flags": ["not_recognised"]}) == [1.0, 1.0, 1.0, False]
     assert d_star(found) == [1.0, 1.0, 1.0]
+    assert d_star(found, is_first_look=True) == [1.0, 1.0, 1.0, False]
     assert d_star({**found, "flags": ["uncertain_denominator"]}) == [None, None, None]

@@ -66,7 +66,8 @@ class Study:
 class DStar:
     """D* against the strongest attack found within one threat model, and its 95 % interval; None: not known.
 
-    ``is_recognised``: whether the attacker saw what was done. Where not, somebody may who looks longer.
+    ``is_recognised``: whether the attacker saw what was done, and tried all that we know. Where not, somebody may get
+    through who looks longer.
     """
 
     value: float | None
