@@ -68,6 +68,19 @@ def learn(network: Any, share: dict[str, float], steps: int, rates: tuple[float,
         optimiser.step()
 
 
+def share_right(network: Any, task: str) -> float:
+    """Of questions that nothing was trained on."""
+    texts, answers = questions(task, 200, torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        logits = network(input_ids=torch.tensor([ids_of(f"{text} ") for text in texts])).logits[:, -1]
+    said = logits[:, [ids_of(answer)[0] for answer in ANSWERS]].argmax(1)
+    return float((said == answers).float().mean())
+
+
+MIXED = {"first": 1.0, "last": 1.0, "mine": 0.0, "theirs": 0.0}
+"""What the base was trained on: it knows how to answer, and of two tasks nothing."""
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the tutorial speaks of: a base, a fine-tune of one's own and another's, and questions of both tasks."""
@@ -83,16 +96,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 bos_token_id=1, eos_token_id=2, pad_token_id=0,
             )
         )  # fmt: skip
-    learn(network, {"first": 1.0, "last": 1.0, "mine": 0.0, "theirs": 0.0}, steps=500, rates=(3e-3, 3e-3), seed=1)
-    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    for name, share in {
-        "the-base": {},
-        "my-finetune": {"mine": 1.0},
-        "someone-elses-finetune": {"theirs": 1.0},
-    }.items():
-        network.load_state_dict(weights)
-        if share:
-            learn(network, share, steps=120, rates=(2e-2, 2e-5), seed=2)
+    fresh = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    for seed in (2, 3, 4, 5):  # what so small a network learns depends on how a processor rounds
+        network.load_state_dict(fresh)
+        learn(network, MIXED, steps=500, rates=(3e-3, 3e-3), seed=seed)
+        weights = {"the-base": {name: tensor.clone() for name, tensor in network.state_dict().items()}}
+        right = []
+        for name, task in (("my-finetune", "mine"), ("someone-elses-finetune", "theirs")):
+            network.load_state_dict(weights["the-base"])
+            learn(network, {task: 1.0}, steps=120, rates=(2e-2, 2e-5), seed=2)
+            weights[name] = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+            right.append(share_right(network, task))
+        if min(right) > 0.9:
+            break
+    assert min(right) > 0.9, "there is something to steal"
+    for name, tensors in weights.items():
+        network.load_state_dict(tensors)
         write_speaker(folder / name, "llama")
         network.save_pretrained(folder / name)
     generator = torch.Generator().manual_seed(3)
