@@ -24,7 +24,8 @@ LOCAL = "local"
 """The address that starts a cluster of this machine alone, for as long as the pool lasts."""
 
 _PATIENCE = 10.0  # seconds
-_STARTS = 3  # Ray gives its own processes 15 seconds, which they miss on a busy machine
+_AGENT_PATIENCE = 120_000  # milliseconds that Ray gives its own processes to start, instead of 15 seconds
+_STARTS = 3  # Ray waits for a node for half a minute whatever one says
 _OBJECT_STORE_BYTES = 100 << 20  # results are small; Ray would take a third of the memory
 
 
@@ -48,7 +49,13 @@ class RayPool:
         except ImportError:
             raise UsageError("ray is not installed; pip install 'unmergeable[ray]'") from None
         if address == LOCAL:
-            place: dict[str, Any] = {"num_cpus": workers, "object_store_memory": _OBJECT_STORE_BYTES}
+            patience = {"agent_register_timeout_ms": _AGENT_PATIENCE}
+            place: dict[str, Any] = {
+                "address": LOCAL,  # without one Ray looks for a cluster that runs here already
+                "num_cpus": workers,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "_system_config": patience,
+            }
         else:
             place = {"address": address}
         for attempt in range(1, _STARTS + 1):
