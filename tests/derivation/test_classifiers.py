@@ -16,7 +16,7 @@ from unmergeable.derivation.derive import NO_ATTENTION, Derivation, derive
 from unmergeable.derivation.probe import Disk
 from unmergeable.derivation.prove import TOLERANCE, VISIBLE, Prover
 from unmergeable.derivation.shrink import OTHER, SMALL, UNSEEN, shrunken
-from unmergeable.derivation.table import _common
+from unmergeable.derivation.table import _common, _with_strides
 
 POOLFORMER = {
     "model_type": "poolformer",
@@ -102,3 +102,14 @@ def test_a_map_of_stages_is_read_back_for_widths_it_was_not_made_from(kind: str)
     names = ("embed_dim", "hidden_sizes", "width_coefficient")
     widths = [repr([small.get(name) for name in names]) for small in configs]
     assert len(set(widths)) == len(configs)
+
+
+@pytest.mark.parametrize(("offset", "is_same"), [("2 * groups * value_size", True), ("3 * groups * value_size", False)])
+def test_an_offset_of_one_head_is_that_of_several(offset: str, is_same: bool) -> None:
+    output = {"weight": "proj", "axis": 1}
+    single = {"parts": [], "value": {"weight": "qkv", "axis": 0, "offset": "2 * value_size"}, "output": output}
+    value = {"weight": "qkv", "axis": 0, "offset": offset, "group_stride": "value_size"}
+    other = {"parts": [], "value": value, "output": {**output, "group_stride": "value_size"}}
+    found, _ = _with_strides(single, other)
+    assert (found == other) is is_same
+    assert "offset" not in found["output"]

@@ -206,8 +206,10 @@ def _with_stages(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     if "stage_in_channels" in small and isinstance(stem := small.get("stem_channels"), (list, tuple)):
         small["stem_channels"] = [*stem[:-1], small["stage_in_channels"][0]]
     depths = {name: small[name] for name in _DEPTHS if isinstance(small.get(name), (list, tuple))}
+    # CvT looks up how often its layers are dropped by the number of their stage, so that each has as many as stages.
+    most = {"depths": 2, "depth": len(depths.get("depth", ()))}
     return small | {
-        **{name: [min(depth, 2) for depth in value] for name, value in depths.items()},
+        **{name: [min(depth, most[name]) for depth in value] for name, value in depths.items()},
         "image_size": [64, 64] if isinstance(config.get("image_size"), (list, tuple)) else 64,
     }
 

@@ -278,7 +278,10 @@ def _with_strides(single: dict[str, Any], other: dict[str, Any]) -> tuple[dict[s
     """The template of a layer with one head, with the distances between heads of another layer, and the other."""
 
     def heads(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
-        return {**{name: there[name] for name in ("group_stride", "member_stride") if name in there}, **here}
+        found = {**{name: there[name] for name in ("group_stride", "member_stride") if name in there}, **here}
+        if "offset" in here and str(there.get("offset")).replace("groups * ", "") == here["offset"]:
+            found["offset"] = there["offset"]  # the same with one group
+        return found
 
     parts = [
         {**here, **{side: heads(here[side], there[side]) for side in ("query", "key")}}
@@ -315,7 +318,8 @@ def _common(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     if "joined" in first or "joined" in second:
         common["joined"] = _common_streams(first.get("joined", ()), second.get("joined", ()))
     common["value_group"] = groups.pop() if groups else "general_linear"
-    if not one["parts"] or not _spans(one["parts"], other["parts"]) or one.get("norm") != other.get("norm"):
+    is_scored = bool(one["parts"] and other["parts"])
+    if not is_scored or not _spans(one["parts"], other["parts"]) or one.get("norm") != other.get("norm"):
         common |= {"parts": [], "position": "none", "heads_limit": common["heads_limit"] or NOT_UNDERSTOOD}
         common.pop("norm", None)
         if "joined" in common:

@@ -62,7 +62,7 @@ class AttentionCall:
 
 @dataclass
 class Trace:
-    """What happened, in order; ``convolutions`` counts those that mix places or channels by a parameter."""
+    """What happened, in order, and how many ``convolutions`` there were."""
 
     products: list[Product] = field(default_factory=list)
     attentions: list[AttentionCall] = field(default_factory=list)
@@ -145,10 +145,10 @@ class _Recorder(TorchFunctionMode):
             args[place] if len(args) > place else kwargs.get(name)
             for place, name in enumerate(("input", "weight", "bias"))
         )
+        self.trace.convolutions += 1
         owner = self._parameter(kernel)
         if owner is None:
             return result
-        self.trace.convolutions += 1
         channels = -kernel.dim() + 1
         is_pointwise = kernel[0, 0].numel() == 1 and kernel.shape[1] == inputs.shape[channels]
         if not is_pointwise or not result.requires_grad:
