@@ -113,3 +113,16 @@ def test_an_offset_of_one_head_is_that_of_several(offset: str, is_same: bool) ->
     found, _ = _with_strides(single, other)
     assert (found == other) is is_same
     assert "offset" not in found["output"]
+
+
+def test_an_attention_written_as_sums_over_indices_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = 2
+    config = {name: value[:stages] for name, value in default_config("cvt").items() if isinstance(value, list)}
+    config |= {"model_type": "cvt", "embed_dim": [8, 12], "depth": [1, 2], "num_heads": [1, 3], "image_size": 32}
+    config["cls_token"] = [False, True]
+    small = build(config, transformers.CvtForImageClassification)
+    calls = watch.watch(small).attentions
+    assert [call.value.shape[-3] for call in calls] == [1, 3, 3]
+    assert all(call.query.shape[-1] == call.value.shape[-1] for call in calls)
+    monkeypatch.setattr(watch._Recorder, "_contraction", lambda *_: None)
+    assert watch.watch(small).attentions == []

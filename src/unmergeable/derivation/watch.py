@@ -100,6 +100,10 @@ class _Recorder(TorchFunctionMode):
             if weighted is not None:
                 return weighted
             self._product(func, name, args, kwargs, result)
+        elif name == "einsum" and isinstance(result, Tensor):
+            operands = list(_tensors(args[1:]))
+            if len(operands) == 2:
+                self._contraction(args[0], *operands, result)
         elif func is functional.scaled_dot_product_attention:
             query, key, value = args[:3] if len(args) >= 3 else (kwargs["query"], kwargs["key"], kwargs["value"])
             self.trace.attentions.append(AttentionCall(query, key, value, len(self.trace.products)))
@@ -193,6 +197,15 @@ class _Recorder(TorchFunctionMode):
             self.trace.attentions.append(AttentionCall(query, key, second, len(self.trace.products)))
         elif first.dim() >= 3 and second.dim() >= 3:
             result._scores = (first, second.transpose(-1, -2))  # type: ignore[attr-defined]
+
+    def _contraction(self, equation: str, first: Tensor, second: Tensor, result: Tensor) -> None:
+        """Scores or weighted values that are written as a sum over indices, with those of tokens and size last."""
+        read, _, made = equation.replace(" ", "").partition("->")
+        left, _, right = read.partition(",")
+        if made == f"{left[:-1]}{right[-2:-1]}" and left[-1:] == right[-1:]:
+            self._attention(first, second.transpose(-1, -2), result)
+        elif made == f"{left[:-1]}{right[-1:]}" and left[-1:] == right[-2:-1]:
+            self._attention(first, second, result)
 
     def _parameter(self, operand: Any) -> Tensor | None:
         """The parameter that an operand is, or is a view of."""
