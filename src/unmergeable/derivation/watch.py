@@ -103,7 +103,7 @@ class _Recorder(TorchFunctionMode):
         elif name == "einsum" and isinstance(result, Tensor):
             operands = list(_tensors(args[1:]))
             if len(operands) == 2:
-                self._contraction(args[0], *operands, result)
+                self._contraction(args[0], operands[0], operands[1], result)
         elif func is functional.scaled_dot_product_attention:
             query, key, value = args[:3] if len(args) >= 3 else (kwargs["query"], kwargs["key"], kwargs["value"])
             self.trace.attentions.append(AttentionCall(query, key, value, len(self.trace.products)))
@@ -182,12 +182,13 @@ class _Recorder(TorchFunctionMode):
         scored = _mark(args[:1], "_weights")
         if scored is None or len(args) < 2 or args[1].dim() != _WITH_WINDOWS:
             return None
-        query, key, value = (*scored, args[1])
-        position, axes = len(self.trace.products), (-4, -3)
-        turned = value.transpose(*axes)
-        other = AttentionCall(query.transpose(*axes), key.transpose(*axes), turned, position)
+        query, key = scored
+        value: Tensor = args[1]
+        position = len(self.trace.products)
+        turned = value.transpose(-4, -3)
+        other = AttentionCall(query.transpose(-4, -3), key.transpose(-4, -3), turned, position)
         self.trace.attentions.append(AttentionCall(query, key, value, position, other))
-        result: Tensor = func(args[0], turned.transpose(*axes), *args[2:], **kwargs)
+        result: Tensor = func(args[0], turned.transpose(-4, -3), *args[2:], **kwargs)
         return result
 
     def _attention(self, first: Tensor, second: Tensor, result: Tensor) -> None:
