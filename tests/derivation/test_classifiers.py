@@ -75,7 +75,8 @@ def test_a_kernel_of_several_places_is_no_product() -> None:
 def test_a_network_without_attention_says_so() -> None:
     found = derive(build(RESNET, transformers.ResNetForImageClassification))
     assert found.blocks == []
-    assert found.reasons[NO_ATTENTION] == "no softmax weighs values; the network has convolutions"
+    seen = "no softmax over products of queries and keys was seen"
+    assert found.reasons[NO_ATTENTION] == f"{seen}; the network has convolutions"
 
 
 def test_heads_are_found_beside_windows() -> None:

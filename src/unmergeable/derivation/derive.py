@@ -81,7 +81,7 @@ class _Search:
                 self.result.reasons[f"attention in {where}"] = str(reason)
         if not self.scene.trace.attentions:
             convolutions = "; the network has convolutions" if self.scene.trace.convolutions else ""
-            self.result.reasons[NO_ATTENTION] = f"no softmax weighs values{convolutions}"
+            self.result.reasons[NO_ATTENTION] = f"no softmax over products of queries and keys was seen{convolutions}"
         taken = {
             (output.weight, place)
             for block in self.result.blocks
