@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
-from unmergeable.architecture.blocks import FeedForward
+from unmergeable.architecture.blocks import FeedForward, Heads
 from unmergeable.architecture.rules import symmetry_map
+from unmergeable.attacks.hidden_units import match_units, unit_similarity
 from unmergeable.derivation import watch
 from unmergeable.derivation.build import Specimen, build, default_config
 from unmergeable.derivation.derive import NO_ATTENTION, Derivation, derive
@@ -127,3 +129,14 @@ def test_an_attention_written_as_sums_over_indices_is_seen(monkeypatch: pytest.M
     assert all(call.query.shape[-1] == call.value.shape[-1] for call in calls)
     monkeypatch.setattr(watch._Recorder, "_contraction", lambda *_: None)
     assert watch.watch(small).attentions == []
+
+
+def test_units_of_kernels_are_matched() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = {"up": torch.randn(5, 3, 1, 1, generator=generator), "down": torch.randn(4, 5, 1, 1, generator=generator)}
+    base["bias"] = torch.randn(5, generator=generator)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    ours = {"up": base["up"][order], "down": base["down"][:, order], "bias": base["bias"][order]}
+    block = FeedForward("mlp", 5, Heads("up", "bias", 0, 0, 0), Heads("down", None, 1, 0, 0))
+    found = match_units(block, ours, base, unit_similarity).permutation.index[0]
+    assert torch.equal(order[found], torch.arange(5))
