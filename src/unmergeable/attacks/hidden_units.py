@@ -99,7 +99,7 @@ def _apart(block: FeedForward, tensors: Tensors) -> tuple[FeedForward, dict[str,
     found: dict[str, Tensor] = {}
     parts: dict[str, Heads] = {}
     for name, heads in _members(block):
-        found[name] = _rows(heads, heads.axis, block.size, tensors[heads.weight])
+        found[name] = _rows(heads, heads.axis, block.size, tensors[heads.weight]).flatten(1)
         bias = None
         if heads.bias is not None:
             bias = f"{name}.bias"
@@ -150,7 +150,7 @@ def _sides(heads: Heads, size: int, protected: Tensors, base: Tensors) -> tuple[
 
 def _units(heads: Heads, size: int, tensors: Tensors) -> Tensor:
     """Hidden units as the rows of a float32 matrix, with their biases as one more column."""
-    columns = [_rows(heads, heads.axis, size, tensors[heads.weight])]
+    columns = [_rows(heads, heads.axis, size, tensors[heads.weight]).flatten(1)]
     if heads.bias is not None:
         columns.append(_rows(heads, heads.bias_axis, size, tensors[heads.bias])[:, None])
     return torch.cat(columns, dim=1).float()

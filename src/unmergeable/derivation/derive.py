@@ -18,6 +18,9 @@ from unmergeable.derivation.prove import TOLERANCE, Proof, Prover
 from unmergeable.derivation.scene import Scene, Unexplained, layer_of
 from unmergeable.derivation.watch import AttentionCall, watch
 
+NO_ATTENTION = "attention in the network"
+"""What the reason is given for that a network has none."""
+
 Block = Attention | FeedForward
 AnyBlock = TypeVar("AnyBlock", Attention, FeedForward)
 
@@ -73,9 +76,12 @@ class _Search:
         for call in self.scene.trace.attentions:
             where = layer_of(self.scene.trace.products[call.position - 1].name)
             try:
-                self._add(self._attention(call))
+                self._add(self._attention_either_way(call))
             except Unexplained as reason:
                 self.result.reasons[f"attention in {where}"] = str(reason)
+        if not self.scene.trace.attentions:
+            convolutions = "; the network has convolutions" if self.scene.trace.convolutions else ""
+            self.result.reasons[NO_ATTENTION] = f"no softmax over products of queries and keys was seen{convolutions}"
         taken = {
             (output.weight, place)
             for block in self.result.blocks
@@ -101,6 +107,15 @@ class _Search:
     def _add(self, block: Block) -> None:
         if block.name not in {other.name for other in self.result.blocks}:
             self.result.blocks.append(block)
+
+    def _attention_either_way(self, call: AttentionCall) -> Attention:
+        """The block of an attention, whichever of the two axes before tokens counts its heads."""
+        try:
+            return self._attention(call)
+        except Unexplained:
+            if call.turned is None:
+                raise
+            return self._attention(call.turned)
 
     def _attention(self, call: AttentionCall) -> Attention:
         block = self._first_proven(attentions.attention(self.scene, call), "value_output")

@@ -138,6 +138,8 @@ class _Maker:
         yield from ({"input_values": sound["input_features"]} for sound in self.features())
 
     def either(self) -> Iterator[Inputs]:
+        if "pixel_values" in self.accepted:
+            yield from self.pixels()
         yield {"input_values": self.numbers(1, 4000)}
         yield from self.features()
 

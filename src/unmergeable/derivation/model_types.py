@@ -24,7 +24,7 @@ from unmergeable.derivation.build import (
     registered,
     varied,
 )
-from unmergeable.derivation.derive import Derivation, derive, without_numbers
+from unmergeable.derivation.derive import NO_ATTENTION, Derivation, derive, without_numbers
 from unmergeable.derivation.probe import Disk
 from unmergeable.derivation.prove import TOLERANCE, Prover
 from unmergeable.derivation.shrink import OTHER, PARTIAL, SMALL, UNSEEN, WIDE, Sizes, filled, shrunken, supply
@@ -55,7 +55,8 @@ def derive_map(model_type: str, network_class: str, config: Mapping[str, Any] | 
         return derived
     derived = _tabulated(model_type, kind, config)
     if not (derived.attentions or derived.feed_forwards):
-        reason = next(iter(derived.reasons.values()), "it has no attention or feed-forward of a known form")
+        tried = next(iter(derived.reasons.values()), "it has no attention or feed-forward of a known form")
+        reason = derived.reasons.get(NO_ATTENTION, tried)
         raise UnsupportedArchitecture(f"{model_type}: no change of basis could be proven ({reason}).")
     return widened(confirmed(derived, built(config, kind, UNSEEN)))
 

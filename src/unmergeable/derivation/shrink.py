@@ -17,7 +17,10 @@ MOST_LAYERS = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a small network is. ``heads`` / ``groups`` query heads share a key head."""
+    """How large a small network is. ``heads`` / ``groups`` query heads share a key head.
+
+    ``narrower``: by how much the widths of a network in stages are divided.
+    """
 
     heads: int = 4
     groups: int = 2
@@ -27,6 +30,7 @@ class Sizes:
     latent: int = 20
     plain: int = 10
     vocabulary: int = 160
+    narrower: int = 4
 
     @property
     def hidden(self) -> int:
@@ -39,16 +43,16 @@ class Sizes:
 
 
 SMALL = Sizes()
-WIDE = Sizes(heads=16, groups=4, head_size=24, intermediate=144, experts=8, latent=28, plain=6)
+WIDE = Sizes(heads=16, groups=4, head_size=24, intermediate=144, experts=8, latent=28, plain=6, narrower=2)
 """What to try instead of the second set, where a class wants heads in fours or positions on a quarter of each."""
 
-UNSEEN = Sizes(heads=8, groups=4, head_size=16, intermediate=96, experts=4, latent=24, plain=14)
+UNSEEN = Sizes(heads=8, groups=4, head_size=16, intermediate=96, experts=4, latent=24, plain=14, narrower=2)
 """Sizes that a map is read back for, after it was made from the others."""
 
-OTHER = Sizes(heads=12, groups=4, head_size=8, intermediate=112, experts=8, latent=28, plain=7)
+OTHER = Sizes(heads=12, groups=4, head_size=8, intermediate=112, experts=8, latent=28, plain=7, narrower=8)
 """A second set, with more query heads for each key head: it tells which setting a number in a map comes from."""
 
-PARTIAL = Sizes(heads=12, groups=4, head_size=20, intermediate=112, experts=8, latent=28, plain=7)
+PARTIAL = Sizes(heads=12, groups=4, head_size=20, intermediate=112, experts=8, latent=28, plain=7, narrower=3)
 """What to try after these, where positions turn a share of each head that is no whole number of pairs in the others."""
 
 _HIDDEN = (
@@ -57,7 +61,7 @@ _HIDDEN = (
     "model_dim", "attention_hidden_size", "lru_width", "output_dim", "out_hidden_size", "cross_attention_dim",
     "text_hidden_size", "attention_dim", "rnn_hidden_size", "decoder_dim", "encoder_embed_dim", "mm_hidden_size",
     "intra_bottleneck_size", "true_hidden_size", "cross_hidden_size", "projection_dim",
-    "vision_output_dim", "projector_input_dim", "projector_output_dim",
+    "vision_output_dim", "projector_input_dim", "projector_output_dim", "d_latents",
 )  # fmt: skip
 _INTERMEDIATE = (
     "intermediate_size", "d_ff", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
@@ -72,7 +76,7 @@ _HEADS = (
     "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads", "decoder_attention_heads",
     "num_encoder_attention_heads", "num_decoder_attention_heads", "attention_heads", "num_self_attention_heads",
     "encoder_num_attention_heads", "decoder_num_attention_heads", "num_swa_attention_heads",
-    "cross_num_attention_heads", "swa_num_attention_heads",
+    "cross_num_attention_heads", "swa_num_attention_heads", "num_cross_attention_heads",
 )  # fmt: skip
 _GROUPS = (
     "num_key_value_heads", "num_kv_heads", "n_head_kv", "encoder_num_key_value_heads", "decoder_num_key_value_heads",
@@ -105,12 +109,15 @@ _INDICES = {
 }  # fmt: skip
 """Settings that list the layers of one kind."""
 
+_COEFFICIENTS = ("width_coefficient", "depth_coefficient", "depth_multiplier")
+"""Settings that all widths or depths of a network are multiplied with."""
+
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 
 def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
     """``config`` (as transformers' ``to_dict`` gives it) with every size replaced by a small one."""
-    if isinstance(config.get("depths"), (list, tuple)):
+    if any(isinstance(config.get(name), (list, tuple)) for name in _DEPTHS):
         return _with_stages(config, sizes)
     layers = next((int(config[key]) for key in _LAYERS if isinstance(config.get(key), int)), 0)
     kept = _layers_that_differ(config, layers)
@@ -173,14 +180,20 @@ def _round_rotary(small: dict[str, Any], sizes: Sizes) -> None:
             part["partial_rotary_factor"] = max(2, round(size * share / 2) * 2) / size
 
 
+_DEPTHS = ("depths", "depth")
+"""Settings that list how many layers each stage has."""
+
 _NAMES_OF_LAYERS = {"stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "hybrid_layer_ids"}
 
-_PER_STAGE = ("embed_dim", "embed_dims", "hidden_size", "hidden_sizes", "dims")
+_PER_STAGE = (
+    "embed_dim", "embed_dims", "hidden_size", "hidden_sizes", "dims", "num_groups", "groups_width", "stem_out_channels",
+    "stage_in_channels", "stage_mid_channels", "stage_out_channels",
+)  # fmt: skip
 
 
 def _with_stages(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     """A vision network in stages of growing width: fewer layers in each, every width by the same factor smaller."""
-    factor = 64 // sizes.head_size
+    factor = sizes.narrower
     small = {key: value for key, value in config.items() if key not in _NAMES_OF_LAYERS}
     for key in _PER_STAGE:
         value = small.get(key)
@@ -190,8 +203,13 @@ def _with_stages(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
             small[key] = value // factor
     if isinstance(small.get("window_size"), int):
         small["window_size"] = 2  # the last stage is 2 by 2
+    if "stage_in_channels" in small and isinstance(stem := small.get("stem_channels"), (list, tuple)):
+        small["stem_channels"] = [*stem[:-1], small["stage_in_channels"][0]]
+    depths = {name: small[name] for name in _DEPTHS if isinstance(small.get(name), (list, tuple))}
+    # CvT looks up how often its layers are dropped by the number of their stage, so that each has as many as stages.
+    most = {"depths": 2, "depth": len(depths.get("depth", ()))}
     return small | {
-        "depths": [min(depth, 2) for depth in config["depths"]],
+        **{name: [min(depth, most[name]) for depth in value] for name, value in depths.items()},
         "image_size": [64, 64] if isinstance(config.get("image_size"), (list, tuple)) else 64,
     }
 
@@ -224,6 +242,8 @@ def _small(key: str, value: Any, config: Mapping[str, Any], sizes: Sizes, layers
         return min(value, 0.5)  # or nothing in a small network would reach it
     if isinstance(value, bool) or value is None:
         return value
+    if key in _COEFFICIENTS and isinstance(value, float):
+        return min(value, 1 / sizes.narrower)
     if key == "block_types" and isinstance(value, (list, tuple)):
         return list(value)[::-1]  # attention comes last, and few layers are kept
     if isinstance(value, Mapping):
@@ -396,6 +416,8 @@ _OTHER: dict[str, Callable[[int, Sizes], int]] = {
     "qk_head_dim": lambda value, sizes: sizes.plain + sizes.head_size // 2,
     "v_head_dim": lambda value, sizes: sizes.plain + 2,
     "rotary_dim": lambda value, sizes: sizes.head_size // 2,
+    "num_self_attends_per_block": lambda value, sizes: min(value, 2),
+    "num_latents": lambda value, sizes: min(value, 12),
     "num_layers_per_stack": lambda value, sizes: min(value, 2),
     **dict.fromkeys(("hc_lowrank", "laurel_rank"), lambda value, sizes: sizes.latent),
     "image_size": lambda value, sizes: 32,

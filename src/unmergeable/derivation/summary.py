@@ -17,6 +17,7 @@ from unmergeable.architecture.derived import DerivedMap, known_map, shipped
 from unmergeable.architecture.families import FAMILIES
 from unmergeable.architecture.parts import part_of
 from unmergeable.derivation.build import TASKS, registered
+from unmergeable.derivation.derive import NO_ATTENTION
 
 Level = Literal["declared", "whole", "part", "none"]
 """A family written by hand; a derived map with attention and feed-forwards; one with either; nothing."""
@@ -52,7 +53,10 @@ def levels(task: str) -> dict[str, Level]:
 def reason_of(derived: DerivedMap) -> str:
     """Why a map has only attention, or only feed-forwards."""
     missing = "attention" if not derived.attentions else "feed-forwards"
-    told = next((text for name, text in derived.reasons.items() if not name.startswith("queries and keys")), "")
+    texts = [text for name, text in derived.reasons.items() if not name.startswith("queries and keys")]
+    if not derived.attentions:  # that there are none comes before what was tried
+        texts = [derived.reasons[NO_ATTENTION], *texts] if NO_ATTENTION in derived.reasons else texts
+    told = next(iter(texts), "")
     return f"no {missing}" + (f": {_short(told)}" if told else ": none of a known form was seen")
 
 

@@ -90,6 +90,11 @@ class _Pair:
         """Settings that say how large one head is."""
         return [name for name in self.settings[0] if _last(name) in SIZES_OF_ONE_HEAD]
 
+    def head_counts(self) -> list[str]:
+        """Settings that count heads for every layer: one with a single head is counted by them, too."""
+        names = (name for name in self.settings[0] if name.endswith("[layer]"))
+        return self._of_own_part([name for name in names if _last(name) in COUNTS_OF_HEADS])
+
     def fit_one(self, which: int, value: int) -> str:
         """The simplest formula that gives a number in one of the networks, where the other tells nothing.
 
@@ -273,7 +278,10 @@ def _with_strides(single: dict[str, Any], other: dict[str, Any]) -> tuple[dict[s
     """The template of a layer with one head, with the distances between heads of another layer, and the other."""
 
     def heads(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
-        return {**{name: there[name] for name in ("group_stride", "member_stride") if name in there}, **here}
+        found = {**{name: there[name] for name in ("group_stride", "member_stride") if name in there}, **here}
+        if "offset" in here and str(there.get("offset")).replace("groups * ", "") == here["offset"]:
+            found["offset"] = there["offset"]  # the same with one group
+        return found
 
     parts = [
         {**here, **{side: heads(here[side], there[side]) for side in ("query", "key")}}
@@ -283,13 +291,21 @@ def _with_strides(single: dict[str, Any], other: dict[str, Any]) -> tuple[dict[s
     return {**single, **sides, "parts": parts if len(parts) == len(single["parts"]) else single["parts"]}, other
 
 
-_PROPERTIES = {"parts": (), "norm": None, "position": "none", "heads_limit": "", "value_group": "general_linear"}
+_PROPERTIES = {
+    "parts": (),
+    "norm": None,
+    "position": "none",
+    "is_cross": False,
+    "heads_limit": "",
+    "value_group": "general_linear",
+}
 
 
 def _common(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """What holds for both of two templates with the same tensors: layers may differ in what no tensor shows.
 
-    Some rotate queries and keys and others do not (rotary pairs hold for both), or heads stay in order in some.
+    Some rotate queries and keys and others do not (rotary pairs hold for both), or heads stay in order in some. Some
+    make fewer keys than queries of one stream and others as many: that is no attention to another stream.
     """
     if any(first.get(name) != second.get(name) for name in {*first, *second} - {*_PROPERTIES, "joined"}):
         raise Unexplained("layers of one form differ in where their heads lie")
@@ -298,10 +314,12 @@ def _common(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     if len(groups) > 1:
         raise Unexplained("layers of one form differ in what they do to values")
     common = {**other, "heads_limit": other["heads_limit"] or one["heads_limit"]}
+    common["is_cross"] = one["is_cross"] and other["is_cross"]
     if "joined" in first or "joined" in second:
         common["joined"] = _common_streams(first.get("joined", ()), second.get("joined", ()))
     common["value_group"] = groups.pop() if groups else "general_linear"
-    if not one["parts"] or not _spans(one["parts"], other["parts"]) or one.get("norm") != other.get("norm"):
+    is_scored = bool(one["parts"] and other["parts"])
+    if not is_scored or not _spans(one["parts"], other["parts"]) or one.get("norm") != other.get("norm"):
         common |= {"parts": [], "position": "none", "heads_limit": common["heads_limit"] or NOT_UNDERSTOOD}
         common.pop("norm", None)
         if "joined" in common:
@@ -353,7 +371,7 @@ def _attention(
     if by_length:
         template |= _counts_by_length(both, block, twin)
     else:
-        template["groups"] = both.fit((block.groups, twin.groups))
+        template["groups"] = both.fit((block.groups, twin.groups), *both.head_counts())
         both.know("groups", (block.groups, twin.groups))
         template["members"] = _members(both, block, twin, (block.num_heads, twin.num_heads))
         both.know("members", (block.members, twin.members))

@@ -1,7 +1,8 @@
 """One forward pass of a network, watched: every product with a weight, and every attention.
 
-A product is recognised by its weight being a parameter, or a view of one; an attention by a softmax whose input is a
-product of two activations and whose output multiplies a third. Nothing depends on how a network's code is organised.
+A product is recognised by its weight being a parameter, or a view of one; a convolution whose kernel covers one place
+is one, too. An attention is recognised by a softmax whose input is a product of two activations and whose output
+multiplies a third. Nothing depends on how a network's code is organised.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from unmergeable.derivation.build import Specimen
 from unmergeable.derivation.double import in_float64
 
 _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"}
+_CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
+_WITH_WINDOWS = 5
+"""Axes of values that have windows besides a batch, heads, tokens and coordinates."""
+
 _OPERANDS = ("input", "batch1", "batch2", "mat1", "mat2", "tensor2", "other", "weight", "bias")
 
 
@@ -43,21 +48,25 @@ class Product:
 class AttentionCall:
     """Queries, keys [..., heads, tokens, size] and values [..., heads, tokens, value size] of one attention.
 
-    ``position`` counts the products before the values were used.
+    ``position`` counts the products before the values were used. ``turned``: the same attention with the two axes
+    before tokens in the other order, where there are more than one besides a batch: windows may lie between heads and
+    tokens.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     position: int
+    turned: AttentionCall | None = None
 
 
 @dataclass
 class Trace:
-    """What happened, in order."""
+    """What happened, in order, and how many ``convolutions`` there were."""
 
     products: list[Product] = field(default_factory=list)
     attentions: list[AttentionCall] = field(default_factory=list)
+    convolutions: int = 0
 
 
 def watch(specimen: Specimen) -> Trace:
@@ -84,8 +93,17 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if name in {"clamp", "clip"} and isinstance(result, Tensor) and result.requires_grad:
             result = (result + args[0]) / 2  # so does one that is at its limit for every token
+        if name in _CONVOLUTIONS and isinstance(result, Tensor):
+            return self._convolution(args, kwargs, result)
         if name in _PRODUCTS and isinstance(result, Tensor):
+            weighted = self._windows(func, args, kwargs)
+            if weighted is not None:
+                return weighted
             self._product(func, name, args, kwargs, result)
+        elif name == "einsum" and isinstance(result, Tensor):
+            operands = list(_tensors(args[1:]))
+            if len(operands) == 2:
+                self._contraction(args[0], operands[0], operands[1], result)
         elif func is functional.scaled_dot_product_attention:
             query, key, value = args[:3] if len(args) >= 3 else (kwargs["query"], kwargs["key"], kwargs["value"])
             self.trace.attentions.append(AttentionCall(query, key, value, len(self.trace.products)))
@@ -125,12 +143,53 @@ class _Recorder(TorchFunctionMode):
         result._product = made  # type: ignore[attr-defined]
         self.trace.products.append(made)
 
+    def _convolution(self, args: Any, kwargs: Any, result: Tensor) -> Tensor:
+        """``result``, made to pass through a product with the channels last where the kernel covers a single place."""
+        inputs, kernel, bias = (
+            args[place] if len(args) > place else kwargs.get(name)
+            for place, name in enumerate(("input", "weight", "bias"))
+        )
+        self.trace.convolutions += 1
+        owner = self._parameter(kernel)
+        if owner is None:
+            return result
+        channels = -kernel.dim() + 1
+        is_pointwise = kernel[0, 0].numel() == 1 and kernel.shape[1] == inputs.shape[channels]
+        if not is_pointwise or not result.requires_grad:
+            return result
+
+        def replay(some: Tensor) -> Tensor:
+            with in_float64():
+                return functional.linear(some, kernel.flatten(1), bias)
+
+        read, made = inputs.movedim(channels, -1), result.movedim(channels, -1)
+        every = tuple(found for found in (owner, self._parameter(bias)) if found is not None)
+        self.trace.products.append(Product(self.names[id(owner)], kernel.flatten(1), every, read, made, replay))
+        return made.movedim(-1, channels)
+
     def _bias(self, terms: Any) -> None:
         """A vector of parameters added to what a product gave out belongs to it."""
         made = _mark(terms, "_product")
         if made is not None and len(terms) == 2:
             owned = ((self._parameter(term), term) for term in terms)
             made.added.extend((owner, vector) for owner, vector in owned if owner is not None and vector.dim() == 1)
+
+    def _windows(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """The result of an attention whose values have two axes before tokens besides a batch; None where it has not.
+
+        Its values pass through the other order of these axes, so that what reads the result depends on either.
+        """
+        scored = _mark(args[:1], "_weights")
+        if scored is None or len(args) < 2 or args[1].dim() != _WITH_WINDOWS:
+            return None
+        query, key = scored
+        value: Tensor = args[1]
+        position = len(self.trace.products)
+        turned = value.transpose(-4, -3)
+        other = AttentionCall(query.transpose(-4, -3), key.transpose(-4, -3), turned, position)
+        self.trace.attentions.append(AttentionCall(query, key, value, position, other))
+        result: Tensor = func(args[0], turned.transpose(-4, -3), *args[2:], **kwargs)
+        return result
 
     def _attention(self, first: Tensor, second: Tensor, result: Tensor) -> None:
         scored = getattr(first, "_weights", None)
@@ -139,6 +198,15 @@ class _Recorder(TorchFunctionMode):
             self.trace.attentions.append(AttentionCall(query, key, second, len(self.trace.products)))
         elif first.dim() >= 3 and second.dim() >= 3:
             result._scores = (first, second.transpose(-1, -2))  # type: ignore[attr-defined]
+
+    def _contraction(self, equation: str, first: Tensor, second: Tensor, result: Tensor) -> None:
+        """Scores or weighted values that are written as a sum over indices, with those of tokens and size last."""
+        read, _, made = equation.replace(" ", "").partition("->")
+        left, _, right = read.partition(",")
+        if made == f"{left[:-1]}{right[-2:-1]}" and left[-1:] == right[-1:]:
+            self._attention(first, second.transpose(-1, -2), result)
+        elif made == f"{left[:-1]}{right[-1:]}" and left[-1:] == right[-2:-1]:
+            self._attention(first, second, result)
 
     def _parameter(self, operand: Any) -> Tensor | None:
         """The parameter that an operand is, or is a view of."""

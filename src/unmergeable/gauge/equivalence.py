@@ -408,9 +408,9 @@ class _Projections:
         return product(weight, hidden, is_transposed=axis == 0)
 
     def _matrix(self, heads: Heads) -> tuple[Tensor, int]:
-        """The weight that heads lie in, and the axis of it."""
+        """The weight that heads lie in, as a matrix, and the axis of it; kernels of one place have further axes."""
         if heads.slice is None:
-            return self._source.tensor(heads.weight), heads.axis
+            return self._source.tensor(heads.weight).flatten(1), heads.axis
         if heads.weight not in self._shared:  # with all other experts, which are read next
             self._shared[heads.weight] = self._source.tensor(heads.weight)
         return self._shared[heads.weight][heads.slice], heads.axis - 1
