@@ -30,7 +30,7 @@ from unmergeable.checkpoint.plan import OutputTensor
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.checkpoint.sharing import Planned, SharedPlan
 from unmergeable.checkpoint.source import TensorSource
-from unmergeable.errors import KeyFileError, NotEquivalent, UsageError
+from unmergeable.errors import KeyFileError, NotEquivalent, UnsupportedArchitecture, UsageError
 from unmergeable.gauge.act import compute_dtype, edits
 from unmergeable.gauge.equivalence import (
     UNIT_ROUNDOFF,
@@ -527,6 +527,12 @@ class ExactSequence(Protection):
     def _facts(self, source: TensorSource, architecture: Architecture) -> ExactFacts:
         spaces = self.spaces(architecture)
         changed = architecture.symmetry.tensors_of(spaces)
+        if not changed:
+            names = ",".join(method.name for method in self.methods)
+            raise UnsupportedArchitecture(
+                f"{names} changes nothing in a {architecture.family} network: the parts that it changes are not in the "
+                "map of this type. Choose --method gauge."
+            )
         roundoff = max(UNIT_ROUNDOFF[source.spec(name).dtype] for name in changed)
         factors = rounded_factors(through_streams=self.moves_streams(architecture))
         return ExactFacts(
