@@ -6,10 +6,15 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from evaluation.documents import document
+from unmergeable.errors import BadInput
 from unmergeable.evaluation.records import INLINED, OPTIONAL, Record
+from unmergeable.evaluation.results import read_audit
 from unmergeable.evaluation.threat_models import ThreatModel
 
 
@@ -76,3 +81,28 @@ def test_a_value_of_another_kind_is_an_error(key: str, value: object) -> None:
     with pytest.raises((TypeError, ValueError, AttributeError)):
         Outer.from_json({**WHOLE.to_json(), key: value})
     assert Outer.from_json({**WHOLE.to_json(), "value": 1}).inner.value == 1, "control: a whole number is a number"
+
+
+@pytest.mark.parametrize("missing", [{"interval": [None, 1.0]}, {"interval": [0.5, None]}, {"unprotected": None}])
+def test_a_d_star_that_nothing_stands_behind_is_no_result(missing: dict[str, Any], tmp_path: Path) -> None:
+    """A stranger's file, or a damaged one: refused where it is read, and not where it is printed."""
+    path = tmp_path / "audit.json"
+    path.write_text(json.dumps(document()))
+    assert read_audit(tmp_path).protections, "control"
+    path.write_text(json.dumps(document(**missing)))
+    with pytest.raises(BadInput, match="is not the result of an audit"):
+        read_audit(tmp_path)
+    path.write_text(json.dumps(document(d_star=None, **missing)))
+    assert read_audit(tmp_path).protections, "without D* there need be nothing"
+
+
+def test_a_control_is_undecided_about_a_value(tmp_path: Path) -> None:
+    found = document()
+    for value, is_read in ((0.3, True), (None, False)):
+        found["controls"][0] |= {"value": value, "undecided": True}
+        (tmp_path / "audit.json").write_text(json.dumps(found))
+        if is_read:
+            assert read_audit(tmp_path).controls[0].undecided
+        else:
+            with pytest.raises(BadInput, match="is not the result of an audit"):
+                read_audit(tmp_path)

@@ -91,6 +91,11 @@ class Trial(Record):
     search_cpu_seconds: float = 0.0
     best: Mapping[str, AttackRecord] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a D* without its interval, or without the score that it is a share of."""
+        if self.d_star is not None and None in (*self.interval, self.unprotected):
+            raise ValueError(f"D* of {self.rider} lacks its interval, or the score of the unprotected expert")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdicts(Record):
@@ -225,6 +230,11 @@ class Control(Record):
     bound: float | None
     passed: bool
     undecided: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a control that is undecided about nothing."""
+        if self.undecided and self.value is None:
+            raise ValueError(f"control {self.name} is undecided and has no value")
 
 
 @dataclass(frozen=True, kw_only=True)
