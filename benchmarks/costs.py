@@ -1,6 +1,6 @@
 """The table of docs/costs.md: what commands cost at four sizes, from what was measured at one.
 
-    python -m benchmarks.costs        prints the table
+    python -m benchmarks.costs        prints the tables
 
 Seconds are processor time of one thread after the start of the program, memory the peak of the process. What was
 measured stands in ``benchmarks/results``; the rest is computed from it:
@@ -142,6 +142,33 @@ def table() -> str:
     return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
 
 
+LARGE_BYTES = 1.342e12
+"""671 billion weights in bfloat16."""
+
+
+def shared_table() -> str:
+    """What ``protect --ray`` cost as measured, and what by that 671 billion weights would; in Markdown."""
+    measured = _result("protect_on_ray")
+    lines = [
+        "| | measured | processor time | read | written | computed for 671 B: processor time | read | written |",
+        "|---" * 8 + "|",
+    ]
+    for run in measured["runs"]:
+        workers = run["workers"]
+        name = "no cluster, one thread" if workers is None else f"{workers} worker{'s' if workers > 1 else ''}"
+        times = LARGE_BYTES / measured["bytes"]
+        moved = [run["bytes_read"], run["bytes_written"]]
+        cells = [
+            _gigabytes(measured["bytes"] / 1e9),
+            _time(run["cpu_seconds"]),
+            *(_gigabytes(nbytes / 1e9) for nbytes in moved),
+            _time(run["cpu_seconds"] * times),
+            *(_gigabytes(nbytes * times / 1e9) for nbytes in moved),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _time(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.2g} s"
@@ -153,4 +180,4 @@ def _gigabytes(value: float) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), shared_table(), sep="\n\n")

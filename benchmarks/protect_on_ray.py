@@ -5,8 +5,9 @@
 Builds a Llama of random weights in bfloat16 in SCRATCH, one file for each layer, with a base of the same shape, and
 protects it with the default method and a public seed. Prints one JSON object: whether all results are the same bytes;
 for each way the seconds on the clock, and of all processes that did the work together the processor seconds, the bytes
-they read and wrote (from the cache of the system or the disk), and the largest memory of one. Starting processes and
-the cluster is not counted. Everything is deleted at the end; it takes five times the model's size on the disk.
+they read and wrote (from the cache of the system or the disk), and the largest memory of one that wrote. Starting
+processes and the cluster is not counted. Everything is deleted at the end; it takes five times the model's size on the
+disk.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -145,7 +147,7 @@ def protect(scratch: Path, out: Path, workers: int | None, address: str) -> dict
         earlier = Counted.before[worker]
         for name in ("cpu_seconds", "bytes_read", "bytes_written"):
             spent[name] += found[name] - earlier[name]
-    spent["peak_memory"] = max(use["peak_memory"] for use in (*Counted.after.values(), after))
+    spent["peak_memory"] = max(use["peak_memory"] for use in Counted.after.values() or [after])
     return {"workers": workers, "wall_seconds": seconds, **spent}
 
 
@@ -167,7 +169,10 @@ def main() -> None:
     scratch = given.scratch / "protect-on-ray"
     torch.set_num_threads(1)
     try:
-        sizes = [write_model(scratch / name, given.layers, seed) for seed, name in enumerate(("base", "expert"))]
+        # In processes of their own, whose memory is not counted.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            models = [(scratch / name, given.layers, seed) for seed, name in enumerate(("base", "expert"))]
+            sizes = pool.starmap(write_model, models)
         protection.RayPool = Counted  # type: ignore[misc]
         runs, digests = [], []
         for workers in (None, 1, 2):

@@ -46,8 +46,12 @@ def test_costs_are_those_of_the_committed_measurements(monkeypatch: pytest.Monke
     assert f"<!-- costs -->\n\n{made}\n\n<!-- end of costs -->" in text_of(DOCS / "costs.md"), (
         "python -m benchmarks.costs"
     )
+    shared = costs.shared_table()
+    assert f"<!-- costs: shared -->\n\n{shared}\n\n<!-- end of costs: shared -->" in text_of(DOCS / "costs.md")
     monkeypatch.setattr(costs, "DENSE_ROTATION", 2 * costs.DENSE_ROTATION)
     assert costs.table() != made, "control"
+    monkeypatch.setattr(costs, "LARGE_BYTES", 2 * costs.LARGE_BYTES)
+    assert costs.shared_table() != shared, "control"
 
 
 def test_costs_follow_the_laws_that_the_page_names() -> None:
