@@ -74,6 +74,14 @@ def test_what_may_be_luck_is_undecided(name: str, d_star: float, luck: float, pa
     assert (found.passed, found.undecided) == (passed, undecided)
 
 
+@pytest.mark.parametrize(("area", "passed"), [(0.01, True), (0.06, False), (0.3, False)])
+@pytest.mark.parametrize("name", [PLANTED, PLANTED_STRUCTURE])
+def test_what_one_share_decides_is_judged_over_all(name: str, area: float, passed: bool) -> None:
+    protections = {kind: protection(value) for kind, value in FOUND.items()} | {name: protection(0.08, area=area)}
+    (found,) = (control for control in controls(protections, []) if control.name == name)
+    assert found.passed == passed
+
+
 def test_under_an_undecided_control_nobody_is_said_to_be_stopped() -> None:
     strong = {"lock": protection(0.97, luck=0.01)}
     before, after = (each["lock"].tiers[ThreatModel.WHITE_BOX] for each in (strong, doubted(strong)))

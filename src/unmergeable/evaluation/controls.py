@@ -14,7 +14,7 @@ honest enough to report a protection that is complete, can be shown, and is show
 ``scale`` and ``nothing`` compare different merges, whose scores on few test examples differ by luck. They fail where
 D* is beyond the bound by more than two standard errors of that luck; up to there they are undecided, and nobody is said
 to be stopped. The luck of the selection is no excuse: a menu that is too small makes it. The others compare merges of
-the same function, which luck treats alike.
+the same function: D* is the lesser of that at one share of kept skill and that over all.
 """
 
 from __future__ import annotations
@@ -193,7 +193,15 @@ def _surely_from_nothing(model: ThreatModel, trial: Trial) -> float | None:
 
 
 def _left_of_it(model: ThreatModel, trial: Trial) -> float | None:
-    return None if trial.d_star is None else max(0.0, trial.d_star - _luck(model, trial))
+    """D*, at one share of kept skill or over all of them, whichever is less.
+
+    Merges of one function in other weights differ by rounding, and one image then decides which of them keeps a share.
+    What was not undone is left over all shares.
+    """
+    if trial.d_star is None:
+        return None
+    least = trial.d_star if trial.area is None else min(trial.d_star, trial.area)
+    return max(0.0, least - _luck(model, trial))
 
 
 def _hidden(model: ThreatModel, trial: Trial) -> float | None:
