@@ -35,7 +35,15 @@ STUDIES = (
     Study("encoder_decoder_audit", "encoder_decoder", "a T5 (2M)", 2_000_000, "question types", "spam", DATE),
     Study("diffusion_audit", "diffusion", "a diffusion UNet (1M)", 1_000_000, "digits", "clothes", DATE),
     Study("text_audit", "text", "MiniLM", 22_000_000, "question types", "films, spam", LATER),
-    Study("vision_quick_audit", "vision", "DINOv2-small (two free-riders)", 22_000_000, "digits", "animals, clothes", LATER),
+    Study(
+        "vision_quick_audit",
+        "vision",
+        "DINOv2-small (two free-riders)",
+        22_000_000,
+        "digits",
+        "animals, clothes",
+        LATER,
+    ),
 )
 """The audits that claims rest on. The date is that of the commit."""
 
