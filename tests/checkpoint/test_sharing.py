@@ -91,7 +91,8 @@ def test_a_shard_that_kills_whoever_writes_it(folder: Path, tmp_path: Path) -> N
     assert not (tmp_path / "there").exists()
     written = (tmp_path / "there.partial/checkpoint").glob("*.safetensors")
     kept = {path.name: path.stat().st_mtime_ns for path in written}
-    assert kept.keys() >= {"model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"}
+    # Two begin at a time, so that one of the first is done before the third is begun; the other may die with it.
+    assert kept.keys() & {"model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"}
     assert "model-00003-of-00004.safetensors" not in kept
     write(folder, tmp_path / "there", SharedPlan(WorkerPool(1), negated, (folder,)))
     assert {name: (tmp_path / "there" / name).stat().st_mtime_ns for name in kept} == kept
