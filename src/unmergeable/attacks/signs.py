@@ -21,7 +21,7 @@ A sign proves no intent: a pruned fine-tune has reset entries too, weight decay 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -176,31 +176,25 @@ def gauge_signs(estimate: Estimate) -> list[Sign]:
     return [Sign(name, evidence, "nearest_orbit") for name, evidence in signs]
 
 
+_HIDDEN: Mapping[str, tuple[SignName, str]] = {
+    "model_type": ("other words", "it is called another type than its base, which computes the same: {}."),
+    "idle_biases": ("other words", "biases that the base has not, and that add nothing: {}."),
+    "frequencies": ("other words", "its config.json lists other rotary frequencies, to the same effect: {}."),
+    "scales": ("normed scales", "norms divide these out, and they are far from the base's: {}."),
+    "config_scales": ("config scales", "its config.json multiplies by other numbers than the base's: {}."),
+    "not_finite": ("spoilt numbers", "NaN or infinity, which a network that works does not read: {}."),
+    "rows_unread": ("spoilt numbers", "{} rows of the embedding are too long to be read by a text."),
+}
+"""The sign, and the evidence for it, of what is found first, by the name of the finding."""
+
+
 def hidden_signs(first: Prepared) -> list[Sign]:
     """Signs of what had to be done with a checkpoint before it could be compared at all."""
-    signs: list[Sign] = []
-    if "model_type" in first.found:
-        evidence = f"it is called another type than its base, which computes the same: {first.found['model_type']}."
-        signs.append(Sign("other words", evidence, "nearest_orbit"))
-    if "idle_biases" in first.found:
-        evidence = f"biases that the base has not, and that add nothing: {first.found['idle_biases']}."
-        signs.append(Sign("other words", evidence, "nearest_orbit"))
-    if "frequencies" in first.found:
-        evidence = f"its config.json lists other rotary frequencies, to the same effect: {first.found['frequencies']}."
-        signs.append(Sign("other words", evidence, "nearest_orbit"))
-    if "scales" in first.found:
-        evidence = f"norms divide these out, and they are far from the base's: {first.found['scales']}."
-        signs.append(Sign("normed scales", evidence, "nearest_orbit"))
-    if "config_scales" in first.found:
-        evidence = f"its config.json multiplies by other numbers than the base's: {first.found['config_scales']}."
-        signs.append(Sign("config scales", evidence, "nearest_orbit"))
-    if "not_finite" in first.found:
-        evidence = f"NaN or infinity, which a network that works does not read: {first.found['not_finite']}."
-        signs.append(Sign("spoilt numbers", evidence, "nearest_orbit"))
-    if "rows_unread" in first.found:
-        evidence = f"{first.found['rows_unread']} rows of the embedding are too long to be read by a text."
-        signs.append(Sign("spoilt numbers", evidence, "nearest_orbit"))
-    return signs
+    return [
+        Sign(name, evidence.format(first.found[finding]), "nearest_orbit")
+        for finding, (name, evidence) in _HIDDEN.items()
+        if finding in first.found
+    ]
 
 
 def structure_signs(checkpoint: TensorSource, base: TensorSource, base_architecture: Architecture) -> list[Sign]:
