@@ -74,6 +74,7 @@ BUILTIN_ON_PURPOSE = {
     "evaluation/__init__.py": {"AttributeError"},
     "checkpoint/manifest.py": {"TypeError"},  # of a field of another type; readers turn it into CheckpointError
     "evaluation/records.py": {"KeyError", "TypeError"},  # of a field that is missing or another; BadInput for readers
+    "evaluation/results.py": {"ValueError"},  # of numbers that do not fit together; BadInput for readers
     "evaluation/packing.py": {"ValueError"},
     "evaluation/plans/plan.py": {"NotImplementedError"},  # of a method that a subclass has
     "memory.py": {"AssertionError"},
