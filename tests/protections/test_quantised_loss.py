@@ -19,7 +19,16 @@ from unmergeable.protections.exact import ExactProtection, ExactSequence
 from unmergeable.protections.gauge import LargestGauge
 from unmergeable.protections.mergelock import MergeLock
 from unmergeable.protections.params import PaRaMS
-from unmergeable.protections.quantised_loss import GROUP, LEVELS, NOTICEABLE, quantised_loss, rounded
+from unmergeable.protections.quantised_loss import (
+    GROUP,
+    LEVELS,
+    MATRICES,
+    NOTICEABLE,
+    NUMBERS,
+    _looked_at,
+    quantised_loss,
+    rounded,
+)
 
 
 def test_rounding_is_to_fifteen_levels_of_the_largest() -> None:
@@ -97,3 +106,12 @@ def test_nothing_changed_is_nothing_predicted() -> None:
     toy = toy_checkpoint("llama")
     source = MemorySource(dict(toy.tensors), toy.config)
     assert quantised_loss(source, replace(toy.architecture), ()) is None
+
+
+def test_large_matrices_are_looked_at_in_a_third_of_the_number() -> None:
+    assert len(_looked_at(dict.fromkeys(map(str, range(100)), 1000))) == pytest.approx(MATRICES, abs=1)
+    large = _looked_at(dict.fromkeys(map(str, range(100)), NUMBERS // 5))
+    assert 4 <= len(large) <= 5
+    assert len(_looked_at(dict.fromkeys(map(str, range(100)), NUMBERS))) == MATRICES // 3
+    assert _looked_at({"alone": 10 * NUMBERS}) == ["alone"]
+    assert _looked_at({}) == []

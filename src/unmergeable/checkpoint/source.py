@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -158,6 +158,17 @@ class StoredSource(Protocol):
 
     def stored(self, name: str) -> Extent | None:
         """The bytes of the tensor in its stored dtype; None where it has to be computed."""
+        ...
+
+
+@runtime_checkable
+class ChunkSource(Protocol):
+    """A source that reads a tensor's stored bytes piece by piece, so that nobody has to hold the tensor."""
+
+    def raw_chunks(
+        self, name: str, chunk_bytes: int, *, start: int = 0, stop: int | None = None
+    ) -> Iterator[memoryview]:
+        """The bytes from ``start`` to ``stop`` in order; each piece is valid until the next one is asked for."""
         ...
 
 

@@ -15,12 +15,11 @@ from itertools import zip_longest
 
 from unmergeable.checkpoint.correspondence import corresponding_names, further_names
 from unmergeable.checkpoint.parts import common_part, kind_of
-from unmergeable.checkpoint.source import TensorSource, shapes_of, tensor_bytes
+from unmergeable.checkpoint.source import ChunkSource, TensorSource, shapes_of, tensor_bytes
 from unmergeable.checkpoint.spare import is_buffer, is_tied, tied_to
 from unmergeable.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from unmergeable.errors import Mismatch
 from unmergeable.merges.differences import Matched
-from unmergeable.merges.models import ChunkSource
 
 _CHUNK = 1 << 22
 

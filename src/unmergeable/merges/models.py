@@ -6,30 +6,18 @@ merged; integer and boolean ones are buffers such as position ids: they must be 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from unmergeable.checkpoint.dtypes import dtype_code, torch_dtype
 from unmergeable.checkpoint.header import TensorSpec
-from unmergeable.checkpoint.source import TensorSource
+from unmergeable.checkpoint.source import ChunkSource, TensorSource
 from unmergeable.errors import BadInput, Mismatch
 from unmergeable.merges.blocks import BLOCK_ELEMENTS, FLOATING_DTYPES, Operand, tensor_blocks, tensor_operand
 
 Model = Mapping[str, Operand]
 """One model: its operands by tensor name."""
-
-
-@runtime_checkable
-class ChunkSource(Protocol):
-    """A source that reads a tensor's stored bytes piece by piece, so that a merge never holds the tensor."""
-
-    def raw_chunks(
-        self, name: str, chunk_bytes: int, *, start: int = 0, stop: int | None = None
-    ) -> Iterator[memoryview]:
-        """The bytes from ``start`` to ``stop`` in order; each piece is valid until the next one is asked for."""
-        ...
 
 
 def state_dict_model(label: str, state: Mapping[str, Tensor]) -> Model:

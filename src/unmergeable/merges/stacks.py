@@ -17,12 +17,19 @@ import torch
 from unmergeable.checkpoint.correspondence import corresponding_names
 from unmergeable.checkpoint.header import TensorSpec, save_file_order
 from unmergeable.checkpoint.index import CheckpointIndex, identified, lay_out_virtual
-from unmergeable.checkpoint.source import Extent, IndexedSource, StoredSource, TensorSource, shapes_of, tensor_bytes
+from unmergeable.checkpoint.source import (
+    ChunkSource,
+    Extent,
+    IndexedSource,
+    StoredSource,
+    TensorSource,
+    shapes_of,
+    tensor_bytes,
+)
 from unmergeable.checkpoint.spare import is_input_embedding, is_output_head, is_tied
 from unmergeable.checkpoint.vocabulary import read_vocabulary
 from unmergeable.errors import BadInput, Mismatch
 from unmergeable.merges.members import Member, differing_settings, require_same_architecture
-from unmergeable.merges.models import ChunkSource
 
 # Where the layers of a model are counted: the number behind one of these.
 _STACKS = r"(?:layers?|h|blocks?|resblocks|transformer_blocks)"

@@ -14,7 +14,7 @@ is luck, and at 4 bits a small one's perplexity may move by a tenth.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ from unmergeable.gauge.act import edits, origins
 from unmergeable.gauge.gauge import Gauge, undo
 
 MATRICES = 12
+"""How many are looked at, and fewer where they are large: a third of it at least."""
+
+NUMBERS = 1 << 25
+"""How many of all of them, if they are not fewer than a third then."""
+
 GROUP = 64
 LEVELS = 7
 """The largest integer of a symmetric 4-bit format."""
@@ -57,28 +62,46 @@ def quantised_loss(source: TensorSource, architecture: Architecture, gauges: Seq
         and source.spec(name).numel <= _LARGEST_TENSOR
         and torch_dtype(source.spec(name).dtype).is_floating_point
     ]
-    step = max(1, math.ceil(len(names) / MATRICES))
     ratios = []
-    for name in names[::step]:
-        original = source.tensor(name).double()
+    for name in _looked_at({name: source.spec(name).numel for name in names}):
+        original = source.tensor(name).float()
         gains = _gains(source, architecture, name)
-        plain = rounded(original) - original
-        turned = back[name](rounded(forth[name](original.clone()))) - original
-        before = float(torch.linalg.vector_norm(plain * gains))
+        before = _norm(rounded(original).sub_(original), gains)
         if before > 0:
-            ratios.append(float(torch.linalg.vector_norm(turned * gains)) / before)
+            turned = back[name](rounded(forth[name](original.clone())))
+            ratios.append(_norm(turned.sub_(original), gains) / before)
     return math.sqrt(sum(ratio**2 for ratio in ratios) / len(ratios)) if ratios else None
+
+
+def _looked_at(sizes: Mapping[str, int]) -> list[str]:
+    """A few names that lie evenly: few enough that their numbers are about as many as are looked at."""
+    if not sizes:
+        return []
+    count = NUMBERS * len(sizes) // sum(sizes.values())
+    step = math.ceil(len(sizes) / min(MATRICES, max(MATRICES // 3, count)))
+    return list(sizes)[::step]
+
+
+def _norm(error: Tensor, gains: Tensor) -> float:
+    """The Frobenius norm of a matrix times the gains, in place."""
+    return float(torch.linalg.vector_norm(error.mul_(gains)))
 
 
 def rounded(weight: Tensor) -> Tensor:
     """The nearest weights of 4 bits, in groups of 64 along rows with one scale each; a shorter rest is a group too."""
-    result = torch.empty_like(weight)
-    for begin in range(0, weight.shape[1], GROUP):
-        columns = slice(begin, begin + GROUP)
-        group = weight[:, columns]
-        scale = group.abs().amax(1, keepdim=True) / LEVELS
-        result[:, columns] = torch.where(scale > 0, (group / scale).round() * scale, group)
-    return result
+    whole = weight.shape[1] // GROUP * GROUP
+    parts = [_rounded_groups(weight[:, :whole].unflatten(1, (-1, GROUP)).clone()).flatten(1)] if whole else []
+    if whole < weight.shape[1]:
+        parts.append(_rounded_groups(weight[:, whole:].clone()))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _rounded_groups(groups: Tensor) -> Tensor:
+    """Each last row rounded to the multiples of its scale, in place."""
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scale = torch.maximum(-low, high) / LEVELS
+    scale.masked_fill_(scale == 0, 1)  # a row of zeros stays one
+    return groups.div_(scale).round_().mul_(scale)
 
 
 def _gains(source: TensorSource, architecture: Architecture, name: str) -> Tensor:
@@ -87,8 +110,8 @@ def _gains(source: TensorSource, architecture: Architecture, name: str) -> Tenso
         for norm in stream.norms:
             for reader in norm.readers:
                 if reader.tensor == name and norm.gain in source.index.entries:
-                    gain = (source.tensor(norm.gain).double() + norm.offset).repeat(reader.copies)
+                    gain = (source.tensor(norm.gain).float() + norm.offset).repeat(reader.copies)
                     others = source.spec(name).shape[reader.axis] - len(gain)  # behind the stream on this axis
                     gain = torch.cat([gain, gain.new_ones(others)])
                     return gain[None, :] if reader.axis == 1 else gain[:, None]
-    return torch.ones(1, 1, dtype=torch.float64)
+    return torch.ones(1, 1)
