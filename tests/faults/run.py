@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,26 +172,29 @@ def disturbed(stage: Stage, kind: Kind, every: int) -> tuple[int, list[str]]:
     return len(range(0, calls, every)), wrong
 
 
+Record = dict[str, int | list[str]]
+"""Of the faults of one kind in one scene: how many there were, which share of the calls, and what was wrong."""
+
+
 def report(
     folder: Path, scenes: Sequence[str], kinds: Sequence[Kind], every: int, file: Path | None
-) -> dict[str, dict[str, object]]:
-    """By scene: how many faults of each kind, and what was wrong; in ``file`` too, beside scenes it has already."""
+) -> dict[str, dict[str, Record]]:
+    """By scene and kind: how many faults, and what was wrong; in ``file`` too, beside those that it has already."""
     import torch
 
     torch.set_num_threads(1)
-    held = json.loads(file.read_text())["scenes"] if file is not None and file.exists() else {}
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, Record]] = {}
     for name in scenes:
         stage = Stage(SCENES[name], folder / name.replace(", ", "-").replace(" ", "-"))
-        counts: Counter[str] = Counter()
-        wrong: list[str] = []
         for kind in kinds:
-            counts[kind], words = disturbed(stage, kind, every)
-            wrong += words
-            found[name] = {"every": every, "faults": dict(counts), "wrong": wrong}
-            print(name, json.dumps(found[name], indent=1), file=sys.stderr, flush=True)
+            count, wrong = disturbed(stage, kind, every)
+            record: Record = {"every": every, "faults": count, "wrong": wrong}
+            found.setdefault(name, {})[kind] = record
+            print(name, kind, json.dumps(record, indent=1), file=sys.stderr, flush=True)
             if file is not None:
-                file.write_text(json.dumps({"scenes": {**held, **found}}, indent=2) + "\n")
+                held = json.loads(file.read_text())["scenes"] if file.exists() else {}
+                held[name] = {**held.get(name, {}), kind: record}
+                file.write_text(json.dumps({"scenes": held}, indent=2) + "\n")
     return found
 
 
@@ -210,4 +212,4 @@ if __name__ == "__main__":
     given = parse()
     kinds = given.kind or get_args(Kind)
     result = report(given.folder.resolve(), given.scene or list(SCENES), kinds, given.every, given.json)
-    sys.exit(any(entry["wrong"] for entry in result.values()))
+    sys.exit(any(record["wrong"] for entry in result.values() for record in entry.values()))
