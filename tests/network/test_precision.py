@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unmergeable.network.precision import FULL, computing_in
+from unmergeable.network import precision
+from unmergeable.network.precision import FULL, computing_in, slowdown, warn_if_slower
 from unmergeable.network.train import Batch, Schedule, train
 from unmergeable.protections.merged_loss import gradient_at_merge
 
@@ -72,3 +73,32 @@ def test_a_merge_inside_a_step_is_seen_in_bfloat16(layer: nn.Linear, inputs: Ten
     train(layer, iter([(inputs,)] * 2), loss, Schedule(2, 1e-3), precision="bfloat16")
     for own, merged in seen:
         assert merged == pytest.approx(own / 4, rel=0.02), "half the weights, a quarter of the squares"
+
+
+@pytest.mark.parametrize(("times", "is_said"), [(6.0, True), (0.4, False), (1.1, False)])
+def test_a_processor_that_is_slower_so_is_said(
+    times: float, is_said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(precision, "slowdown", lambda: times)
+    warn_if_slower("bfloat16", CPU)
+    said = [record.getMessage() for record in caplog.records]
+    assert bool(said) == is_said
+    assert not is_said or "takes 6 times as long for a product of matrices in bfloat16 as in float32" in said[0]
+
+
+def test_nothing_is_measured_where_nothing_is_rounded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(precision, "slowdown", lambda: pytest.fail("measured"))
+    warn_if_slower(FULL, CPU)
+    warn_if_slower("bfloat16", torch.device("cuda"))
+    assert not caplog.records
+
+
+def test_what_a_product_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which products of rounded matrices take three times as long."""
+    slowdown.cache_clear()
+    seconds = iter([*[0.0, 3.0] * 3, *[0.0, 1.0] * 3])
+    monkeypatch.setattr(precision, "process_time", lambda: next(seconds))
+    assert slowdown() == pytest.approx(3)
+    slowdown.cache_clear()

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from unmergeable.checkpoint.disk import replace_file
+from unmergeable.devices import network_device
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.auditor import Auditor
 from unmergeable.evaluation.estimate import Estimate, estimate
@@ -24,6 +25,7 @@ from unmergeable.evaluation.plans.absolute import absolute_paths
 from unmergeable.evaluation.plans.audit_plan import WITHOUT_DATA, AuditPlan, parse_plan, read_plan
 from unmergeable.evaluation.results import RESULT, AuditResult
 from unmergeable.evaluation.run import begun, looked_at
+from unmergeable.network.precision import warn_if_slower
 from unmergeable.pools.pool import WorkerPool
 from unmergeable.pools.ray_pool import RayPool
 from unmergeable.progress import Progress, silent
@@ -83,6 +85,7 @@ def estimate_audit(
 def check_audit(plan: AuditPlan, *, workers: int | None = None, progress: Progress = silent) -> Estimate:
     """The same for a plan that was read or built."""
     plan = plan.downloaded()
+    warn_if_slower(plan.search_precision, network_device())
     with looked_at(plan, Path.cwd(), partial(WorkerPool, workers), progress):
         return estimate(plan)
 
@@ -101,6 +104,7 @@ def run_audit(
     Raises what :func:`audit` does.
     """
     plan = plan.downloaded()
+    warn_if_slower(plan.search_precision, network_device())
     pool = partial(WorkerPool, workers) if ray is None else partial(RayPool, ray, workers)
     with begun(plan, out, "audit", pool, progress) as run:
         if written is not None:

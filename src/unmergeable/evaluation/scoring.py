@@ -24,6 +24,7 @@ from unmergeable import ops
 from unmergeable.architecture.residual import OUTPUT_HEAD
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.data import DataSource, Part
+from unmergeable.devices import network_device
 from unmergeable.errors import BadInput
 from unmergeable.evaluation.by_part import PARTS, ByPart
 from unmergeable.evaluation.cells import Cell, CellStore
@@ -205,7 +206,7 @@ class Scoring:
 
 def computing(precision: Precision) -> AbstractContextManager[None]:
     """The precision in which a worker's networks compute, for as long as the context lasts."""
-    return computing_in(precision, _device())
+    return computing_in(precision, network_device())
 
 
 def _networks_of(group: Group) -> Callable[[Coefficients | None], AbstractContextManager[Any]]:
@@ -325,19 +326,15 @@ def _attacked(group: Group, coefficients: Sequence[float | None]) -> Mapping[str
 def network_of(base: Path) -> Any:
     """The network that weights are put into, on a GPU where there is one."""
     torch.set_num_threads(1)  # a worker has one processor
-    return load_network(base).to(_device())
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_network(base).to(network_device())
 
 
 @lru_cache(maxsize=1)
 def _own_network(checkpoint: Checkpoint) -> Any:
     """The network that a checkpoint's own configuration says."""
     if _is_polynomial(checkpoint):
-        return load_polynomial_network(checkpoint.path).to(_device())
-    return load_network(checkpoint.path, trust_remote_code=checkpoint.trusts_code).to(_device())
+        return load_polynomial_network(checkpoint.path).to(network_device())
+    return load_network(checkpoint.path, trust_remote_code=checkpoint.trusts_code).to(network_device())
 
 
 @lru_cache(maxsize=6)

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
 from typing import Any, Protocol
 
+from unmergeable.devices import count_gpus, see_one_gpu
 from unmergeable.errors import UnmergeableError
 from unmergeable.progress import Progress
 
@@ -45,7 +46,7 @@ class WorkerPool:
     """
 
     def __init__(self, workers: int | None = None) -> None:
-        self._gpus = _count_gpus()
+        self._gpus = count_gpus()
         self._workers = workers or self._gpus or os.cpu_count() or 1
         self._pool: ProcessPoolExecutor | None = None
 
@@ -141,17 +142,11 @@ def died_too_often() -> UnmergeableError:
     )
 
 
-def _count_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
 def _begin(numbers: multiprocessing.SimpleQueue[int], gpus: int) -> None:
     """What a new process does first: see one GPU, end at Ctrl-C without a word, and watch its parent."""
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
     if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(numbers.get() % gpus)
+        see_one_gpu(numbers.get(), gpus)
     _die_with_parent()
 
 

@@ -28,11 +28,13 @@ from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.plan import output_like
 from unmergeable.checkpoint.source import DerivedSource, TensorSource, tensor_bytes
 from unmergeable.data import DataSource
+from unmergeable.devices import network_device
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.network.disk_weights import find_places, show, swapped
 from unmergeable.network.encoding import EncodedBatch, EncodedData, Encoder
 from unmergeable.network.fine_tune import gather_examples, padding_token
 from unmergeable.network.load import load_network
+from unmergeable.network.precision import FULL, warn_if_slower
 from unmergeable.network.tasks import Predict, Task, accuracy
 from unmergeable.network.training_state import Kept, read_tensors, write_tensors
 from unmergeable.progress import Progress, silent
@@ -143,7 +145,8 @@ class TrainedProtection(Protection):
     def prepare(self, inputs: Inputs) -> Rewrite:
         network = inputs.load_expert()
         job = self.job(inputs, network)
-        device = training_device()
+        device = network_device()
+        warn_if_slower(getattr(self, "precision", FULL), device)
         network.to(device)
         before = accuracy(network, job.task)
         stored = job.trained(lambda: self._trained(job, network, inputs))
@@ -306,11 +309,6 @@ def noise_like(examples: EncodedBatch, *, seed: int) -> EncodedBatch:
         low, high = tensor.amin(), tensor.amax()
         inputs[name] = low + (high - low) * noise
     return EncodedBatch(inputs)
-
-
-def training_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def block_of(name: str) -> str | None:

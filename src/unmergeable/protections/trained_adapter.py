@@ -20,19 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from unmergeable.checkpoint.adapter.alone import LoneAdapter, Product
+from unmergeable.devices import network_device
 from unmergeable.errors import BadInput
 from unmergeable.network.load import load_network
+from unmergeable.network.precision import FULL, warn_if_slower
 from unmergeable.network.tasks import accuracy
 from unmergeable.optional import optional_package
 from unmergeable.protections.base import Inputs
-from unmergeable.protections.trained import (
-    LOSSES,
-    TrainedFacts,
-    TrainedProtection,
-    TrainingJob,
-    TrainingRun,
-    training_device,
-)
+from unmergeable.protections.trained import LOSSES, TrainedFacts, TrainedProtection, TrainingJob, TrainingRun
 
 _WHOLE = "merge it into its base by leaving out --keep-adapter (keep_adapter)"
 
@@ -59,7 +54,9 @@ def train_adapter(protection: TrainedProtection, inputs: Inputs, adapter: LoneAd
     """Train A and B. Killed, the same call goes on. Raises as :func:`check_adapter`, and as the method's training."""
     network = _with_adapter(inputs, adapter)
     job = protection.job(inputs, network)
-    network.to(training_device())
+    device = network_device()
+    warn_if_slower(getattr(protection, "precision", FULL), device)
+    network.to(device)
     factors = _factors(network, adapter)
     before = accuracy(network, job.task)
 

@@ -58,6 +58,7 @@ from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.plan import output_like
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.data import DataSource
+from unmergeable.devices import network_device
 from unmergeable.errors import BadInput, Mismatch, UsageError
 from unmergeable.network.disk_weights import find_places, show
 from unmergeable.network.load import load_network
@@ -67,7 +68,7 @@ from unmergeable.progress import Progress, silent
 from unmergeable.protections.base import Facts, Inputs, Protection, ProtectionRequirements, Rewrite, shared_tensors
 from unmergeable.protections.mergeguard.criticality import Criticality, find_critical_layers
 from unmergeable.protections.mergeguard.dispersal import Penalty, disperse
-from unmergeable.protections.trained import TrainedSource, block_of, job_token, numbered_blocks, training_device
+from unmergeable.protections.trained import TrainedSource, block_of, job_token, numbered_blocks
 from unmergeable.quantile import DIGIT_BITS, DIGITS, KthLargest
 from unmergeable.tasks import LabelledData
 from unmergeable.threads import one_thread_per_kernel
@@ -180,7 +181,7 @@ class MergeGuard(Protection):
         def verify(written: TensorSource) -> Facts:
             if job.tasks is None:
                 return facts
-            released = accuracy(load_network(written.folder).to(training_device()), job.tasks.scored)
+            released = accuracy(load_network(written.folder).to(network_device()), job.tasks.scored)
             return replace(facts, accuracies={**learnt.accuracies, "protected": released})
 
         return Rewrite(
@@ -401,7 +402,7 @@ class _Learnt:
 def _learn(job: _Job, network: Any, tasks: _Tasks) -> _Learnt:
     """Train, and rank the layers of what comes out; what an earlier run of the same job has done is taken from it."""
     job.work.mkdir(exist_ok=True)
-    network.to(training_device())
+    network.to(network_device())
     accuracies = {"expert": accuracy(network, tasks.scored)}
     losses: tuple[float, ...] = ()
     released = job.expert
