@@ -122,8 +122,8 @@ def is_running(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Give up after half a minute, which a loaded machine may need to start three interpreters."""
-    for _ in range(600):
+    """Give up after two minutes: a loaded machine has needed more than half a one to start three interpreters."""
+    for _ in range(2400):
         if condition():
             return
         time.sleep(0.05)
