@@ -11,7 +11,8 @@
     scales        one number by which a whole stream was multiplied before its norms: the base's
                   (:mod:`unmergeable.gauge.normed_scales`)
 
-One that says the same in other words than its base (:mod:`unmergeable.attacks.restated`) is opened in the base's.
+One that says the same in other words than its base (:mod:`unmergeable.attacks.restated`), or in tensors of another type
+of network (:mod:`unmergeable.attacks.transcription`), is opened in the base's.
 
 A release without any of it is what it was, the same object.
 """
@@ -28,6 +29,7 @@ from torch import Tensor
 from unmergeable.architecture import Architecture, detect
 from unmergeable.attacks.base import Finding, Inputs, Recovered
 from unmergeable.attacks.restated import Restated
+from unmergeable.attacks.transcription import Transcribed
 from unmergeable.checkpoint.finite import is_sound
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, UnsupportedArchitecture
@@ -88,7 +90,7 @@ def prepared(inputs: Inputs) -> Prepared:
     """Inputs without what the network does not see."""
     release, found = inputs.protected, dict[str, Finding]()
     changes: dict[str, Any] = {}
-    if isinstance(release, Restated):
+    if isinstance(release, Restated | Transcribed):
         found |= release.found
         changes |= release.changes
     holed = frozenset(name for name in release.names if not is_sound(release, name))

@@ -21,6 +21,7 @@ from unmergeable.architecture import Architecture
 from unmergeable.architecture.blocks import output_bias, output_weight
 from unmergeable.architecture.residual import OUTPUT_HEAD
 from unmergeable.checkpoint.source import TensorSource
+from unmergeable.checkpoint.spare import is_input_embedding
 from unmergeable.gauge.normed_scales import Rescaled
 
 Config = Mapping[str, Any]
@@ -137,9 +138,9 @@ def _weights_beside(kind: str, source: TensorSource, architecture: Architecture)
     """Tensors that are multiplied, each with what has to be added before; empty where they are not by themselves."""
     if kind == "logits":
         head = [name for name in (OUTPUT_HEAD, OUTPUT_HEAD.replace("weight", "bias")) if name in source.names]
-        return dict.fromkeys(head or _embeddings(architecture), 0.0)
+        return dict.fromkeys(head or _embeddings(source, architecture), 0.0)
     if kind == "embedding":
-        return dict.fromkeys(_embeddings(architecture), 0.0)
+        return dict.fromkeys(_embeddings(source, architecture), 0.0)
     if kind == "blocks":
         names = [name for block in architecture.blocks for name in (output_weight(block), output_bias(block))]
         return {name: 0.0 for name in names if name in source.names}
@@ -156,5 +157,8 @@ def _weights_beside(kind: str, source: TensorSource, architecture: Architecture)
     return found
 
 
-def _embeddings(architecture: Architecture) -> list[str]:
-    return [stream.axes[0].tensor for stream in (*architecture.residuals, *architecture.exposed)][:1]
+def _embeddings(source: TensorSource, architecture: Architecture) -> list[str]:
+    """The one that words go in by: a stream's first, or where no stream is known the only one of its name."""
+    found = [stream.axes[0].tensor for stream in (*architecture.residuals, *architecture.exposed)][:1]
+    named = [name for name in source.names if is_input_embedding(name)]
+    return found or (named if len(named) == 1 else [])

@@ -153,7 +153,7 @@ def _outputs(folder: Path, probe: Path | None, seed: int, unit: float | None) ->
         batches = read_probe(probe, folder)
 
     def run() -> Tensor:
-        return torch.cat([_main_output(network(**batch)).double().flatten() for batch in batches])
+        return torch.cat([main_output(network(**batch)).double().flatten() for batch in batches])
 
     outputs = run()
     if unit is None:
@@ -163,7 +163,7 @@ def _outputs(folder: Path, probe: Path | None, seed: int, unit: float | None) ->
     return outputs, _gap(run(), outputs)
 
 
-def _main_output(result: Any) -> Tensor:
+def main_output(result: Any) -> Tensor:
     """The first floating-point tensor of a model output: logits, sample, or hidden states."""
     for key in ("logits", "logits_per_image", "sample", "last_hidden_state", "image_embeds", "text_embeds"):
         value = getattr(result, key, None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from unmergeable.architecture import Architecture, detect
 from unmergeable.attacks.restated import restated
+from unmergeable.attacks.transcription import transcribed
 from unmergeable.checkpoint.correspondence import corresponding_names
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.parts import common_part, kind_of
@@ -31,10 +32,11 @@ def architecture_of(source: TensorSource) -> Architecture:
 
 
 def in_words_of(base: Path, release: TensorSource, *, allow_pickle: bool | None = None) -> TensorSource:
-    """A release under the model type of its base, and without biases that add nothing and that the base has not."""
+    """A release as a network of its base's type, and without biases that add nothing and that the base has not."""
     if not base.exists():
         return release
-    return restated(release, open_checkpoint(base, allow_pickle=allow_pickle)) or release
+    its = open_checkpoint(base, allow_pickle=allow_pickle)
+    return restated(release, its) or transcribed(release, its) or release
 
 
 def open_base(
