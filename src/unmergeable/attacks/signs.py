@@ -9,6 +9,7 @@ Every sign is a number that fine-tuning does not produce (:mod:`unmergeable.atta
     config scales       numbers that ``config.json`` multiplies by, others than the base's  (the same)
     spoilt numbers      NaN, or rows beyond all measure, where nothing reads them       (likewise)
     other words         another model type, or biases that add nothing               (``attacks/restated.py``)
+                        tensors of another type of network             (``attacks/transcription.py``)
                         rotary frequencies in another order             (``gauge/config_frequencies.py``)
     idle structure      layers, heads or hidden units more than the base's that add nothing (``lossless_pruning``)
     polynomial FFN      the base's feed-forward tensors are gone, others have come
