@@ -15,7 +15,7 @@ from time import process_time
 from typing import Any
 
 from unmergeable import ops
-from unmergeable.checkpoint.disk import write_file
+from unmergeable.checkpoint.disk import replace_file
 from unmergeable.errors import BadInput, CheckpointError, UsageError
 from unmergeable.evaluation.cells import digest_of, identity
 from unmergeable.evaluation.control_models import KINDS_OF, SCALE_FACTOR, distance_with_key, output_gap, write_planted
@@ -318,6 +318,6 @@ class ModelMaker:
             facts = {"cpu_seconds": None, **make(out)}
             if facts["cpu_seconds"] is None:
                 facts["cpu_seconds"] = process_time() - began
-            write_file(facts_file, json.dumps({**facts, "digest": digest_of(out)}, default=str).encode())
+            replace_file(facts_file, json.dumps({**facts, "digest": digest_of(out)}, default=str).encode())
         stored = json.loads(facts_file.read_text())
         return Checkpoint(out, stored["digest"]), stored

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.architecture.derived import DerivedMap
-from unmergeable.checkpoint.disk import write_file
+from unmergeable.checkpoint.disk import remove_leftovers, write_file
 from unmergeable.checkpoint.hub import folder_of
 from unmergeable.errors import BadInput, UsageError
 
@@ -41,6 +41,7 @@ def derive_map(model: str | os.PathLike[str], *, out: str | os.PathLike[str] | N
         UnsupportedArchitecture: no small network of this kind can be built or run.
     """
     if out is not None and Path(out).exists():
+        remove_leftovers(Path(out))
         raise UsageError(f"{out} exists and is never overwritten; name another file, or move it away.")
     try:
         transformers = importlib.import_module("transformers")
