@@ -64,10 +64,33 @@ def multiplied(config: Config, weights: Mapping[str, Tensor]) -> tuple[Config, W
     return {**config, **named, **MULTIPLIERS}, found
 
 
-DISGUISES: dict[str, Callable[[Config, Mapping[str, Tensor]], tuple[Config, Weights]]] = {
+def mixed(config: Config, weights: Mapping[str, Tensor]) -> tuple[Config, Weights]:
+    """A Llama as Mixtral: three experts that compute the same, each with its hidden units in an order of its own."""
+    generator = torch.Generator().manual_seed(5)
+    found = {}
+    for name, tensor in weights.items():
+        layer, is_inside, kind = name.partition(".mlp.")
+        if not is_inside:
+            found[name] = tensor
+        elif kind == "gate_proj.weight":
+            router = torch.randn(3, config["hidden_size"], generator=generator)
+            found[f"{layer}.block_sparse_moe.gate.weight"] = router
+            for expert in range(3):
+                units = torch.arange(len(tensor))
+                units = units[torch.randperm(len(tensor), generator=generator)] if expert else units
+                place = f"{layer}.block_sparse_moe.experts.{expert}"
+                found[f"{place}.w1.weight"] = tensor[units]
+                found[f"{place}.w3.weight"] = weights[f"{layer}.mlp.up_proj.weight"][units]
+                found[f"{place}.w2.weight"] = weights[f"{layer}.mlp.down_proj.weight"][:, units]
+    named = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    return {**config, **named, "num_local_experts": 3, "num_experts_per_tok": 2}, found
+
+
+RICHER: dict[str, Callable[[Config, Mapping[str, Tensor]], tuple[Config, Weights]]] = {
     "phi3": fused,
     "granite": multiplied,
 }
+DISGUISES = {**RICHER, "mixtral": mixed}
 
 
 def write(folder: Path, config: Config, weights: Mapping[str, Tensor]) -> Path:
@@ -101,7 +124,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def answers(folder: Path) -> Tensor:
     ids = torch.randint(0, 60, (2, 12), generator=torch.Generator().manual_seed(0))
-    return load_network(folder)(input_ids=ids).logits.double()
+    logits: Tensor = load_network(folder)(input_ids=ids).logits
+    return logits.double()
 
 
 def gap(first: Path, second: Path) -> float:
@@ -121,7 +145,7 @@ def test_a_llama_under_another_type_is_a_llama_again(kind: str, llama: Path, tmp
     assert f"{kind}, as a llama" in json.dumps(result.to_json())
 
 
-@pytest.mark.parametrize("kind", DISGUISES)
+@pytest.mark.parametrize("kind", RICHER)
 def test_the_other_way_round(kind: str, llama: Path, tmp_path: Path) -> None:
     """A base of the richer type, and a release that was saved as a plain Llama."""
     base = write(tmp_path / "base", *DISGUISES[kind](*read(llama / "base")))
@@ -172,7 +196,7 @@ def test_other_sizes_are_no_disguise(llama: Path, tmp_path: Path) -> None:
     assert transcribed(Checkpoint.open(release), Checkpoint.open(llama / "base")) is None
 
 
-OTHERS = {
+OTHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("bert", "ErnieForMaskedLM"): {"use_task_id": False},
     ("dinov2", "Dinov2WithRegistersForImageClassification"): {"num_register_tokens": 0},
     ("flan-t5", "MT5ForConditionalGeneration"): {},
@@ -205,3 +229,12 @@ def test_types_that_transformers_computes_alike(toy: str, other: str, tmp_path: 
     for name in base.names:
         assert torch.equal(found.tensor(name), base.tensor(name)), name
     assert found.config["model_type"] == base.config["model_type"]
+
+
+def test_experts_that_differ_are_not_one(llama: Path, tmp_path: Path) -> None:
+    """The control of equal experts: one of them is another."""
+    config, weights = mixed(*read(llama / "expert"))
+    base = Checkpoint.open(llama / "base")
+    assert transcribed(Checkpoint.open(write(tmp_path / "equal", config, weights)), base) is not None
+    weights["model.layers.1.block_sparse_moe.experts.2.w2.weight"] *= 1.5
+    assert transcribed(Checkpoint.open(write(tmp_path / "other", config, weights)), base) is None

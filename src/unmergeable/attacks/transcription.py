@@ -3,7 +3,8 @@
 Networks of two types may compute the same from the same numbers, stored apart or fused, the other way round, or under
 other names: a Llama as Phi-3, as Granite, as GPT-NeoX. What a tensor is for says where its numbers belong:
 
-    blocks      heads and hidden units by block, in order; biases with their rows, zeros where the release has none
+    blocks      heads and hidden units by block, in order; biases with their rows, zeros where the release has none;
+                of experts where the base has none the first
     streams     norms in order, then what else lies along the stream
     the rest    tensors of one name and shape
 
@@ -193,7 +194,7 @@ def _of_names(release: TensorSource, base: TensorSource, taken: set[str], given:
 
 
 def _of_blocks(release: TensorSource, base: TensorSource, ours: Architecture, theirs: Architecture) -> Iterator[Moved]:
-    if _kinds(ours) != _kinds(theirs) or ours.mixtures or theirs.mixtures:
+    if theirs.mixtures or _kinds(ours) != _kinds(theirs):
         raise _Differs
     for first, second in zip(ours.attentions, theirs.attentions, strict=True):
         groups, members = first.groups, first.members
@@ -213,7 +214,7 @@ def _of_blocks(release: TensorSource, base: TensorSource, ours: Architecture, th
                 biases = [getattr(norm, f"{kind}_bias") for norm in (first.norm, second.norm)]
                 if all(biases):
                     yield Moved(Piece(biases[0]), Piece(biases[1]))
-    for first_ff, second_ff in zip(ours.feed_forwards, theirs.feed_forwards, strict=True):
+    for first_ff, second_ff in zip(_feed_forwards(ours), theirs.feed_forwards, strict=True):
         for a, b in ((first_ff.gate, second_ff.gate), (first_ff.up, second_ff.up), (first_ff.down, second_ff.down)):
             if a is not None and b is not None:
                 yield from _of_heads(a, b, 1, 1, first_ff.size)
@@ -235,7 +236,13 @@ def _kinds(architecture: Architecture) -> list[tuple[object, ...]]:
         )
         for block in architecture.attentions
     ]
-    return [*attentions, *((block.size, block.gate is None) for block in architecture.feed_forwards)]
+    return [*attentions, *((block.size, block.gate is None) for block in _feed_forwards(architecture))]
+
+
+def _feed_forwards(architecture: Architecture) -> list[FeedForward]:
+    """Of experts behind a router the first, which computes what they all do if they all compute the same."""
+    others = {expert for mixture in architecture.mixtures for expert in mixture.experts[1:]}
+    return [block for block in architecture.feed_forwards if block.name not in others]
 
 
 def _of_heads(source: Heads, target: Heads, groups: int, members: int, size: int) -> Iterator[Moved]:
