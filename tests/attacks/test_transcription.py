@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unmergeable import ops
+from unmergeable.attacks import canonicalise
 from unmergeable.attacks.transcription import transcribed
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import BadInput
@@ -238,3 +239,14 @@ def test_experts_that_differ_are_not_one(llama: Path, tmp_path: Path) -> None:
     assert transcribed(Checkpoint.open(write(tmp_path / "equal", config, weights)), base) is not None
     weights["model.layers.1.block_sparse_moe.experts.2.w2.weight"] *= 1.5
     assert transcribed(Checkpoint.open(write(tmp_path / "other", config, weights)), base) is None
+
+
+@pytest.mark.parametrize("kind", DISGUISES)
+def test_weights_in_memory(kind: str, llama: Path) -> None:
+    config, expert = read(llama / "expert")
+    disguised_config, disguised = DISGUISES[kind](config, expert)
+    found = canonicalise(disguised, read(llama / "base")[1], disguised_config, base_config=config)
+    assert found.config["model_type"] == "llama"
+    assert "model_type" in found.findings
+    for name, tensor in expert.items():
+        torch.testing.assert_close(found.state_dict[name], tensor, rtol=1e-6, atol=1e-6, msg=name)

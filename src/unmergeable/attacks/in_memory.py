@@ -20,7 +20,7 @@ from unmergeable.architecture import detect
 from unmergeable.attacks.base import Attack, Estimate, Finding, Fit, Inputs
 from unmergeable.attacks.distance import Distance, block_distances
 from unmergeable.attacks.estimate import GaugeAttack
-from unmergeable.attacks.prepared import prepared
+from unmergeable.attacks.prepared import in_words_of, prepared
 from unmergeable.checkpoint.memory import MemorySource, written_in_memory
 from unmergeable.errors import UsageError
 from unmergeable.network.disk_weights import Weights, weights_of
@@ -126,9 +126,10 @@ def in_memory(method: Callable[Settings, Attack]) -> AttackFunction[Settings, Re
         configured = configure(cls, settings)
         if sources and "sources" not in configured.requirements().reads:
             raise UsageError(f"{cls.name} reads no sources: leave them out.")
-        ours = _source("protected", protected, config)
-        theirs = _source("base", base, base_config or (None if isinstance(base, nn.Module) else ours.config))
-        others = tuple(_source(f"source {n}", other, ours.config) for n, other in enumerate(sources, start=1))
+        given = _source("protected", protected, config)
+        theirs = _source("base", base, base_config or (None if isinstance(base, nn.Module) else given.config))
+        others = tuple(_source(f"source {n}", other, given.config) for n, other in enumerate(sources, start=1))
+        ours = in_words_of(theirs, given)
         is_changed = configured.requirements().structure == "any"
         inputs = Inputs(ours, theirs, _architecture(theirs if is_changed else ours), others)
         first = prepared(inputs)

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from unmergeable.architecture import Architecture, detect
 from unmergeable.attacks.base import Finding, Inputs, Recovered
-from unmergeable.attacks.restated import Restated
-from unmergeable.attacks.transcription import Transcribed
+from unmergeable.attacks.restated import Restated, restated
+from unmergeable.attacks.transcription import Transcribed, transcribed
 from unmergeable.checkpoint.finite import is_sound
 from unmergeable.checkpoint.source import DerivedSource, TensorSource
 from unmergeable.errors import BadInput, UnsupportedArchitecture
@@ -84,6 +84,11 @@ class Prepared:
             return recovered
         changes = {**self.changes, **(recovered.config_changes or {})} or None
         return replace(recovered, findings={**self.found, **recovered.findings}, config_changes=changes)
+
+
+def in_words_of(base: TensorSource, release: TensorSource) -> TensorSource:
+    """A release as a network of its base's type, and without biases that add nothing and that the base has not."""
+    return restated(release, base) or transcribed(release, base) or release
 
 
 def prepared(inputs: Inputs) -> Prepared:

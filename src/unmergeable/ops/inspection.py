@@ -23,7 +23,7 @@ from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import Mismatch, UnsupportedArchitecture, UsageError, shown
 from unmergeable.gauge.equivalence import UNIT_ROUNDOFF
-from unmergeable.ops.opened import architecture_of, in_words_of, open_base, open_with_architecture
+from unmergeable.ops.opened import architecture_of, in_words_of_base, open_base, open_with_architecture
 from unmergeable.ops.recorded import methods_of
 from unmergeable.polynomials.layout import under_names_on_disk
 from unmergeable.progress import Progress, silent
@@ -247,7 +247,7 @@ def _compare(
     *,
     allow_pickle: bool,
 ) -> BaseComparison:
-    source = in_words_of(base, source, allow_pickle=allow_pickle)
+    source = in_words_of_base(base, source, allow_pickle=allow_pickle)
     architecture = architecture_of(source)
     try:
         opened = open_base(base, source, architecture, allow_pickle=allow_pickle)

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from unmergeable.architecture import Architecture, detect
-from unmergeable.attacks.restated import restated
-from unmergeable.attacks.transcription import transcribed
+from unmergeable.attacks.prepared import in_words_of
 from unmergeable.checkpoint.correspondence import corresponding_names
 from unmergeable.checkpoint.open import open_checkpoint
 from unmergeable.checkpoint.parts import common_part, kind_of
@@ -31,12 +30,9 @@ def architecture_of(source: TensorSource) -> Architecture:
     return detect(source.config, shapes_of(source))
 
 
-def in_words_of(base: Path, release: TensorSource, *, allow_pickle: bool | None = None) -> TensorSource:
-    """A release as a network of its base's type, and without biases that add nothing and that the base has not."""
-    if not base.exists():
-        return release
-    its = open_checkpoint(base, allow_pickle=allow_pickle)
-    return restated(release, its) or transcribed(release, its) or release
+def in_words_of_base(base: Path, release: TensorSource, *, allow_pickle: bool | None = None) -> TensorSource:
+    """A release as :func:`~unmergeable.attacks.prepared.in_words_of` reads it; as it is where there is no such base."""
+    return in_words_of(open_checkpoint(base, allow_pickle=allow_pickle), release) if base.exists() else release
 
 
 def open_base(

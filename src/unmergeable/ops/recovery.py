@@ -22,7 +22,7 @@ from unmergeable.checkpoint.rewrite import rewrite
 from unmergeable.data import Fields
 from unmergeable.errors import BadInput, UsageError
 from unmergeable.ops.inspection import inspect
-from unmergeable.ops.opened import architecture_of, in_words_of, open_base
+from unmergeable.ops.opened import architecture_of, in_words_of_base, open_base
 from unmergeable.polynomials.layout import SECTION
 from unmergeable.progress import Progress, silent
 from unmergeable.settings import configure, settings_of
@@ -247,7 +247,7 @@ def _open(
 ) -> Inputs:
     """Open everything. Where the structure may have changed, the base alone decides the architecture."""
     tuned = tuple(open_checkpoint(source, base=base, allow_pickle=allow_pickle) for source in sources)
-    source = in_words_of(base, open_checkpoint(protected, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
+    source = in_words_of_base(base, open_checkpoint(protected, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
     structure = requirements.structure
     if structure == "base" or (structure == "polynomial" and SECTION not in source.config):
         architecture = architecture_of(source)
