@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from merges.small_models import make_models, write_checkpoint
 from unmergeable import ops
 from unmergeable.errors import BadInput, UsageError
-from unmergeable.merges import Slerp, TaskArithmetic, Ties, merge_state_dicts
+from unmergeable.merges import Slerp, TaskArithmetic, Ties, engine, merge_state_dicts
 from unmergeable.merges.mergekit import documents
 from unmergeable.merges.variation import Variation
 
@@ -278,3 +278,26 @@ def test_mergekit_is_given_the_configuration_with_absolute_paths(
     assert result.experts == (("a", None), ("b", None))
     with pytest.raises(BadInput, match="names no models"):
         ops.merge(config=write_config(tmp_path, "{merge_method: linear}"), backend="mergekit", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("by_configuration", [False, True])
+def test_a_result_that_is_in_its_place_is_not_read_again(
+    by_configuration: bool, tmp_path: Path, models: tuple[State, list[State]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that fails there would be told as a failure, and the same command would find OUT in its way."""
+    make = engine.merge
+
+    def gone(*arguments: Any, **keywords: Any) -> Any:
+        manifest = make(*arguments, **keywords)
+        (tmp_path / "out").rename(tmp_path / "elsewhere")
+        return manifest
+
+    monkeypatch.setattr(engine, "merge", gone)
+    if by_configuration:
+        text = (
+            "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
+        )
+        result = ops.merge(config=write_config(tmp_path, text), out=tmp_path / "out")
+    else:
+        result = ops.merge(experts=[tmp_path / "a", tmp_path / "b"], method="linear", out=tmp_path / "out")
+    assert result.tensors == len(read(tmp_path / "elsewhere"))

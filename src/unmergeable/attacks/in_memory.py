@@ -22,6 +22,7 @@ from unmergeable.attacks.distance import Distance, block_distances
 from unmergeable.attacks.estimate import GaugeAttack
 from unmergeable.attacks.prepared import in_words_of, prepared
 from unmergeable.checkpoint.memory import MemorySource, written_in_memory
+from unmergeable.checkpoint.source import TensorSource
 from unmergeable.errors import UsageError
 from unmergeable.network.disk_weights import Weights, weights_of
 from unmergeable.settings import configure
@@ -159,7 +160,7 @@ def distances(checkpoint: Weights, base: Weights, config: Config | None = None) 
     return block_distances(source, _source("base", base, source.config), _architecture(source))
 
 
-def _architecture(source: MemorySource) -> Any:
+def _architecture(source: TensorSource) -> Any:
     return detect(source.config, {name: source.spec(name).shape for name in source.names})
 
 

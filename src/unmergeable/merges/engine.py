@@ -125,7 +125,7 @@ def merge(
             networks.template,
             out,
             planned,
-            manifest=details,
+            manifest={**details, "tensors": len(planned)},
             resume_token=json.dumps(recipe),
             config_changes=config_changes(networks, out_dtype),
             side_files={**networks.vocabularies.files, **beside, **(files or {})},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.checkpoint.hub import folder_of
-from unmergeable.checkpoint.index import is_adapter, read_index
+from unmergeable.checkpoint.index import is_adapter
 from unmergeable.checkpoint.open import open_checkpoint, split_adapter
 from unmergeable.checkpoint.source import TensorSource
 from unmergeable.checkpoint.spare import is_output_head
@@ -176,7 +176,7 @@ def merge(
         method,
         settings_of(configured),
         tuple(zip(names, values, strict=True)),
-        _tensors(out),
+        manifest.details["tensors"],
         learnt=learnt.facts,
         summary=learnt.summary,
         notes=tuple(manifest.details.get("notes", ())),
@@ -247,8 +247,10 @@ def _merge_config(config: Path, out: Path, options: _Options) -> MergeResult:
     for number, model in enumerate(meaning.experts):
         coefficients = {tensor_terms.coefficients[number] for tensor_terms in terms.values()}
         used.append((model, coefficients.pop() if len(coefficients) == 1 else None))
-    notes = tuple(manifest.details.get("notes", ()))
-    return MergeResult(out, meaning.method.name, settings_of(meaning.method), tuple(used), _tensors(out), notes=notes)
+    details = manifest.details
+    notes = tuple(details.get("notes", ()))
+    method = meaning.method
+    return MergeResult(out, method.name, settings_of(method), tuple(used), details["tensors"], notes=notes)
 
 
 def _sources(
@@ -287,11 +289,6 @@ def _names_of_all(sources: Sequence[TensorSource]) -> tuple[str, ...]:
     names = dict.fromkeys(sources[0].names)
     names |= {name: None for source in sources[1:] for name in source.names if is_output_head(name)}
     return tuple(names)
-
-
-def _tensors(folder: Path) -> int:
-    """How many tensors a written merge holds."""
-    return len(read_index(folder).entries)
 
 
 def _refuse_own_choices(template: Template, *, allow_pickle: bool) -> None:
