@@ -42,6 +42,8 @@ def with_buffers(state: State) -> State:
     for number in range(2):
         buffers[f"model.layers.{number}.attn.bias"] = torch.ones(1, 1, 3, 3, dtype=torch.uint8)
         buffers[f"model.layers.{number}.attn.masked_bias"] = torch.tensor(-1e9)
+        buffers[f"model.layers.{number}.relative_position_index"] = torch.arange(9).view(3, 3)
+    buffers["model.layers.0.EncDecAttention.relative_attention_bias.weight"] = torch.ones(4, 2)
     return {**state, **buffers}
 
 
@@ -92,6 +94,27 @@ def test_a_tied_head_that_is_stored_stays_the_embedding(method: Merge, tmp_path:
         expected = merged(plain[0], plain[1:], tmp_path / "plain", method=method)
         assert torch.equal(found[HEAD], found[EMBEDDING])
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+TABLES = ("decoder.embed_tokens.weight", "encoder.embed_tokens.weight", "lm_head.weight", "shared.weight")
+
+
+@pytest.mark.parametrize("is_tied", [True, None, False], ids=["tied", "not said", "head of its own"])
+@pytest.mark.parametrize("whose", ["base", "a", "base, b", "base, a, b"])
+def test_every_copy_of_a_shared_embedding_is_the_merged_one(whose: str, is_tied: bool | None, tmp_path: Path) -> None:
+    """T5's table, stored once or as often as its network has it; an untied head is a matrix of its own."""
+    folders = {}
+    for name, state in (("base", BASE), ("a", FIRST), ("b", SECOND)):
+        stored = {key: tensor for key, tensor in state.items() if key != EMBEDDING}
+        stored |= {table: state[EMBEDDING].clone() for table in (TABLES if name in whose else TABLES[3:])}
+        if is_tied is False:
+            stored[HEAD] = 2 * state[EMBEDDING]
+        folders[name] = write(tmp_path / name, stored, tie_word_embeddings=is_tied)
+    found = merged(folders["base"], [folders["a"], folders["b"]], tmp_path / "out")
+    tables = [table for table in TABLES if table in found and (table != HEAD or is_tied is not False)]
+    assert len(tables) == (1 if "base" not in whose else 4 if is_tied is not False else 3)
+    assert all(close(found[table], MEAN[EMBEDDING]) for table in tables)
+    assert is_tied is not False or close(found[HEAD], 2 * MEAN[EMBEDDING])
 
 
 def test_an_untied_expert_of_a_tied_base_gives_a_head_of_its_own(tmp_path: Path) -> None:

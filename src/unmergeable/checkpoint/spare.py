@@ -1,7 +1,8 @@
 """Tensors in a file that its network does not need: buffers it computes itself, and second copies of tied weights.
 
-Old releases of transformers wrote rotary frequencies, causal masks and position numbers into checkpoints, newer ones do
-not; a tied head is stored by some tools and left out by others. Neither makes two networks different.
+Old releases of transformers wrote rotary frequencies, causal masks, position numbers, indices of relative positions and
+T5's bias of positions between encoder and decoder, which nothing reads, into checkpoints, newer ones do not; a tied
+head is stored by some tools and left out by others. Neither makes two networks different.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 _BUFFERS = re.compile(
-    r"""(.*\.)?( inv_freq | (attn|attention|self_attention)\.(bias|masked_bias) | masked_bias | position_ids
-    | token_type_ids | num_batches_tracked | embed_positions\.weights | rotary_emb\.(cos|sin)_cached )""",
+    r"""(.*\.)?( (original_)?inv_freq | (attn|attention|self_attention|crossattention)\.(bias|masked_bias) | masked_bias
+    | position_ids | token_type_ids | num_batches_tracked | embed_positions\.weights | rotary_emb\.(cos|sin)_cached
+    | relative_position_index | (encoder|decoder)\.version | EncDecAttention\.relative_attention_bias\.weight )""",
     re.VERBOSE,
 )
 # Heads and embeddings lie outside the layers: no part of their names is a number.
@@ -32,7 +34,7 @@ _EMBEDDING = re.compile(
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor of this name is computed by the network itself wherever it is missing."""
+    """Whether a tensor of this name is computed by the network itself wherever it is missing, or not read at all."""
     return _BUFFERS.fullmatch(name) is not None
 
 
@@ -67,4 +69,11 @@ def tied_to(name: str, names: Collection[str]) -> str | None:
             return found if found in names else None
     if not is_output_head(name):
         return None
-    return next((other for other in names if other != name and is_input_embedding(other)), None)
+    # Of several embeddings one is the original: what encoder and decoder share, or else not the encoder's.
+    original = min(filter(is_input_embedding, names), key=_distance_from_output, default=None)
+    return None if original == name else original
+
+
+def _distance_from_output(embedding: str) -> int:
+    parts = embedding.split(".")
+    return 0 if "shared" in parts else 1 + ("encoder" in parts)
