@@ -32,14 +32,29 @@ def test_buffers() -> None:
     assert not any(map(is_buffer, PARAMETERS))
 
 
-HEADS = ["lm_head.weight", "embed_out.weight", "language_model.lm_head.weight", "cls.predictions.decoder.weight"]
+HEADS = [
+    "proj_out.weight",
+    "decoder.weight",
+    "lm_head.out_proj.weight",
+    "text_decoder.embed_tokens.weight",
+    "lm_head.weight",
+    "embed_out.weight",
+    "language_model.lm_head.weight",
+    "cls.predictions.decoder.weight",
+]
 EMBEDDINGS = [
     "model.embed_tokens.weight",
     "transformer.wte.weight",
     "shared.weight",
     "bert.embeddings.word_embeddings.weight",
 ]
-NEITHER = ["model.layers.0.mlp.output.weight", "layers.0.shared.weight", "embeddings.position_embeddings.weight"]
+NEITHER = [
+    "transformer_blocks.0.proj_out.weight",
+    "vae.decoder.weight",
+    "model.layers.0.mlp.output.weight",
+    "layers.0.shared.weight",
+    "embeddings.position_embeddings.weight",
+]
 
 
 def test_heads_and_embeddings_lie_outside_the_layers() -> None:

@@ -20,7 +20,10 @@ _BUFFERS = re.compile(
 # Heads and embeddings lie outside the layers: no part of their names is a number.
 _HEADS = re.compile(
     r"""([A-Za-z_]\w*\.)*( lm_head | embed_out | output | lm_head\.decoder | (cls\.)?predictions\.decoder
-    | vocab_projector | generator_lm_head | shared | (encoder|decoder)\.embed_tokens )\.weight""",
+    | vocab_projector | generator_lm_head | proj_out | lm_head\.out_proj | output_projection | pred_layer\.proj
+    | lm_loss | mlm_score\.decoder | head\.decoder | shared
+    | \w*(encoder|decoder)\.(embed_tokens|word_embeddings) )\.weight
+    | decoder\.weight""",
     re.VERBOSE,
 )
 _HEAD_BIASES = {
@@ -29,7 +32,7 @@ _HEAD_BIASES = {
     "predictions.decoder.bias": "predictions.bias",
 }
 _EMBEDDING = re.compile(
-    r"([A-Za-z_]\w*\.)*(shared|embed_tokens|word_embeddings|wte|embed_in|tok_embeddings|token_embedding|word_embedding)\.weight"
+    r"([A-Za-z_]\w*\.)*(shared|embed_tokens|word_embeddings|wte|embed_in|tok_embeddings|token_embedding|word_embedding|tokens_embed)\.weight"
 )
 
 
