@@ -73,8 +73,9 @@ def tied_to(name: str, names: Collection[str]) -> str | None:
     if not is_output_head(name):
         return None
     # Of several embeddings one is the original: what encoder and decoder share, or else not the encoder's.
-    original = min(filter(is_input_embedding, names), key=_distance_from_output, default=None)
-    return None if original == name else original
+    embeddings = [other for other in names if is_input_embedding(other)]
+    nearest = min(embeddings, key=_distance_from_output, default=name)
+    return None if nearest == name else nearest
 
 
 def _distance_from_output(embedding: str) -> int:
