@@ -360,8 +360,113 @@ def test_a_head_without_its_weights_is_refused(tmp_path: Path) -> None:
     )
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     spoilt(tmp_path / "adapter", {key: tensor for key, tensor in tensors.items() if "score" not in key})
-    with pytest.raises(CheckpointError, match=r"LlamaForSequenceClassification needs 'score.weight' \[2, 16\]"):
+    with pytest.raises(
+        CheckpointError, match=r"LlamaForSequenceClassification needs 'score.weight' \[2, 16\], .* is lost"
+    ):
         case.open()
+
+
+RENAMED: dict[str, Callable[[str], str]] = {
+    "a state dict of peft's own": lambda key: key.replace(".weight", ".default.weight"),
+    "DDP": lambda key: f"module.{key}",
+    "torch.compile around peft": lambda key: f"_orig_mod.{key}",
+    "torch.compile inside peft": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+    "activation checkpointing": lambda key: key.replace("layers.1.", "layers.1._checkpoint_wrapped_module."),
+    "wrapped by peft twice": lambda key: f"base_model.model.{key}",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("renamed", RENAMED.values(), ids=RENAMED)
+def test_names_that_wrappers_leave_in_keys(renamed: Callable[[str], str], adapted: Adapted) -> None:
+    """The tensors are those of the adapter as peft saves it, to the bit."""
+    expected = adapted.open()
+    names = sorted(expected.names)
+    before = {name: expected.tensor(name) for name in names}
+    tensors = load_file(adapted.folder / "adapter" / "adapter_model.safetensors")
+    spoilt(adapted.folder / "adapter", {renamed(key): tensor for key, tensor in tensors.items()})
+    opened = adapted.open()
+    assert sorted(opened.names) == names
+    assert all(torch.equal(opened.tensor(name), tensor) for name, tensor in before.items())
+    spoilt(adapted.folder / "adapter", {f"other.{key}": tensor for key, tensor in tensors.items()})
+    with pytest.raises(Mismatch, match="does not start with base_model"):  # the control
+        adapted.open()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_adapters_in_one_file(adapted: Adapted) -> None:
+    tensors = load_file(adapted.folder / "adapter" / "adapter_model.safetensors")
+    both = {key.replace(".weight", f".{name}.weight"): value for key, value in tensors.items() for name in ("b", "a")}
+    spoilt(adapted.folder / "adapter", {key: tensor.clone() for key, tensor in both.items()})
+    with pytest.raises(CheckpointError, match=r"several adapters \(a, b\): load it with peft and save one of them"):
+        adapted.open()
+    twice = {**tensors, **{f"module.{key}": tensor.clone() for key, tensor in tensors.items()}}
+    spoilt(adapted.folder / "adapter", twice)
+    with pytest.raises(CheckpointError, match="are the same tensor"):
+        adapted.open()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_bias_that_the_base_has_no_place_for(tmp_path: Path) -> None:
+    """peft cannot merge it either, so nobody is sent there."""
+    settings = lora(target_modules=["q_proj"], lora_bias=True)
+    with quiet(transformers):
+        network("Llama").save_pretrained(tmp_path / "base")
+        base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        adapted = peft.get_peft_model(base, settings)
+        adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(RuntimeError, match="Impossible to merge"):
+        adapted.merge_and_unload()
+    with pytest.raises(Mismatch, match=r"peft cannot merge it either; train the adapter with lora_bias=False\."):
+        open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "task", "headless"),
+    [
+        ("Llama", "FEATURE_EXTRACTION", True),
+        ("Llama", None, True),
+        ("GPT2", "FEATURE_EXTRACTION", True),
+        ("Bert", "FEATURE_EXTRACTION", True),
+        ("Llama", "FEATURE_EXTRACTION", False),
+        ("Bert", None, False),
+    ],
+)
+def test_an_adapter_for_embeddings_makes_a_network_without_a_head(
+    family: str, task: str | None, headless: bool, tmp_path: Path
+) -> None:
+    """Trained in the network without its head, it is that network with the update merged in, as peft saves it.
+
+    Only its keys tell: in a network with a head, modules are called otherwise, and the head stays.
+    """
+    kinds = {"Llama": "ForCausalLM", "GPT2": "LMHeadModel", "Bert": "ForMaskedLM"}
+    layers = {"n_layer": 1, "n_embd": 16, "n_head": 4} if family == "GPT2" else {}
+    wanted = {"Llama": "q_proj", "GPT2": "c_attn", "Bert": "query"}[family]
+    with quiet(transformers):
+        network(family, kinds[family], **layers).save_pretrained(tmp_path / "base")
+        kind = transformers.AutoModel if headless else getattr(transformers, f"{family}{kinds[family]}")
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(
+            kind.from_pretrained(tmp_path / "base"), lora(target_modules=[wanted], task_type=task)
+        ).eval()
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        adapted.save_pretrained(tmp_path / "adapter")
+        inputs = {"input_ids": torch.arange(3, 11)[None], "output_hidden_states": True}
+        with torch.no_grad():
+            used = adapted(**inputs).hidden_states[-1]
+        source = open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
+        rewrite(source, tmp_path / "written", output_like(source, {}), manifest={}, resume_token="")
+        with torch.no_grad():
+            written = transformers.AutoModel.from_pretrained(tmp_path / "written").eval()(**inputs).hidden_states[-1]
+            plain = transformers.AutoModel.from_pretrained(tmp_path / "base").eval()(**inputs).hidden_states[-1]
+    assert torch.allclose(written, used, atol=1e-4)
+    assert not torch.allclose(plain, used, atol=1e-2), "the control"
+    heads = [name for name in source.names if name.startswith(("lm_head", "cls."))]
+    assert source.config["architectures"] == [f"{family}Model" if headless else f"{family}{kinds[family]}"]
+    assert bool(heads) is (not headless and family != "GPT2"), "GPT-2's is its embedding"
 
 
 @pytest.mark.filterwarnings("ignore")

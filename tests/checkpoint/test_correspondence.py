@@ -61,6 +61,20 @@ def test_names_of_tensorflow() -> None:
     assert corresponding_names(new, old) == dict(zip(new, old, strict=True))
 
 
+def test_names_of_normed_weights() -> None:
+    """wav2vec 2.0's positions: a length and a direction, under the names of PyTorch before and after 2.0."""
+    conv = "wav2vec2.encoder.pos_conv_embed.conv"
+    new = {
+        f"{conv}.parametrizations.weight.original{number}": shape for number, shape in enumerate([(1, 1, 4), (8, 2, 4)])
+    }
+    old = {f"{conv}.weight_g": (1, 1, 4), f"{conv}.weight_v": (8, 2, 4)}
+    assert corresponding_names(new, old) == dict(zip(new, old, strict=True))
+    assert corresponding_names(old, new) == dict(zip(old, new, strict=True))
+    whole = body("wav2vec2.encoder.") | new
+    bare = body("encoder.") | {name.removeprefix("wav2vec2."): shape for name, shape in old.items()}
+    assert corresponding_names(whole, bare) == dict(zip(whole, bare, strict=True))
+
+
 def test_layer_scales_called_gamma_stay_themselves() -> None:
     names = {"blocks.0.ls1.gamma": (4,), "blocks.0.ls1.weight": (4,)}
     assert corresponding_names(names, names) == {name: name for name in names}

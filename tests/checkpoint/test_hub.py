@@ -69,9 +69,31 @@ def test_paths_are_no_names():
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-def test_a_local_checkpoint_is_its_folder(kind, asked):
+def test_a_local_checkpoint_is_its_folder(kind, asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("some/folder").mkdir(parents=True)
     assert hub.folder_of(kind("some/folder")) == Path("some/folder")
+    assert hub.folder_of(kind("some/other")) == Path("some/other"), "the control: no name, since its owner is a folder"
     assert not asked
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "org/expert",
+        "https://huggingface.co/org/expert",
+        "https://huggingface.co/org/expert/tree/main",
+        "hf.co/org/expert",
+    ],
+)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_name_on_the_hub_is_told_from_a_wrong_path(kind, text, asked, tmp_path, monkeypatch):
+    """What the line says to write is read as that repository."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=r"is no folder here; .* write hub:org/expert") as caught:
+        hub.folder_of(kind(text))
+    hub.folder_of(str(caught.value).removesuffix(".").rpartition(" ")[2])
+    assert asked[0][:2] == ("org/expert", None)
 
 
 @pytest.mark.parametrize("kind", [str, Path])

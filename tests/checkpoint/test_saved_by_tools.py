@@ -202,6 +202,54 @@ def peft_without_its_configuration(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
 
 
+def adapters_in_folders(folder: Path) -> None:
+    """peft's own way to save several: one folder for each name."""
+    for name in ("math", "code"):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(
+            '{"peft_type": "LORA", "base_model_name_or_path": "org/base"}'
+        )
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").unlink()
+
+
+def adapter_in_a_folder(folder: Path) -> None:
+    adapters_in_folders(folder)
+    shutil.rmtree(folder / "math")
+
+
+def only(folder: Path, name: str, *keys: str) -> None:
+    """One file without a configuration, with small tensors of these names."""
+    for file in ("model.safetensors", "config.json"):
+        (folder / file).unlink()
+    save_file({key: torch.ones(2, 2) for key in keys}, folder / name, {"format": "pt"})
+
+
+def kohya(folder: Path) -> None:
+    block = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    only(folder, "style.safetensors", f"{block}.lora_down.weight", f"{block}.lora_up.weight", f"{block}.alpha")
+
+
+def lora_of_a_pipeline(folder: Path) -> None:
+    only(
+        folder,
+        "pytorch_lora_weights.safetensors",
+        *(f"unet.mid_block.to_q.lora.{part}.weight" for part in ("down", "up")),
+    )
+
+
+def textual_inversion(folder: Path) -> None:
+    only(folder, "learned_embeds.safetensors", "emb_params")
+
+
+def flux(folder: Path) -> None:
+    only(folder, "flux1-dev.safetensors", "double_blocks.0.img_attn.qkv.weight", "img_in.weight")
+
+
+def stable_diffusion_3(folder: Path) -> None:
+    only(folder, "sd3_medium.safetensors", "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight")
+
+
 def unsloth_merged_4bit(folder: Path) -> None:
     state = {name: tensor for name, tensor in state_of(folder).items() if not name.endswith("up_proj.weight")}
     packed = {"model.layers.0.mlp.up_proj.weight": torch.zeros(8, 1, dtype=torch.uint8)}
@@ -304,6 +352,13 @@ def two_shards_without_an_index(folder: Path) -> None:
 
 REFUSED: list[tuple[Callable[[Path], None], str]] = [
     (peft, r"is an adapter, not a checkpoint: give the base it was trained on \(org/base\) with --base"),
+    (adapters_in_folders, r"holds 2 adapters \(code, math\): pass one of them, as \S+saved/code\.$"),
+    (adapter_in_a_folder, r"holds an adapter in code: pass \S+saved/code\.$"),
+    (kohya, r"style.safetensors, a LoRA of a diffusion pipeline .*weight_name='style.safetensors'"),
+    (lora_of_a_pipeline, "pytorch_lora_weights.safetensors, a LoRA of a diffusion pipeline"),
+    (textual_inversion, "textual inversion.* nothing of it can be merged or protected"),
+    (flux, "FluxTransformer2DModel.from_single_file"),
+    (stable_diffusion_3, "SD3Transformer2DModel.from_single_file"),
     (peft_without_its_configuration, "adapter_model.safetensors, an adapter's weights, and no adapter_config.json"),
     (unsloth_merged_4bit, "already quantised by 'bitsandbytes'"),
     (mlx_quantised, "already quantised .*weight in U32"),

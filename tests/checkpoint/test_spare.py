@@ -12,8 +12,19 @@ BUFFERS = [
     "transformer.h.11.attn.masked_bias",
     "gpt_neox.layers.0.attention.bias",
     "bert.embeddings.position_ids",
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+    "swin.encoder.layers.0.blocks.0.attention.self.relative_position_index",
+    "transformer.h.0.crossattention.masked_bias",
+    "model.encoder.version",
 ]
-PARAMETERS = ["h.0.attn.c_attn.bias", "encoder.layer.0.attention.self.query.bias", "layers.0.self_attn.o_proj.bias"]
+PARAMETERS = [
+    "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "swin.encoder.layers.0.blocks.0.attention.self.relative_position_bias_table",
+    "decoder.block.0.layer.1.EncDecAttention.q.weight",
+    "h.0.attn.c_attn.bias",
+    "encoder.layer.0.attention.self.query.bias",
+    "layers.0.self_attn.o_proj.bias",
+]
 
 
 def test_buffers() -> None:
@@ -21,14 +32,29 @@ def test_buffers() -> None:
     assert not any(map(is_buffer, PARAMETERS))
 
 
-HEADS = ["lm_head.weight", "embed_out.weight", "language_model.lm_head.weight", "cls.predictions.decoder.weight"]
+HEADS = [
+    "proj_out.weight",
+    "decoder.weight",
+    "lm_head.out_proj.weight",
+    "text_decoder.embed_tokens.weight",
+    "lm_head.weight",
+    "embed_out.weight",
+    "language_model.lm_head.weight",
+    "cls.predictions.decoder.weight",
+]
 EMBEDDINGS = [
     "model.embed_tokens.weight",
     "transformer.wte.weight",
     "shared.weight",
     "bert.embeddings.word_embeddings.weight",
 ]
-NEITHER = ["model.layers.0.mlp.output.weight", "layers.0.shared.weight", "embeddings.position_embeddings.weight"]
+NEITHER = [
+    "transformer_blocks.0.proj_out.weight",
+    "vae.decoder.weight",
+    "model.layers.0.mlp.output.weight",
+    "layers.0.shared.weight",
+    "embeddings.position_embeddings.weight",
+]
 
 
 def test_heads_and_embeddings_lie_outside_the_layers() -> None:
@@ -60,3 +86,12 @@ def test_what_a_head_is_tied_to() -> None:
     assert tied_to("lm_head.dense.weight", names) is None
     assert tied_to("encoder.embed_tokens.weight", ["shared.weight"]) == "shared.weight"
     assert tied_to("lm_head.weight", ["model.norm.weight"]) is None
+
+
+def test_copies_of_one_embedding_have_one_original() -> None:
+    """T5 and BART store the same table up to four times. None may be the copy of another copy."""
+    names = ["decoder.embed_tokens.weight", "encoder.embed_tokens.weight", "lm_head.weight", "shared.weight"]
+    assert [tied_to(name, names) for name in names] == [names[3]] * 3 + [None]
+    assert [tied_to(name, names[:3]) for name in names[:3]] == [None, names[0], names[0]]
+    prefixed = [f"model.{name}" for name in names]
+    assert [tied_to(name, prefixed) for name in prefixed] == [prefixed[3]] * 3 + [None]

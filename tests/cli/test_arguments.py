@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from unmergeable import ops as library
 from unmergeable.cli.merge import parse_expert
@@ -211,6 +212,27 @@ def test_merge_by_configuration(ops: RecordingOps, run: Runner) -> None:
 )
 def test_a_coefficient_is_a_number_after_the_last_equals_sign(text: str, expected: object) -> None:
     assert parse_expert(text) == expected
+
+
+def test_a_folder_may_be_called_like_a_coefficient(tmp_path: Path) -> None:
+    """``step=500`` is a folder where it is one and ``step`` is none."""
+    folder = tmp_path / "step=500"
+    assert parse_expert(str(folder)) == (tmp_path / "step", 500.0), "the control: nothing is there"
+    folder.mkdir()
+    assert parse_expert(str(folder)) == (folder, None)
+    assert parse_expert(f"{folder}=0.5") == (folder, 0.5)
+    (tmp_path / "step").mkdir()
+    assert parse_expert(str(folder)) == (tmp_path / "step", 500.0)
+
+
+@pytest.mark.parametrize("number", ["50%", "half", "", "0,5"])
+def test_a_coefficient_that_is_no_number(number: str, tmp_path: Path) -> None:
+    """What the line says to write is read; a folder of that name is one."""
+    with pytest.raises(typer.BadParameter, match=r"is no number; write \S+=0\.5\.") as caught:
+        parse_expert(f"{tmp_path}={number}")
+    assert parse_expert(caught.value.message.removesuffix(".").rpartition(" ")[2]) == (tmp_path, 0.5)
+    Path(f"{tmp_path}={number}").mkdir()
+    assert parse_expert(f"{tmp_path}={number}") == (Path(f"{tmp_path}={number}"), None)
 
 
 def test_recover(ops: RecordingOps, run: Runner) -> None:

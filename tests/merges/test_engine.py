@@ -28,6 +28,7 @@ from unmergeable.merges import (
     ModelStock,
     TaskArithmetic,
     Ties,
+    TsvM,
     engine,
     merge,
     merge_state_dicts,
@@ -271,7 +272,7 @@ def test_refuses_before_writing(tmp_path: Path, method: Merge) -> None:
 def test_refuses_a_number_of_experts_the_method_cannot_use(tmp_path: Path) -> None:
     base, experts = make_models(1)
     sources = write_models(tmp_path / "in", [base, *experts])
-    for method in (Linear(), Ties()):
+    for method in (ModelStock(), TsvM()):
         with pytest.raises(UsageError, match="1 experts given, at least 2 needed"):
             merge(sources[0], [(sources[1], None)], method, tmp_path / "out")
     with pytest.raises(UsageError, match="name the base"):

@@ -13,6 +13,7 @@ from merges.networks_on_disk import (
     EMBEDDING,
     HEAD,
     HIDDEN,
+    ROWS,
     State,
     close,
     config_of,
@@ -42,6 +43,8 @@ def with_buffers(state: State) -> State:
     for number in range(2):
         buffers[f"model.layers.{number}.attn.bias"] = torch.ones(1, 1, 3, 3, dtype=torch.uint8)
         buffers[f"model.layers.{number}.attn.masked_bias"] = torch.tensor(-1e9)
+        buffers[f"model.layers.{number}.relative_position_index"] = torch.arange(9).view(3, 3)
+    buffers["model.layers.0.EncDecAttention.relative_attention_bias.weight"] = torch.ones(4, 2)
     return {**state, **buffers}
 
 
@@ -92,6 +95,44 @@ def test_a_tied_head_that_is_stored_stays_the_embedding(method: Merge, tmp_path:
         expected = merged(plain[0], plain[1:], tmp_path / "plain", method=method)
         assert torch.equal(found[HEAD], found[EMBEDDING])
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "head", ["proj_out.weight", "decoder.weight", "output_projection.weight", "lm_head.out_proj.weight"]
+)
+def test_tied_heads_of_other_names_stay_the_embedding(head: str, tmp_path: Path) -> None:
+    """Whisper's, ModernBERT's, BioGPT's and XGLM's kin; one that differs is a head of its own."""
+    base = write(tmp_path / "base", {**BASE, head: BASE[EMBEDDING].clone()})
+    experts = [write(tmp_path / "a", FIRST), write(tmp_path / "b", {**SECOND, head: SECOND[EMBEDDING].clone()})]
+    found = merged(base, experts, tmp_path / "out")
+    assert torch.equal(found[head], found[EMBEDDING])
+    assert close(found[head], MEAN[EMBEDDING])
+    own = [
+        write(tmp_path / f"own-{number}", {**state, head: 2 * state[EMBEDDING]}, tie_word_embeddings=False)
+        for number, state in enumerate((BASE, FIRST, SECOND))
+    ]
+    assert close(merged(own[0], own[1:], tmp_path / "control")[head], 2 * MEAN[EMBEDDING])
+
+
+TABLES = ("decoder.embed_tokens.weight", "encoder.embed_tokens.weight", "lm_head.weight", "shared.weight")
+
+
+@pytest.mark.parametrize("is_tied", [True, None, False], ids=["tied", "not said", "head of its own"])
+@pytest.mark.parametrize("whose", ["base", "a", "base, b", "base, a, b"])
+def test_every_copy_of_a_shared_embedding_is_the_merged_one(whose: str, is_tied: bool | None, tmp_path: Path) -> None:
+    """T5's table, stored once or as often as its network has it; an untied head is a matrix of its own."""
+    folders = {}
+    for name, state in (("base", BASE), ("a", FIRST), ("b", SECOND)):
+        stored = {key: tensor for key, tensor in state.items() if key != EMBEDDING}
+        stored |= {table: state[EMBEDDING].clone() for table in (TABLES if name in whose else TABLES[3:])}
+        if is_tied is False:
+            stored[HEAD] = 2 * state[EMBEDDING]
+        folders[name] = write(tmp_path / name, stored, tie_word_embeddings=is_tied)
+    found = merged(folders["base"], [folders["a"], folders["b"]], tmp_path / "out")
+    tables = [table for table in TABLES if table in found and (table != HEAD or is_tied is not False)]
+    assert len(tables) == (1 if "base" not in whose else 4 if is_tied is not False else 3)
+    assert all(close(found[table], MEAN[EMBEDDING]) for table in tables)
+    assert is_tied is not False or close(found[HEAD], 2 * MEAN[EMBEDDING])
 
 
 def test_an_untied_expert_of_a_tied_base_gives_a_head_of_its_own(tmp_path: Path) -> None:
@@ -262,6 +303,23 @@ def test_a_tower_is_merged_into_the_whole_that_holds_it(tmp_path: Path) -> None:
         Mismatch, match=r"logit_scale is in expert 1 .*--template base"
     ):  # the whole is no fine-tune of a part
         merged(experts[0], [base], tmp_path / "no")
+
+
+def test_the_bias_on_barts_output_may_be_missing(tmp_path: Path) -> None:
+    """A bare BART and its classifiers have none; what is lost without it is chosen, and all else merges."""
+    bias = {"final_logits_bias": torch.ones(1, ROWS)}
+    base, with_bias = write(tmp_path / "base", BASE), write(tmp_path / "with", {**BASE, **bias})
+    first, second = write(tmp_path / "a", {**FIRST, **bias}), write(tmp_path / "b", SECOND)
+    with pytest.raises(Mismatch, match=r"final_logits_bias is in expert 1 .*--template 1 keeps it"):
+        merged(base, [first, second], tmp_path / "refused")
+    kept = merged(base, [first, second], tmp_path / "chosen", template=1)
+    assert torch.equal(kept["final_logits_bias"], bias["final_logits_bias"])
+    found = merged(with_bias, [second, second], tmp_path / "lacking")
+    assert torch.equal(found["final_logits_bias"], bias["final_logits_bias"])
+    assert all(close(kept[name], MEAN[name]) for name in MEAN)
+    other = {**FIRST, "model.other_bias": torch.ones(1, ROWS)}
+    with pytest.raises(Mismatch, match="hold the same tensors"):  # the control
+        merged(base, [write(tmp_path / "other", other), second], tmp_path / "refused")
 
 
 def test_prediction_layers_and_value_heads_are_carried(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import unmergeable
+from low_rank_folder import write_adapter
 from unmergeable.architecture.symmetry import Role
 from unmergeable.checkpoint import hub
 from unmergeable.errors import Mismatch, UnsupportedArchitecture, UsageError
@@ -321,6 +322,18 @@ def test_a_bias_that_adds_something_is_not_left_out(kind: str, hidden: Path, bas
     in_other_words(kind, hidden, factor=0.5)
     with pytest.raises(Mismatch, match="has no tensor"):
         unmergeable.recover(hidden, base=base, method="nearest_orbit", out=tmp_path / "out")
+
+
+def test_an_adapter_is_what_it_makes_of_the_base(base: Path, tmp_path: Path) -> None:
+    """Recovered from the adapter and from the two merged: the same weights."""
+    layer = "model.layers.0.self_attn.q_proj"
+    merged = write(base, tmp_path / "merged", tensors_in(base))
+    write_adapter(tmp_path / "adapter", base, layer, merged=merged, scale=0.01)
+    for name in ("adapter", "merged"):
+        unmergeable.recover(tmp_path / name, base=base, method="nearest_orbit", out=tmp_path / f"from-{name}")
+    found = [tensors_in(tmp_path / f"from-{name}") for name in ("adapter", "merged")]
+    assert all(torch.allclose(found[0][name], tensor, atol=1e-5) for name, tensor in found[1].items())
+    assert not torch.allclose(found[0][f"{layer}.weight"], tensors_in(base)[f"{layer}.weight"], atol=1e-3), "control"
 
 
 def test_auto_does_not_guess(base: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Which tensor of one checkpoint is which of another: the same network under the names that another tool gave it.
 
-Names are compared as they are first, then as old files from TensorFlow have them (``gamma`` for ``weight``), and last
-under another prefix: ``bert.`` or none, ``language_model.model.`` or ``model.language_model.``. Prefixes are learnt
-from the names themselves: the pair of prefixes under which most tensors of equal shape meet is taken first, and a later
-pair may not map to elsewhere what an earlier one maps as a whole.
+Names are compared as they are first, then as old files have them (``gamma`` for ``weight`` from TensorFlow,
+``weight_g`` for the length of a normed weight from PyTorch before 2.0), and last under another prefix: ``bert.`` or
+none, ``language_model.model.`` or ``model.language_model.``. Prefixes are learnt from the names themselves: the pair of
+prefixes under which most tensors of equal shape meet is taken first, and a later pair may not map to elsewhere what an
+earlier one maps as a whole.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from unmergeable.checkpoint.spare import is_output_head
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_OLD_ENDINGS = {"gamma": "weight", "beta": "bias"}
+_OLD_ENDINGS = {
+    "gamma": "weight",
+    "beta": "bias",
+    "weight_g": "parametrizations.weight.original0",
+    "weight_v": "parametrizations.weight.original1",
+}
 _SHORTEST_SUFFIX = 2
 """Components that names must share behind another prefix: ``weight`` alone says nothing."""
 

@@ -28,6 +28,8 @@ CODE = "*.py"
 RELEASED = (*READ, CODE, "LICENCE*", "USE_POLICY*", "*.spm", "bpe.codes", "vocab.*", "chat_template.*")
 """Everything that a release may consist of; its code is looked at, and not run."""
 
+# A path holds one slash where an address has two.
+_ADDRESS = re.compile(r"(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/(?P<name>[^/?#]+/[^/?#]+)")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -99,6 +101,16 @@ def folder_of(checkpoint: str | os.PathLike[str]) -> Path:
 
     Raises:
         UsageError, BadInput: as :func:`download`.
+        BadInput: nothing is there, and the text is an address on the hub, or may be a name there.
     """
     text = os.fspath(checkpoint)
-    return download(text) if is_on_hub(text) else Path(text)
+    if is_on_hub(text):
+        return download(text)
+    path = Path(text)
+    address = _ADDRESS.match(text)
+    name = address["name"] if address else text
+    if (address or (is_repository(name) and not path.parent.exists())) and not path.exists():
+        raise BadInput(
+            f"{text} is no folder here; if the model on the Hugging Face hub is meant, write {PREFIX}{name}."
+        )
+    return path

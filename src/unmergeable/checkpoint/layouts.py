@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unmergeable.checkpoint.header import read_header
-from unmergeable.checkpoint.listing import CONFIG_NAME, Kind, Listing, gguf_file
+from unmergeable.checkpoint.listing import ADAPTER_CONFIG_NAME, CONFIG_NAME, Kind, Listing, gguf_file
 from unmergeable.errors import CheckpointError
 
 # What transformers and diffusers call the weights; tried in the order their configurations suggest.
@@ -23,6 +23,16 @@ _OTHER_FORMATS = {
     "network with save_pretrained, and pass that folder",
 }
 _WHOLE = ("model.", "model-", "pytorch_model", "diffusion_pytorch_model")
+_SINGLE_FILES = {
+    "joint_blocks.": ("SD3Transformer2DModel", "transformer"),
+    "double_blocks.": ("FluxTransformer2DModel", "transformer"),
+    "model.diffusion_model.": ("UNet2DConditionModel", "unet"),
+}
+"""By what a name holds, the most telling first: the class of diffusers that reads such a file, and a folder's name."""
+_DIFFUSION_LORA = re.compile(
+    r"^lora_(unet|te\d?|transformer)_|^(unet|transformer|text_encoder(_\d)?)\..*(\.lora[._]|\.alpha$|lora_magnitude)"
+)
+_TEXTUAL_INVERSION = {"emb_params", "clip_g", "clip_l", "string_to_param"}
 _NO_WEIGHTS = re.compile(r"optimizer|scheduler|training_args|random_states|sampler|scaler|custom_checkpoint")
 _LAST = re.compile(r"checkpoint-(\d+)")
 
@@ -69,6 +79,7 @@ def require_checkpoint(listing: Listing) -> None:
             or _parts(listing)
             or _other_format(listing)
             or _other_program(listing)
+            or _diffusion_lora(listing)
             or _single_file(listing)
             or _no_config(listing)
             or f"{listing.folder} has no {CONFIG_NAME}: pass the folder of a transformers or diffusers model."
@@ -168,7 +179,12 @@ def _inner_folder(listing: Listing) -> str | None:
     if steps:
         last = folder / max(steps)[1]
         return f"{folder} holds {len(steps)} checkpoints of a training run and no model of its own: pass {last}."
-    return None
+    inner = listing.names(Kind.FOLDER, Kind.WEIGHTS_FOLDER)
+    adapters = [name for name in inner if (folder / name / ADAPTER_CONFIG_NAME).is_file()]
+    if len(adapters) > 1:
+        several = f"{len(adapters)} adapters ({', '.join(adapters)})"
+        return f"{folder} holds {several}: pass one of them, as {folder / adapters[0]}."
+    return f"{folder} holds an adapter in {adapters[0]}: pass {folder / adapters[0]}." if adapters else None
 
 
 def _has_weights(folder: Path) -> bool:
@@ -246,15 +262,44 @@ def _other_program(listing: Listing) -> str | None:
 
 
 def _single_file(listing: Listing) -> str | None:
-    """All of a diffusion pipeline in one file, as user interfaces share them."""
+    """A diffusion pipeline in one file, or its denoiser under its makers' names, as user interfaces share them."""
     files = listing.names(Kind.WEIGHTS)
     if len(files) != 1:
         return None
-    file = listing.file(files[0])
-    if not any(entry.name.startswith("model.diffusion_model.") for entry in read_header(file.path, file.name).entries):
-        return None
-    load = f"UNet2DConditionModel.from_single_file({str(listing.folder / files[0])!r})"
-    return (
-        f"{listing.folder} has {files[0]} and no {CONFIG_NAME}: of a diffusion pipeline in one file, convert the UNet "
-        f"in Python (from diffusers import UNet2DConditionModel; {load}.save_pretrained('unet')) and pass unet."
-    )
+    names = _names_inside(listing, files[0])
+    for marker, (kind, folder) in _SINGLE_FILES.items():
+        if any(marker in name for name in names):
+            load = f"{kind}.from_single_file({str(listing.folder / files[0])!r})"
+            return (
+                f"{listing.folder} has {files[0]} and no {CONFIG_NAME}: of a diffusion pipeline in one file, convert "
+                f"the denoiser in Python (from diffusers import {kind}; {load}.save_pretrained({folder!r})) and pass "
+                f"{folder}."
+            )
+    return None
+
+
+def _diffusion_lora(listing: Listing) -> str | None:
+    """Low-rank updates or embeddings of a diffusion pipeline, which are shared without a configuration."""
+    for file in listing.names(Kind.WEIGHTS):
+        names = _names_inside(listing, file)
+        if names and all(_DIFFUSION_LORA.search(name) for name in names):
+            fuse = (
+                "from diffusers import DiffusionPipeline; pipeline = DiffusionPipeline.from_pretrained('BASE'); "
+                f"pipeline.load_lora_weights({str(listing.folder)!r}, weight_name={file!r}); pipeline.fuse_lora(); "
+                "pipeline.unload_lora_weights(); "
+                "(getattr(pipeline, 'unet', None) or pipeline.transformer).save_pretrained('fused')"
+            )
+            return (
+                f"{listing.folder} has {file}, a LoRA of a diffusion pipeline and no adapter of peft's: merge it into "
+                f"the pipeline it was trained on, BASE, in Python ({fuse}) and pass fused."
+            )
+        if names and set(names) <= _TEXTUAL_INVERSION:
+            return (
+                f"{listing.folder} has {file}, embeddings of new tokens (textual inversion) and no network: nothing of "
+                "it can be merged or protected."
+            )
+    return None
+
+
+def _names_inside(listing: Listing, file: str) -> list[str]:
+    return [entry.name for entry in read_header(listing.file(file).path, file).entries]

@@ -1,7 +1,8 @@
 """Tensors in a file that its network does not need: buffers it computes itself, and second copies of tied weights.
 
-Old releases of transformers wrote rotary frequencies, causal masks and position numbers into checkpoints, newer ones do
-not; a tied head is stored by some tools and left out by others. Neither makes two networks different.
+Old releases of transformers wrote rotary frequencies, causal masks, position numbers, indices of relative positions and
+T5's bias of positions between encoder and decoder, which nothing reads, into checkpoints, newer ones do not; a tied
+head is stored by some tools and left out by others. Neither makes two networks different.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 _BUFFERS = re.compile(
-    r"""(.*\.)?( inv_freq | (attn|attention|self_attention)\.(bias|masked_bias) | masked_bias | position_ids
-    | token_type_ids | num_batches_tracked | embed_positions\.weights | rotary_emb\.(cos|sin)_cached )""",
+    r"""(.*\.)?( (original_)?inv_freq | (attn|attention|self_attention|crossattention)\.(bias|masked_bias) | masked_bias
+    | position_ids | token_type_ids | num_batches_tracked | embed_positions\.weights | rotary_emb\.(cos|sin)_cached
+    | relative_position_index | (encoder|decoder)\.version | EncDecAttention\.relative_attention_bias\.weight )""",
     re.VERBOSE,
 )
 # Heads and embeddings lie outside the layers: no part of their names is a number.
 _HEADS = re.compile(
     r"""([A-Za-z_]\w*\.)*( lm_head | embed_out | output | lm_head\.decoder | (cls\.)?predictions\.decoder
-    | vocab_projector | generator_lm_head | shared | (encoder|decoder)\.embed_tokens )\.weight""",
+    | vocab_projector | generator_lm_head | proj_out | lm_head\.out_proj | output_projection | pred_layer\.proj
+    | lm_loss | mlm_score\.decoder | head\.decoder | shared
+    | \w*(encoder|decoder)\.(embed_tokens|word_embeddings) )\.weight
+    | decoder\.weight""",
     re.VERBOSE,
 )
 _HEAD_BIASES = {
@@ -27,12 +32,12 @@ _HEAD_BIASES = {
     "predictions.decoder.bias": "predictions.bias",
 }
 _EMBEDDING = re.compile(
-    r"([A-Za-z_]\w*\.)*(shared|embed_tokens|word_embeddings|wte|embed_in|tok_embeddings|token_embedding|word_embedding)\.weight"
+    r"([A-Za-z_]\w*\.)*(shared|embed_tokens|word_embeddings|wte|embed_in|tok_embeddings|token_embedding|word_embedding|tokens_embed)\.weight"
 )
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor of this name is computed by the network itself wherever it is missing."""
+    """Whether a tensor of this name is computed by the network itself wherever it is missing, or not read at all."""
     return _BUFFERS.fullmatch(name) is not None
 
 
@@ -67,4 +72,12 @@ def tied_to(name: str, names: Collection[str]) -> str | None:
             return found if found in names else None
     if not is_output_head(name):
         return None
-    return next((other for other in names if other != name and is_input_embedding(other)), None)
+    # Of several embeddings one is the original: what encoder and decoder share, or else not the encoder's.
+    embeddings = [other for other in names if is_input_embedding(other)]
+    nearest = min(embeddings, key=_distance_from_output, default=name)
+    return None if nearest == name else nearest
+
+
+def _distance_from_output(embedding: str) -> int:
+    parts = embedding.split(".")
+    return 0 if "shared" in parts else 1 + ("encoder" in parts)

@@ -20,11 +20,16 @@ def unwrapped_names(names: Collection[str]) -> dict[str, str]:
 
     A prefix counts as a wrapper only if every tensor has it. Names stay as they are where two would become one.
     """
-    bare = {name: ".".join(part for part in name.split(".") if part not in _ANYWHERE) for name in names}
+    bare = {name: without_insertions(name) for name in names}
     while wrapper := _common_wrapper(bare.values()):
         bare = {name: inner.removeprefix(wrapper) for name, inner in bare.items()}
     changed = any(name != inner for name, inner in bare.items())
     return bare if changed and len(set(bare.values())) == len(bare) and all(bare.values()) else {}
+
+
+def without_insertions(name: str) -> str:
+    """The name without what wrappers insert between its parts."""
+    return ".".join(part for part in name.split(".") if part not in _ANYWHERE)
 
 
 def _common_wrapper(names: Iterable[str]) -> str | None:

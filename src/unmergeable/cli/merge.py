@@ -120,11 +120,21 @@ def merge(
 
 
 def parse_expert(text: str) -> tuple[Path, float | None]:
-    """``PATH=COEFFICIENT`` or ``PATH``. A path may hold ``=``: only a number after the last one is a coefficient."""
+    """``PATH=COEFFICIENT`` or ``PATH``.
+
+    A path may hold ``=``: only a number after the last one is a coefficient, and none where the whole is a folder.
+
+    Raises:
+        typer.BadParameter: the part before the last ``=`` is a folder, and what follows no number.
+    """
     path, separator, number = text.rpartition("=")
+    if not separator or not path or (Path(text).exists() and not Path(path).exists()):
+        return Path(text), None
     try:
-        return (Path(path), float(number)) if separator and path else (Path(text), None)
+        return Path(path), float(number)
     except ValueError:
+        if Path(path).exists() and not Path(text).exists():
+            raise typer.BadParameter(f"--expert {text}: {number!r} is no number; write {path}=0.5.") from None
         return Path(text), None
 
 

@@ -24,6 +24,7 @@ class BreadcrumbsTies(Merge):
     """``density`` is the fraction kept, ``gamma`` the fraction of outliers."""
 
     name: ClassVar[str] = "breadcrumbs_ties"
+    fewest_experts: ClassVar[int] = 1
     needs_positive: ClassVar[bool] = True
     varies: ClassVar[Varies] = {"density": "expert", "gamma": "expert", "scaling_coefficient": "tensor"}
 

@@ -34,6 +34,7 @@ class DareTies(Merge):
     """
 
     name: ClassVar[str] = "dare_ties"
+    fewest_experts: ClassVar[int] = 1
     needs_positive: ClassVar[bool] = True
     varies: ClassVar[Varies] = {"density": "expert", "scaling_coefficient": "tensor"}
 

@@ -46,6 +46,7 @@ class Della(Merge):
     """
 
     name: ClassVar[str] = "della"
+    fewest_experts: ClassVar[int] = 1
     needs_positive: ClassVar[bool] = True
     varies: ClassVar[Varies] = {"density": "expert", "epsilon": "expert", "scaling_coefficient": "tensor"}
 

@@ -17,8 +17,8 @@ _ESSENTIAL = re.compile(
     r"(\.\w+)?\.(weight|bias|gamma|beta)"
 )
 _LAYER = re.compile(r"(?:^|.*?\.)layers\.(\d+)\.")
-_LOOSE_PARTS = ("logit_scale", "logit_bias")
-"""What lies beside all modules and scales the outputs of two towers."""
+_LOOSE_PARTS = ("logit_scale", "logit_bias", "final_logits_bias")
+"""What lies beside all modules: scales of two towers' outputs, and the bias on BART's output, which may be missing."""
 
 _VALUE_HEAD = re.compile(r"v_head\..*")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")

@@ -24,6 +24,7 @@ class Linear(Merge):
     """Weight averaging. ``normalize=False`` leaves the weights as given, whatever they add up to."""
 
     name: ClassVar[str] = "linear"
+    fewest_experts: ClassVar[int] = 1
 
     normalize: bool = True
 

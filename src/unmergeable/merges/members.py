@@ -16,7 +16,7 @@ from itertools import zip_longest
 from unmergeable.checkpoint.correspondence import corresponding_names, further_names
 from unmergeable.checkpoint.parts import common_part, kind_of
 from unmergeable.checkpoint.source import ChunkSource, TensorSource, shapes_of, tensor_bytes
-from unmergeable.checkpoint.spare import is_buffer, is_tied, tied_to
+from unmergeable.checkpoint.spare import is_buffer, is_input_embedding, is_tied, tied_to
 from unmergeable.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from unmergeable.errors import Mismatch
 from unmergeable.merges.differences import Matched
@@ -80,10 +80,14 @@ class Member:
 
     @cached_property
     def copies(self) -> Mapping[str, str]:
-        """Output heads and their biases that are stored as copies of what they are tied to, by their names here."""
+        """Output heads, their biases and further embeddings that are stored as copies of others, by their names here.
+
+        A configuration that unties the embeddings speaks of the output: encoder and decoder share theirs all the same.
+        """
+        names = self.source.names
         if is_tied(self.source.config) is False:
-            return {}
-        tied = {name: tied_to(name, self.source.names) for name in self.source.names}
+            names = tuple(filter(is_input_embedding, names))
+        tied = {name: tied_to(name, names) for name in names}
         return {name: other for name, other in tied.items() if other and same_values(self.source, name, other)}
 
     @cached_property

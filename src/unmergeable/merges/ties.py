@@ -45,6 +45,7 @@ class Ties(Merge):
     """``density`` is the fraction of each task vector that is kept; the module describes the other settings."""
 
     name: ClassVar[str] = "ties"
+    fewest_experts: ClassVar[int] = 1
     needs_positive: ClassVar[bool] = True
     varies: ClassVar[Varies] = {"density": "expert", "scaling_coefficient": "tensor"}
 

@@ -115,19 +115,23 @@ def merge(
     if method is None:
         raise UsageError("name the merge with --method, or give a mergekit configuration file.")
     MERGES.require(method)
-    base_folder = None if base is None else folder_of(base)
+    # A base may be an adapter on a base of its own, as experts may.
+    base_folder, under_base = (None, None) if base is None else _folder_and_base(os.fspath(base), None, "base")
     if base_folder is not None and not base_folder.exists():
         raise BadInput(
             f"base {base_folder} does not exist; give the folder of the checkpoint the experts were fine-tuned from."
         )
+    of_adapters = base_folder if under_base is None else under_base
     given = [expert if isinstance(expert, tuple) else (expert, None) for expert in experts]
     names = [os.fspath(name) for name, _ in given]
-    folders = [_folder_and_base(name, base_folder) for name in names]
+    folders = [_folder_and_base(name, of_adapters) for name in names]
     coefficients: list[float | None] = [coefficient for _, coefficient in given]
     stored = None if dtype is None else named_dtype(dtype)
     tokens = Tokenizer(tokenizer) if isinstance(tokenizer, str | int) else tokenizer
     reads_pickle = allow_pickle if backend == "own" else None
-    base_source = None if base_folder is None else open_checkpoint(base_folder, allow_pickle=reads_pickle)
+    base_source = None
+    if base_folder is not None:
+        base_source = open_checkpoint(base_folder, base=under_base, allow_pickle=reads_pickle)
     sources = [open_checkpoint(folder, base=of, allow_pickle=reads_pickle) for folder, of in folders]
     if backend == "mergekit":
         if data:
@@ -138,7 +142,8 @@ def merge(
         pairs = list(zip([_named_for_mergekit(*pair) for pair in folders], resolved, strict=True))
         first = next(iter(inputs.values()))
         out_dtype = dtype or stored_dtype(first)
-        document = document_of(method, pairs, base_folder, settings or {}, out_dtype=out_dtype)
+        named_base = None if base_folder is None else _named_for_mergekit(base_folder, under_base)
+        document = document_of(method, pairs, named_base, settings or {}, out_dtype=out_dtype)
         if tokens is not None:
             document["tokenizer"] = tokenizer_document(tokens, document)
         merge_with_mergekit(
@@ -190,14 +195,14 @@ def _merge_adapters(experts: Sequence[Expert], method: str, settings: Mapping[st
     return MergeResult(out, method, settings_of_merge(merged), used, 2 * modules)
 
 
-def _folder_and_base(name: str, base: Path | None) -> tuple[Path, Path | None]:
-    """The folder of an expert, and of the base of an adapter: the one named with it, or else the common one."""
+def _folder_and_base(name: str, base: Path | None, role: str = "expert") -> tuple[Path, Path | None]:
+    """The folder of a model, and of the base of an adapter: the one named with it, or else the common one."""
     path, adapter = split_adapter(name)
     if adapter is None:
         return folder_of(name), base
     for part in (path, adapter):
         if not part.is_dir():
-            raise BadInput(f"expert {name}: {part} is no folder; download the model and give its folder.")
+            raise BadInput(f"{role} {name}: {part} is no folder; download the model and give its folder.")
     return adapter, path
 
 

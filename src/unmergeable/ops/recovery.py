@@ -247,7 +247,9 @@ def _open(
 ) -> Inputs:
     """Open everything. Where the structure may have changed, the base alone decides the architecture."""
     tuned = tuple(open_checkpoint(source, base=base, allow_pickle=allow_pickle) for source in sources)
-    source = in_words_of_base(base, open_checkpoint(protected, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
+    # A release that is an adapter is what it makes of its base.
+    release = open_checkpoint(protected, base=base, allow_pickle=allow_pickle)
+    source = in_words_of_base(base, release, allow_pickle=allow_pickle)
     structure = requirements.structure
     if structure == "base" or (structure == "polynomial" and SECTION not in source.config):
         architecture = architecture_of(source)

@@ -7,6 +7,7 @@ with the densities that the file gives that layer.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from math import sqrt
@@ -22,6 +23,7 @@ from torch import Tensor
 from merges.networks_on_disk import tokenizer_document
 from unmergeable import ops
 from unmergeable.errors import UnmergeableError
+from unmergeable.merges.mergekit.config import read_document
 from unmergeable.merges.mergekit.documents import absolute_paths, with_donor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft, under mergekit
@@ -360,6 +362,20 @@ CARDS: dict[str, dict[str, Any]] = {
         "parameters": {"scale": 0.7},
         "dtype": "float32",
     },
+    "one model, in another precision": {"models": [model("a")], "merge_method": "linear", "dtype": "bfloat16"},
+    "one model, trimmed": {
+        "models": [model("base"), model("a", weight=0.6, density=0.5)],
+        "merge_method": "ties",
+        "base_model": "base",
+        "parameters": {"normalize": False},
+        "dtype": "float32",
+    },
+    "one model, without its outliers": {
+        "models": [model("a", weight=1.0, density=0.6, gamma=0.05)],
+        "merge_method": "breadcrumbs_ties",
+        "base_model": "base",
+        "dtype": "float32",
+    },
     "an adapter put into its base": {
         "base_model": "base+adapter",
         "models": [model("base+adapter")],
@@ -572,6 +588,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"base_model": "base", "gate_mode": "hidden", "dtype": "bfloat16", "experts": []},
         "run mergekit-moe",
     ),
+    "a search for a merge": (
+        {"genome": {"models": ["a", "b"], "merge_method": "ties", "base_model": "base"}, "tasks": [{"name": "gsm8k"}]},
+        "run mergekit-evolve with it, and give the best_config.yaml that it writes",
+    ),
+    "a key that nobody reads": (
+        {**PAIR, "merge_method": "ties", "random_seed": 0},
+        r"no key is called 'random_seed'; leave it out \(mergekit passes over it\)",
+    ),
+    "a typo": ({**PAIR, "merge_method": "ties", "out_dtpe": "float32"}, "'out_dtpe'; did you mean 'out_dtype'"),
+    "a revision in the long form": (
+        {"models": [{"model": {"model": {"path": "a", "revision": "v1"}}}], "merge_method": "linear"},
+        "'revision'; download that revision",
+    ),
+    "a long form without a path": (
+        {"models": [{"model": {"model": 3}}], "merge_method": "linear"},
+        "model, model: must name a folder",
+    ),
     "an unknown chat template": ({**PAIR, "merge_method": "ties", "chat_template": "vicuna"}, "'vicuna' is neither"),
     "a name on the hub": ({"models": [model("org/name")], "merge_method": "karcher"}, "download the model"),
     "no sparser than all": (
@@ -589,6 +622,56 @@ def test_one_line_says_what_to_change(document: dict[str, Any], message: str, mo
     assert re.search(message, str(caught.value)), str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "own").exists()
+
+
+def test_models_in_the_long_form(models: Path, tmp_path: Path) -> None:
+    """Cards of early 2024 name models as mappings of paths. mergekit reads both forms as the same model."""
+    short = {
+        "base_model": "base",
+        "models": [model("base+adapter", weight=0.5), model("a", weight=0.7)],
+        "merge_method": "task_arithmetic",
+        "tokenizer": {"source": "a", "tokens": {"c": {"source": {"kind": "model_token", "model": "a", "token": "d"}}}},
+        "dtype": "float32",
+    }
+    path = {name: {"path": str(models / name)} for name in ("base", "a", "adapter")}
+    long = copy.deepcopy(short)
+    long["base_model"] = {"model": path["base"] | {"revision": None}}
+    long["models"][0]["model"] = {"model": path["base"], "lora": path["adapter"]}
+    long["models"][1]["model"] = {"model": str(models / "a")}
+    long["tokenizer"]["source"] = long["tokenizer"]["tokens"]["c"]["source"]["model"] = {"model": path["a"]}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(long))
+
+    ops.merge(config=tmp_path / "long.yaml", out=tmp_path / "long")
+    expected = by_this_package(short, models, tmp_path / "short")
+    assert (tmp_path / "long" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    other = by_this_package({**short, "models": short["models"][1:]}, models, tmp_path / "other")
+    assert (other / "model.safetensors").read_bytes() != (expected / "model.safetensors").read_bytes(), "the control"
+
+    config = pytest.importorskip("mergekit.config", reason="mergekit is not installed")
+    theirs = [
+        config.MergeConfiguration.model_validate(document)
+        for document in (long, absolute_paths(read_document(tmp_path / "long.yaml"), models))
+    ]
+    assert theirs[0].referenced_models() == theirs[1].referenced_models()
+
+
+def test_a_base_may_be_an_adapter_on_its_base(models: Path, tmp_path: Path) -> None:
+    """Named after ``--base`` and in a file it is the same; adapters among the experts lie on the same base."""
+    base, adapter = models / "base", models / "adapter"
+    document = {
+        "models": [model("a", weight=0.5), model("base+adapter", weight=0.25)],
+        "base_model": "base+adapter",
+        "merge_method": "task_arithmetic",
+    }
+    by_file = weights(by_this_package(document, models, tmp_path / "file"))
+    experts = [(models / "a", 0.5), (adapter, 0.25)]
+    ops.merge(base=f"{base}+{adapter}", experts=experts, method="task_arithmetic", out=tmp_path / "options")
+    by_options = weights(tmp_path / "options")
+    assert all(torch.equal(tensor, by_options[name]) for name, tensor in by_file.items())
+    ops.merge(base=base, experts=experts, method="task_arithmetic", out=tmp_path / "plain")
+    assert any(not torch.equal(tensor, by_file[name]) for name, tensor in weights(tmp_path / "plain").items()), (
+        "control"
+    )
 
 
 def test_several_documents(models: Path, tmp_path: Path) -> None:

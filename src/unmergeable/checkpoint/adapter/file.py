@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from unmergeable.checkpoint.adapter.keys import plain_keys
 from unmergeable.checkpoint.dtypes import dtype_code
 from unmergeable.checkpoint.header import TensorEntry, read_header
 from unmergeable.checkpoint.index import TensorSpec
@@ -24,18 +25,19 @@ NOT_GATHERED = (
 
 
 class AdapterFile:
-    """The adapter's own tensors by key."""
+    """The adapter's own tensors by key, as peft writes keys: names of wrappers and of the adapter are left out."""
 
     def __init__(
         self, path: Path, name: str, entries: Mapping[str, TensorEntry], state: Mapping[str, torch.Tensor]
     ) -> None:
         self.path = path
         self.name = name
-        self.specs = {key: entry.spec for key, entry in entries.items()} | {
-            key: TensorSpec(dtype_code(value.dtype), tuple(value.shape)) for key, value in state.items()
+        plain = plain_keys((*entries, *state), name)
+        self._entries = {key: entries[stored] for key, stored in plain.items() if stored in entries}
+        self._state = {key: state[stored] for key, stored in plain.items() if stored in state}
+        self.specs = {key: entry.spec for key, entry in self._entries.items()} | {
+            key: TensorSpec(dtype_code(value.dtype), tuple(value.shape)) for key, value in self._state.items()
         }
-        self._entries = entries
-        self._state = state
         self._files = OpenFiles()
         self._require_content()
 

@@ -5,7 +5,8 @@ and peft's ``config.json`` says so (``tie_word_embeddings: false``). A low-rank 
 into the weight they share and so change both, which is not what the adapter computes: refused.
 
 An adapter for classification is trained in another class than the base's; the merged network is of that class, with
-the adapter's head and without the base's.
+the adapter's head and without the base's. One for embeddings is trained in the network without any head, which its keys
+tell: the merged network has none either, and its features are what it is for.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _UNTIED = {"tie_word_embeddings": False}
 # T5 and its kin multiply by 1/sqrt(d) before a head that is tied, and not before one that is not.
 _SCALES_WHAT_IS_TIED = ("t5", "udop", "switch_transformers")
 _SUFFIXES = {name: name.removeprefix("AutoModel") for name in TASK_CLASSES.values()}
+_WITHOUT_HEAD = ("FEATURE_EXTRACTION", "")
 _LABELS_TRIED = 1009  # a number of labels that no other axis has
 
 
@@ -82,6 +84,9 @@ def settle(
         CheckpointError: an adapter whose merge would not compute what the adapter computes.
     """
     unknown = dict(changes.unknown)
+    if settings.task in _WITHOUT_HEAD and not unknown and (backbone := _backbone(base, names, changes)) is not None:
+        _require_matched(adapter, base, changes)
+        return _without_head(adapter, base, names, changes, backbone)
     name = trained_class_or_none(base.config, settings)
     if name is not None and name != _own_class(base.config) and name.endswith(tuple(_SUFFIXES.values())):
         _require_matched(adapter, base, changes)
@@ -213,6 +218,33 @@ def _parted(adapter: AdapterFile, head: str, embedding: str) -> CheckpointError:
     )
 
 
+# No head
+
+
+def _backbone(base: TensorSource, names: Names, changes: Changes) -> str | None:
+    """The class of the network inside the base's, if the adapter's modules are called as they are in there."""
+    paths = [update.module for update in changes.updates.values()]
+    if not paths or any(f"{path}.weight" in base.index.entries for path in paths) or names.skeleton is None:
+        return None
+    network = names.skeleton.network
+    inside = network.base_model
+    if inside is network or any(names.skeleton.module(path) is not None for path in paths):
+        return None
+    alone = Skeleton(inside)
+    return type(inside).__name__ if all(alone.module(path) is not None for path in paths) else None
+
+
+def _without_head(adapter: AdapterFile, base: TensorSource, names: Names, changes: Changes, class_name: str) -> Outcome:
+    """The network inside the base's. What the base lacks of it (a pooler) loading draws, as it did for the training."""
+    config_changes: dict[str, Any] = {"architectures": [class_name]}
+    held = _held(base, names, Skeleton.of({**base.config, **config_changes}, class_name))
+    dropped = frozenset(base.names) - set(held)
+    lost = dropped & (set(changes.updates) | set(changes.replacements))
+    if lost:
+        raise Mismatch(f"{adapter.name}: it changes {min(lost)!r}, which {class_name} has not; {MERGE_WITH_PEFT}.")
+    return Outcome(changes.updates, changes.replacements, dropped=dropped, config_changes=config_changes)
+
+
 # Another head
 
 
@@ -233,7 +265,8 @@ def _with_another_head(
         if name not in held.values() and shapes.get(name) != shape:
             raise CheckpointError(
                 f"{adapter.name}: {class_name} needs {name!r} {list(shape)}, which neither the adapter nor "
-                f"{base.description} holds; {MERGE_WITH_PEFT}."
+                f"{base.description} holds: what was drawn at random for the training is lost; pass the base that has "
+                "it, or train with it in modules_to_save."
             )
     dropped = frozenset(base.names) - set(held)
     lost = dropped & (set(changes.updates) | set(changes.replacements))

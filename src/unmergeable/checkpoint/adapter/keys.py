@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from unmergeable.checkpoint.adapter.settings import MERGE_WITH_PEFT, Kind
+from unmergeable.checkpoint.wrappers import without_insertions
 from unmergeable.errors import CheckpointError, Mismatch
 
 _PREFIX, _SHARED_PREFIX = "base_model.model.", "base_model."
@@ -34,6 +35,52 @@ _OF_KIND: Mapping[Kind, frozenset[str]] = {
     "TRAINABLE_TOKENS": frozenset({"tokens"}),
     "LN_TUNING": frozenset(),
 }
+
+
+# In a state dict that did not go through peft's own saving, parts carry the name of the adapter: lora_A.default.weight.
+_NAMED = re.compile(
+    r"\.(?P<part>(lora|hada|lokr|vera|token_adapter\.trainable_tokens|trainable_tokens)_[A-Za-z0-9_]+)"
+    r"\.(?!(?:weight|bias)$)(?P<adapter>[^.]+)(?=$|\.(?:weight|bias)$)"
+)
+_SAVED = ".modules_to_save."
+
+
+def plain_keys(keys: Iterable[str], where: str) -> dict[str, str]:
+    """The keys as peft writes them, each with the key in the file; ``where`` names the file in messages.
+
+    Left out are what ``torch.compile``, FSDP, activation checkpointing, DDP and a second wrapping by peft insert, and
+    the adapter's name where the keys carry it.
+
+    Raises:
+        CheckpointError: two keys are the same then, or they name several adapters.
+    """
+    keys = tuple(keys)
+    adapters = sorted({found["adapter"] for key in keys if (found := _NAMED.search(key))})
+    if len(adapters) > 1:
+        raise CheckpointError(
+            f"{where} holds several adapters ({', '.join(adapters)}): load it with peft and save one of them alone."
+        )
+    plain: dict[str, str] = {}
+    for key in keys:
+        name = _without_wrappers(key)
+        if adapters:
+            name = _NAMED.sub(r".\g<part>", name).replace(f"{_SAVED}{adapters[0]}.", _SAVED)
+        if name in plain:
+            raise CheckpointError(
+                f"{where}: keys {plain[name]!r} and {key!r} are the same tensor {name!r}; save the adapter again."
+            )
+        plain[name] = key
+    return plain
+
+
+def _without_wrappers(key: str) -> str:
+    name = without_insertions(key)
+    start = name.find(_SHARED_PREFIX)
+    if start > 0 and name[:start] in ("module.", "pretrained_model."):
+        name = name[start:]
+    while name.startswith(_PREFIX + _SHARED_PREFIX):
+        name = name.removeprefix(_PREFIX)
+    return name
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,11 @@ class _Matching:
 
     def _add_bias(self, module: str, key: str) -> None:
         name = self.names.match(f"{module}.bias")
+        if name is None and self.names.match(f"{module}.weight") is not None:
+            raise Mismatch(
+                f"{self.adapter.name}: lora_bias adds a bias to {module!r}, where {self.base.description} has none: "
+                "peft cannot merge it either; train the adapter with lora_bias=False."
+            )
         if name is None or self.base.spec(name).shape != self.adapter.specs[key].shape:
             raise Mismatch(self._no_tensor(f"the bias of module {module!r}"))
         self._put(name, Bias(module, key, self.settings.scale(module)))

@@ -1,7 +1,8 @@
 """mergekit's YAML: read it, and say what it means for the merges of this package.
 
     models:                                   # or slices: [{sources: [{model, layer_range: [0, 12]}, …]}, …]
-      - model: ./mathematician                # a folder, relative to the file; folder+adapter for a LoRA
+      - model: ./mathematician                # a folder, relative to the file; folder+adapter for a LoRA,
+                                              # or {model: {path: ./folder}, lora: {path: ./adapter}}
         parameters: {weight: [0.2, 0.8]}      # a gradient over the layers
       - model: ./programmer
         parameters:
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ _TOP = (
     "name",
 )
 _FORMS = ("models", "slices", "modules")
+_NAMES_OF_MODELS = ("model", "base_model")
 _IGNORED = ("int8_mask",)
 """Accepted without effect: how mergekit stores a mask changes nothing of the merge. (So is a ``name`` at the top.)"""
 
@@ -191,7 +194,43 @@ def read_document(path: Path) -> Mapping[str, Any]:
         ) from None
     if not isinstance(document, dict):
         raise BadInput(f"{path} is no configuration: it holds {type(document).__name__}, not keys and values.")
-    return document
+    try:
+        return {str(key): _models_as_text(value, str(key)) for key, value in document.items()}
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def _models_as_text(value: Any, key: str) -> Any:
+    """A part of a configuration, called ``key`` there, with models that are written as mappings written as text."""
+    if isinstance(value, list):
+        return [_models_as_text(entry, "") for entry in value]
+    if not isinstance(value, dict):
+        return value
+    # The source of a token is a mapping too, which says of what kind it is.
+    if key in (*_NAMES_OF_MODELS, "tokenizer_source") or (key == "source" and "kind" not in value):
+        return _model_as_text(value, key)
+    return {name: _models_as_text(entry, str(name)) for name, entry in value.items()}
+
+
+def _model_as_text(model: Mapping[str, Any], where: str) -> str:
+    """``folder`` or ``folder+adapter`` for ``{model: {path: folder}, lora: {path: adapter}}``, mergekit's long form.
+
+    Raises:
+        BadInput: for a revision, or another key.
+    """
+    fields = _mapping(model, where, ("model", "lora"))
+    paths = []
+    for name in ("model", "lora"):
+        path = fields.get(name)
+        if isinstance(path, dict):
+            if path.get("revision") is None:
+                path = {key: entry for key, entry in path.items() if key != "revision"}
+            path = _mapping(path, f"{where}, {name}", ("path",)).get("path")
+        if isinstance(path, str):
+            paths.append(path)
+        elif path is not None or name == "model":
+            raise BadInput(f"{where}, {name}: must name a folder, as in {{path: ./mine}}, not {fields.get(name)!r}.")
+    return "+".join(paths)
 
 
 def parse_config(document: object) -> MergeConfig:
@@ -202,6 +241,10 @@ def parse_config(document: object) -> MergeConfig:
     """
     if isinstance(document, dict) and "experts" in document:
         raise BadInput("the file makes a mixture of experts, which is no merge of weights: run mergekit-moe with it.")
+    if isinstance(document, dict) and "genome" in document:
+        raise BadInput(
+            "the file searches for a merge: run mergekit-evolve with it, and give the best_config.yaml that it writes."
+        )
     top = _mapping(document, "the file", _TOP)
     method = _text(top, "merge_method", "the file")
     if method is None:
@@ -407,6 +450,8 @@ def _instead(key: str, known: Sequence[str]) -> str:
         return f"; leave it out (it has no effect there in mergekit). Known: {', '.join(known) or 'none'}."
     if key in _TOP:
         return "; it stands at the top of the file: put it there."
+    if known == _TOP and not get_close_matches(key, known):
+        return f"; leave it out (mergekit passes over it). Known: {', '.join(known)}."
     return nearest(key, dict.fromkeys(known))
 
 

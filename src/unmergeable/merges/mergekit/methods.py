@@ -83,7 +83,6 @@ class Passthrough(Linear):
     """The tensors of one model, or of several models' layers, as they are, times a scale."""
 
     name: ClassVar[str] = "passthrough"
-    fewest_experts: ClassVar[int] = 1
     most_experts: ClassVar[int | None] = 1
 
     normalize: bool = False
