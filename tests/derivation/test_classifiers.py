@@ -53,9 +53,15 @@ STAGES = {
 EFFICIENTNET = {
     "model_type": "efficientnet",
     "width_coefficient": 0.25,
-    "depth_coefficient": 0.25,
+    "depth_coefficient": 1.0,
     "hidden_dim": 320,
-    "image_size": 64,
+    "image_size": 32,
+    "in_channels": [32, 16],
+    "out_channels": [16, 24],
+    "kernel_sizes": [3, 3],
+    "strides": [1, 2],
+    "expand_ratios": [1, 6],
+    "num_block_repeats": [1, 1],
 }
 
 
