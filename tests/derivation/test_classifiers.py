@@ -177,7 +177,7 @@ def test_fewer_keys_in_some_layers_are_no_attention_to_another_stream(first: boo
     assert _common({**template, "is_cross": first}, {**template, "is_cross": second})["is_cross"] is both
 
 
-@pytest.mark.parametrize("kind", ["swin", "bit", "cvt", "efficientnet"])
+@pytest.mark.parametrize("kind", ["swin", "bit", "cvt", "efficientnet", "mobilevit"])
 def test_a_map_of_stages_is_read_back_for_widths_it_was_not_made_from(kind: str) -> None:
     configs = [shrunken(default_config(kind), sizes) for sizes in (SMALL, OTHER, UNSEEN)]
     names = ("embed_dim", "hidden_sizes", "width_coefficient")
