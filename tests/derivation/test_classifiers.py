@@ -40,6 +40,29 @@ HIERA = {
     "masked_unit_attention": [True, False],
 }
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16], "depths": [1], "layer_type": "basic"}
+STAGES = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "hidden_sizes": [8, 12],
+    "num_attention_heads": [1, 2],
+    "mlp_ratios": [2, 3],
+    "sr_ratios": [2, 1],
+    "patch_sizes": [7, 3],
+    "strides": [4, 2],
+}
+EFFICIENTNET = {
+    "model_type": "efficientnet",
+    "width_coefficient": 0.25,
+    "depth_coefficient": 1.0,
+    "hidden_dim": 320,
+    "image_size": 32,
+    "in_channels": [32, 16],
+    "out_channels": [16, 24],
+    "kernel_sizes": [3, 3],
+    "strides": [1, 2],
+    "expand_ratios": [1, 6],
+    "num_block_repeats": [1, 1],
+}
 
 
 def poolformer() -> Specimen:
@@ -67,16 +90,71 @@ def test_units_are_not_seen_where_convolutions_are_not_watched(monkeypatch: pyte
     assert derive(poolformer()).blocks == []
 
 
-def test_a_kernel_of_several_places_is_no_product() -> None:
+def test_a_kernel_of_several_places_makes_units_and_reads_them() -> None:
     small = build(RESNET, transformers.ResNetForImageClassification)
-    trace = watch.watch(small)
-    assert trace.convolutions == 4  # the embedding's, the shortcut's and two of one layer
-    assert all("convolution" not in product.name or "shortcut" in product.name for product in trace.products)
+    assert watch.watch(small).convolutions == 4  # the embedding's, the shortcut's and two of one layer
+    found = derive(small)
+    (block,) = units(found)
+    layers = [f"resnet.encoder.stages.0.layers.0.layer.{index}" for index in range(2)]
+    assert (block.up.weight, block.down.weight) == tuple(f"{layer}.convolution.weight" for layer in layers)
+    norm = ("running_mean", "running_var", "weight", "bias")
+    assert [heads.weight for heads in block.along] == [f"{layers[0]}.normalization.{name}" for name in norm]
+    assert small.network.state_dict()[block.down.weight].shape[2:] == (3, 3)
+
+
+def test_each_tensor_along_the_units_has_to_follow_them() -> None:
+    small = build(RESNET, transformers.ResNetForImageClassification)
+    found = derive(small)
+    (block,) = units(found)
+    prover = Prover(small, Disk(small.network))
+    for left in range(len(block.along)):
+        rest = (*block.along[:left], *block.along[left + 1 :])
+        symmetry = symmetry_map([replace(block, along=rest)])
+        assert prover.together(symmetry, symmetry.spaces) >= VISIBLE, block.along[left].weight
+
+
+@pytest.mark.parametrize(
+    "kind", [transformers.PvtV2ForImageClassification, transformers.SegformerForImageClassification]
+)
+def test_units_pass_a_depthwise_convolution(kind: Any) -> None:
+    small = build({**STAGES, "model_type": kind.config_class.model_type}, kind)
+    found = derive(small)
+    assert [block.size for block in units(found)] == [16, 36]
+    for block in units(found):
+        kernel = f"{block.name}.dwconv.dwconv"
+        assert block.along == (Heads(f"{kernel}.weight", None, 0, 0, 0), Heads(f"{kernel}.bias", None, 0, 0, 0))
+        assert set(symmetry_map([block]).spaces) == {f"{block.name}.order"}, "its bias would have to be scaled, too"
+    assert sum(not isinstance(block, FeedForward) for block in found.blocks) == 2
+    assert found.joint <= TOLERANCE
+
+
+def test_units_are_weighed_by_what_reads_all_of_them() -> None:
+    small = build(EFFICIENTNET, transformers.EfficientNetForImageClassification)
+    found = derive(small)
+    wide = [block for block in units(found) if "expansion" in block.up.weight]
+    assert wide
+    for block in wide:
+        axes = {heads.weight.removeprefix(f"{block.name}.squeeze_excite."): heads.axis for heads in block.along}
+        assert axes["expand.weight"] == 0
+        assert axes["reduce.weight"] == 1
+    assert found.joint <= TOLERANCE
+
+
+def test_units_behind_a_squeeze_are_not_found_where_it_hides_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch._Recorder, "_tells_of_all_places", lambda *_: False)
+    found = derive(build(EFFICIENTNET, transformers.EfficientNetForImageClassification))
+    assert not any("expansion" in block.up.weight for block in units(found))
+
+
+def test_a_run_of_units_beside_another_in_one_module_has_a_name_of_its_own() -> None:
+    config = {**RESNET, "layer_type": "bottleneck"}
+    layer = "resnet.encoder.stages.0.layers.0.layer"
+    found = derive(build(config, transformers.ResNetForImageClassification))
+    assert [block.name for block in units(found)] == [layer, f"{layer}.1_convolution"]
 
 
 def test_a_network_without_attention_says_so() -> None:
     found = derive(build(RESNET, transformers.ResNetForImageClassification))
-    assert found.blocks == []
     seen = "no softmax over products of queries and keys was seen"
     assert found.reasons[NO_ATTENTION] == f"{seen}; the network has convolutions"
 
@@ -99,7 +177,7 @@ def test_fewer_keys_in_some_layers_are_no_attention_to_another_stream(first: boo
     assert _common({**template, "is_cross": first}, {**template, "is_cross": second})["is_cross"] is both
 
 
-@pytest.mark.parametrize("kind", ["swin", "bit", "cvt", "efficientnet"])
+@pytest.mark.parametrize("kind", ["swin", "bit", "cvt", "efficientnet", "mobilevit"])
 def test_a_map_of_stages_is_read_back_for_widths_it_was_not_made_from(kind: str) -> None:
     configs = [shrunken(default_config(kind), sizes) for sizes in (SMALL, OTHER, UNSEEN)]
     names = ("embed_dim", "hidden_sizes", "width_coefficient")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from toy_checkpoints import ToyCheckpoint, toy_checkpoint
-from unmergeable.architecture import Architecture, Space
+from unmergeable.architecture import Architecture, FeedForward, Space
+from unmergeable.architecture.blocks import Heads
 from unmergeable.architecture.symmetry import Group
 from unmergeable.checkpoint.memory import MemorySource
 from unmergeable.errors import UnsupportedArchitecture
@@ -349,6 +350,33 @@ def test_half_a_gauge_is_found_out() -> None:
     for side in ("query", "key", "value"):
         weight = f"vit.encoder.layer.0.attention.attention.{side}.weight"
         assert_only_off(found(toy, first, {**second, weight: first[weight]}), attention(toy))
+
+
+def kernels() -> tuple[Architecture, State]:
+    """Two kernels of three by three with a depthwise one, a norm's mean, and what weighs units between them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"up": (5, 3, 3, 3), "bias": (5,), "kernel": (5, 1, 3, 3), "mean": (5,), "squeeze": (2, 5, 1, 1)}
+    shapes["down"] = (4, 5, 3, 3)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    along = tuple(Heads(name, None, int(name == "squeeze"), 0, 0) for name in ("kernel", "mean", "squeeze"))
+    block = FeedForward("mlp", 5, Heads("up", "bias", 0, 0, 0), Heads("down", None, 1, 0, 0), along=along)
+    return Architecture("toy", (block,)), state
+
+
+def test_tensors_along_hidden_units_follow_them() -> None:
+    architecture, state = kernels()
+    assert [space.group.kind for space in architecture.symmetry.spaces.values()] == ["permutation"]
+    order = torch.tensor([3, 0, 4, 1, 2])
+    element = Monomial(order[None], torch.ones(1, 5, dtype=torch.float64))
+    gauge = fixed_gauge(architecture.symmetry.spaces, {"mlp.order": element})
+    after = transform_all(state, architecture.symmetry, [gauge])
+    assert not any(torch.equal(after[name], tensor) for name, tensor in state.items())
+    assert compare(source(state), source(after), architecture, condition=1.0, threads=1).is_equal
+    for name in ("kernel", "mean", "squeeze"):
+        left = {**after, name: state[name]}
+        assert not compare(source(state), source(left), architecture, condition=1.0, threads=1).is_equal, name
+    doubled = {**state, "kernel": 2 * state["kernel"]}
+    assert not compare(source(state), source(doubled), architecture, condition=1.0, threads=1).is_equal
 
 
 def test_a_larger_condition_number_than_announced_is_found_out() -> None:

@@ -172,6 +172,9 @@ class FeedForward:
     """One feed-forward block, ``down(act(gate) * up)`` or ``down(act(up))`` when ``gate`` is None.
 
     ``scale_limit`` says why hidden units of a gated block cannot be scaled (``up`` is clamped), empty where they can.
+    ``along``: where tensors between up and down hold something of each unit: a depthwise kernel, the statistics of a
+    norm, what weighs each unit by all of them. They go where units go; units of such a block are reordered and not
+    scaled.
     """
 
     name: str
@@ -181,6 +184,12 @@ class FeedForward:
     gate: Heads | None = None
     activation: Activation = "other"
     scale_limit: str = ""
+    along: tuple[Heads, ...] = ()
+
+    @property
+    def places(self) -> tuple[Heads, ...]:
+        """Everywhere that hidden units lie."""
+        return tuple(heads for heads in (self.gate, self.up, self.down, *self.along) if heads is not None)
 
 
 def output_weight(block: Attention | FeedForward) -> str:

@@ -444,6 +444,7 @@ class _Reader:
             gate=self.heads(data["gate"]) if data.get("gate") else None,
             activation=data["activation"],
             scale_limit=data["scale_limit"],
+            along=tuple(map(self.heads, data.get("along", ()))),
         )
 
 

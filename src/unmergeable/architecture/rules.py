@@ -358,7 +358,9 @@ def _head_rules(
 
 def _feed_forward_rules(collector: Collector, block: FeedForward) -> None:
     """Hidden units in another order; and a scale per unit between up and down where the activation lets it by."""
-    if block.gate is not None and not block.scale_limit:
+    if block.along:
+        scale = None
+    elif block.gate is not None and not block.scale_limit:
         scale = collector.space(
             f"{block.name}.scale",
             "feed_forward",
@@ -381,11 +383,12 @@ def _feed_forward_rules(collector: Collector, block: FeedForward) -> None:
     if scale is not None:
         _heads_leg(collector, scale, block.up, "vector")
         _heads_leg(collector, scale, block.down, "covector")
-    limit = "" if scale else block.scale_limit or "the activation lets only a reordering through"
+    through = "what each unit passes by itself" if block.along else "the activation"
+    limit = "" if scale else block.scale_limit or f"{through} lets only a reordering through"
     order = collector.space(
         f"{block.name}.order", "feed_forward", "permutation", blocks=1, size=block.size, limit=limit
     )
-    for heads in filter(None, (block.gate, block.up, block.down)):
+    for heads in block.places:
         _heads_leg(collector, order, heads, "vector")
 
 

@@ -45,7 +45,7 @@ cosines of a sample reach 6 / sqrt(SAMPLE) = 0.375, so that nothing is known by 
 
 
 def match_units(block: FeedForward, protected: Tensors, base: Tensors, similarity: UnitSimilarity) -> Match:
-    """The permutation of hidden units; each tensor that holds some has two axes."""
+    """The permutation of hidden units, by the weights that make them and those that read them."""
     plain, ours = _apart(block, protected)
     _, theirs = _apart(block, base)
     samples = _samples(plain, ours)

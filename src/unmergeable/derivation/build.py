@@ -123,6 +123,10 @@ def _randomise(network: Any, seed: int) -> None:
         for name, buffer in network.named_buffers():
             if buffer.is_floating_point() and name.endswith("correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_mean"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_var"):
+                buffer.copy_(0.2 + 0.3 * torch.rand(buffer.shape, generator=generator))
 
 
 TASKS = {

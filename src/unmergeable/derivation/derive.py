@@ -90,8 +90,9 @@ class _Search:
             for place in range(output.offset, output.offset + block.num_heads * block.value_size)
         }
         for index, product in enumerate(self.scene.trace.products):
+            named = {block.name: block.up.weight for block in self.result.blocks if isinstance(block, FeedForward)}
             try:
-                self._add(self._first_proven(feed_forward(self.scene, index, taken), "feed_forward"))
+                self._add(self._first_proven(feed_forward(self.scene, index, taken, named), "feed_forward"))
             except Unexplained as reason:
                 self.result.reasons[product.name] = str(reason)
         for mixture in mixtures(self.result.blocks, self.scene.disk):

@@ -5,19 +5,21 @@ Nothing here has to be right: every proposal is proven or dropped by :mod:`unmer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from unmergeable.architecture.blocks import Attention, FeedForward, Mixture
-from unmergeable.derivation.probe import Disk, Source
-from unmergeable.derivation.scene import Scene, Unexplained, common_module, laid_out, layer_of
+from unmergeable.architecture.blocks import Attention, FeedForward, Heads, Mixture
+from unmergeable.derivation.probe import Disk, Source, Spot, derivatives, one_to_one
+from unmergeable.derivation.scene import Row, Scene, Unexplained, common_module, laid_out, layer_of
 
 
-def feed_forward(scene: Scene, index: int, taken: set[tuple[str, int]]) -> Iterator[FeedForward]:
+def feed_forward(
+    scene: Scene, index: int, taken: set[tuple[str, int]], named: Mapping[str, str]
+) -> Iterator[FeedForward]:
     """Proposals for the hidden units that the product ``index`` reads, the one with the largest groups first.
 
-    ``taken``: columns that belong to an attention, by weight and place; a product may read both. Raises Unexplained
-    when these are no hidden units.
+    ``taken``: columns that belong to an attention, by weight and place; a product may read both. ``named``: the weight
+    that makes the units of every block so far, by name. Raises Unexplained when these are no hidden units.
     """
     product = scene.trace.products[index]
     every = [scene.column(index, column) for column in range(scene.width(index))]
@@ -44,9 +46,22 @@ def feed_forward(scene: Scene, index: int, taken: set[tuple[str, int]]) -> Itera
     name = made[0].weight.removesuffix(".weight") if is_shared else common_module(made[0].weight, down.weight)
     if down.slice is not None:
         name = f"{name}.{down.slice}"
+    if not name:  # between a network's body and its head
+        name = made[0].weight.removesuffix(".weight")
+    if named.get(name, made[0].weight) != made[0].weight:  # one of several runs of units in a module
+        inside = made[0].weight.removeprefix(f"{name}.").removesuffix(".weight")
+        name = f"{name}.{inside.replace('.', '_')}"  # a number in it is that of a step, and of no layer
     block = FeedForward(name, len(order), made[0], down)
     if down.offset != (read[0] if is_shared else 0):
         raise Unexplained(f"{down.weight} reads more than these units")
+    known = {name for heads in (*made, down) for name in (heads.weight, heads.bias)}
+    found = _along(scene, index, Source(part[..., order], inputs.outer), [origins[unit] for unit in order])
+    along = [heads for heads in found if heads.weight not in known]
+    if along:
+        first_row = min(rows, key=lambda row: row.product)
+        up = next(heads for heads in made if heads.weight == scene.spot(first_row).weight)
+        yield replace(block, up=up, along=(*(heads for heads in made if heads != up), *along))
+        return
     if len(made) == 1:
         yield replace(block, activation="relu")
         yield block
@@ -54,6 +69,38 @@ def feed_forward(scene: Scene, index: int, taken: set[tuple[str, int]]) -> Itera
     for gate, up in (made, made[::-1]):
         yield replace(block, gate=gate, up=up)
     yield replace(block, gate=made[0], up=made[1], scale_limit="both factors pass through what is not linear")
+
+
+def _along(scene: Scene, index: int, units: Source, origins: Sequence[set[Row]]) -> list[Heads]:
+    """Where else something lies that hidden units come from or go through, each by itself, before they are read.
+
+    ``units`` is what the product ``index`` reads of them, and ``origins`` the rows that make each.
+    """
+    trace = scene.trace
+    first = min(row.product for unit in origins for row in unit)
+    found: dict[str, Heads] = {}
+    factors = [factor for factor in trace.factors if first < factor.position <= index]
+    tables = derivatives(units, [factor.used for factor in factors])
+    for factor, table in zip(factors, tables, strict=True):
+        place = one_to_one(table)
+        if place is not None:
+            axis, units_at = place
+            for name in scene.disk.names_of(factor.parameter):
+                found[name] = laid_out([[[Spot(name, axis, at) for at in units_at]]])
+    made = {(row.product, row.coordinate): unit for unit, own in enumerate(origins) for row in own}
+    makers = sorted({product for product, _ in made})
+    for reader in range(first + 1, index):  # what weighs units reads all of them first
+        inputs = Source(trace.products[reader].inputs)
+        if reader in makers or inputs.width != len(origins):
+            continue
+        sources = scene.before(reader, layer_of(trace.products[index].name))
+        read = scene.origins(inputs, [source for source in sources if source in makers])
+        units_read = [{made.get((row.product, row.coordinate), -1) for row in own} for own in read]
+        if sorted(map(sorted, units_read)) == [[unit] for unit in range(len(origins))]:
+            column_of = {min(unit): column for column, unit in enumerate(units_read)}
+            columns = laid_out([[[scene.column(reader, column_of[unit]) for unit in range(len(origins))]]])
+            found[columns.weight] = columns
+    return list(found.values())
 
 
 def mixtures(blocks: Iterable[Attention | FeedForward], disk: Disk) -> Iterator[Mixture]:

@@ -74,15 +74,48 @@ def support(
     if tensor.numel() == 0:  # an expert that no token was sent to
         count = target.width if only is None else len(only)
         return [torch.zeros(count, source.width, dtype=torch.bool) for source in sources]
+    flat = _over_tokens(target, first_token=first_token)
+    asked = flat if only is None else flat[list(only)]
+    return [_nonzero(grad) for grad in _derivatives(asked, sources)]
+
+
+def _over_tokens(target: Source, *, first_token: bool) -> Tensor:
+    """The sum of ``target`` over tokens with random weights, or its first token: [coordinates]."""
+    tensor = target.tensor
     tokens = tensor.shape[-2] if tensor.dim() > 1 else 1
     weights = torch.zeros(tokens, dtype=tensor.dtype)
     weights[0] = 1
     if not first_token:
         weights = torch.rand(tokens, generator=torch.Generator().manual_seed(3), dtype=tensor.dtype) + 0.5
     summed = (tensor * weights[:, None]).sum(-2) if tensor.dim() > 1 else tensor
-    flat = summed.reshape(-1, target.width).sum(0)
-    asked = flat if only is None else flat[list(only)]
-    return [_nonzero(grad) for grad in _derivatives(asked, sources)]
+    return summed.reshape(-1, target.width).sum(0)
+
+
+def derivatives(target: Source, factors: Sequence[Tensor]) -> list[Tensor]:
+    """For each factor, how much each coordinate of ``target`` changes with each of its numbers, over all tokens.
+
+    [coordinates of target, *shape of the factor], no less than zero; of a factor without influence, no coordinates.
+    """
+    if not factors or not target.tensor.requires_grad:
+        return [torch.zeros(0, *factor.shape) for factor in factors]
+    flat = _over_tokens(target, first_token=False)
+    parts = [_gradients(flat, some, factors) for some in torch.eye(len(flat), dtype=flat.dtype).split(AT_A_TIME)]
+    return [
+        torch.cat([torch.zeros(0, *factor.shape) if grad is None else grad.abs() for grad in column])
+        for factor, column in zip(factors, zip(*parts, strict=True), strict=True)
+    ]
+
+
+def one_to_one(table: Tensor) -> tuple[int, list[int]] | None:
+    """The axis of a factor on which each coordinate changes with one place that no other does, and these places.
+
+    ``table`` [coordinates, *shape of the factor]; None where there is no such axis.
+    """
+    for axis in range(table.dim() - 1 if len(table) else 0):
+        own = _nonzero(table.movedim(axis + 1, 1).flatten(2).sum(2) if table.dim() > 2 else table)
+        if bool((own.sum(1) == 1).all()) and bool((own.sum(0) <= 1).all()):
+            return axis, own.int().argmax(1).tolist()
+    return None
 
 
 def reached(target: Tensor, sources: Sequence[Source], tokens: Sequence[int]) -> Tensor:
@@ -105,21 +138,24 @@ def _derivatives(flat: Tensor, sources: Sequence[Source]) -> list[Tensor]:
 
 def _along(flat: Tensor, directions: Tensor, sources: Sequence[Source]) -> list[Tensor]:
     """The rows of :func:`_derivatives` for some directions [count, coordinates of target]."""
-    inputs = [source.tensor for source in sources]
-    found: Sequence[Tensor | None]
-    try:
-        found = torch.autograd.grad(
-            flat, inputs, directions, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
-    except RuntimeError:  # some operations have no batched derivative
-        single = [torch.autograd.grad(flat, inputs, row, retain_graph=True, allow_unused=True) for row in directions]
-        found = [None if column[0] is None else torch.stack(column) for column in zip(*single, strict=True)]
+    found = _gradients(flat, directions, [source.tensor for source in sources])
     return [
         torch.zeros(len(directions), source.width, dtype=torch.float64)
         if grad is None
         else source.over_tokens(grad.abs())
         for grad, source in zip(found, sources, strict=True)
     ]
+
+
+def _gradients(flat: Tensor, directions: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Of ``flat`` along each of ``directions``, by each of ``inputs``: [directions, *input]; None where it has none."""
+    try:
+        return torch.autograd.grad(
+            flat, inputs, directions, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    except RuntimeError:  # some operations have no batched derivative
+        single = [torch.autograd.grad(flat, inputs, row, retain_graph=True, allow_unused=True) for row in directions]
+        return [None if column[0] is None else torch.stack(column) for column in zip(*single, strict=True)]
 
 
 def _nonzero(grad: Tensor) -> Tensor:
@@ -135,6 +171,10 @@ class Disk:
         for name, place in self.places.items():
             for piece in place.pieces:
                 self._owned.setdefault(id(piece.parameter), []).append((name, place))
+
+    def names_of(self, parameter: Tensor) -> list[str]:
+        """The tensors on disk that are a parameter as a whole."""
+        return [name for name, place in self._owned.get(id(parameter), []) if place.parameter is parameter]
 
     def rows(self, product: Product) -> list[Spot | None]:
         """Where each coordinate of the product's output lies; None where that is not one place of one axis."""

@@ -109,7 +109,7 @@ _INDICES = {
 }  # fmt: skip
 """Settings that list the layers of one kind."""
 
-_COEFFICIENTS = ("width_coefficient", "depth_coefficient", "depth_multiplier")
+_COEFFICIENTS = ("width_coefficient", "depth_coefficient", "depth_multiplier", "width_multiplier")
 """Settings that all widths or depths of a network are multiplied with."""
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
@@ -119,6 +119,8 @@ def shrunken(config: Mapping[str, Any], sizes: Sizes = SMALL) -> dict[str, Any]:
     """``config`` (as transformers' ``to_dict`` gives it) with every size replaced by a small one."""
     if any(isinstance(config.get(name), (list, tuple)) for name in _DEPTHS):
         return _with_stages(config, sizes)
+    if "neck_hidden_sizes" in config or any(name in config for name in _COEFFICIENTS):
+        return _with_few_channels(config, sizes)
     layers = next((int(config[key]) for key in _LAYERS if isinstance(config.get(key), int)), 0)
     kept = _layers_that_differ(config, layers)
     if config.get("num_kv_shared_layers") and layers > MOST_LAYERS:
@@ -212,6 +214,26 @@ def _with_stages(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
         **{name: [min(depth, most[name]) for depth in value] for name, value in depths.items()},
         "image_size": [64, 64] if isinstance(config.get("image_size"), (list, tuple)) else 64,
     }
+
+
+def _with_few_channels(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """A network of convolutions whose layers are not counted by a setting: every width smaller, by one factor."""
+    factor = sizes.narrower
+    small = {key: value for key, value in config.items() if key not in _NAMES_OF_LAYERS}
+    for key in _COEFFICIENTS:
+        if isinstance(value := config.get(key), float):
+            small[key] = min(value, 1 / factor)
+    if isinstance(width := config.get("width_coefficient"), float):  # the last width is given as a number, too
+        small["hidden_dim"] = round(config["hidden_dim"] * small["width_coefficient"] / width)
+    for key in ("hidden_sizes", "neck_hidden_sizes"):
+        if isinstance(value := config.get(key), (list, tuple)):
+            small[key] = [width // factor for width in value]
+            if "num_attention_heads" in config and key == "hidden_sizes":
+                counts = (count for count in (sizes.heads, 4, 3, 2, 1) if not any(wide % count for wide in small[key]))
+                small["num_attention_heads"] = next(counts)
+    if isinstance(value := config.get("n_attn_blocks"), (list, tuple)):
+        small["n_attn_blocks"] = [min(count, 2) for count in value]
+    return small | {"image_size": 128}  # of a smaller one, the last attention would see one token
 
 
 def _layers_that_differ(config: Mapping[str, Any], layers: int) -> list[int]:

@@ -99,8 +99,9 @@ _INTRODUCTION = """\
 Of the `model_type`s that transformers {version} registers for a task, these have a symmetry map: declared by hand, or
 [derived by experiment](command-line.md#map) and proven: the function of a small random network stays the same to 1e-9
 under random elements of every group, and changes under a control. A whole map has the value and output projections of
-attention and the hidden units of feed-forwards; a map of one part protects only that. A type may be registered for
-several tasks."""
+attention and the hidden units of feed-forwards; a map of one part protects only that. Channels between two convolutions
+are hidden units, too, and what a depthwise convolution or a norm holds of each goes where it goes. A type may be
+registered for several tasks."""
 
 
 _MEASURED = """\

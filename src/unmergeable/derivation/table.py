@@ -488,6 +488,10 @@ def _feed_forward(both: _Pair, block: FeedForward, twin: FeedForward) -> dict[st
         here, there = getattr(block, side), getattr(twin, side)
         if here is not None and there is not None:
             template[side] = _heads(both, here, there)
+    if len(block.along) != len(twin.along):
+        raise Unexplained("two sizes of the network have different tensors along the hidden units")
+    if block.along:
+        template["along"] = [_heads(both, here, there) for here, there in zip(block.along, twin.along, strict=True)]
     return template | {"activation": block.activation, "scale_limit": block.scale_limit}
 
 

@@ -1,13 +1,13 @@
 """One forward pass of a network, watched: every product with a weight, and every attention.
 
-A product is recognised by its weight being a parameter, or a view of one; a convolution whose kernel covers one place
-is one, too. An attention is recognised by a softmax whose input is a product of two activations and whose output
-multiplies a third. Nothing depends on how a network's code is organised.
+A product is recognised by its weight being a parameter, or a view of one; a convolution that reads all channels is one,
+too, of the channels at all places of its kernel. An attention is recognised by a softmax whose input is a product of
+two activations and whose output multiplies a third. Nothing depends on how a network's code is organised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from unmergeable.derivation.double import in_float64
 
 _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm"}
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
+_CLAMPS = {"clamp", "clip", "hardtanh", "relu6", "hardsigmoid"}
 _WITH_WINDOWS = 5
 """Axes of values that have windows besides a batch, heads, tokens and coordinates."""
 
@@ -42,6 +43,19 @@ class Product:
     outputs: Tensor
     replay: Callable[[Tensor], Tensor]
     added: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A parameter, or a norm's statistic, that took part in what is no product.
+
+    ``used`` is what the outputs depend on; it is the parameter itself but for statistics, which have no derivative.
+    ``position`` counts the products before it was used.
+    """
+
+    parameter: Tensor
+    used: Tensor
+    position: int
 
 
 @dataclass
@@ -66,6 +80,7 @@ class Trace:
 
     products: list[Product] = field(default_factory=list)
     attentions: list[AttentionCall] = field(default_factory=list)
+    factors: list[Factor] = field(default_factory=list)
     convolutions: int = 0
 
 
@@ -90,8 +105,12 @@ class _Recorder(TorchFunctionMode):
         if name in {"relu", "relu_"}:
             # A unit that is off for every token would seem to come from nowhere.
             return functional.leaky_relu(args[0], 0.5)
+        if name == "batch_norm":
+            return self._batch_norm(*args, **kwargs)
+        if name in _CONVOLUTIONS and self._tells_of_all_places(args, kwargs):
+            return self._convolution(args, kwargs, func(args[0].detach(), *args[1:], **kwargs))
         result = func(*args, **kwargs)
-        if name in {"clamp", "clip"} and isinstance(result, Tensor) and result.requires_grad:
+        if name in _CLAMPS and isinstance(result, Tensor) and result.requires_grad:
             result = (result + args[0]) / 2  # so does one that is at its limit for every token
         if name in _CONVOLUTIONS and isinstance(result, Tensor):
             return self._convolution(args, kwargs, result)
@@ -112,6 +131,7 @@ class _Recorder(TorchFunctionMode):
             if scores is not None:
                 result._weights = scores  # type: ignore[attr-defined]
         elif isinstance(result, Tensor):
+            self._factors(_tensors((args, tuple(kwargs.values()))))
             if name in {"add", "__add__", "__radd__", "__iadd__", "add_"}:
                 self._bias(args)
             for mark in ("_scores", "_weights"):
@@ -144,28 +164,70 @@ class _Recorder(TorchFunctionMode):
         self.trace.products.append(made)
 
     def _convolution(self, args: Any, kwargs: Any, result: Tensor) -> Tensor:
-        """``result``, made to pass through a product with the channels last where the kernel covers a single place."""
+        """``result``, made to pass through a product with the channels last where the kernel reads all channels.
+
+        Replayed, it is applied to the same channels at every place.
+        """
         inputs, kernel, bias = (
             args[place] if len(args) > place else kwargs.get(name)
             for place, name in enumerate(("input", "weight", "bias"))
         )
         self.trace.convolutions += 1
         owner = self._parameter(kernel)
-        if owner is None:
-            return result
         channels = -kernel.dim() + 1
-        is_pointwise = kernel[0, 0].numel() == 1 and kernel.shape[1] == inputs.shape[channels]
-        if not is_pointwise or not result.requires_grad:
+        if owner is None or not result.requires_grad:
             return result
+        if kernel.shape[1] != inputs.shape[channels]:
+            if kernel.shape[1] == 1 and len(kernel) == inputs.shape[channels]:  # each channel by itself
+                self._factors([kernel] if bias is None else [kernel, bias])
+            return result
+        count = kernel[0, 0].numel()
 
         def replay(some: Tensor) -> Tensor:
             with in_float64():
-                return functional.linear(some, kernel.flatten(1), bias)
+                whole = kernel.flatten(1) if count == 1 else kernel.flatten(2).sum(-1)
+                return functional.linear(some, whole, bias)
 
         read, made = inputs.movedim(channels, -1), result.movedim(channels, -1)
         every = tuple(found for found in (owner, self._parameter(bias)) if found is not None)
-        self.trace.products.append(Product(self.names[id(owner)], kernel.flatten(1), every, read, made, replay))
+        self.trace.products.append(Product(self.names[id(owner)], kernel.flatten(2).sum(-1), every, read, made, replay))
         return made.movedim(-1, channels)
+
+    def _tells_of_all_places(self, args: Any, kwargs: Any) -> bool:
+        """Whether a convolution reads one place, as what weighs channels by their means over all places does.
+
+        What is made from it depends on every channel, which would hide what each channel comes from; so nothing
+        before it is seen behind it.
+        """
+        inputs, kernel = args[0], args[1] if len(args) > 1 else kwargs.get("weight")
+        is_seen = isinstance(kernel, Tensor) and self._parameter(kernel) is not None
+        return is_seen and inputs.requires_grad and inputs.shape[-kernel.dim() + 2 :].numel() == 1
+
+    def _batch_norm(
+        self,
+        inputs: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """The same from statistics that have derivatives."""
+        position = len(self.trace.products)
+        used = [statistic.detach().clone().requires_grad_() for statistic in (mean, variance)]
+        self.trace.factors += [Factor(own, one, position) for own, one in zip((mean, variance), used, strict=True)]
+        self._factors(vector for vector in (weight, bias) if vector is not None)
+        shape = (-1, *(1 for _ in inputs.shape[2:]))
+        result = (inputs - used[0].reshape(shape)) / (used[1] + eps).sqrt().reshape(shape)
+        result = result if weight is None else result * weight.reshape(shape)
+        return result if bias is None else result + bias.reshape(shape)
+
+    def _factors(self, operands: Iterable[Tensor]) -> None:
+        position = len(self.trace.products)
+        owned = ((self._parameter(operand), operand) for operand in operands)
+        self.trace.factors += [Factor(owner, owner, position) for owner, _ in owned if owner is not None]
 
     def _bias(self, terms: Any) -> None:
         """A vector of parameters added to what a product gave out belongs to it."""

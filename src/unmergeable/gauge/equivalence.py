@@ -315,7 +315,7 @@ def _tensors(block: Block, by_name: Mapping[str, Attention | FeedForward]) -> li
         apart = () if block.fused else block.experts
         return [*block.indexed, *(name for expert in apart for name in _tensors(by_name[expert], by_name))]
     if isinstance(block, FeedForward):
-        every = [heads for heads in (block.gate, block.up, block.down) if heads is not None]
+        every = list(block.places)
         around: list[str | None] = []
     else:
         every = [*block.projections, *block.outputs]
@@ -408,9 +408,18 @@ class _Projections:
         return product(weight, hidden, is_transposed=axis == 0)
 
     def _matrix(self, heads: Heads) -> tuple[Tensor, int]:
-        """The weight that heads lie in, as a matrix, and the axis of it; kernels of one place have further axes."""
+        """The weight that heads lie in, as a matrix, and the axis of it.
+
+        The places of a kernel count as further inputs; of one that reads units, a random sum over them is taken.
+        """
         if heads.slice is None:
-            return self._source.tensor(heads.weight).flatten(1), heads.axis
+            weight = self._source.tensor(heads.weight)
+            if weight.dim() == 1:
+                return weight[:, None], 0
+            if heads.axis == 1 and weight.dim() > 2 and weight[0, 0].numel() > 1:
+                places = weight.flatten(2)
+                return places.double() @ self._activations.inputs("", places.shape[2])[:, 0], 1
+            return weight.flatten(1), heads.axis
         if heads.weight not in self._shared:  # with all other experts, which are read next
             self._shared[heads.weight] = self._source.tensor(heads.weight)
         return self._shared[heads.weight][heads.slice], heads.axis - 1
@@ -469,6 +478,8 @@ def _feed_forward(block: FeedForward, reader: _Projections) -> Tensor:
     # Any nonlinearity tells an allowed change from a forbidden one; relu is special in letting scales through.
     activate: Callable[[Tensor], Tensor] = torch.relu if block.activation == "relu" else torch.nn.functional.gelu
     up = reader.heads(block.up, 1, 1, block.size)[0, 0]
+    for heads in block.along:
+        up = up * (1 + reader.heads(heads, 1, 1, block.size)[0, 0])
     if block.gate is None:
         return reader.read(block.down, activate(up))
     return reader.read(block.down, activate(reader.heads(block.gate, 1, 1, block.size)[0, 0]) * up)

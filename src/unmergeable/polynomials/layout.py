@@ -198,6 +198,11 @@ def layout_of(architecture: Architecture) -> Layout:
             f"known: {', '.join(sorted(LAYOUTS))}."
         )
     for block in architecture.feed_forwards:
+        if block.along:
+            raise UnsupportedArchitecture(
+                f"tensor {block.along[0].weight} lies between the hidden units and what reads them; networks of "
+                "polynomials are known for feed-forwards with nothing but an activation there."
+            )
         if block.gate is not None and block.gate.weight == block.up.weight:
             raise UnsupportedArchitecture(
                 f"tensor {block.up.weight} holds gate and up-branch in one; networks of polynomials are known for "

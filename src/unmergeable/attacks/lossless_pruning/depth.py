@@ -150,7 +150,7 @@ def _owners(state: State, architecture: Architecture, layers: Layers) -> dict[st
 def _tensors_of(block: Attention | FeedForward) -> Iterator[str]:
     yield output_bias(block)
     if isinstance(block, FeedForward):
-        every = [heads for heads in (block.gate, block.up, block.down) if heads is not None]
+        every = list(block.places)
     else:
         every = [*block.projections, *block.outputs]
         for norm in block.norms:

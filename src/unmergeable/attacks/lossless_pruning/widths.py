@@ -39,7 +39,8 @@ def prune_units(
     ``activation``: of the network; without it units that put out the same for every input count as doing something.
     ``usual``: the largest bias of the base's units, see :mod:`.turned_units`.
     """
-    if block.down.slice is not None:  # of all experts in a tensor, none can be made narrower alone
+    # Of all experts in a tensor, none can be made narrower alone; what units pass by themselves may silence them.
+    if block.down.slice is not None or block.along:
         return False
     if activation is not None:
         silence_units(state, own, block, size, activation, usual)
@@ -78,7 +79,7 @@ def silence_units(
 ) -> None:
     """What units put out whatever they read, into the output bias; they then add nothing. Arguments as above."""
     bias, output = block.up.bias, output_bias(block)
-    if block.gate is not None or bias is None or output not in state or block.down.slice is not None:
+    if block.gate is not None or bias is None or output not in state or block.down.slice is not None or block.along:
         return
     biases = state[bias].double()
     lengths = state[block.up.weight].movedim(block.up.axis, 0).double().norm(dim=1)

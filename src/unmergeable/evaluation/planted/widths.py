@@ -95,8 +95,9 @@ def _wider(source: TensorSource, architecture: Architecture, stream: Stream, cha
 
 def _has_own_rows(source: TensorSource, block: FeedForward) -> bool:
     """Whether each of its weights holds its hidden units and nothing else."""
-    every = [heads for heads in (block.gate, block.up, block.down) if heads is not None]
-    return all(source.spec(heads.weight).shape[heads.axis] == block.size for heads in every)
+    if block.along:
+        return False
+    return all(source.spec(heads.weight).shape[heads.axis] == block.size for heads in block.places)
 
 
 def _widen(state: State, block: FeedForward, added: int, stream: Stream) -> None:
