@@ -492,3 +492,39 @@ def test_another_base_is_refused(adapted: Adapted, tmp_path: Path) -> None:
         network("Llama", hidden_size=32).save_pretrained(tmp_path / "wider")
     with pytest.raises(BadInput, match="pass the base it was trained on, or merge it with peft first"):
         open_checkpoint(adapted.folder / "adapter", base=tmp_path / "wider")
+
+
+@pytest.mark.parametrize(("part", "other"), [("vision", "text"), ("text", "vision")])
+def test_an_adapter_of_one_tower_changes_that_tower_of_the_whole(part: str, other: str, tmp_path: Path) -> None:
+    """Both towers of CLIP have modules of the adapter's names: its class says which of them is meant."""
+    config = transformers.CLIPConfig(
+        text_config={**IMAGES, "vocab_size": 31, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config=IMAGES,
+        projection_dim=8,
+    )
+    class_name = f"CLIP{part.title()}Model"
+    with quiet(transformers):
+        torch.manual_seed(0)
+        transformers.CLIPModel(config).save_pretrained(tmp_path / "whole")
+        tower = getattr(transformers, class_name).from_pretrained(tmp_path / "whole")
+        before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+        settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        adapted = peft.get_peft_model(tower, settings)
+        adapted.save_pretrained(tmp_path / "adapter")
+        expected = adapted.merge_and_unload().state_dict()
+    source = open_checkpoint(tmp_path / "adapter", base=open_checkpoint(tmp_path / "whole").folder)
+    whole = open_checkpoint(tmp_path / "whole")
+    changed = "encoder.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(expected[changed], before[changed])
+    for name, tensor in expected.items():
+        if f"{part}_model.{name}" in whole.names:
+            torch.testing.assert_close(source.tensor(f"{part}_model.{name}"), tensor, msg=name)
+    for name in whole.names:
+        if name.startswith(f"{other}_model."):
+            assert torch.equal(source.tensor(name), whole.tensor(name)), name
+
+    # The control: without the class nobody knows which tower is meant, and the adapter is refused.
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_mapping": None}))
+    with pytest.raises(Mismatch, match=r"encoder\.layers\.0\.self_attn\.q_proj"):
+        open_checkpoint(tmp_path / "adapter", base=tmp_path / "whole")

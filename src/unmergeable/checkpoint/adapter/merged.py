@@ -15,7 +15,7 @@ from unmergeable.checkpoint.adapter.heads import Outcome, settle, spec_of, train
 from unmergeable.checkpoint.adapter.matching import match
 from unmergeable.checkpoint.adapter.names import Names
 from unmergeable.checkpoint.adapter.settings import AdapterSettings
-from unmergeable.checkpoint.adapter.skeleton import Skeleton
+from unmergeable.checkpoint.adapter.skeleton import Skeleton, part_of_class
 from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.index import CheckpointIndex, Shard, TensorEntry, identified, lay_out_virtual
 from unmergeable.checkpoint.listing import ADAPTER_CONFIG_NAME, CONFIG_NAME, LeftOut, Listing, list_folder
@@ -53,7 +53,11 @@ class AdaptedCheckpoint(IndexedSource):
         config = listing.read_json(ADAPTER_CONFIG_NAME)
         settings = AdapterSettings.from_config(config, f"{ADAPTER_CONFIG_NAME} in {listing.folder}")
         adapter = AdapterFile.open(listing, allow_pickle=allow_pickle)
-        names = Names(base, lambda: Skeleton.of(base.config, trained_class(base.config, settings)))
+        names = Names(
+            base,
+            lambda: Skeleton.of(base.config, trained_class(base.config, settings)),
+            lambda: part_of_class(base.config, settings.network_class),
+        )
         outcome = settle(adapter, base, settings, names, match(adapter, base, settings, names))
         return cls(_index(listing, base, adapter, outcome), base, adapter, outcome)
 

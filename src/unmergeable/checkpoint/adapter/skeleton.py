@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unmergeable.checkpoint.disk_names import to_disk_names
-from unmergeable.errors import BadInput, shown
+from unmergeable.errors import BadInput, UsageError, shown
 from unmergeable.optional import optional_package, quiet
 
 TASK_CLASSES = {
@@ -147,6 +147,24 @@ class Skeleton:
                 if tensor.shape == self._state[name].shape:
                     found[name] = disk_name
         return found
+
+
+def part_of_class(config: Mapping[str, Any], class_name: str) -> str:
+    """What a configuration of several networks calls the one of this class: ``vision`` for its ``vision_config``.
+
+    Empty where it has none, or transformers does not know the class or is not installed.
+    """
+    try:
+        network_class = getattr(optional_package("transformers", "hf"), class_name, None)
+    except UsageError:
+        return ""
+    kind = getattr(getattr(network_class, "config_class", None), "model_type", None)
+    parts = (
+        key.removesuffix("_config")
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(value, Mapping) and value.get("model_type") == kind
+    )
+    return next(parts, "") if kind else ""
 
 
 def _index_along(indices: Tensor, axes: tuple[int, int]) -> tuple[int, Tensor] | None:
