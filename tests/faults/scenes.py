@@ -31,7 +31,7 @@ class Scene:
 
 def _networks(folder: Path, *names: str) -> None:
     for seed, name in enumerate(("base", *names)):
-        write_toy(TOYS["gpt2"], folder / name, seed=seed)
+        write_toy(TOYS["llama"], folder / name, seed=seed)
 
 
 def _expert(folder: Path) -> None:
