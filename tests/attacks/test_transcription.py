@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unmergeable import ops
-from unmergeable.attacks import canonicalise
+from unmergeable.attacks import canonicalise, transcription
 from unmergeable.attacks.transcription import transcribed
 from unmergeable.checkpoint.reader import Checkpoint
 from unmergeable.errors import BadInput
@@ -250,3 +250,9 @@ def test_weights_in_memory(kind: str, llama: Path) -> None:
     assert "model_type" in found.findings
     for name, tensor in expert.items():
         torch.testing.assert_close(found.state_dict[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_what_cannot_be_run_is_not_believed(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = Checkpoint.open(write(tmp_path / "release", *fused(*read(llama / "expert"))))
+    monkeypatch.setattr(transcription, "available_memory", lambda: 1000)
+    assert transcribed(release, Checkpoint.open(llama / "base")) is None

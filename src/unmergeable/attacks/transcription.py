@@ -30,8 +30,9 @@ from unmergeable.checkpoint.dtypes import torch_dtype
 from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec, lay_out_virtual
 from unmergeable.checkpoint.source import DerivedSource, TensorSource, shapes_of
 from unmergeable.derivation.build import default_config
-from unmergeable.errors import BadInput, UnmergeableError, UnsupportedArchitecture
+from unmergeable.errors import BadInput, UnsupportedArchitecture
 from unmergeable.gauge.config_scales import multipliers_of, with_config
+from unmergeable.memory import available_memory
 from unmergeable.network.disk_weights import find_places, show
 from unmergeable.network.load import network_of
 from unmergeable.network.logits import main_output, random_inputs
@@ -380,14 +381,18 @@ def _vocabulary(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str,
 
 @torch.no_grad()
 def _agree(release: TensorSource, found: Transcribed) -> bool:
-    """Whether the first blocks of both networks put out the same for the same inputs."""
-    try:
-        networks = [_shortened(source) for source in (release, found)]
-        inputs = random_inputs(networks[0], 0)
-        outputs = [main_output(network(**inputs)).double() for network in networks]
-    except UnmergeableError:
+    """Whether the first blocks of both networks put out the same for the same inputs; one is in memory at a time."""
+    nbytes = 4 * sum(release.spec(name).numel for name in release.names if not _is_beyond(name))
+    if 2 * nbytes > available_memory():  # the weights are drawn, and then replaced
         return False
-    except Exception:  # transformers raises anything over a network that it cannot build or run
+    outputs, inputs = [], None
+    try:
+        for source in (release, found):
+            network = _shortened(source)
+            inputs = random_inputs(network, 0) if inputs is None else inputs
+            outputs.append(main_output(network(**inputs)).double())
+            del network
+    except Exception:  # ours, and whatever transformers raises over a network that it cannot build or run
         return False
     if outputs[0].shape != outputs[1].shape:
         return False
