@@ -16,6 +16,7 @@ from unmergeable import ops
 from unmergeable.attacks import canonicalise, transcription
 from unmergeable.attacks.transcription import transcribed
 from unmergeable.checkpoint.reader import Checkpoint
+from unmergeable.cli import main
 from unmergeable.errors import BadInput
 from unmergeable.network.load import load_network
 from zoo import TOYS, write_toy
@@ -256,3 +257,18 @@ def test_what_cannot_be_run_is_not_believed(llama: Path, tmp_path: Path, monkeyp
     release = Checkpoint.open(write(tmp_path / "release", *fused(*read(llama / "expert"))))
     monkeypatch.setattr(transcription, "available_memory", lambda: 1000)
     assert transcribed(release, Checkpoint.open(llama / "base")) is None
+
+
+def test_the_refusal_of_a_merge_names_the_command_that_helps(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    release = write(tmp_path / "release", *fused(*read(llama / "expert")))
+    merge = ["merge", "--base", str(llama / "base"), "--method", "task_arithmetic", "--out", str(tmp_path / "merge")]
+    assert main([*merge, "--expert", f"{release}=0.5"]) == 3
+    line = capsys.readouterr().err
+    command = line.partition("unmergeable recover ")[2].partition(" writes the one")[0].split()
+    assert main(["recover", *command]) == 0
+    assert main([*merge, "--expert", f"{command[-1]}=0.5"]) == 0
+    expert, base = (read(llama / name)[1] for name in ("expert", "base"))
+    for name, tensor in read(tmp_path / "merge")[1].items():
+        torch.testing.assert_close(tensor, (expert[name] + base[name]) / 2, rtol=1e-5, atol=1e-6, msg=name)

@@ -120,7 +120,9 @@ def require_same_architecture(template: TensorSource, other: TensorSource) -> No
         ours, theirs = kind_of(template.config), kind_of(other.config)
         raise Mismatch(
             f"config.json: model_type is {ours} in {template.description} but {theirs} in {other.description}; only "
-            "models of one architecture can be merged."
+            "models of one architecture can be merged. If both compute the same from the same numbers, unmergeable "
+            f"recover {other.description} --base {template.description} --method canonicalise --out {other.description}"
+            f"-as-{ours} writes the one as the other."
         )
     for key in ARCHITECTURE_KEYS:
         values = [part.get(key) for part in common]
