@@ -61,7 +61,9 @@ def test_refuses_weights_that_do_not_average() -> None:
     merge_state_dicts(None, experts, method=Linear(normalize=False), coefficients=[0.5, -0.5])
 
 
-def test_refuses_a_single_expert() -> None:
+def test_a_single_expert_is_itself_and_none_is_refused() -> None:
     _, experts = make_models(1)
-    with pytest.raises(UsageError, match="at least 2"):
-        merge_state_dicts(None, experts, method=Linear())
+    merged = merge_state_dicts(None, experts, method=Linear())
+    assert all(torch.equal(merged[name], tensor) for name, tensor in experts[0].items())
+    with pytest.raises(UsageError, match="0 experts given, at least 1 needed"):
+        merge_state_dicts(None, [], method=Linear())

@@ -162,7 +162,7 @@ CONFIGS: list[tuple[str, str]] = [
         "{models: [{model: a}, {model: b}], merge_method: ties, base_model: base, parameters: {weight: 1, density: 2}}",
         "density=2.0: must lie",
     ),
-    ("{models: [{model: a}], merge_method: ties, base_model: base, parameters: {weight: 1}}", "at least 2 needed"),
+    ("{models: [{model: a}], merge_method: model_stock, base_model: base}", "at least 2 needed"),
     ("{models: [{model: a}, {model: b}], merge_method: linear, parameters: {wait: 1}}", "did you mean 'weight'"),
 ]
 
