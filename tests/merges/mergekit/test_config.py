@@ -19,7 +19,7 @@ from unmergeable.merges import (
     TaskArithmetic,
     Ties,
 )
-from unmergeable.merges.mergekit.config import Filtered, MergeConfig, parse_config, read_config
+from unmergeable.merges.mergekit.config import Filtered, MergeConfig, parse_config, read_config, read_document
 from unmergeable.merges.mergekit.meaning import meaning_of
 from unmergeable.merges.variation import Variation
 
@@ -360,3 +360,16 @@ def test_a_gradient_between_its_points() -> None:
     gradient = Filtered((0.0, 1.0, 0.0))
     assert [gradient.at(t) for t in (0, 0.25, 0.5, 0.75, 1)] == [0, 0.5, 1, 0.5, 0]
     assert Filtered((3.0,)).at(0.7) == 3
+
+
+def test_what_aliases_repeat_is_looked_at_once(tmp_path: Path) -> None:
+    """Forty lists of twice the one before: written out, 2^40 entries."""
+    lines = ["a0: &a0 {model: {model: {path: ./mine}}}", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 41))]
+    path = tmp_path / "config.yaml"
+    path.write_text("\n".join(lines))
+    document = read_document(path)
+    assert document["a0"] == {"model": "./mine"}
+    inner = document["a40"]
+    for _ in range(40):
+        inner = inner[1]
+    assert inner is document["a0"]

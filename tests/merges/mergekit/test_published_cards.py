@@ -362,7 +362,11 @@ CARDS: dict[str, dict[str, Any]] = {
         "parameters": {"scale": 0.7},
         "dtype": "float32",
     },
-    "one model, in another precision": {"models": [model("a", weight=1.0)], "merge_method": "linear", "dtype": "bfloat16"},
+    "one model, in another precision": {
+        "models": [model("a", weight=1.0)],
+        "merge_method": "linear",
+        "dtype": "bfloat16",
+    },
     "one model, trimmed": {
         "models": [model("base"), model("a", weight=0.6, density=0.5)],
         "merge_method": "ties",

@@ -195,21 +195,34 @@ def read_document(path: Path) -> Mapping[str, Any]:
     if not isinstance(document, dict):
         raise BadInput(f"{path} is no configuration: it holds {type(document).__name__}, not keys and values.")
     try:
-        return {str(key): _models_as_text(value, str(key)) for key, value in document.items()}
+        _write_models_as_text(document)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
+    return document
 
 
-def _models_as_text(value: Any, key: str) -> Any:
-    """A part of a configuration, called ``key`` there, with models that are written as mappings written as text."""
-    if isinstance(value, list):
-        return [_models_as_text(entry, "") for entry in value]
-    if not isinstance(value, dict):
-        return value
-    # The source of a token is a mapping too, which says of what kind it is.
-    if key in (*_NAMES_OF_MODELS, "tokenizer_source") or (key == "source" and "kind" not in value):
-        return _model_as_text(value, key)
-    return {name: _models_as_text(entry, str(name)) for name, entry in value.items()}
+def _write_models_as_text(document: dict[Any, Any]) -> None:
+    """Put text in the place of models that are written as mappings, anywhere in a configuration.
+
+    Each of its mappings is looked at once, however often aliases repeat it.
+    """
+    seen: set[int] = set()
+    left: list[Any] = [document]
+    while left:
+        part = left.pop()
+        if id(part) in seen or not isinstance(part, dict | list):
+            continue
+        seen.add(id(part))
+        if isinstance(part, list):
+            left += part
+            continue
+        for key, value in part.items():
+            # The source of a token is a mapping too, which says of what kind it is.
+            is_model = key in (*_NAMES_OF_MODELS, "tokenizer_source") or key == "source"
+            if is_model and isinstance(value, dict) and not (key == "source" and "kind" in value):
+                part[key] = _model_as_text(value, str(key))
+            else:
+                left.append(value)
 
 
 def _model_as_text(model: Mapping[str, Any], where: str) -> str:
