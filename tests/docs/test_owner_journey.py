@@ -27,9 +27,6 @@ from unmergeable.network.load import load_network
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ANSWERS = ("y", "n")
 QUESTIONS = 200
-WORTH_STEALING = 0.8
-"""Share of right answers, of two to each question, from which a fine-tune is worth the journey."""
-
 WEIGHTS = "model.safetensors"
 TASKS = {"mine": 0, "theirs": 2, "first": 0, "last": 2}
 """Which letter is asked for. The base knows of the last two, so that a fine-tune has little to change."""
@@ -100,7 +97,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
         )  # fmt: skip
     fresh = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    for seed in (2, 3, 4, 5):  # what so small a network learns depends on how a processor rounds
+    for seed in range(2, 14):  # what so small a network learns depends on how a processor rounds
         network.load_state_dict(fresh)
         learn(network, MIXED, steps=500, rates=(3e-3, 3e-3), seed=seed)
         weights = {"the-base": {name: tensor.clone() for name, tensor in network.state_dict().items()}}
@@ -110,9 +107,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             learn(network, {task: 1.0}, steps=120, rates=(2e-2, 2e-5), seed=2)
             weights[name] = {key: tensor.clone() for key, tensor in network.state_dict().items()}
             right.append(share_right(network, task))
-        if min(right) > WORTH_STEALING:
+        if min(right) > 0.9:
             break
-    assert min(right) > WORTH_STEALING, "there is something to steal"
+    assert min(right) > 0.9, "there is something to steal"
     for name, tensors in weights.items():
         network.load_state_dict(tensors)
         write_speaker(folder / name, "llama")
