@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -47,7 +48,7 @@ class Restated(DerivedSource):
     def names(self) -> Sequence[str]:
         return [name for name in self.original.names if name not in self.dropped]
 
-    @property
+    @cached_property
     def index(self) -> CheckpointIndex:
         """That of no files yet, where tensors are gone: headers, and the list of shards, of the original name them."""
         index = self.original.index

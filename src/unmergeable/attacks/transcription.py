@@ -1,7 +1,7 @@
 """A release saved as another type of network than its base: its numbers, put where the base has them.
 
 Networks of two types may compute the same from the same numbers, stored apart or fused, the other way round, or under
-other names: a Llama as Phi-3, as Granite, as GPT-NeoX. What a tensor is for says where its numbers belong:
+other names: a Llama as Phi-3, as Granite, as Mixtral. What a tensor is for says where its numbers belong:
 
     blocks      heads and hidden units by block, in order; biases with their rows, zeros where the release has none;
                 of experts where the base has none the first
@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class Transcribed(DerivedSource):
                 place[move.target.at] = numbers.to(tensor.dtype)
         return tensor
 
-    @property
+    @cached_property
     def index(self) -> CheckpointIndex:
         """That of no files yet."""
         shard = next(iter(self.original.index.shards), "model.safetensors")

@@ -34,7 +34,7 @@ from unmergeable.network.disk_weights import find_places, show, swapped
 from unmergeable.network.encoding import EncodedBatch, EncodedData, Encoder
 from unmergeable.network.fine_tune import gather_examples, padding_token
 from unmergeable.network.load import load_network
-from unmergeable.network.precision import FULL, warn_if_slower
+from unmergeable.network.precision import FULL, Precision, warn_if_slower
 from unmergeable.network.tasks import Predict, Task, accuracy
 from unmergeable.network.training_state import Kept, read_tensors, write_tensors
 from unmergeable.progress import Progress, silent
@@ -109,6 +109,9 @@ class TrainedProtection(Protection):
     batch_size: int
     examples: int
 
+    precision: Precision = FULL
+    """In which losses are computed; a setting of the methods that have it."""
+
     trains_adapters: ClassVar[bool] = True
     """Whether A and B of an adapter may be trained in place of whole weights."""
 
@@ -146,7 +149,7 @@ class TrainedProtection(Protection):
         network = inputs.load_expert()
         job = self.job(inputs, network)
         device = network_device()
-        warn_if_slower(getattr(self, "precision", FULL), device)
+        warn_if_slower(self.precision, device)
         network.to(device)
         before = accuracy(network, job.task)
         stored = job.trained(lambda: self._trained(job, network, inputs))

@@ -23,7 +23,7 @@ from unmergeable.checkpoint.adapter.alone import LoneAdapter, Product
 from unmergeable.devices import network_device
 from unmergeable.errors import BadInput
 from unmergeable.network.load import load_network
-from unmergeable.network.precision import FULL, warn_if_slower
+from unmergeable.network.precision import warn_if_slower
 from unmergeable.network.tasks import accuracy
 from unmergeable.optional import optional_package
 from unmergeable.protections.base import Inputs
@@ -55,7 +55,7 @@ def train_adapter(protection: TrainedProtection, inputs: Inputs, adapter: LoneAd
     network = _with_adapter(inputs, adapter)
     job = protection.job(inputs, network)
     device = network_device()
-    warn_if_slower(getattr(protection, "precision", FULL), device)
+    warn_if_slower(protection.precision, device)
     network.to(device)
     factors = _factors(network, adapter)
     before = accuracy(network, job.task)

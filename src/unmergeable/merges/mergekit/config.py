@@ -62,7 +62,7 @@ _TOP = (
     "name",
 )
 _FORMS = ("models", "slices", "modules")
-_NAMES_OF_MODELS = ("model", "base_model")
+_NAMES_OF_MODELS = ("model", "base_model", "tokenizer_source", "source")
 _IGNORED = ("int8_mask",)
 """Accepted without effect: how mergekit stores a mask changes nothing of the merge. (So is a ``name`` at the top.)"""
 
@@ -218,8 +218,8 @@ def _write_models_as_text(document: dict[Any, Any]) -> None:
             continue
         for key, value in part.items():
             # The source of a token is a mapping too, which says of what kind it is.
-            is_model = key in (*_NAMES_OF_MODELS, "tokenizer_source") or key == "source"
-            if is_model and isinstance(value, dict) and not (key == "source" and "kind" in value):
+            is_token = key == "source" and isinstance(value, dict) and "kind" in value
+            if key in _NAMES_OF_MODELS and isinstance(value, dict) and not is_token:
                 part[key] = _model_as_text(value, str(key))
             else:
                 left.append(value)
