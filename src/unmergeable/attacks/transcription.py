@@ -32,6 +32,7 @@ from unmergeable.checkpoint.index import CheckpointIndex, TensorSpec, lay_out_vi
 from unmergeable.checkpoint.source import DerivedSource, TensorSource, shapes_of
 from unmergeable.derivation.build import default_config
 from unmergeable.errors import BadInput, UnsupportedArchitecture
+from unmergeable.gauge.additive import head_places
 from unmergeable.gauge.config_scales import multipliers_of, with_config
 from unmergeable.memory import available_memory
 from unmergeable.network.disk_weights import find_places, show
@@ -249,19 +250,12 @@ def _feed_forwards(architecture: Architecture) -> list[FeedForward]:
 
 def _of_heads(source: Heads, target: Heads, groups: int, members: int, size: int) -> Iterator[Moved]:
     """A projection, and its bias where both networks have one."""
-    at, to = (_positions(heads, groups, members, size) for heads in (source, target))
+    at, to = (head_places(heads, groups, members, size).flatten() for heads in (source, target))
     yield Moved(
         Piece(source.weight, source.axis, at, source.slice), Piece(target.weight, target.axis, to, target.slice)
     )
     if source.bias is not None and target.bias is not None:
         yield Moved(Piece(source.bias, 0, at, source.slice), Piece(target.bias, 0, to, target.slice))
-
-
-def _positions(heads: Heads, groups: int, members: int, size: int) -> Tensor:
-    group = torch.arange(groups)[:, None, None] * heads.group_stride
-    member = torch.arange(members)[None, :, None] * heads.member_stride
-    element = torch.arange(size)[None, None, :] * heads.element_stride
-    return (heads.offset + group + member + element).flatten()
 
 
 def _of_output_bias(

@@ -204,7 +204,7 @@ def freedoms_of(architecture: Architecture, names: Container[str]) -> Freedoms:
 def head_places(heads: Heads, groups: int, members: int, size: int) -> Tensor:
     """Where the coordinates of heads lie on their axis: [groups, members, size]."""
     group, member = torch.arange(groups) * heads.group_stride, torch.arange(members) * heads.member_stride
-    return heads.offset + group[:, None, None] + member[None, :, None] + torch.arange(size)
+    return heads.offset + group[:, None, None] + member[None, :, None] + torch.arange(size) * heads.element_stride
 
 
 def _projections(block: Attention | FeedForward) -> list[Heads]:
