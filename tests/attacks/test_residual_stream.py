@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -36,6 +38,33 @@ def test_turns_the_stream_back(name: str, kind: str, network: Build) -> None:
     returned = element.matrix() @ key[-1][space.name].matrix()
     # Products of float32 embeddings, 67 tokens by 48 coordinates, whose condition number is below 100.
     assert (returned - torch.eye(space.size)).abs().max() <= 100 * 48**0.5 * 2.0**-24
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "bert"])
+def test_tokens_that_a_fine_tune_took_far_away_do_not_take_the_stream_along(
+    name: str, network: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of 67 tokens, thirty times as long as any; the control follows them."""
+    toy = network(name)
+    usual = toy.expert(0.02)
+    embedding = toy.architecture.residuals[0].axes[0].tensor
+    moved = usual.tensors[embedding].clone()
+    away = torch.randn(2, moved.shape[1], generator=torch.Generator().manual_seed(1))
+    moved[[3, 11]] = away / away.norm(dim=1, keepdim=True) * 30 * moved.norm(dim=1).max()
+    odd = MemorySource({**usual.tensors, embedding: moved}, usual.config)
+
+    def error(expert: MemorySource) -> float:
+        key = toy.stream_key(expert, 4.0)
+        turn = find(toy, toy.transformed(expert, *key)).turn
+        if list(turn) != list(key[-1]):
+            return math.inf
+        (space,) = turn
+        return float((turn[space].matrix() @ key[-1][space].matrix() - torch.eye(moved.shape[1])).norm())
+
+    # Two vectors of 67 fewer: a little less is known.
+    assert error(odd) <= 1.2 * error(usual)
+    monkeypatch.setattr("unmergeable.attacks.residual_stream.MAX_WEIGHTINGS", 1)
+    assert error(odd) > 0.5
 
 
 def test_a_permutation_with_one_sign(network: Build) -> None:

@@ -12,6 +12,8 @@ A rotation acts only where all norm gains are one. So gains are moved into the w
 the stream is turned, and the base's own gains are moved out again. Gains may also have been moved by a protection, for
 any diagonal matrix passes between a gain and its readers; they are first set to about the base's, g0 / g.
 
+Tokens that a fine-tune took far away are not asked: :func:`_nearest_to_most`.
+
 Both are estimates from few numbers. Once heads and units are known, :func:`refined` fits them to everything: the
 rotation to every tensor along the stream, each gain to itself and the columns of its readers.
 
@@ -21,7 +23,7 @@ noise. The same holds for the gains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +33,7 @@ from unmergeable.architecture import Architecture, Leg, Space
 from unmergeable.architecture.residual import Norm, Residual
 from unmergeable.architecture.symmetry import ROTATIONS, GroupKind
 from unmergeable.attacks.closed_forms import nearest_diagonal, nearest_orthogonal
-from unmergeable.attacks.moments import block_products, leg_pairs, legs_by_space
+from unmergeable.attacks.moments import CHUNK_ELEMENTS, LegPair, block_products, leg_pairs, legs_by_space
 from unmergeable.attacks.reading import Reader
 from unmergeable.gauge.assignment import best_assignment
 from unmergeable.gauge.elements import Element, Monomial, Orthogonal
@@ -45,6 +47,17 @@ NEAR = 0.05
 MOVED = 1.5
 """How many times nearer its base a rotated embedding must be for the stream to count as moved. A reordering, or a sign,
 counts as soon as it is nearer: noise does not bring it about."""
+
+FAR = 3.0
+"""How many times further off than most a token is not believed."""
+
+ROUNDING = 1e-6
+"""Relative distance that storing a number may make."""
+
+MAX_WEIGHTINGS = 10
+
+ENOUGH = 4
+"""Vectors for each coordinate that say whether a stream was moved."""
 
 ADDED = 0.9
 """Share of a tensor's rows that both must have for the rest to count as added."""
@@ -118,11 +131,20 @@ def refined(
 
 @dataclass(frozen=True)
 class _Turn:
-    """An element of ``space``, and the squared distance from the base that it leaves."""
+    """An element of ``space``, and the squared distances from the base of what it acts on, before and after."""
 
     space: Space
     element: Element
+    before: float
     after: float
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether it is much nearer by a rotation, or by an order at all."""
+        if not isinstance(self.element, Monomial):
+            return self.before > MOVED**2 * self.after
+        is_identity = torch.equal(self.element.matrix()[0], torch.eye(self.space.size, dtype=torch.float64))
+        return self.before > self.after and not is_identity
 
 
 def _turn_of_embedding(space: Space, residual: Residual, protected: Reader, base: Reader) -> _Turn | None:
@@ -132,18 +154,74 @@ def _turn_of_embedding(space: Space, residual: Residual, protected: Reader, base
     if both is None:
         return None
     ours, theirs = both
-    before, our_squares, their_squares = (squares(values) for values in (ours - theirs, ours, theirs))
-    if before <= NEAR**2 * their_squares:
+    if squares(ours - theirs) <= NEAR**2 * squares(theirs):
         return None
-    del both, ours, theirs
-    legs = [(name, leg) for leg in protected.symmetry.legs[name] if leg.space == space.name]
-    cross = _products(space, legs, protected, base)
-    element = _NEAREST[space.group.kind](cross)
-    after = our_squares + their_squares - 2 * float((element.matrix()[0] * cross).sum())
-    is_choice = isinstance(element, Monomial)
-    is_identity = is_choice and torch.equal(element.matrix()[0], torch.eye(space.size, dtype=torch.float64))
-    is_moved = before > (1 if is_choice else MOVED**2) * after and not is_identity
-    return _Turn(space, element, after) if is_moved else None
+    (leg,) = (leg for leg in protected.symmetry.legs[name] if leg.space == space.name)
+    offsets = protected.symmetry.gain_offset
+    (pair,) = leg_pairs(space, [(name, leg)], {name: ours}, {name: theirs}, offsets)
+    some = _some(pair, ENOUGH * space.size)
+    # Most streams were not moved, which fewer vectors say as well.
+    if some is not None and not _nearest_to_most(space, some).is_moved:
+        return None
+    turn = _nearest_to_most(space, pair)
+    return turn if turn.is_moved else None
+
+
+def _some(pair: LegPair, count: int) -> LegPair | None:
+    """That many of the vectors of a table of tokens, from all of it; None where it has no more than twice as many."""
+    outer, *_, inner = pair.protected.shape
+    if inner > 1 or outer <= 2 * count:
+        return None
+    places = torch.linspace(0, outer - 1, count).long()
+    return LegPair(pair.variance, pair.protected[places], pair.base[places])
+
+
+def _nearest_to_most(space: Space, pair: LegPair) -> _Turn:
+    """The nearest element to the vectors it brings near, by iterative reweighting (Holland and Welsch 1977).
+
+    A fine-tune may take one token a long way, and least squares go with it. A vector further off than :data:`FAR` times
+    the median distance counts by the inverse of its squared distance.
+    """
+    pieces = list(_pieces(pair))
+    rounding = ROUNDING**2 * squares(pair.base) * space.size / pair.base.numel()
+    before = [_squared_distances(piece.protected.double(), piece.base) for piece in pieces]
+    weights = [torch.ones(()) for _ in pieces]
+    turn: _Turn | None = None
+    for _ in range(MAX_WEIGHTINGS):
+        cross = torch.zeros(space.size, space.size, dtype=torch.float64)
+        for piece, weight in zip(pieces, weights, strict=True):
+            weighted = LegPair(piece.variance, piece.protected * weight, piece.base * weight)
+            cross += block_products(space, [weighted], pair.variance)[0, :, 0]
+        previous, element = turn, _NEAREST[space.group.kind](cross)
+        moved = (element.apply(piece.protected.double(), pair.variance) for piece in pieces)
+        after = [_squared_distances(vectors, piece.base) for vectors, piece in zip(moved, pieces, strict=True)]
+        turn = _Turn(space, element, _total(before, weights), _total(after, weights))
+        allowed = FAR**2 * max(float(torch.cat([part.flatten() for part in after]).median()), rounding)
+        is_same = previous is not None and torch.equal(element.matrix(), previous.element.matrix())
+        if is_same or all(bool((part <= allowed).all()) for part in after):
+            break
+        weights = [(allowed / part.clamp(min=allowed)).sqrt() for part in after]
+    assert turn is not None
+    return turn
+
+
+def _squared_distances(vectors: Tensor, base: Tensor) -> Tensor:
+    """Of every vector from the base's: float64 [outer, blocks, *spectators, 1, inner]."""
+    return (vectors - base).square().sum(-2, keepdim=True)
+
+
+def _total(squared: Sequence[Tensor], weights: Sequence[Tensor]) -> float:
+    """The sum of squares, each vector multiplied with its weight before."""
+    return sum(float((part * weight.square()).sum()) for part, weight in zip(squared, weights, strict=True))
+
+
+def _pieces(pair: LegPair) -> Iterator[LegPair]:
+    """Some of the vectors at a time."""
+    outer, *_, inner = pair.protected.shape
+    axis = 0 if outer > inner else -1
+    step = max(1, CHUNK_ELEMENTS * max(outer, inner) // max(1, pair.protected.numel()))
+    sides = (torch.split(side, step, axis) for side in (pair.protected, pair.base))
+    return (LegPair(pair.variance, *piece) for piece in zip(*sides, strict=True))
 
 
 def _products(space: Space, legs: Sequence[tuple[str, Leg]], protected: Reader, base: Reader) -> Tensor:
