@@ -34,7 +34,13 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 def audit_study(
-    plan: Mapping[str, Any], study: Path, *, prepared: Mapping[str, Any], workers: int | None, out: Path | None
+    plan: Mapping[str, Any],
+    study: Path,
+    *,
+    prepared: Mapping[str, Any],
+    workers: int | None,
+    out: Path | None,
+    name: str | None = None,
 ) -> None:
     """Write a plan, run its audit, going on where it was, and keep what is small.
 
@@ -44,8 +50,10 @@ def audit_study(
         prepared: how base and experts were made; the JSON says so under this name.
         workers: processes; None for as many as there are processors.
         out: the JSON to write, and Markdown beside it; None for none.
+        name: of this audit, where a study has several; its plan and folder are called so too.
     """
-    plan_file, folder = study / "plan.yaml", study / "audit"
+    suffix = "" if name is None else f"-{name}"
+    plan_file, folder = study / f"plan{suffix}.yaml", study / f"audit{suffix}"
     plan_file.write_text(yaml.safe_dump(dict(plan), sort_keys=False))
     result = audit(plan_file, out=folder, workers=workers, progress=told(time.monotonic()))
     print(*summary(result), write_report(folder), sep="\n")

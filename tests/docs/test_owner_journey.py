@@ -43,7 +43,7 @@ def learn(network: Any, share: dict[str, float], steps: int, rates: tuple[float,
     """Train on the answers; ``share`` of those of each task are right, the others any.
 
     ``rates``: of the embeddings and of all else. In a fine-tune only the letter that stands for its task moves far:
-    what two fine-tunes learn is then in different places, and a merge of them has both.
+    what two fine-tunes learn is then mostly in different places, and a merge of them has both.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs, targets = [], []
@@ -81,6 +81,9 @@ MIXED = {"first": 1.0, "last": 1.0, "mine": 0.0, "theirs": 0.0}
 """What the base was trained on: it knows how to answer, and of two tasks nothing."""
 
 
+FINE_TUNES = {"my-finetune": "mine", "someone-elses-finetune": "theirs"}
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the tutorial speaks of: a base, a fine-tune of one's own and another's, and questions of both tasks."""
@@ -96,20 +99,18 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 bos_token_id=1, eos_token_id=2, pad_token_id=0,
             )
         )  # fmt: skip
-    fresh = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    for seed in range(2, 14):  # what so small a network learns depends on how a processor rounds
-        network.load_state_dict(fresh)
-        learn(network, MIXED, steps=500, rates=(3e-3, 3e-3), seed=seed)
-        weights = {"the-base": {name: tensor.clone() for name, tensor in network.state_dict().items()}}
-        right = []
-        for name, task in (("my-finetune", "mine"), ("someone-elses-finetune", "theirs")):
-            network.load_state_dict(weights["the-base"])
-            learn(network, {task: 1.0}, steps=120, rates=(2e-2, 2e-5), seed=2)
-            weights[name] = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-            right.append(share_right(network, task))
-        if min(right) > 0.9:
-            break
-    assert min(right) > 0.9, "there is something to steal"
+    network.double()  # in float32 what so small a network learns depends on how a processor rounds
+    learn(network, MIXED, steps=600, rates=(3e-3, 3e-3), seed=4)
+    weights = {"the-base": {name: tensor.clone() for name, tensor in network.state_dict().items()}}
+    for name, task in FINE_TUNES.items():
+        network.load_state_dict(weights["the-base"])
+        learn(network, {task: 1.0}, steps=200, rates=(2e-2, 3e-4), seed=2)
+        weights[name] = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+        assert share_right(network, task) > 0.9, "there is something to steal"
+    base, mine, theirs = weights.values()
+    network.load_state_dict({key: mine[key] + theirs[key] - base[key] for key in base})
+    assert min(share_right(network, task) for task in FINE_TUNES.values()) > 0.85, "a merge can steal it"
+    network.float()
     for name, tensors in weights.items():
         network.load_state_dict(tensors)
         write_speaker(folder / name, "llama")

@@ -130,6 +130,15 @@ class Merge:
                 choices = ", ".join(get_args(kind))
                 raise UsageError(f"{setting}={getattr(self, setting)}: must be one of {choices}.")
 
+    def require_count(self, experts: int) -> None:
+        """Raise UsageError for fewer experts than the method can use, or for more."""
+        if experts < self.fewest_experts:
+            raise UsageError(
+                f"{self.name}: {experts} experts given, at least {self.fewest_experts} needed; name another."
+            )
+        if self.most_experts is not None and experts > self.most_experts:
+            raise UsageError(f"{self.name}: {experts} experts given, at most {self.most_experts} can be merged.")
+
     def resolve(self, coefficients: Sequence[float | None]) -> tuple[float, ...]:
         """One coefficient per expert, with the method's default where none was given.
 

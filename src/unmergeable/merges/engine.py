@@ -255,13 +255,7 @@ def _require_usable(method: Merge, coefficients: Sequence[float | None], *, has_
     method.validate()
     if method.needs_base and not has_base:
         raise UsageError(f"{method.name} merges task vectors: name the base that the experts were tuned from.")
-    count = len(coefficients)
-    if count < method.fewest_experts:
-        raise UsageError(
-            f"{method.name}: {count} experts given, at least {method.fewest_experts} needed; name another."
-        )
-    if method.most_experts is not None and count > method.most_experts:
-        raise UsageError(f"{method.name}: {count} experts given, at most {method.most_experts} can be merged.")
+    method.require_count(len(coefficients))
     method.resolve(coefficients)
 
 

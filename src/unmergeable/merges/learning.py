@@ -175,11 +175,8 @@ def learnt_from_data(
         yield LearntMerge(method, coefficients)
         return
     method.validate()
+    method.require_count(len(sources))
     method.resolve(coefficients)
-    if len(sources) < method.fewest_experts:
-        raise UsageError(
-            f"{method.name}: {len(sources)} experts given, at least {method.fewest_experts} needed; name another."
-        )
     require_creatable(out, _STATISTICS)
     require_absent(out)
     template = sources[0] if base is None else base
