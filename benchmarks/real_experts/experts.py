@@ -35,7 +35,7 @@ from torch.nn import functional
 from unmergeable.data import DataSource
 from unmergeable.demo.data import Examples
 from unmergeable.demo.model import write_base_checkpoint
-from unmergeable.demo.train import prepare_pixels
+from unmergeable.demo.train import mean_directions, prepare_pixels
 from unmergeable.network.encoding import EncodedBatch, EncodedData, Encoder
 from unmergeable.network.load import load_network
 from unmergeable.network.save import write_network
@@ -265,8 +265,7 @@ def fit_prototypes(network: Any, study: Study, name: str) -> FeatureHead:
     reader = FeatureHead(torch.empty(0), pooling=study.pooling)
     batches = _batches(study, name, SCORING_BATCH, classes=int(labels.max()) + 1)
     directions = torch.cat([functional.normalize(reader.features(network, batch), dim=-1) for batch in batches])
-    means = [directions[labels == number].mean(dim=0) for number in range(int(labels.max()) + 1)]
-    weight = functional.normalize(torch.stack(means), dim=-1)
+    weight = mean_directions(directions, labels, int(labels.max()) + 1)
     return FeatureHead(weight, pooling=study.pooling, temperature=study.temperature)
 
 

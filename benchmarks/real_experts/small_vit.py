@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unmergeable.demo.data import Examples, ImageTask, Sizes, load_animals, load_mnist
+from unmergeable.demo.train import mean_directions, pooled_features
 from unmergeable.network.load import load_network
 from unmergeable.network.train import Batch, Schedule, shuffled_batches, train
 from unmergeable.progress import Progress, silent
@@ -50,7 +51,7 @@ BATCH_SIZE = 64
 PRETRAINING = Schedule(steps=2500, learning_rate=1e-3, weight_decay=0.01)
 FINETUNING = Schedule(steps=300, learning_rate=2e-4)
 SHIFT = 2
-"""Pixels by which training images of the base move at most."""
+"""Pixels by which training images move at most."""
 
 TEMPERATURE = 0.1
 
@@ -83,12 +84,6 @@ def new_network() -> Any:
         return ViTModel(config)
 
 
-def features(network: Any, pixels: Tensor) -> Tensor:
-    """What heads read: the mean over patches, [count, hidden]."""
-    hidden: Tensor = network(pixel_values=pixels).last_hidden_state
-    return hidden[:, 1:].mean(dim=1)
-
-
 @dataclass
 class Mixture:
     """Training examples of several tasks, whose classes follow each other."""
@@ -117,14 +112,14 @@ def write_base(folder: Path, tasks: Mapping[str, ImageTask], progress: Progress)
     """Train the base and write it; returns its size."""
     network = new_network()
     mixture = Mixture.of([(task, SEEN_BY_BASE if name in OWNERS else None) for name, task in tasks.items()])
-    classes = nn.Parameter(torch.randn(int(mixture.labels.max()) + 1, 64, generator=torch.Generator().manual_seed(0)))
+    shape = (int(mixture.labels.max()) + 1, network.config.hidden_size)
+    classes = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     network.register_parameter("classes", classes)
+    head = FeatureHead(classes, temperature=TEMPERATURE)
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         pixels, labels = batch
-        return functional.cross_entropy(
-            FeatureHead(classes, temperature=TEMPERATURE).logits(features(network, pixels)), labels
-        )
+        return functional.cross_entropy(head.logits(pooled_features(network, pixels)), labels)
 
     losses = train(network, mixture.batches(0), loss, PRETRAINING, stage="training the base", progress=progress)
     del network.classes
@@ -139,10 +134,9 @@ def write_base(folder: Path, tasks: Mapping[str, ImageTask], progress: Progress)
 @torch.no_grad()
 def prototypes(network: Any, task: ImageTask) -> FeatureHead:
     """The mean direction of each class over the training examples."""
-    directions = functional.normalize(features(network, pixels_of(task.train)), dim=-1)
-    labels = torch.from_numpy(task.train.labels)
-    means = torch.stack([directions[labels == number].mean(dim=0) for number in range(len(task.class_names))])
-    return FeatureHead(functional.normalize(means, dim=-1), pooling="rest", temperature=TEMPERATURE)
+    directions = functional.normalize(pooled_features(network, pixels_of(task.train)), dim=-1)
+    weight = mean_directions(directions, torch.from_numpy(task.train.labels), len(task.class_names))
+    return FeatureHead(weight, pooling="rest", temperature=TEMPERATURE)
 
 
 def finetune(study: Path, task: ImageTask, name: str, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -153,7 +147,7 @@ def finetune(study: Path, task: ImageTask, name: str, folder: Path, progress: Pr
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         pixels, labels = batch
-        return functional.cross_entropy(head.logits(features(network, pixels)), labels)
+        return functional.cross_entropy(head.logits(pooled_features(network, pixels)), labels)
 
     linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     train(

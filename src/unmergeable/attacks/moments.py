@@ -34,15 +34,22 @@ class LegPair:
     protected: Tensor
     base: Tensor
 
-    def chunks(self, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Both as float64 [outer, blocks, spectators, size, inner], about so many elements at a time."""
-        outer, blocks, *_, size, inner = self.protected.shape
+    def parts(self, elements: int) -> Iterator[LegPair]:
+        """Views of some of the vectors at a time, of about so many elements."""
+        outer, *_, inner = self.protected.shape
         axis = 0 if outer > inner else self.protected.dim() - 1
         length = self.protected.shape[axis]
         step = max(1, elements * length // max(1, self.protected.numel()))
         for start in range(0, length, step):
-            pieces = [side.narrow(axis, start, min(step, length - start)) for side in (self.protected, self.base)]
-            x, y = (piece.reshape(piece.shape[0], blocks, -1, size, piece.shape[-1]).double() for piece in pieces)
+            sides = (side.narrow(axis, start, min(step, length - start)) for side in (self.protected, self.base))
+            yield LegPair(self.variance, *sides)
+
+    def chunks(self, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both as float64 [outer, blocks, spectators, size, inner], about so many elements at a time."""
+        _, blocks, *_, size, _ = self.protected.shape
+        for part in self.parts(elements):
+            sides = (part.protected, part.base)
+            x, y = (side.reshape(side.shape[0], blocks, -1, size, side.shape[-1]).double() for side in sides)
             yield x, y
 
     def pieces(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:

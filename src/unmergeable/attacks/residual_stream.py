@@ -12,7 +12,7 @@ A rotation acts only where all norm gains are one. So gains are moved into the w
 the stream is turned, and the base's own gains are moved out again. Gains may also have been moved by a protection, for
 any diagonal matrix passes between a gain and its readers; they are first set to about the base's, g0 / g.
 
-Tokens that a fine-tune took far away are not asked: :func:`_nearest_to_most`.
+Tokens that a fine-tune took far away hardly count: :func:`_nearest_to_most`.
 
 Both are estimates from few numbers. Once heads and units are known, :func:`refined` fits them to everything: the
 rotation to every tensor along the stream, each gain to itself and the columns of its readers.
@@ -23,7 +23,7 @@ noise. The same holds for the gains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -182,7 +182,7 @@ def _nearest_to_most(space: Space, pair: LegPair) -> _Turn:
     A fine-tune may take one token a long way, and least squares go with it. A vector further off than :data:`FAR` times
     the median distance counts by the inverse of its squared distance.
     """
-    pieces = list(_pieces(pair))
+    pieces = list(pair.parts(CHUNK_ELEMENTS))
     rounding = ROUNDING**2 * squares(pair.base) * space.size / pair.base.numel()
     before = [_squared_distances(piece.protected.double(), piece.base) for piece in pieces]
     weights = [torch.ones(()) for _ in pieces]
@@ -213,15 +213,6 @@ def _squared_distances(vectors: Tensor, base: Tensor) -> Tensor:
 def _total(squared: Sequence[Tensor], weights: Sequence[Tensor]) -> float:
     """The sum of squares, each vector multiplied with its weight before."""
     return sum(float((part * weight.square()).sum()) for part, weight in zip(squared, weights, strict=True))
-
-
-def _pieces(pair: LegPair) -> Iterator[LegPair]:
-    """Some of the vectors at a time."""
-    outer, *_, inner = pair.protected.shape
-    axis = 0 if outer > inner else -1
-    step = max(1, CHUNK_ELEMENTS * max(outer, inner) // max(1, pair.protected.numel()))
-    sides = (torch.split(side, step, axis) for side in (pair.protected, pair.base))
-    return (LegPair(pair.variance, *piece) for piece in zip(*sides, strict=True))
 
 
 def _products(space: Space, legs: Sequence[tuple[str, Leg]], protected: Reader, base: Reader) -> Tensor:

@@ -89,10 +89,14 @@ def fit_prototypes(backbone: nn.Module, task: ImageTask, *, progress: Progress =
     directions = functional.normalize(
         extract_features(backbone, task.train.images, stage=stage, progress=progress), dim=-1
     )
-    labels = torch.from_numpy(task.train.labels)
-    means = [directions[labels == number].mean(dim=0) for number in range(len(task.class_names))]
-    weight = functional.normalize(torch.stack(means), dim=-1)
+    weight = mean_directions(directions, torch.from_numpy(task.train.labels), len(task.class_names))
     return FeatureHead(weight, pooling="rest", temperature=TEMPERATURE)
+
+
+def mean_directions(directions: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The mean direction of each class, [classes, hidden_size], of directions [count, hidden_size]."""
+    means = [directions[labels == number].mean(dim=0) for number in range(classes)]
+    return functional.normalize(torch.stack(means), dim=-1)
 
 
 @dataclass(frozen=True)
